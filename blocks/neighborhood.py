@@ -18,12 +18,15 @@ def pad_to_fit(x: Tensor, least_height: int, least_width: int) -> Tensor:
     return F.pad(x, (0, 0, 0, max(0, least_width - width), 0, max(0, least_height - height)))
 
 
-@register_notrace_function
+@torch.jit.ignore
 def attend(
     q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float, rpb: Tensor | None
 ) -> Tensor:
     """Call the operator as one node of a traced graph: its checks and plans depend on the shapes."""
     return na2d(q, k, v, kernel_size, dilation=dilation, scale=scale, rpb=rpb)
+
+
+register_notrace_function(attend)
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -96,6 +99,7 @@ class NeighborhoodAttention2d(nn.Module):
             trunc_normal_(self.rpb, std=0.02)
 
     def extra_repr(self) -> str:
+        """Return the settings that `print(model)` shows."""
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, num_heads={self.num_heads}"
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

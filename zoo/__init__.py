@@ -1,9 +1,17 @@
 """Backbones, one family a file; importing this package registers them with timm."""
 
+from fnmatch import fnmatch
 
-def list_models(pattern=""):
-    return []
+from . import nat
+from ._checkpoint import CheckpointError
+from .backbone import Backbone, create_backbone
+
+__all__ = ["Backbone", "CheckpointError", "create_backbone", "list_models"]
+
+_FAMILIES = (nat,)
 
 
-def create_backbone(*a, **k):
-    raise NotImplementedError
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names of this package's models that match ``pattern``, a glob such as ``"nat_*"``."""
+    names = {name.split(".")[0] for family in _FAMILIES for name in family.default_cfgs}
+    return sorted(name for name in names if fnmatch(name, pattern))

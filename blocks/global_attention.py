@@ -1,0 +1,103 @@
+"""Attention over a whole map with a learned bias by relative position."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, trunc_normal_
+from torch import Tensor, nn
+
+
+@register_notrace_function
+def relative_bias(rpb: Tensor, height: int, width: int) -> Tensor:
+    """Return the bias ``[heads, H * W, H * W]`` of the queries and keys of a map, in row-major order.
+
+    The table ``[heads, 2 * H - 1, 2 * W - 1]`` is laid out as in neighborhood attention: entry
+    ``[h, y + H - 1, x + W - 1]`` belongs to a key that lies ``y`` rows below and ``x`` columns to the right of the
+    query. Swin's table is this one, flipped along both axes.
+    """
+    y, x = torch.arange(height, device=rpb.device), torch.arange(width, device=rpb.device)
+    rows = y[None, :] - y[:, None] + height - 1
+    columns = x[None, :] - x[:, None] + width - 1
+    index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
+    return rpb.flatten(1).index_select(1, index.flatten()).unflatten(1, (height * width, height * width))
+
+
+def resize_bias_table(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resample a bias table ``[heads, h, w]`` to ``size``, bicubic as the NAT authors did from kernel 7 to 11."""
+    resized = F.interpolate(table[None].float(), size=size, mode="bicubic", align_corners=False)
+    return resized[0].to(table.dtype)
+
+
+@register_notrace_function
+def check_map_size(height: int, width: int, expected_height: int, expected_width: int) -> None:
+    """Raise a ValueError unless a map has the size that a bias table is for."""
+    if height != expected_height or width != expected_width:
+        raise ValueError(
+            f"the bias table is for maps of {expected_height}x{expected_width}; got {height}x{width}. "
+            "Resize the images, or call set_input_size on the model"
+        )
+
+
+class GlobalAttention2d(nn.Module):
+    """Multi-head self-attention over a whole map, with a bias by relative position.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        map_size: Height and width of the maps; the bias table ``rpb`` belongs to them.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_drop: Dropout rate of the output.
+
+    Shape:
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, H and W as in ``map_size``.
+
+    Example:
+        >>> attention = GlobalAttention2d(64, num_heads=2, map_size=(14, 14))
+        >>> attention(torch.randn(1, 14, 14, 64)).shape
+        torch.Size([1, 14, 14, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        map_size: tuple[int, int],
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"GlobalAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+        self.num_heads = num_heads
+        self.height, self.width = map_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.rpb = nn.Parameter(torch.empty(num_heads, 2 * self.height - 1, 2 * self.width - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the bias table: truncated normal, std 0.02."""
+        trunc_normal_(self.rpb, std=0.02)
+
+    @torch.jit.ignore
+    def set_map_size(self, map_size: tuple[int, int]) -> None:
+        """Resample the bias table (bicubic) for maps of another size."""
+        self.height, self.width = map_size
+        table = resize_bias_table(self.rpb.detach(), (2 * self.height - 1, 2 * self.width - 1))
+        self.rpb = nn.Parameter(table, requires_grad=self.rpb.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``x`` ``[B, H, W, dim]``.
+
+        Raises:
+            ValueError: If the map is not of the size that the bias table is for.
+        """
+        check_map_size(x.shape[1], x.shape[2], self.height, self.width)
+        q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = relative_bias(self.rpb, self.height, self.width).to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        x = x.transpose(1, 2).flatten(2).unflatten(1, (self.height, self.width))
+        return self.proj_drop(self.proj(x))

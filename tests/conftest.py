@@ -1,0 +1,63 @@
+"""Fixtures of all tests: reference outputs, and checkpoints rebuilt from them."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _load_golden_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden", GOLDEN / "golden.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Fixture:
+    """A reference output of published code: its weights and input are rebuilt from names, shapes and seeds."""
+
+    def __init__(self, path: Path):
+        self.golden = _load_golden_module()
+        self.path = path
+        self.name = path.stem
+        self.spec = json.loads(path.read_text())
+        self.samples = np.load(path.with_suffix(".npz"))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The published checkpoint's state dict."""
+        return {name: self.golden.tensor_for(name, tuple(shape)) for name, shape in self.spec["state"].items()}
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Write the published checkpoint into ``folder``."""
+        path = folder / f"{self.name}.pth"
+        torch.save(self.state(), path)
+        return path
+
+    def input(self) -> torch.Tensor:
+        return self.golden.input_for(tuple(self.spec["inputs"]["shape"]), self.spec["inputs"].get("seed", 0))
+
+    def assert_output(self, name: str, output: torch.Tensor, atol: float) -> None:
+        """Compare an output with the sampled values of the published one."""
+        assert list(output.shape) == self.spec["outputs"][name]["shape"]
+        index = torch.from_numpy(self.samples[f"{name}.index"])
+        expected = torch.from_numpy(self.samples[f"{name}.value"])
+        actual = output.detach().float().contiguous().flatten()[index]
+        error = (actual - expected).abs().max().item()
+        assert error <= atol, f"{self.name}: {name} differs by {error:.2e}, allowed are {atol:.0e}"
+
+
+@pytest.fixture(scope="session")
+def open_fixture():
+    """Open a reference output by its path below ``tests/golden``, without suffix."""
+    return lambda name: Fixture(GOLDEN / f"{name}.json")
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    return GOLDEN

@@ -1,0 +1,49 @@
+"""Parity: a published checkpoint in, the published output out, for every fixture in ``tests/golden``."""
+
+from pathlib import Path
+
+import foveate
+import pytest
+import timm
+import torch
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# Families by folder: the largest difference from the published output, for logits and for dense maps.
+TOLERANCES = {
+    "nat": (5e-6, 2e-5),
+    "dinat": (5e-6, 2e-5),
+    "dinat_s": (5e-6, 2e-5),
+    "nat_iso": (5e-6, 2e-5),
+}
+RECIPES = {"det": "detection", "seg": "segmentation", "m2f": "mask2former"}
+
+
+def fixtures():
+    for family in TOLERANCES:
+        for path in sorted((GOLDEN / family).glob("*.json")):
+            yield pytest.param(f"{family}/{path.stem}", id=path.stem)
+
+
+def model_name(fixture: str) -> str:
+    return max((name for name in foveate.list_models() if fixture.startswith(name)), key=len)
+
+
+@pytest.mark.parametrize("name", fixtures())
+def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_path):
+    family, stem = name.split("/")
+    fixture = open_fixture(name)
+    model = model_name(stem)
+    recipe = next((RECIPES[part] for part in stem.removeprefix(model).split("_") if part in RECIPES), None)
+    checkpoint = fixture.checkpoint(tmp_path)
+    logits_atol, maps_atol = TOLERANCES[family]
+    with torch.inference_mode():
+        if recipe is None:
+            net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=dict(file=str(checkpoint))).eval()
+            fixture.assert_output("logits", net(fixture.input()), logits_atol)
+            parameters = fixture.spec["notes"]["params"]
+            assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+        else:
+            net = foveate.create_backbone(model, recipe=recipe, checkpoint=checkpoint).eval()
+            for i, features in enumerate(net(fixture.input())):
+                fixture.assert_output(f"stage{i + 1}", features, maps_atol)

@@ -1,0 +1,75 @@
+"""Any timm model as a backbone of dense prediction: maps out, channels and reductions known."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+from timm.models import is_model, model_entrypoint
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """A timm model cut to its features.
+
+    Attributes:
+        channels: Channels of each map.
+        reductions: Stride of each map with respect to the image.
+    """
+
+    def __init__(self, features: nn.Module):
+        super().__init__()
+        self.features = features
+        self.channels = list(features.feature_info.channels())
+        self.reductions = list(features.feature_info.reduction())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest."""
+        return self.features(x)
+
+
+def recipes_of(name: str) -> dict[str, dict]:
+    """Return the published dense settings of a model by recipe; empty if there are none."""
+    module = sys.modules[model_entrypoint(name).__module__]
+    return getattr(module, "recipes", {}).get(name.split(".")[0], {})
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError that names the nearest model unless ``name`` is registered."""
+    if not is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def create_backbone(
+    name: str,
+    recipe: str | None = None,
+    checkpoint: str | Path | None = None,
+    out_indices: Sequence[int] = (0, 1, 2, 3),
+    **kwargs,
+) -> Backbone:
+    """Create any timm model, ours or theirs, as a backbone that returns NCHW maps.
+
+    Args:
+        name: Registered name, with an optional tag.
+        recipe: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
+        checkpoint: File with weights: a classifier's, a dense backbone's, or a whole detector's or segmentor's, of
+            which the backbone is read.
+        out_indices: Which maps to return.
+        **kwargs: Options of the model; they win over the recipe's.
+
+    Raises:
+        ValueError: If the model or the recipe is unknown.
+        CheckpointError: If the checkpoint cannot be read or is not one of this model.
+    """
+    check_name(name)
+    options = {}
+    if recipe is not None:
+        known = recipes_of(name)
+        if recipe not in known:
+            raise ValueError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
+        options = dict(known[recipe])
+    if checkpoint is not None:
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
+    return Backbone(timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **options | kwargs))
