@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import foveate  # noqa: F401 (registers the models)
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """The public operator: checks, and the one place where a path is chosen."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def na2d(
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
         raise ValueError(f"na2d takes {name} as an integer or two, for height and width; got {value!r}")
     if min(pair) < least:

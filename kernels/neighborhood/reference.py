@@ -13,8 +13,8 @@ from .window import axis_offsets, axis_windows
 def _gather_windows(x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """Return the window of every position of ``x`` ``[B, H, W, heads, dim]`` as ``[B, H, W, heads, Kh*Kw, dim]``."""
     height, width = x.shape[1:3]
-    rows = torch.from_numpy(axis_windows(height, kernel_size[0], dilation[0]).copy()).to(x.device)
-    columns = torch.from_numpy(axis_windows(width, kernel_size[1], dilation[1]).copy()).to(x.device)
+    rows = torch.from_numpy(axis_windows(height, kernel_size[0], dilation[0])).to(x.device)
+    columns = torch.from_numpy(axis_windows(width, kernel_size[1], dilation[1])).to(x.device)
     windows = x[:, rows[:, None, :, None], columns[None, :, None, :]]
     return windows.flatten(3, 4).transpose(3, 4)
 

@@ -139,6 +139,8 @@ def _mask(plan: _Plan, row_offsets: np.ndarray, rpb: Tensor) -> Tensor:
     return mask.permute(3, 0, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
+# The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.
+@torch.compiler.allow_in_graph
 def na2d_tiled(
     query: Tensor,
     key: Tensor,

@@ -5,12 +5,9 @@ its group the window is centred on the query and shifts at the borders: it never
 Sources: NAT (arXiv 2204.07143, eq. 3) and DiNAT (arXiv 2209.15001, eq. 4), as implemented by NATTEN.
 """
 
-import functools
-
 import numpy as np
 
 
-@functools.lru_cache(maxsize=512)
 def axis_windows(length: int, kernel_size: int, dilation: int = 1) -> np.ndarray:
     """Return the key positions that each query of an axis attends to.
 
@@ -20,15 +17,13 @@ def axis_windows(length: int, kernel_size: int, dilation: int = 1) -> np.ndarray
         dilation: Distance between neighboring keys.
 
     Returns:
-        Read-only ``[length, kernel_size]`` int64 array of ascending key positions.
+        ``[length, kernel_size]`` int64 array of ascending key positions.
     """
     query = np.arange(length)
     group, rank = query % dilation, query // dilation
     group_length = (length - group + dilation - 1) // dilation
     first = np.clip(rank - kernel_size // 2, 0, group_length - kernel_size)
-    keys = group[:, None] + dilation * (first[:, None] + np.arange(kernel_size))
-    keys.setflags(write=False)
-    return keys
+    return group[:, None] + dilation * (first[:, None] + np.arange(kernel_size))
 
 
 def axis_offsets(length: int, kernel_size: int, dilation: int = 1) -> np.ndarray:

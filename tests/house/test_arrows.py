@@ -1,0 +1,98 @@
+"""The house stands: imports go one way, heavy packages stay in their rooms, an import is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("kernels", "blocks", "zoo", "tasks", "tools")
+# Packages that only the named rooms may import.
+RESTRICTED = {
+    "mmengine": {"tasks"},
+    "cv2": {"tasks"},
+    "albumentations": {"tasks"},
+    "torchmetrics": {"tasks"},
+    "triton": {"kernels"},
+}
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Return the absolute module names a file imports, and whether the import runs when the file is imported."""
+    package = ("foveate", *path.relative_to(ROOT).parent.parts)
+    tree = ast.parse(path.read_text())
+    inside_functions = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *([node.module] if node.module else ())))
+            names = [stem, *(f"{stem}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [(name, node not in inside_functions) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_never_run_up_the_house(room):
+    above = ROOMS[ROOMS.index(room) + 1 :]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(room)
+        for name, _ in imports(path)
+        if name.split(".")[0] == "foveate" and len(name.split(".")) > 1 and name.split(".")[1] in above
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("package", RESTRICTED)
+def test_heavy_packages_stay_in_their_rooms(package):
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for room in set(ROOMS) - RESTRICTED[package]
+        for path in sources(room)
+        for name, _ in imports(path)
+        if name.split(".")[0] == package
+    ]
+    assert not wrong, wrong
+
+
+def test_triton_is_imported_only_when_a_kernel_runs():
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in sources("kernels")
+        for name, at_import in imports(path)
+        if name.split(".")[0] == "triton" and at_import and not path.name.startswith("triton")
+    ]
+    assert not wrong, wrong
+
+
+def test_no_room_without_a_name():
+    nameless = {"utils.py", "util.py", "common.py", "helpers.py", "helper.py", "misc.py"}
+    assert not [path for room in ROOMS for path in sources(room) if path.name in nameless]
+
+
+def test_import_is_light():
+    """Importing the package registers the models and loads neither mmengine nor triton nor opencv."""
+    code = (
+        "import torch, timm, sys; before = set(sys.modules); import foveate; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "assert timm.is_model('nat_tiny'); "
+        "print(' '.join(sorted(new & {'mmengine', 'triton', 'cv2', 'albumentations', 'torchmetrics', 'matplotlib'})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

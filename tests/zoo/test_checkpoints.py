@@ -1,0 +1,197 @@
+"""Checkpoints: every published format in, anything else refused in one line, nothing ever executed."""
+
+import json
+import os
+import pickle
+
+import foveate
+import pytest
+import timm
+import torch
+from foveate import zoo
+
+
+def load(name, path, **options):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **options).eval()
+
+
+@pytest.fixture(scope="module")
+def published(open_fixture):
+    return open_fixture("nat/nat_mini")
+
+
+@pytest.fixture(scope="module")
+def state(published):
+    return published.state()
+
+
+@pytest.fixture(scope="module")
+def expected(state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("published") / "nat_mini.pth"
+    torch.save(state, path)
+    return load("nat_mini", path).state_dict()
+
+
+def assert_same(model, expected):
+    actual = model.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {"state_dict": {}, "state_dict_ema": state},
+        lambda state: {"module." + key: value for key, value in state.items()},
+        lambda state: {"state_dict": {"module._orig_mod." + key: value for key, value in state.items()}},
+        lambda state: {"meta": {}, "state_dict": {"backbone." + key: value for key, value in state.items()}},
+    ],
+    ids=["state_dict", "model", "ema first", "DataParallel", "compiled", "detector"],
+)
+def test_wrapped_checkpoints_load(wrap, state, expected, tmp_path):
+    torch.save(wrap(state), tmp_path / "wrapped.pth")
+    assert_same(load("nat_mini", tmp_path / "wrapped.pth"), expected)
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])
+def test_hub_format_gives_the_same_model(name, golden_folder, open_fixture, tmp_path):
+    """The hub's transformers files name the same tensors otherwise, split qkv and stack the layer scales."""
+    rows = json.loads((golden_folder / "hf_keys" / f"hf_keys_{name}.json").read_text())["rows"]
+    authors = open_fixture(f"{name.removesuffix('_mini')}/{name}").state()
+    hub = {}
+    for key, shape, official, part in rows:
+        value = authors[official] if part is None else authors[official].chunk(3)[part]
+        hub[key] = value.reshape(shape)
+    torch.save(authors, tmp_path / "authors.pth")
+    torch.save(hub, tmp_path / "hub.bin")
+    assert_same(load(name, tmp_path / "hub.bin"), load(name, tmp_path / "authors.pth").state_dict())
+
+
+def test_hub_format_with_layer_scale(open_fixture, tmp_path):
+    authors = open_fixture("nat/nat_small").state()
+    torch.save(authors, tmp_path / "authors.pth")
+    hub = {}
+    for key, value in authors.items():
+        key = key.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        key = key.replace("patch_embed.norm", "embeddings.norm")
+        key = key.replace("levels.", "encoder.levels.").replace(".blocks.", ".layers.")
+        key = key.replace(".norm1.", ".layernorm_before.").replace(".norm2.", ".layernorm_after.")
+        key = key.replace("attn.proj", "attention.output.dense").replace("attn.rpb", "attention.self.rpb")
+        key = key.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+        if key.startswith("norm."):
+            key = key.replace("norm.", "layernorm.")
+        if key.startswith("head."):
+            hub[key.replace("head.", "classifier.")] = value
+        elif ".attn.qkv." in key:
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                hub["nat." + key.replace("attn.qkv", f"attention.self.{part}")] = third
+        elif key.endswith("gamma1"):
+            second = authors[key.replace("encoder.", "").replace(".layers.", ".blocks.").replace("gamma1", "gamma2")]
+            hub["nat." + key.replace("gamma1", "layer_scale_parameters")] = torch.stack([value, second])
+        elif not key.endswith("gamma2"):
+            hub["nat." + key] = value
+    torch.save(hub, tmp_path / "hub.bin")
+    assert_same(load("nat_small", tmp_path / "hub.bin"), load("nat_small", tmp_path / "authors.pth").state_dict())
+
+
+def test_own_names_load_unchanged(expected, tmp_path):
+    torch.save(expected, tmp_path / "own.pth")
+    assert_same(load("nat_mini", tmp_path / "own.pth"), expected)
+
+
+def test_safetensors_load(expected, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(expected, tmp_path / "own.safetensors")
+    assert_same(load("nat_mini", tmp_path / "own.safetensors"), expected)
+
+
+def test_save_for_hf_round_trip_is_bit_exact(published, state, tmp_path):
+    torch.save(state, tmp_path / "nat_mini.pth")
+    model = load("nat_mini", tmp_path / "nat_mini.pth")
+    timm.models.save_for_hf(model, tmp_path / "hub")
+    assert_same(timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True), model.state_dict())
+
+
+def test_other_classes_and_channels_are_adapted(state, expected, tmp_path):
+    torch.save(state, tmp_path / "nat_mini.pth")
+    model = load("nat_mini", tmp_path / "nat_mini.pth", num_classes=7, in_chans=1)
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 7)
+    assert torch.equal(model.stages[3].blocks[4].attn.rpb, expected["stages.3.blocks.4.attn.rpb"])
+    torch.testing.assert_close(model.stem.proj[0].weight, expected["stem.proj.0.weight"].sum(1, keepdim=True))
+
+
+def test_a_fine_tuned_classifier_is_kept(tmp_path):
+    """timm would drop a classifier whose class count differs from the table's; the file's own count decides."""
+    tuned = timm.create_model("nat_atto", num_classes=7)
+    torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
+    assert_same(load("nat_atto", tmp_path / "tuned.pth", num_classes=7), tuned.state_dict())
+
+
+def test_another_kernel_size_resamples_the_bias(state, tmp_path):
+    torch.save(state, tmp_path / "nat_mini.pth")
+    model = load("nat_mini", tmp_path / "nat_mini.pth", kernel_size=11)
+    assert model.stages[0].blocks[0].attn.rpb.shape == (2, 21, 21)
+
+
+def test_a_classifier_starts_a_dense_backbone(state, expected, tmp_path):
+    torch.save(state, tmp_path / "nat_mini.pth")
+    backbone = foveate.create_backbone("nat_mini", recipe="detection", checkpoint=tmp_path / "nat_mini.pth")
+    model = backbone.features.model
+    assert torch.equal(model.stages[2].blocks[1].mlp.fc1.weight, expected["stages.2.blocks.1.mlp.fc1.weight"])
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in model.out_norms)
+
+
+def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "nat_mini.pth")
+    for name in ("nat_tiny", "dinat_s_tiny", "nat_isotropic_small"):
+        with pytest.raises(zoo.CheckpointError, match=f"not one of {name}: .* entries match") as error:
+            load(name, tmp_path / "nat_mini.pth")
+        assert "\n" not in str(error.value)
+
+
+def test_a_load_that_matches_little_is_refused_whatever_the_class_count(state, tmp_path):
+    """With another class count timm loads unstrictly, and a file of other names would load nothing."""
+    torch.save({"x." + key: value for key, value in state.items()}, tmp_path / "other.pth")
+    for options in (dict(num_classes=7), dict(features_only=True)):
+        with pytest.raises(zoo.CheckpointError, match="0 of"):
+            load("nat_mini", tmp_path / "other.pth", **options)
+
+
+def test_a_truncated_file_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for size in (0, 100, len(whole) // 2):
+        (tmp_path / "cut.pth").write_bytes(whole[:size])
+        with pytest.raises(zoo.CheckpointError, match=r"cut\.pth: truncated, or not a checkpoint") as error:
+            load("nat_mini", tmp_path / "cut.pth")
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(zoo.CheckpointError, match=r"nowhere\.pth: no such file"):
+        load("nat_mini", tmp_path / "nowhere.pth")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_is_never_executed(write, state, tmp_path):
+    write({"state_dict": state, "args": Payload(tmp_path / "executed")}, tmp_path / "evil.pth")
+    with pytest.raises(zoo.CheckpointError, match=r"evil\.pth: not read: .*only tensors and plain types") as error:
+        load("nat_mini", tmp_path / "evil.pth")
+    assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_model_without_weights_says_so():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for nat_atto"):
+        timm.create_model("nat_atto", pretrained=True)
