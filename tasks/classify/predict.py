@@ -1,0 +1,79 @@
+"""From images to class names, with a trained checkpoint or a published model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import nn
+
+from .. import TaskError
+from ..checkpoints import load_weights, read_checkpoint
+from .data import InputRule
+from .task import create_classifier
+
+
+class Predictor:
+    """A classifier with all it needs to name what is in an image.
+
+    Args:
+        model: Maps ``[B, C, H, W]`` to logits ``[B, classes]``.
+        rule: How an image becomes its input.
+        classes: Names of the classes, in the order of the logits.
+        device: Where to run.
+    """
+
+    def __init__(self, model: nn.Module, rule: InputRule, classes: Sequence[str], device: str | torch.device = "cpu"):
+        self.model = model.eval().to(device)
+        self.rule = rule
+        self.classes = list(classes)
+        self.device = device
+        self._transform = rule.transform()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+        """Read a checkpoint of `foveate train`.
+
+        Raises:
+            CheckpointError: If the file can't be read or is no such checkpoint.
+        """
+        checkpoint = read_checkpoint(path, "classify")
+        card = checkpoint["card"]
+        rule = InputRule(**card["input"])
+        model = create_classifier(card["model"], len(card["classes"]), rule, **card["kwargs"])
+        load_weights(model, checkpoint["state_dict"], path)
+        return cls(model, rule, card["classes"], device)
+
+    @classmethod
+    def from_name(cls, name: str, device: str | torch.device = "cpu") -> "Predictor":
+        """Take a timm model, ours or theirs, with its published weights.
+
+        Raises:
+            TaskError: If the model is unknown or its weights don't exist or can't be had.
+        """
+        model = create_classifier(name, pretrained=True)
+        cfg = model.pretrained_cfg
+        channels, height, width = cfg["input_size"]
+        if height != width:
+            raise TaskError(f"{name}: takes {height}x{width} images; only square inputs are predicted from")
+        rule = InputRule(height, channels, cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+        if cfg.get("label_names"):
+            classes = list(cfg["label_names"])
+        elif model.num_classes == 1000:
+            names = ImageNetInfo("imagenet-1k")
+            classes = [names.index_to_description(index) for index in range(1000)]
+        else:
+            classes = [f"class {index}" for index in range(model.num_classes)]
+        return cls(model, rule, classes, device)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
+        """Return, for every image, its ``top`` classes with their probabilities, the likeliest first."""
+        batch = torch.stack([self._transform(image) for image in images]).to(self.device)
+        best = self.model(batch).float().softmax(-1).topk(min(top, len(self.classes)))
+        return [
+            [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
+            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+

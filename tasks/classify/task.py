@@ -1,0 +1,170 @@
+"""Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
+
+import dataclasses
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from ...zoo import CheckpointError
+from ...zoo.backbone import check_name
+from .. import TaskError
+from .data import InputRule, build_datasets
+
+
+def create_classifier(
+    name: str,
+    num_classes: int | None = None,
+    rule: InputRule | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    **kwargs,
+) -> nn.Module:
+    """Create a timm model, ours or theirs, as a classifier.
+
+    Args:
+        name: Registered name, with an optional tag.
+        num_classes: Classes; the model's own if None.
+        rule: Input; gives the channels, and the size to models that need to know it. The model's own if None.
+        pretrained: Whether to start from published weights.
+        checkpoint: File with weights to start from instead.
+        **kwargs: Options of the model.
+
+    Raises:
+        TaskError: If the model is unknown, has no such option, or there are no weights to start from.
+        CheckpointError: If ``checkpoint`` can't be read or isn't one of this model.
+    """
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise TaskError(str(error)) from None
+    if checkpoint is not None:
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
+    else:
+        kwargs["pretrained"] = pretrained
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if rule is not None:
+        kwargs["in_chans"] = rule.channels
+        if get_pretrained_cfg(name).fixed_input_size:
+            kwargs.setdefault("img_size", rule.size)
+    try:
+        return timm.create_model(name, **kwargs)
+    except CheckpointError:
+        raise
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise TaskError(f"{name}: {str(error).split('() ')[-1]}; model.kwargs must be options of the model") from error
+    except (RuntimeError, OSError, ValueError) as error:
+        if not kwargs["pretrained"]:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TaskError(f"{name}: its published weights can't be loaded: {reason}") from error
+
+
+class Classify:
+    """Image classification, described by a config.
+
+    Attributes:
+        train_set: Training images with labels.
+        val_set: Held-out images with labels.
+        metric: The metric by which the best checkpoint is chosen.
+    """
+
+    # Every key a config may have, with its default.
+    DEFAULTS = {
+        "model": {
+            "name": None,  # a timm name
+            "pretrained": False,  # start from published weights
+            "checkpoint": None,  # start from the weights of a file
+            "kwargs": {},  # options of the model, such as drop_path_rate
+        },
+        "data": {
+            "name": "folder",  # "digits" or "folder"
+            "root": None,  # of a folder: holds train/CLASS/* and val/CLASS/*
+            "num_classes": None,  # checked if given
+            "size": 224,
+            "channels": 3,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "augment": {},  # arguments of timm.data.create_transform
+        },
+        "loss": {
+            "label_smoothing": 0.0,
+            "mixup": 0.0,  # alpha of timm.data.Mixup
+            "cutmix": 0.0,
+        },
+    }
+    FREE = ("model.kwargs", "data.augment")
+    metric = "accuracy"
+
+    def __init__(self, config: dict):
+        data, loss = config["data"], config["loss"]
+        if config["model"]["name"] is None:
+            raise TaskError("model.name is not set; `foveate list` shows what there is")
+        self.rule = InputRule(
+            **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct")}
+        )
+        try:
+            self.train_set, self.val_set = build_datasets(data, self.rule)
+        except TypeError as error:
+            raise TaskError(f"data.augment: {str(error).split('() ')[-1]}; it takes timm's create_transform") from error
+        self.classes = list(self.train_set.classes)
+        self.model = dict(config["model"])
+        self.label_smoothing = loss["label_smoothing"]
+        self.mixup = None
+        if loss["mixup"] > 0 or loss["cutmix"] > 0:
+            if config["batch_size"] % 2:
+                raise TaskError(f"mixup mixes pairs: batch_size must be even, not {config['batch_size']}")
+            self.mixup = Mixup(
+                loss["mixup"], loss["cutmix"], label_smoothing=self.label_smoothing, num_classes=len(self.classes)
+            )
+
+    def build_model(self) -> nn.Module:
+        """Return the model, initialised or with the weights the config starts from."""
+        options = {key: value for key, value in self.model.items() if key not in ("name", "kwargs")}
+        return create_classifier(
+            self.model["name"], len(self.classes), self.rule, **options, **dict(self.model["kwargs"])
+        )
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the loss of a batch of ``images`` ``[B, C, H, W]`` with ``targets`` ``[B]``."""
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+            return {"loss": F.cross_entropy(model(images), targets)}
+        return {"loss": F.cross_entropy(model(images), targets, label_smoothing=self.label_smoothing)}
+
+    def predict(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+        """Return the logits ``[classes]``, in float32, of every image."""
+        return list(model(images).float())
+
+    def measure(self, predictions: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
+        """Return the metrics of predictions of `predict`, as fractions: accuracy, top-5 accuracy, macro F1; and loss."""
+        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+        logits, labels = torch.stack(predictions), torch.as_tensor(targets)
+        count = len(self.classes)
+        metrics = {
+            "accuracy": multiclass_accuracy(logits, labels, count, average="micro"),
+            "f1": multiclass_f1_score(logits, labels, count, average="macro"),
+            "loss": F.cross_entropy(logits, labels),
+        }
+        if count > 5:
+            metrics["accuracy_top5"] = multiclass_accuracy(logits, labels, count, average="micro", top_k=5)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def card(self) -> dict:
+        """Return, in plain types, what prediction needs besides the weights."""
+        return {
+            "task": "classify",
+            "model": self.model["name"],
+            "kwargs": dict(self.model["kwargs"]),
+            "classes": self.classes,
+            "input": dataclasses.asdict(self.rule),
+        }
