@@ -6,7 +6,8 @@ from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import na2d
-from ..kernels.neighborhood.reference import na2d_weights
+from ..kernels.neighborhood.reference import reference_scores
+from ..kernels.neighborhood.window import Axis
 
 
 @register_notrace_function
@@ -126,5 +127,6 @@ class NeighborhoodAttention2d(nn.Module):
         """
         height, width = x.shape[1:3]
         q, k, _ = self._qkv(x)
-        kernel_size, dilation = (self.kernel_size,) * 2, (self.dilation,) * 2
-        return na2d_weights(q, k, kernel_size, dilation, self.scale, self.rpb)[:, :height, :width]
+        axes = [Axis(length, self.kernel_size, dilation=self.dilation) for length in q.shape[1:3]]
+        weights = reference_scores(q, k, axes, self.scale, self.rpb).softmax(-1)
+        return weights.unflatten(1, q.shape[1:3])[:, :height, :width]

@@ -1,5 +1,6 @@
 """Neighborhood attention: every query attends to the ``kernel_size`` nearest keys of its dilation group."""
 
-from .api import na2d
+from .api import na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
+from .tiled import clear_plans
 
-__all__ = ["na2d"]
+__all__ = ["clear_plans", "na1d", "na2d", "na3d", "neighborhood_backends", "set_neighborhood_backend"]

@@ -1,56 +1,70 @@
 """The specification of neighborhood attention in plain torch: gather every window, then softmax over it.
 
-It holds every window in memory (``kernel_size**2`` copies of keys and values), so it is the oracle of the tests and
-the source of attention maps, not a path for training.
+It holds every window in memory (a copy of keys and values per neighbor), so it is the oracle of the tests and the
+source of attention maps, not a path for training.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from .window import axis_offsets, axis_windows
+from .window import Axis, axis_offsets, axis_windows
 
 
-def _gather_windows(x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """Return the window of every position of ``x`` ``[B, H, W, heads, dim]`` as ``[B, H, W, heads, Kh*Kw, dim]``."""
-    height, width = x.shape[1:3]
-    rows = torch.from_numpy(axis_windows(height, kernel_size[0], dilation[0])).to(x.device)
-    columns = torch.from_numpy(axis_windows(width, kernel_size[1], dilation[1])).to(x.device)
-    windows = x[:, rows[:, None, :, None], columns[None, :, None, :]]
-    return windows.flatten(3, 4).transpose(3, 4)
+def _window_tables(axes: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
+    """Return key tokens ``[tokens, neighbors]``, -1 for none, and their entries in a flattened bias table."""
+    tokens, entries = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
+    for axis in axes:
+        keys = axis_windows(axis.length, axis.kernel_size, axis.dilation, axis.stride, axis.is_causal)
+        offsets = axis_offsets(axis)[:, None] + np.arange(axis.kernel_size)
+        none = (tokens[:, None, :, None] < 0) | (keys[None, :, None, :] < 0)
+        shape = (tokens.shape[0] * axis.length, -1)
+        tokens = np.where(none, -1, tokens[:, None, :, None] * axis.length + keys[None, :, None, :]).reshape(shape)
+        width = 2 * axis.kernel_size - 1
+        entries = (entries[:, None, :, None] * width + offsets[None, :, None, :]).reshape(shape)
+    return tokens, entries
 
 
-def na2d_weights(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
-    scale: float,
-    rpb: Tensor | None,
-) -> Tensor:
-    """Return the attention weights ``[B, H, W, heads, Kh*Kw]`` of each query over its window, row-major.
+def reference_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], scale: float, rpb: Tensor | None) -> Tensor:
+    """Return the scores ``[B, tokens, heads, neighbors]`` of each query over its window, -inf where there is no key.
 
-    Column ``i * Kw + j`` belongs to the key at ``axis_windows`` row ``i`` and column ``j``.
+    Neighbors are in row-major order of the axes' windows.
     """
-    keys = _gather_windows(key, kernel_size, dilation)
-    scores = torch.einsum("byxhd,byxhkd->byxhk", query * scale, keys)
+    query, key = query.flatten(1, -3), key.flatten(1, -3)
+    tokens, entries = (torch.from_numpy(table).to(query.device) for table in _window_tables(axes))
+    key = key.repeat_interleave(query.shape[2] // max(key.shape[2], 1), dim=2)
+    scores = torch.einsum("bnhd,bnkhd->bnhk", query * scale, key[:, tokens])
     if rpb is not None:
-        height, width = query.shape[1:3]
-        rows = torch.from_numpy(axis_offsets(height, kernel_size[0], dilation[0])).to(rpb.device)
-        columns = torch.from_numpy(axis_offsets(width, kernel_size[1], dilation[1])).to(rpb.device)
-        bias = rpb[:, rows[:, None, :, None], columns[None, :, None, :]]
-        scores = scores + bias.flatten(3).permute(1, 2, 0, 3).to(scores.dtype)
-    return scores.softmax(-1)
+        scores = scores + rpb.flatten(1)[:, entries].transpose(0, 1).to(scores.dtype)
+    return scores.masked_fill((tokens < 0)[:, None, :], float("-inf"))
 
 
-def na2d_reference(
+def neighborhood_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
+    axes: Sequence[Axis],
     scale: float,
     rpb: Tensor | None,
-) -> Tensor:
-    """Neighborhood attention by brute force; see `foveate.kernels.na2d` for the arguments."""
-    weights = na2d_weights(query, key, kernel_size, dilation, scale, rpb)
-    return torch.einsum("byxhk,byxhkd->byxhd", weights, _gather_windows(value, kernel_size, dilation))
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention by brute force, with the log-sum-exp of the scores; see `api.na2d` for the arguments."""
+    tokens = torch.from_numpy(_window_tables(axes)[0]).to(query.device)
+    group = query.shape[-2] // max(key.shape[-2], 1)
+    values = value.flatten(1, -3).repeat_interleave(group, dim=2)[:, tokens]
+    scores = reference_scores(query, key, axes, scale, rpb)
+    if additional_keys is not None:
+        more = additional_keys.repeat_interleave(group, dim=2)
+        more_scores = torch.einsum("bnhd,bmhd->bnhm", query.flatten(1, -3) * scale, more)
+        scores = torch.cat([scores, more_scores], -1)
+    weights = scores.softmax(-1)
+    neighbors = tokens.shape[1]
+    output = torch.einsum("bnhk,bnkhd->bnhd", weights[..., :neighbors], values)
+    if additional_values is not None:
+        more = additional_values.repeat_interleave(group, dim=2)
+        output = output + torch.einsum("bnhm,bmhd->bnhd", weights[..., neighbors:], more)
+    spatial = query.shape[1:-2]
+    return output.unflatten(1, spatial), scores.logsumexp(-1).unflatten(1, spatial)

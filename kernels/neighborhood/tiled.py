@@ -1,17 +1,20 @@
 """Neighborhood attention by tiles, in plain torch: a few dense attentions instead of one window per query.
 
-The map is cut into tiles of queries, and a tile attends to the smallest rectangle of keys that holds its windows.
-What a query must not see is masked, and the relative position bias rides in the same tensor as the mask, so that a
-tile is one scaled_dot_product_attention. Two choices keep the rest cheap:
+The map is cut into tiles of queries, and a tile attends to the smallest box of keys that holds its windows. What a
+query must not see is masked, and the relative position bias rides in the same tensor as the mask, so that a tile is
+one scaled_dot_product_attention. Two choices keep the rest cheap:
 
-* Columns are cut by one gather into ``[rows, column in tile, tile]``. A row of tiles is then a plain slice, and its
-  tiles are extra heads of one attention call, whose mask broadcasts over the batch.
-* Tiles are small: work grows with the rectangle of keys, not with the window.
+* The last axis (columns) is cut by one gather into ``[..., column in tile, tile]``. A row of tiles is then a slice of
+  the other axes, and its tiles are extra heads of one attention call, whose mask broadcasts over the batch.
+* Tiles are small: work grows with the box of keys, not with the window.
 
-A dilation is a permutation of rows and columns by group; tiles are cut within the groups.
+A dilation is a permutation of each axis by group; tiles are cut within the groups.
 """
 
 import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window import axis_windows
+from .window import Axis, axis_offsets, axis_ranges
 
 
 class _Tile(NamedTuple):
@@ -27,14 +30,14 @@ class _Tile(NamedTuple):
 
     queries: np.ndarray  # [T]
     keys: np.ndarray  # [S], consecutive
-    offsets: np.ndarray  # [T, S], the relative-position index, or 2 * kernel_size - 1 for a key out of the window
+    entries: np.ndarray  # [T, S] entry of the axis's bias table, or its last one for a key out of the window
 
 
 class _RowOfTiles(NamedTuple):
-    """Rows of one call: queries and keys are slices, ``mask`` picks one of the plan's few distinct masks."""
+    """One attention call: slices of the axes before the last, and the number of its mask."""
 
-    queries: slice
-    keys: slice
+    queries: tuple[slice, ...]
+    keys: tuple[slice, ...]
     mask: int
 
 
@@ -42,141 +45,215 @@ class _Plan(NamedTuple):
     """How a map is cut. Token indices are flat, row-major."""
 
     rows: list[_RowOfTiles]
-    query_index: np.ndarray  # tokens in the order [H, T, tiles]
-    key_index: np.ndarray  # tokens in the order [H, S, tiles]
-    output_index: np.ndarray  # [H * W], where each token lies in the order [H, T, tiles]
-    tiles: int  # column tiles, the dilation groups counted in
-    row_offsets: list[np.ndarray]  # the distinct masks' row parts, each [Ty, Sy]
-    column_offsets: np.ndarray  # [tiles, Tx, Sx]
+    query_index: np.ndarray  # tokens in the order [..., Tx, tiles]
+    key_index: np.ndarray  # tokens in the order [..., Sx, tiles]
+    output_index: np.ndarray  # where each token lies in the rows' outputs, one after another
+    tiles: int  # on the last axis, its dilation groups counted in
+    masks: list[tuple[np.ndarray, ...]]  # distinct masks: entries of each axis before the last, [T, S]
+    column_entries: np.ndarray  # [tiles, Tx, Sx]
 
 
-def _axis_order(length: int, dilation: int) -> np.ndarray:
+def _axis_order(axis: Axis) -> np.ndarray:
     """Return the positions of an axis, ordered by dilation group."""
-    return np.concatenate([np.arange(group, length, dilation) for group in range(dilation)])
+    return np.concatenate([np.arange(group, axis.length, axis.dilation) for group in range(axis.dilation)])
 
 
-def _axis_tiles(length: int, kernel_size: int, dilation: int, tile_length: int) -> list[_Tile]:
-    """Cut an axis into tiles of at most ``tile_length`` queries that stay within a dilation group."""
-    tiles, start = [], 0
-    for group in range(dilation):
-        group_length = len(range(group, length, dilation))
-        windows = axis_windows(group_length, kernel_size)
-        for queries in np.array_split(np.arange(group_length), -(-group_length // tile_length)):
-            keys = np.arange(windows[queries[0], 0], windows[queries[-1], -1] + 1)
-            seen = (keys >= windows[queries, :1]) & (keys <= windows[queries, -1:])
-            offsets = np.where(seen, keys - queries[:, None] + kernel_size - 1, 2 * kernel_size - 1)
-            tiles.append(_Tile(start + queries, start + keys, offsets))
-        start += group_length
+def _group_parts(axis: Axis, tile_length: int) -> Iterator[np.ndarray]:
+    """Yield the positions of each tile's queries; no tile crosses a dilation group."""
+    for group in range(axis.dilation):
+        positions = np.arange(group, axis.length, axis.dilation)
+        yield from np.array_split(positions, -(-len(positions) // tile_length))
+
+
+def _axis_tiles(axis: Axis, tile_length: int, biased: bool) -> list[_Tile]:
+    """Cut an axis into tiles of at most ``tile_length`` queries."""
+    first, count = axis_ranges(axis)
+    offsets = axis_offsets(axis)
+    place = np.empty(axis.length, dtype=np.int64)
+    place[_axis_order(axis)] = np.arange(axis.length)
+    outside = 2 * axis.kernel_size - 1
+    tiles = []
+    for queries in _group_parts(axis, tile_length):
+        last = first[queries] + axis.dilation * (count[queries] - 1)
+        keys = np.arange(first[queries].min(), last.max() + 1, axis.dilation)
+        step = (keys - first[queries, None]) // axis.dilation
+        seen = (step >= 0) & (step < count[queries, None])
+        entries = np.where(seen, offsets[queries, None] + step if biased else 0, outside)
+        tiles.append(_Tile(place[queries], place[keys], entries))
     return tiles
 
 
-def _level(tiles: list[_Tile], kernel_size: int) -> _Tile:
+def _level(tiles: list[_Tile]) -> _Tile:
     """Stack tiles of different sizes: the last query is repeated, the last key too but out of every window."""
     query_count = max(len(tile.queries) for tile in tiles)
     key_count = max(len(tile.keys) for tile in tiles)
+    outside = max(tile.entries.max() for tile in tiles)
     levelled = []
-    for queries, keys, offsets in tiles:
+    for queries, keys, entries in tiles:
         more_queries, more_keys = query_count - len(queries), key_count - len(keys)
-        offsets = np.pad(offsets, ((0, 0), (0, more_keys)), constant_values=2 * kernel_size - 1)
+        entries = np.pad(entries, ((0, 0), (0, more_keys)), constant_values=outside)
         levelled.append(
             _Tile(
                 np.pad(queries, (0, more_queries), mode="edge"),
                 np.pad(keys, (0, more_keys), mode="edge"),
-                np.pad(offsets, ((0, more_queries), (0, 0)), mode="edge"),
+                np.pad(entries, ((0, more_queries), (0, 0)), mode="edge"),
             )
         )
     return _Tile(*(np.stack(part) for part in zip(*levelled, strict=True)))
 
 
-def _tile_length(length: int, kernel_size: int, dilation: int) -> int:
+def _tile_length(axis: Axis) -> int:
     """Return the tile length of an axis that computes the fewest query-key pairs.
 
     Shorter tiles than four queries would compute fewer pairs, but not faster: calls and gathers begin to dominate.
     """
+    first, count = axis_ranges(axis)
+    last = first + axis.dilation * (count - 1)
 
     def pairs(tile_length: int) -> int:
-        tiles = _axis_tiles(length, kernel_size, dilation, tile_length)
-        return len(tiles) * max(len(tile.queries) for tile in tiles) * max(len(tile.keys) for tile in tiles)
+        parts = list(_group_parts(axis, tile_length))
+        most_keys = max((last[part].max() - first[part].min()) // axis.dilation + 1 for part in parts)
+        return len(parts) * max(map(len, parts)) * int(most_keys)
 
-    longest = -(-length // dilation)
-    return min(range(min(4, longest), min(16, longest) + 1), key=pairs)
+    longest = -(-axis.length // axis.dilation)
+    return min(range(min(4, longest), min(max(16, axis.stride), longest) + 1), key=pairs)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> _Plan:
-    height, width = size
-    tile_height, tile_width = map(_tile_length, size, kernel_size, dilation)
-    row_order, column_order = (_axis_order(length, step) for length, step in zip(size, dilation, strict=True))
+def _plan(axes: tuple[Axis, ...], biased: bool) -> _Plan:
+    *leading, last = axes
+    columns = _level(_axis_tiles(last, _tile_length(last), biased))
+    tiles = len(columns.queries)
+    column_order = _axis_order(last)
 
-    rows, masks = [], {}
-    for tile in _axis_tiles(height, kernel_size[0], dilation[0], tile_height):
-        mask = masks.setdefault((tile.offsets.shape, tile.offsets.tobytes()), (len(masks), tile.offsets))[0]
-        queries, keys = (slice(int(part[0]), int(part[-1]) + 1) for part in (tile.queries, tile.keys))
+    # Flat index of every position of the leading axes, in the order of their groups.
+    lead_index = np.zeros((), dtype=np.int64)
+    for axis in leading:
+        lead_index = lead_index[..., None] * axis.length + _axis_order(axis)
+    lead_index = lead_index[..., None, None] * last.length
+    query_index = lead_index + column_order[columns.queries.T]
+    key_index = lead_index + column_order[columns.keys.T]
+
+    rows, masks, outputs = [], {}, []
+    for row in itertools.product(*(_axis_tiles(axis, _tile_length(axis), biased) for axis in leading)):
+        identity = tuple((tile.entries.shape, tile.entries.tobytes()) for tile in row)
+        mask = masks.setdefault(identity, (len(masks), tuple(tile.entries for tile in row)))[0]
+        queries = tuple(slice(int(tile.queries[0]), int(tile.queries[-1]) + 1) for tile in row)
+        keys = tuple(slice(int(tile.keys[0]), int(tile.keys[-1]) + 1) for tile in row)
         rows.append(_RowOfTiles(queries, keys, mask))
-
-    columns = _level(_axis_tiles(width, kernel_size[1], dilation[1], tile_width), kernel_size[1])
-    query_columns, key_columns = column_order[columns.queries.T], column_order[columns.keys.T]
-    query_index = row_order[:, None, None] * width + query_columns
-    output_index = np.empty(height * width, dtype=np.int64)
-    output_index[query_index.ravel()] = np.arange(query_index.size)
+        outputs.append(query_index[queries].ravel())
+    output = np.concatenate(outputs)
+    output_index = np.empty(math.prod(axis.length for axis in axes), dtype=np.int64)
+    output_index[output] = np.arange(output.size)
     return _Plan(
         rows=rows,
         query_index=query_index.ravel(),
-        key_index=(row_order[:, None, None] * width + key_columns).ravel(),
+        key_index=key_index.ravel(),
         output_index=output_index,
-        tiles=len(columns.queries),
-        row_offsets=[offsets for _, offsets in masks.values()],
-        column_offsets=columns.offsets,
+        tiles=tiles,
+        masks=[entries for _, entries in masks.values()],
+        column_entries=columns.entries,
     )
 
 
-def _mask(plan: _Plan, row_offsets: np.ndarray, rpb: Tensor) -> Tensor:
-    """Return bias and mask of a row of tiles, ``[tiles * heads, Ty * Tx, Sy * Sx]``."""
-    rows = torch.from_numpy(row_offsets).to(rpb.device)
-    columns = torch.from_numpy(plan.column_offsets).to(rpb.device)
-    mask = rpb.index_select(1, rows.flatten()).index_select(2, columns.flatten())
-    mask = mask.unflatten(2, columns.shape).unflatten(1, rows.shape)
-    return mask.permute(3, 0, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+def clear_plans() -> None:
+    """Forget how maps are cut; at most 256 shapes are remembered."""
+    _plan.cache_clear()
+
+
+def _mask(entries: Sequence[np.ndarray], column_entries: np.ndarray, table: Tensor) -> Tensor:
+    """Return bias and mask of a row of tiles, ``[tiles * heads, queries, keys]``.
+
+    Args:
+        entries: Entries ``[T, S]`` of each axis before the last.
+        column_entries: Entries ``[tiles, Tx, Sx]`` of the last axis.
+        table: Bias by entry, ``[heads, ...]``, with -inf in the last entry of every axis.
+    """
+    for i, index in enumerate((*entries, column_entries)):
+        table = table.index_select(i + 1, torch.from_numpy(index.ravel()).to(table.device))
+    shapes = [*(index.shape for index in entries), column_entries.shape]
+    table = table.reshape(table.shape[0], *itertools.chain(*shapes))
+    rank, tiles = len(entries), table.ndim - 3
+    queries = [*range(1, 2 * rank, 2), tiles + 1]
+    keys = [*range(2, 2 * rank + 1, 2), tiles + 2]
+    table = table.permute(tiles, 0, *queries, *keys)
+    return table.flatten(rank + 3).flatten(2, rank + 2).flatten(0, 1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of ``[B, heads, tokens, dim]`` with a mask ``[heads, queries, keys]``; the log-sum-exp on request."""
+    if not with_lse:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=scale), None
+    scores = (query * scale @ key.transpose(-1, -2)).to(_lse_dtype(query)) + mask
+    return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
+
+
+def _lse_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.
 @torch.compiler.allow_in_graph
-def na2d_tiled(
+def neighborhood_tiled(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
+    axes: tuple[tuple, ...],
     scale: float,
     rpb: Tensor | None,
-) -> Tensor:
-    """Neighborhood attention by tiles; see `foveate.kernels.na2d` for the arguments."""
-    height, width, heads = query.shape[1:4]
-    plan = _plan((height, width), kernel_size, dilation)
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Neighborhood attention by tiles; see `api.na2d` for the arguments."""
+    axes = tuple(Axis(*axis) for axis in axes)
+    spatial, heads = query.shape[1:-2], query.shape[-2]
+    if heads != key.shape[-2]:
+        group = heads // key.shape[-2]
+        key, value = key.repeat_interleave(group, dim=-2), value.repeat_interleave(group, dim=-2)
+        if additional_keys is not None:
+            additional_keys = additional_keys.repeat_interleave(group, dim=-2)
+            additional_values = additional_values.repeat_interleave(group, dim=-2)
+    table = rpb if rpb is not None else query.new_zeros(heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    if len(axes) == 1:  # a line is a map of one row
+        axes = (Axis(1, 1), *axes)
+        table = table.unsqueeze(1)
+    plan = _plan(axes, rpb is not None)
+    lead = [axis.length for axis in axes[:-1]]
     query_index, key_index, output_index = (
         torch.from_numpy(index).to(query.device) for index in (plan.query_index, plan.key_index, plan.output_index)
     )
 
-    def cut(x: Tensor, index: Tensor) -> Tensor:  # to [B, H, column in tile, tiles * heads, dim]
-        x = x.flatten(3).flatten(1, 2).index_select(1, index)
-        return x.unflatten(2, (heads, -1)).unflatten(1, (height, -1, plan.tiles)).flatten(3, 4)
+    def cut(x: Tensor, index: Tensor) -> Tensor:  # to [B, *lead, column in tile, tiles * heads, dim]
+        x = x.flatten(-2).flatten(1, -2).index_select(1, index)
+        return x.unflatten(2, (heads, -1)).unflatten(1, (*lead, -1, plan.tiles)).flatten(-3, -2)
 
     query, key, value = cut(query, query_index), cut(key, key_index), cut(value, key_index)
 
-    if rpb is None:
-        rpb = query.new_zeros(heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
-    # One more row and column, which the index of a key out of the window points to.
-    rpb = F.pad(rpb.to(query.dtype), (0, 1, 0, 1), value=float("-inf"))
-    masks = [_mask(plan, offsets, rpb) for offsets in plan.row_offsets]
+    # One more entry on every axis, which the index of a key out of the window points to.
+    table = F.pad(table.to(query.dtype), (0, 1) * len(axes), value=float("-inf"))
+    masks = [_mask(entries, plan.column_entries, table) for entries in plan.masks]
+    more = []
+    if additional_keys is not None:
+        masks = [F.pad(mask, (0, additional_keys.shape[1])) for mask in masks]
+        more = [x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in (additional_keys, additional_values)]
 
-    outputs = []
+    outputs, lses = [], []
     for row in plan.rows:
-        tokens = (
-            x.flatten(1, 2).transpose(1, 2) for x in (query[:, row.queries], key[:, row.keys], value[:, row.keys])
-        )
-        output = F.scaled_dot_product_attention(*tokens, attn_mask=masks[row.mask][None], scale=scale)
+        tokens = [
+            x[(slice(None), *part)].flatten(1, -3).transpose(1, 2)
+            for x, part in ((query, row.queries), (key, row.keys), (value, row.keys))
+        ]
+        if more:
+            tokens[1:] = (torch.cat([x, extra], 2) for x, extra in zip(tokens[1:], more, strict=True))
+        output, lse = _attend(*tokens, masks[row.mask], scale, with_lse)
         outputs.append(output.transpose(1, 2))
-    output = (
-        torch.cat(outputs, 1).unflatten(2, (plan.tiles, heads)).flatten(1, 2).flatten(2).index_select(1, output_index)
-    )
-    return output.unflatten(2, (heads, -1)).unflatten(1, (height, width))
+        lses.append(lse)
+
+    def join(parts: list[Tensor]) -> Tensor:  # from [B, tokens in tile, tiles * heads, ...] a row to [B, *spatial, ...]
+        x = torch.cat(parts, 1).unflatten(2, (plan.tiles, heads)).flatten(1, 2)
+        return x.flatten(2).index_select(1, output_index).unflatten(2, x.shape[2:]).unflatten(1, spatial)
+
+    return join(outputs), join([lse.transpose(1, 2) for lse in lses]) if with_lse else None

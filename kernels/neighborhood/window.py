@@ -1,39 +1,72 @@
 """Which keys a query sees on one axis. The axes are independent: a neighborhood is the product of its axis windows.
 
 Positions with the same residue modulo the dilation form a group, and a query sees only keys of its own group. Inside
-its group the window is centred on the query and shifts at the borders: it never shrinks and nothing is padded.
-Sources: NAT (arXiv 2204.07143, eq. 3) and DiNAT (arXiv 2209.15001, eq. 4), as implemented by NATTEN.
+its group the window is centred on the query and shifts at the borders: it never shrinks and nothing is padded. With a
+stride, ``stride`` consecutive queries share the window of their middle one. A causal axis shows a query its own
+position and up to ``kernel_size - 1`` before it. Sources: NAT (arXiv 2204.07143, eq. 3), DiNAT (arXiv 2209.15001,
+eq. 4) and GNA (arXiv 2504.16922), as implemented by NATTEN 0.21.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
 
-def axis_windows(length: int, kernel_size: int, dilation: int = 1) -> np.ndarray:
+class Axis(NamedTuple):
+    """One axis of a neighborhood: its length and how windows are laid on it."""
+
+    length: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+
+
+def axis_ranges(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first key and the number of keys of every query, both ``[length]``, int64.
+
+    A query's keys are ``first + dilation * t`` for ``t < count``.
+    """
+    query = np.arange(axis.length)
+    group, rank = query % axis.dilation, query // axis.dilation
+    last = (axis.length - group + axis.dilation - 1) // axis.dilation - 1
+    leader = rank // axis.stride * axis.stride
+    if axis.is_causal:
+        leader = np.minimum(leader + axis.stride - 1, last)
+        first = np.maximum(leader - axis.kernel_size + 1, 0)
+        count = rank - first + 1
+    else:
+        leader = np.minimum(leader + axis.stride // 2, last)
+        first = np.clip(leader - axis.kernel_size // 2, 0, last + 1 - axis.kernel_size)
+        count = np.full_like(first, axis.kernel_size)
+    return group + axis.dilation * first, count
+
+
+def axis_windows(
+    length: int, kernel_size: int, dilation: int = 1, stride: int = 1, is_causal: bool = False
+) -> np.ndarray:
     """Return the key positions that each query of an axis attends to.
 
     Args:
         length: Positions on the axis; at least ``kernel_size * dilation``.
         kernel_size: Keys per query. An even window has one key more to the left than to the right.
         dilation: Distance between neighboring keys.
+        stride: Queries of a group that share a window.
+        is_causal: Whether keys after the query are hidden.
 
     Returns:
-        ``[length, kernel_size]`` int64 array of ascending key positions.
+        ``[length, kernel_size]`` int64 array of ascending key positions; -1 where a causal window holds fewer.
     """
-    query = np.arange(length)
-    group, rank = query % dilation, query // dilation
-    group_length = (length - group + dilation - 1) // dilation
-    first = np.clip(rank - kernel_size // 2, 0, group_length - kernel_size)
-    return group[:, None] + dilation * (first[:, None] + np.arange(kernel_size))
+    first, count = axis_ranges(Axis(length, kernel_size, stride, dilation, is_causal))
+    step = np.arange(kernel_size)
+    return np.where(step < count[:, None], first[:, None] + dilation * step, -1)
 
 
-def axis_offsets(length: int, kernel_size: int, dilation: int = 1) -> np.ndarray:
-    """Return the relative-position index of every query-key pair of an axis.
+def axis_offsets(axis: Axis) -> np.ndarray:
+    """Return the relative-position index of the first key of every query, ``[length]``; the next ones count up.
 
     The index is the distance from query to key in steps of the dilation, plus ``kernel_size - 1``, so that it runs
     from 0 to ``2 * kernel_size - 2`` and the query's own position has the middle one.
-
-    Returns:
-        ``[length, kernel_size]`` int64 array, parallel to `axis_windows`.
     """
-    distance = axis_windows(length, kernel_size, dilation) - np.arange(length)[:, None]
-    return distance // dilation + kernel_size - 1
+    first, _ = axis_ranges(axis)
+    return (first - np.arange(axis.length)) // axis.dilation + axis.kernel_size - 1

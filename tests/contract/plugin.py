@@ -9,6 +9,10 @@ import os
 import timm
 import timm.models
 
+MARKERS = (
+    *("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript"),
+    *("features", "fxforward", "fxbackward", "timeout"),
+)
 _before = set(timm.models.list_models())
 import foveate  # noqa: E402, F401
 
@@ -28,7 +32,7 @@ timm.list_pretrained = lambda *args, **kwargs: []
 
 
 def pytest_configure(config):
-    for marker in "base forward backward cfg cfg_nonstd torchscript features fxforward fxbackward timeout".split():
+    for marker in MARKERS:
         config.addinivalue_line("markers", marker)
 
 

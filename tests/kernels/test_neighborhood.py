@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from foveate.kernels import na2d
-from foveate.kernels.neighborhood.window import axis_offsets, axis_windows
+from foveate.kernels import na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
+from foveate.kernels.neighborhood.window import Axis, axis_offsets, axis_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +25,16 @@ def tensors(shape, kernel_size, rpb=True, dtype=torch.float32, seed=0, value_dim
 
 def test_windows_are_the_published_key_sets(golden_folder):
     cases = json.loads((golden_folder / "na_op" / "windows_1axis.json").read_text())
-    plain = [case for case in cases if case["stride"] == 1 and not case["is_causal"]]
-    assert len(plain) >= 5
-    for case in plain:
-        assert axis_windows(case["length"], case["kernel_size"], case["dilation"]).tolist() == case["windows"]
+    assert len(cases) >= 20
+    for case in cases:
+        expected = case.pop("windows")
+        windows = [[key for key in keys if key >= 0] for keys in axis_windows(**case).tolist()]
+        assert windows == expected, case
 
 
 def test_offset_of_the_own_position_is_the_middle():
-    windows, offsets = axis_windows(11, 3, 2), axis_offsets(11, 3, 2)
+    windows, first = axis_windows(11, 3, 2), axis_offsets(Axis(11, 3, dilation=2))
+    offsets = first[:, None] + np.arange(3)
     assert (offsets[windows == np.arange(11)[:, None]] == 2).all()
     assert offsets.min() == 0
     assert offsets.max() == 4
@@ -40,47 +42,78 @@ def test_offset_of_the_own_position_is_the_middle():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fixtures(backend, golden_folder):
-    paths = sorted((golden_folder / "na_op").glob("2d_*.npz"))
-    assert len(paths) >= 10
+    paths = sorted((golden_folder / "na_op").glob("[123]d_*.npz"))
+    assert len(paths) >= 40
     for path in paths:
         case = np.load(path)
         meta = json.loads(str(case["meta"]))
         q, k, v = (torch.from_numpy(case[name]) for name in "qkv")
-        rpb = torch.from_numpy(case["rpb"]) if "rpb" in case else None
-        out = na2d(
+        extra = [torch.from_numpy(case[name]) if name in case else None for name in ("rpb", "add_k", "add_v")]
+        out, lse = (na1d, na2d, na3d)[len(meta["spatial"]) - 1](
             q,
             k,
             v,
-            tuple(meta["kernel_size"]),
-            dilation=tuple(meta["dilation"]),
+            **{name: tuple(meta[name]) for name in ("kernel_size", "stride", "dilation", "is_causal")},
             scale=meta["scale"],
-            rpb=rpb,
+            rpb=extra[0],
+            additional_keys=extra[1],
+            additional_values=extra[2],
             backend=backend,
+            return_lse=True,
         )
-        error = (out - torch.from_numpy(case["out"])).abs().max().item()
-        assert error <= 2e-6, f"{path.stem}: {error:.1e}"
+        for name, actual in (("out", out), ("lse", lse)):
+            error = (actual - torch.from_numpy(case[name])).abs().max().item()
+            assert error <= 2e-6, f"{path.stem}: {name} {error:.1e}"
 
 
 @st.composite
 def problems(draw):
-    kernel = draw(st.tuples(st.integers(2, 6), st.integers(2, 6)))
-    dilation = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    size = tuple(k * d + draw(st.integers(0, 9)) for k, d in zip(kernel, dilation, strict=True))
-    biased = draw(st.booleans()) and kernel[0] % 2 and kernel[1] % 2
-    return draw(st.integers(1, 2)), size, kernel, dilation, draw(st.integers(1, 3)), draw(st.integers(1, 9)), biased
+    """Draw the tensors' shapes and the options of a call of any rank."""
+    rank = draw(st.integers(1, 3))
+    per_axis = lambda values: tuple(draw(values) for _ in range(rank))  # noqa: E731
+    kernel = per_axis(st.integers(2, 5 if rank < 3 else 3))
+    dilation = per_axis(st.integers(1, 3 if rank < 3 else 2))
+    size = tuple(k * d + draw(st.integers(0, 7 if rank < 3 else 3)) for k, d in zip(kernel, dilation, strict=True))
+    biased = draw(st.booleans()) and all(k % 2 for k in kernel)
+    options = {"kernel_size": kernel, "dilation": dilation}
+    if not biased:
+        options["stride"] = tuple(draw(st.integers(1, k)) for k in kernel)
+        options["is_causal"] = per_axis(st.booleans())
+    heads_kv, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    dim, dim_v, more = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(0, 2))
+    batch = draw(st.integers(1, 2))
+    shapes = {
+        "query": (batch, *size, heads_kv * group, dim),
+        "key": (batch, *size, heads_kv, dim),
+        "value": (batch, *size, heads_kv, dim_v),
+    }
+    if biased:
+        shapes["rpb"] = (heads_kv * group, *(2 * k - 1 for k in kernel))
+    if more:
+        shapes |= {
+            "additional_keys": (batch, more, heads_kv, dim),
+            "additional_values": (batch, more, heads_kv, dim_v),
+        }
+    return (na1d, na2d, na3d)[rank - 1], shapes, options
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems())
-def test_tiled_equals_reference(problem):
-    batch, size, kernel, dilation, heads, dim, biased = problem
-    q, k, v, rpb = tensors((batch, *size, heads, dim), kernel, biased, torch.float64, value_dim=dim + 1)
-    inputs = [x.requires_grad_() for x in (q, k, v, rpb) if x is not None]
-    outputs = [na2d(q, k, v, kernel, dilation=dilation, rpb=rpb, backend=backend) for backend in BACKENDS]
-    torch.testing.assert_close(outputs[1], outputs[0])
-    weight = torch.randn_like(outputs[0])
-    gradients = [torch.autograd.grad((output * weight).sum(), inputs) for output in outputs]
-    torch.testing.assert_close(gradients[1], gradients[0])
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.booleans())
+def test_tiled_equals_reference(problem, return_lse):
+    operator, shapes, options = problem
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for name, shape in shapes.items()
+    }
+    results = []
+    for backend in BACKENDS:
+        outputs = operator(**inputs, **options, backend=backend, return_lse=return_lse)
+        outputs = outputs if return_lse else (outputs,)
+        loss = sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs)
+        results.append((*outputs, *torch.autograd.grad(loss, list(inputs.values()))))
+    for reference, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, reference)
 
 
 @pytest.mark.parametrize("dilation", [1, (2, 3)])
@@ -126,23 +159,75 @@ X = torch.zeros(1, 8, 9, 2, 4)
         ((X[0], X, X, 3), {}, r"query as \[B, H, W, heads, dim\]; got 4 axes"),
         ((X, X, X, 9), {}, "height: kernel_size 9 x dilation 1 = 9 > 8"),
         ((X, X, X, (3, 5)), {"dilation": (1, 2)}, "width: kernel_size 5 x dilation 2 = 10 > 9"),
-        ((X, X, X, 1), {}, "kernel_size of at least 2"),
-        ((X, X, X, 3), {"dilation": 0}, "dilation of at least 1"),
-        ((X, X, X, (3, 3, 3)), {}, "kernel_size as an integer or two"),
-        ((X, X, X, 3.0), {}, "kernel_size as an integer or two"),
+        ((X, X, X, 1), {}, "kernel_size of at least 2; got 1 on the height"),
+        ((X, X, X, 3), {"dilation": (1, 0)}, "dilation of at least 1; got 0 on the width"),
+        ((X, X, X, 3), {"stride": 4}, "stride between 1 and the kernel_size 3; got 4 on the height"),
+        ((X, X, X, 3), {"stride": 0}, "stride between 1 and the kernel_size 3; got 0"),
+        ((X, X, X, 3), {"is_causal": 1}, "is_causal as a bool"),
+        ((X, X, X, (3, 3, 3)), {}, "kernel_size as an integer, or one for each of height, width"),
+        ((X, X, X, 3.0), {}, "kernel_size as an integer"),
         ((X, X.half(), X, 3), {}, "one floating-point dtype"),
         ((X.int(), X.int(), X.int(), 3), {}, "one floating-point dtype"),
         ((X, X[:, :7], X, 3), {}, "of one shape"),
         ((X, X, X[..., :1, :], 3), {}, "of one shape"),
+        ((X[..., :1, :], X, X, 3), {}, "of one shape"),
         ((X, X, X.to("meta"), 3), {}, "one device"),
         ((X, X, X, 3), {"rpb": torch.zeros(2, 5, 4)}, r"= \[2, 5, 5\]"),
         ((X, X, X, 3), {"rpb": torch.zeros(3, 5, 5)}, r"= \[2, 5, 5\]"),
         ((X, X, X, 4), {"rpb": torch.zeros(2, 7, 7)}, "odd kernel sizes only"),
+        ((X, X, X, 3), {"rpb": torch.zeros(2, 5, 5), "stride": 2}, "neither with a stride nor on a causal axis"),
         ((X, X, X, 3), {"rpb": torch.zeros(2, 5, 5, dtype=torch.float64)}, "rpb in float32"),
-        ((X, X, X, 3), {"backend": "natten"}, "no backend 'natten'; it has 'reference'"),
+        ((X, X, X, 3), {"additional_keys": X[:, 0]}, "together, or neither"),
+        ((X, X, X, 3), {"additional_keys": X[0], "additional_values": X[0]}, r"= \[1, 9, 2, 4\] and"),
+        ((X, X, X, 3), {"backend": "natten"}, "no backend 'natten'; it has 'tiled'"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, options, message):
     with pytest.raises(ValueError, match=message) as error:
         na2d(*arguments, **options)
     assert "\n" not in str(error.value)
+
+
+def test_chosen_backend_is_told_with_reasons():
+    report = neighborhood_backends(X, X, X, 3, dilation=2)
+    assert list(report.values()).count("chosen") == 1
+    assert neighborhood_backends(X, X, X, 3, backend="reference")["reference"] == "chosen"
+
+
+def test_backend_can_be_set_for_all_calls():
+    set_neighborhood_backend("reference")
+    try:
+        assert neighborhood_backends(X, X, X, 3)["reference"] == "chosen"
+        assert neighborhood_backends(X, X, X, 3, backend="tiled")["tiled"] == "chosen"
+    finally:
+        set_neighborhood_backend(None)
+    with pytest.raises(ValueError, match="no backend 'fastest'"):
+        set_neighborhood_backend("fastest")
+
+
+def test_compiled_and_vmapped_calls_equal_eager_ones():
+    q, k, v, rpb = tensors((3, 12, 10, 2, 8), (3, 3))
+    torch.compiler.reset()
+    compiled = torch.compile(na2d, fullgraph=True, backend="aot_eager")
+    expected = na2d(q, k, v, 3, dilation=2, rpb=rpb)
+    torch.testing.assert_close(compiled(q, k, v, 3, dilation=2, rpb=rpb), expected)
+    one_by_one = torch.vmap(lambda q, k, v: na2d(q[None], k[None], v[None], 3, dilation=2, rpb=rpb)[0])
+    torch.testing.assert_close(one_by_one(q, k, v), expected)
+
+
+def test_meta_tensors_give_shapes():
+    x = torch.empty(2, 9, 30, 2, 16, device="meta")
+    out, lse = na2d(x, x, x[..., :8], 5, return_lse=True)
+    assert out.shape == (2, 9, 30, 2, 8)
+    assert lse.shape == (2, 9, 30, 2)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    q, k, v, rpb = (x.requires_grad_() for x in tensors((1, 9, 8, 2, 4), (3, 3)))
+    call = lambda *x: na2d(*x[:3], 3, rpb=x[3]).square().sum()  # noqa: E731
+    plain = torch.autograd.grad(call(q, k, v, rpb), (q, k, v, rpb))
+    again = torch.autograd.grad(
+        torch.utils.checkpoint.checkpoint(call, q, k, v, rpb, use_reentrant=False), (q, k, v, rpb)
+    )
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)

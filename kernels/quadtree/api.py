@@ -1,0 +1,136 @@
+"""The public operators: checks, and the one place where a path is chosen."""
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .chunked import scores_chunked, values_chunked
+from .reference import scores_reference, values_reference
+from .triton_ops import scores_triton, values_triton
+
+BACKENDS = {
+    "reference": (scores_reference, values_reference),
+    "chunked": (scores_chunked, values_chunked),
+    "triton": (scores_triton, values_triton),
+}
+_LARGEST_TRITON_DIM = 256
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
+    """Products of queries with the children of the tokens chosen for them (QuadTree attention, arXiv 2201.02767).
+
+    Queries are grouped by parent: four siblings share one list of chosen tokens, and the candidates are those tokens'
+    children, ``out[b, h, n, f, 4 * k + c] = sum_d query[b, h, n, f, d] * key[b, h, chosen[b, h, n, k], c, d]``.
+    Nothing is scaled. Scores are summed and returned in float32, so that the next choice of tokens does not depend on
+    the precision of the inputs' products.
+
+    Args:
+        query: ``[B, heads, N, 4, dim]``, N parents of four queries.
+        key: ``[B, heads, M, 4, dim]``, M tokens of four children; same dtype as ``query``.
+        chosen: ``[B, heads, N, K]`` int64, tokens in ``[0, M)``. Others are an IndexError on the CPU; the Triton path
+            skips them, since checking would make the host wait for the device.
+        backend: ``"triton"``, ``"chunked"`` or ``"reference"``; by default the fastest that runs, which is Triton on
+            CUDA, unless ``torch.use_deterministic_algorithms`` forbids its atomic sums, and chunks elsewhere.
+
+    Returns:
+        ``[B, heads, N, 4, 4 * K]`` in float32; float64 for float64 inputs.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or backend don't fit; the message says which.
+    """
+    _check_chosen("quadtree_scores", "query", query, "key", key, chosen)
+    if query.dtype != key.dtype or query.shape[4] != key.shape[4]:
+        raise ValueError(
+            f"quadtree_scores needs query and key of one dtype and dim; got {query.dtype} {list(query.shape)} "
+            f"and {key.dtype} {list(key.shape)}"
+        )
+    with full_precision(key):
+        return BACKENDS[_choose("quadtree_scores", backend, key)][0](query, key, chosen)
+
+
+def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
+    """Weighted sums of the children of the tokens chosen for each query (QuadTree attention, arXiv 2201.02767).
+
+    ``out[b, h, n, f, d] = sum_k,c weights[b, h, n, f, 4 * k + c] * value[b, h, chosen[b, h, n, k], c, d]``, summed in
+    float32.
+
+    Args:
+        weights: ``[B, heads, N, 4, 4 * K]``, in float32 or in the dtype of ``value``.
+        value: ``[B, heads, M, 4, dim]``, M tokens of four children.
+        chosen: ``[B, heads, N, K]`` int64, as in `quadtree_scores`.
+        backend: As in `quadtree_scores`.
+
+    Returns:
+        ``[B, heads, N, 4, dim]`` in the dtype of ``value``.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or backend don't fit; the message says which.
+    """
+    _check_chosen("quadtree_values", "weights", weights, "value", value, chosen)
+    if weights.dtype not in (torch.float32, value.dtype):
+        raise ValueError(f"quadtree_values needs weights in float32 or value's {value.dtype}; got {weights.dtype}")
+    if weights.shape[4] != 4 * chosen.shape[3]:
+        raise ValueError(
+            f"quadtree_values needs a weight for each of the 4 children of {chosen.shape[3]} chosen tokens; "
+            f"got {weights.shape[4]}"
+        )
+    with full_precision(value):
+        return BACKENDS[_choose("quadtree_values", backend, value)][1](weights, value, chosen)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast leaves the precision of operations on ``x``'s device alone."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor, chosen: Tensor) -> None:
+    for name, x in ((first_name, first), (second_name, second)):
+        if x.ndim != 5 or x.shape[3] != 4:
+            raise ValueError(f"{op} takes {name} as [B, heads, tokens, 4, ...]; got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{op} needs {name} in a floating-point dtype; got {x.dtype}")
+    if chosen.dtype != torch.int64 or chosen.ndim != 4:
+        raise ValueError(f"{op} takes chosen as [B, heads, N, K] int64; got {list(chosen.shape)} {chosen.dtype}")
+    if first.shape[:3] != chosen.shape[:3] or first.shape[:2] != second.shape[:2]:
+        raise ValueError(
+            f"{op} needs {first_name} and chosen of one [B, heads, N], and {second_name} of one [B, heads]; "
+            f"got {list(first.shape)}, {list(chosen.shape)} and {list(second.shape)}"
+        )
+    if not first.device == second.device == chosen.device:
+        raise ValueError(
+            f"{op} needs its tensors on one device; got {first.device}, {second.device} and {chosen.device}"
+        )
+
+
+def _choose(op: str, backend: str | None, x: Tensor) -> str:
+    """Return the path for tensors like ``x``, or raise a ValueError with the reason against the one asked for."""
+    if backend is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        exporting = torch.compiler.is_exporting()
+        usable = x.is_cuda and not deterministic and not exporting and _objection(x) is None
+        return "triton" if usable else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"{op} has no backend {backend!r}; it has {', '.join(map(repr, BACKENDS))}")
+    if backend == "triton" and (objection := _objection(x)) is not None:
+        raise ValueError(f"{op} cannot take backend 'triton': {objection}; use 'chunked'")
+    return backend
+
+
+def _objection(x: Tensor) -> str | None:
+    """Return why Triton cannot run on tensors like ``x``, or None if it can."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"it needs CUDA tensors, got {x.device.type} (TRITON_INTERPRET=1 interprets it elsewhere)"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, got {x.dtype}"
+    if x.shape[4] > _LARGEST_TRITON_DIM:
+        return f"it takes a dim of at most {_LARGEST_TRITON_DIM}, got {x.shape[4]}"
+    return None

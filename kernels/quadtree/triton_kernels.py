@@ -1,0 +1,131 @@
+"""The Triton kernels of the operator; imported only when one is launched.
+
+A program serves one parent: its four queries share the candidates, so that every chosen key or value is read once, in
+place, from the map. Programs lie on one grid axis and offsets are 64-bit: no limit on heads, batch or map size.
+An index outside the map is skipped; checking it would make the host wait for the device.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _candidates(chosen_ptr, parent, start, K: tl.constexpr, tokens, BLOCK: tl.constexpr):
+    """Return the flat child tokens of a block of candidates, and which of them exist."""
+    slot = start + tl.arange(0, BLOCK)
+    chosen = tl.load(chosen_ptr + parent * K + slot // 4, mask=slot < 4 * K, other=-1).to(tl.int64)
+    return slot, chosen * 4 + slot % 4, (chosen >= 0) & (chosen < tokens)
+
+
+@triton.jit
+def scores_kernel(
+    query_ptr,
+    key_ptr,
+    chosen_ptr,
+    out_ptr,
+    parents,
+    tokens,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Products of a parent's four queries with the children of its ``K`` chosen tokens."""
+    parent = tl.program_id(0).to(tl.int64)
+    key_ptr += parent // parents * tokens * 4 * D
+    sibling, column = tl.arange(0, 4), tl.arange(0, BLOCK_D)
+    query = tl.load(
+        query_ptr + (parent * 4 + sibling[:, None]) * D + column[None, :], mask=column[None, :] < D, other=0.0
+    ).to(tl.float32)
+    for start in range(0, 4 * K, BLOCK):
+        slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
+        key = tl.load(
+            key_ptr + token[:, None] * D + column[None, :],
+            mask=exists[:, None] & (column[None, :] < D),
+            other=0.0,
+        ).to(tl.float32)
+        product = tl.sum(query[:, None, :] * key[None, :, :], axis=2)
+        tl.store(
+            out_ptr + (parent * 4 + sibling[:, None]) * (4 * K) + slot[None, :], product, mask=slot[None, :] < 4 * K
+        )
+
+
+@triton.jit
+def values_kernel(
+    weights_ptr,
+    value_ptr,
+    chosen_ptr,
+    out_ptr,
+    parents,
+    tokens,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Weighted sums, one for each of a parent's four queries, of the children of its ``K`` chosen tokens."""
+    parent = tl.program_id(0).to(tl.int64)
+    value_ptr += parent // parents * tokens * 4 * D
+    sibling, column = tl.arange(0, 4), tl.arange(0, BLOCK_D)
+    total = tl.zeros((4, BLOCK_D), dtype=tl.float32)
+    for start in range(0, 4 * K, BLOCK):
+        slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
+        value = tl.load(
+            value_ptr + token[:, None] * D + column[None, :],
+            mask=exists[:, None] & (column[None, :] < D),
+            other=0.0,
+        ).to(tl.float32)
+        weights = tl.load(
+            weights_ptr + (parent * 4 + sibling[:, None]) * (4 * K) + slot[None, :],
+            mask=slot[None, :] < 4 * K,
+            other=0.0,
+        ).to(tl.float32)
+        total += tl.sum(weights[:, :, None] * value[None, :, :], axis=1)
+    tl.store(
+        out_ptr + (parent * 4 + sibling[:, None]) * D + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=column[None, :] < D,
+    )
+
+
+@triton.jit
+def scatter_kernel(
+    weights_ptr,
+    query_ptr,
+    chosen_ptr,
+    out_ptr,
+    parents,
+    tokens,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The transpose of `values_kernel`: add a parent's weighted queries to its candidates, atomically, in float32."""
+    parent = tl.program_id(0).to(tl.int64)
+    out_ptr += parent // parents * tokens * 4 * D
+    sibling, column = tl.arange(0, 4), tl.arange(0, BLOCK_D)
+    query = tl.load(
+        query_ptr + (parent * 4 + sibling[:, None]) * D + column[None, :], mask=column[None, :] < D, other=0.0
+    ).to(tl.float32)
+    for start in range(0, 4 * K, BLOCK):
+        slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
+        weights = tl.load(
+            weights_ptr + (parent * 4 + sibling[:, None]) * (4 * K) + slot[None, :],
+            mask=slot[None, :] < 4 * K,
+            other=0.0,
+        ).to(tl.float32)
+        share = tl.sum(weights[:, :, None] * query[:, None, :], axis=0)
+        tl.atomic_add(
+            out_ptr + token[:, None] * D + column[None, :],
+            share,
+            mask=exists[:, None] & (column[None, :] < D),
+            sem="relaxed",
+        )
+
+
+def blocks(dim: int, chosen: int) -> dict[str, int]:
+    """Return the sizes of a program's tile: candidates at a time, and ``dim`` rounded up to a power of two."""
+    block_d = max(16, triton.next_power_of_2(dim))
+    # Four sibling queries times the tile must stay in the registers of four warps.
+    return {"BLOCK": min(max(4, 2048 // block_d), triton.next_power_of_2(4 * chosen)), "BLOCK_D": block_d}

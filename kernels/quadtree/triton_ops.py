@@ -1,0 +1,108 @@
+"""The Triton path as torch operators: opaque to the compiler, differentiable by each other to any order."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+def _launch(kernel: str, first: Tensor, second: Tensor, chosen: Tensor, out: Tensor, tokens: int, dim: int) -> Tensor:
+    from . import triton_kernels
+
+    parents, count = chosen.shape[2:]
+    programs = chosen.shape[0] * chosen.shape[1] * parents
+    if programs:
+        # A kernel is launched on the current device, whatever its tensors' is.
+        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+            getattr(triton_kernels, kernel)[(programs,)](
+                first.contiguous(),
+                second.contiguous(),
+                chosen.contiguous(),
+                out,
+                parents,
+                tokens,
+                K=count,
+                D=dim,
+                **triton_kernels.blocks(dim, count),
+            )
+    return out
+
+
+@torch.library.custom_op("foveate::quadtree_scores", mutates_args=())
+def scores_triton(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+    """Scores by Triton; see `foveate.kernels.quadtree_scores` for the arguments."""
+    return _launch("scores_kernel", query, key, chosen, _empty_scores(query, chosen), key.shape[2], key.shape[4])
+
+
+@torch.library.custom_op("foveate::quadtree_values", mutates_args=())
+def values_triton(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+    """Aggregation by Triton; see `foveate.kernels.quadtree_values` for the arguments."""
+    out = _empty_values(weights, value)
+    return _launch("values_kernel", weights, value, chosen, out, value.shape[2], value.shape[4])
+
+
+@torch.library.custom_op("foveate::quadtree_scatter", mutates_args=())
+def scatter_triton(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+    """The transpose of the aggregation by Triton; see `chunked.scatter` for the arguments."""
+    total = torch.zeros(*query.shape[:2], tokens, *query.shape[3:], dtype=torch.float32, device=query.device)
+    return _launch("scatter_kernel", weights, query, chosen, total, tokens, query.shape[4]).to(query.dtype)
+
+
+def _empty_scores(query: Tensor, chosen: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:4], 4 * chosen.shape[3], dtype=torch.float32)
+
+
+def _empty_values(weights: Tensor, value: Tensor) -> Tensor:
+    return value.new_empty(*weights.shape[:4], value.shape[4])
+
+
+@scores_triton.register_fake
+def _(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+    return _empty_scores(query, chosen)
+
+
+@values_triton.register_fake
+def _(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+    return _empty_values(weights, value)
+
+
+@scatter_triton.register_fake
+def _(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+    return query.new_empty(*query.shape[:2], tokens, *query.shape[3:])
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _scores_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, chosen = ctx.saved_tensors
+    return (
+        values_triton(grad, key, chosen) if ctx.needs_input_grad[0] else None,
+        scatter_triton(grad, query, chosen, key.shape[2]) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _values_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, value, chosen = ctx.saved_tensors
+    return (
+        scores_triton(grad, value, chosen).to(weights.dtype) if ctx.needs_input_grad[0] else None,
+        scatter_triton(weights, grad, chosen, value.shape[2]) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _scatter_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, query, chosen = ctx.saved_tensors
+    return (
+        scores_triton(query, grad, chosen).to(weights.dtype) if ctx.needs_input_grad[0] else None,
+        values_triton(weights, grad, chosen) if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+    )
+
+
+scores_triton.register_autograd(_scores_backward, setup_context=_save)
+values_triton.register_autograd(_values_backward, setup_context=_save)
+scatter_triton.register_autograd(_scatter_backward, setup_context=_save)
