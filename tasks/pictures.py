@@ -1,0 +1,144 @@
+"""Pictures of any task: learning curves, and what a query of neighborhood attention sees."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor, nn
+
+from ..blocks import NeighborhoodAttention2d
+from ..kernels.neighborhood.window import axis_windows
+from . import TaskError
+from .checkpoints import write_whole
+
+# Okabe and Ito's colours, told apart with any colour vision.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of ``width x height`` inches that needs neither display nor pyplot's global state."""
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG."""
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
+
+
+def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
+    """Draw training loss, held-out loss and a held-out metric over the epochs of a run's history."""
+    figure = new_figure(8, 3.4)
+    losses, metrics = figure.subplots(1, 2)
+    epochs = [entry["epoch"] for entry in history]
+    measured = [entry for entry in history if f"val/{metric}" in entry]
+    losses.plot(epochs, [entry["train/loss"] for entry in history], color=BLUE, label="training")
+    if all("val/loss" in entry for entry in measured):
+        losses.plot(
+            [entry["epoch"] for entry in measured],
+            [entry["val/loss"] for entry in measured],
+            color=ORANGE,
+            label="held out",
+        )
+    losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    losses.legend(frameon=False)
+    values = [entry[f"val/{metric}"] for entry in measured]
+    metrics.plot([entry["epoch"] for entry in measured], values, color=ORANGE, marker=".")
+    metrics.set(xlabel="epoch", ylabel=f"held-out {metric}")
+    if values:
+        metrics.annotate(
+            f"{values[-1]:.4f}", (measured[-1]["epoch"], values[-1]), (-4, -14), textcoords="offset points", ha="right"
+        )
+    for axes in (losses, metrics):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def find_neighborhoods(model: nn.Module, inputs: Tensor) -> list[tuple[str, NeighborhoodAttention2d, Tensor]]:
+    """Run a model and return, for every block of neighborhood attention, its name, itself and its weights.
+
+    Args:
+        model: Any model with `NeighborhoodAttention2d` inside.
+        inputs: One image ``[1, C, H, W]``.
+
+    Returns:
+        ``(name, block, weights)`` with ``weights`` ``[H', W', heads, kernel_size ** 2]`` on the block's map.
+    """
+    seen = []
+    handles = [
+        module.register_forward_pre_hook(lambda block, args, name=name: seen.append((name, block, args[0])))
+        for name, module in model.named_modules()
+        if isinstance(module, NeighborhoodAttention2d)
+    ]
+    try:
+        model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(name, block, block.attention_map(x)[0].float().cpu()) for name, block, x in seen]
+
+
+def draw_neighborhood(
+    image: Image.Image, model: nn.Module, inputs: Tensor, query: tuple[float, float], path: str | Path, blocks: int = 3
+) -> None:
+    """Draw, on an image, the keys that one query sees in the first blocks of a model, with their attention weights.
+
+    Args:
+        image: The image as it is shown; ``inputs`` shows the same frame.
+        model: A model with neighborhood attention.
+        inputs: The image as the model's input, ``[1, C, H, W]``.
+        query: Where to ask, as fractions ``(down, right)`` of the image.
+        path: PNG to write.
+        blocks: Blocks to draw, each map size and dilation once, from the first.
+
+    Raises:
+        TaskError: If the model has no neighborhood attention.
+    """
+    found = find_neighborhoods(model, inputs)
+    if not found:
+        raise TaskError(f"{type(model).__name__} has no neighborhood attention to draw")
+    distinct: dict[tuple, tuple] = {}
+    for name, block, weights in found:
+        distinct.setdefault((weights.shape[:2], block.dilation), (name, block, weights))
+    drawn = list(distinct.values())[:blocks]
+    figure = new_figure(3.6 * (len(drawn) + 1), 4.1)
+    panels = figure.subplots(1, len(drawn) + 1, squeeze=False)[0]
+    shown = {"cmap": "gray", "extent": (0, 1, 1, 0), "aspect": image.height / image.width, "interpolation": "nearest"}
+    for axes in panels:
+        axes.imshow(image, **shown)
+        axes.set(xticks=[], yticks=[])
+    panels[0].set_title("image and query", fontsize=10)
+    panels[0].plot(query[1], query[0], marker="x", color=RED, markersize=12, markeredgewidth=3)
+    for axes, (name, block, weights) in zip(panels[1:], drawn, strict=True):
+        height, width = weights.shape[:2]
+        row, column = min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1)
+        least = block.kernel_size * block.dilation
+        rows = axis_windows(max(height, least), block.kernel_size, block.dilation)[row]
+        columns = axis_windows(max(width, least), block.kernel_size, block.dilation)[column]
+        share = weights[row, column].mean(0).reshape(block.kernel_size, block.kernel_size).numpy()
+        overlay = np.full((height, width), np.nan)
+        inside = np.ix_(rows < height, columns < width)
+        overlay[np.ix_(rows[rows < height], columns[columns < width])] = share[inside]
+        outside = 1 - share[inside].sum()
+        colours = axes.imshow(overlay, alpha=0.75, vmin=0, vmax=share.max(), **shown | {"cmap": "viridis"})
+        for key_row, key_column in np.argwhere(~np.isnan(overlay)):
+            axes.add_patch(
+                Rectangle((key_column / width, key_row / height), 1 / width, 1 / height, fill=False, ec="w", lw=0.6)
+            )
+        axes.add_patch(Rectangle((column / width, row / height), 1 / width, 1 / height, fill=False, ec=RED, lw=2.5))
+        title = f"{name}\n{height}x{width} map, {block.kernel_size}x{block.kernel_size} window, dilation {block.dilation}"
+        if outside > 1e-4:
+            title += f"\n{outside:.0%} on padding"
+        axes.set_title(title, fontsize=9)
+        bar = figure.colorbar(colours, ax=axes, location="bottom", shrink=0.85, pad=0.03)
+        bar.set_label("attention weight, mean of heads", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    save_figure(figure, path)
