@@ -1,0 +1,198 @@
+"""Attention within windows, shifted or not: Swin (arXiv 2103.14030, section 3.2) and the families that use it."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from .global_attention import relative_bias, resize_bias_table
+
+
+@register_notrace_function
+def axis_shift(length: int, window: int, shift: int) -> int:
+    """Return the cyclic shift of an axis: none where one window covers it, for there is nothing to connect."""
+    return shift if length > window else 0
+
+
+@register_notrace_function
+def pad_to_multiple(x: Tensor, window_height: int, window_width: int) -> Tensor:
+    """Zero-pad ``x`` ``[B, H, W, C]`` at the bottom and right to whole windows."""
+    pad_y, pad_x = -x.shape[1] % window_height, -x.shape[2] % window_width
+    if pad_y > 0 or pad_x > 0:
+        x = F.pad(x, (0, 0, 0, pad_x, 0, pad_y))
+    return x
+
+
+@register_notrace_function
+def window_partition(x: Tensor, window_height: int, window_width: int) -> Tensor:
+    """Cut ``x`` ``[B, H, W, C]``, a multiple of the window, into ``[B * windows, height * width, C]``, row-major."""
+    x = x.unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+@register_notrace_function
+def window_reverse(windows: Tensor, window_height: int, window_width: int, height: int, width: int) -> Tensor:
+    """Undo `window_partition`, and `pad_to_multiple` before it, for a map of ``height x width``: ``[B, H, W, C]``."""
+    rows, columns = -(-height // window_height), -(-width // window_width)
+    x = windows.unflatten(1, (window_height, window_width)).unflatten(0, (-1, rows, columns))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+@register_notrace_function
+def cyclic_shift(x: Tensor, shift_y: int, shift_x: int) -> Tensor:
+    """Roll ``x`` ``[B, H, W, C]`` down and right, or up and left for negative shifts."""
+    return x if shift_y == 0 and shift_x == 0 else torch.roll(x, (shift_y, shift_x), (1, 2))
+
+
+def _axis_regions(length: int, window: int, shift: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    return (position >= length - window).int() + (position >= length - shift).int()
+
+
+@register_notrace_function
+def shift_mask(
+    x: Tensor, height: int, width: int, window_height: int, window_width: int, shift_y: int, shift_x: int
+) -> Tensor | None:
+    """Return the mask ``[windows, N, N]`` of a shifted map, padded, in the dtype of ``x``; None if nothing shifts.
+
+    The roll brings opposite borders into one window; pairs from different sides get -100, as published.
+    """
+    if shift_y == 0 and shift_x == 0:
+        return None
+    rows = _axis_regions(height, window_height, shift_y, x.device)
+    columns = _axis_regions(width, window_width, shift_x, x.device)
+    region = (3 * rows[:, None] + columns)[None, :, :, None]
+    region = window_partition(region, window_height, window_width).squeeze(-1)
+    return (region[:, :, None] != region[:, None, :]).to(x.dtype) * -100.0
+
+
+@register_notrace_function
+def add_mask(bias: Tensor | None, mask: Tensor | None, windows: int) -> Tensor | None:
+    """Return the sum of a bias ``[1, heads, N, N]`` and a mask ``[windows of an image, N, N]``, either None.
+
+    The sum is repeated for the images of the batch, which has ``windows`` windows in all.
+    """
+    if mask is None:
+        return bias
+    mask = mask[:, None]
+    total = mask if bias is None else bias + mask
+    return total.expand(windows // mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
+
+
+def from_swin_table(table: Tensor, window_size: tuple[int, int] | None = None) -> Tensor:
+    """Return Swin's bias table ``[(2h - 1) * (2w - 1), heads]`` as ``rpb`` ``[heads, 2h - 1, 2w - 1]``.
+
+    Swin indexes by query minus key, ``rpb`` by key minus query, hence the flip. The window is square by default.
+    """
+    if window_size is None:
+        side = round(table.shape[0] ** 0.5)
+        shape = (side, side)
+    else:
+        shape = (2 * window_size[0] - 1, 2 * window_size[1] - 1)
+    return table.t().unflatten(1, shape).flip(1, 2)
+
+
+class WindowAttention2d(nn.Module):
+    """Multi-head self-attention within windows that do not overlap, optionally shifted.
+
+    A map that is no multiple of the window is padded with zeros at the bottom and right, before the projection to
+    queries, keys and values; padded positions take part as keys, as in Swin's dense models. An axis that one window
+    covers is not shifted.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        window_size: Height and width of a window.
+        shift_size: Rows and columns by which the windows are shifted, less than the window.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        rel_pos_bias: Whether scores get a learned bias by relative position, a table ``rpb``
+            ``[heads, 2h - 1, 2w - 1]`` as in neighborhood attention; `from_swin_table` converts Swin's.
+        proj_drop: Dropout rate of the output.
+
+    Shape:
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
+
+    Example:
+        >>> attention = WindowAttention2d(64, num_heads=2, window_size=7, shift_size=3)
+        >>> attention(torch.randn(1, 20, 30, 64)).shape
+        torch.Size([1, 20, 30, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int | tuple[int, int] = 7,
+        shift_size: int | tuple[int, int] = 0,
+        qkv_bias: bool = True,
+        rel_pos_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"WindowAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+        self.num_heads = num_heads
+        self.window_height, self.window_width = to_2tuple(window_size)
+        self.shift_y, self.shift_x = to_2tuple(shift_size)
+        if not (0 <= self.shift_y < self.window_height and 0 <= self.shift_x < self.window_width):
+            raise ValueError(
+                f"WindowAttention2d needs 0 <= shift_size < window_size; got {shift_size} for windows of {window_size}"
+            )
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.rpb = (
+            nn.Parameter(torch.empty(num_heads, 2 * self.window_height - 1, 2 * self.window_width - 1, **dd))
+            if rel_pos_bias
+            else None
+        )
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the bias table and the projections as Swin does: truncated normal, std 0.02."""
+        for linear in (self.qkv, self.proj):
+            trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print(model)` shows."""
+        window, shift = (self.window_height, self.window_width), (self.shift_y, self.shift_x)
+        return f"window_size={window}, shift_size={shift}, num_heads={self.num_heads}"
+
+    @torch.jit.ignore
+    def set_window_size(self, window_size: int | tuple[int, int], shift_size: int | tuple[int, int] = 0) -> None:
+        """Change the windows; the bias table is resampled (bicubic)."""
+        self.window_height, self.window_width = to_2tuple(window_size)
+        self.shift_y, self.shift_x = to_2tuple(shift_size)
+        if self.rpb is not None:
+            size = (2 * self.window_height - 1, 2 * self.window_width - 1)
+            self.rpb = nn.Parameter(resize_bias_table(self.rpb.detach(), size), requires_grad=self.rpb.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within the windows of ``x`` ``[B, H, W, dim]``."""
+        height, width = x.shape[1], x.shape[2]
+        shift_y = axis_shift(height, self.window_height, self.shift_y)
+        shift_x = axis_shift(width, self.window_width, self.shift_x)
+        x = pad_to_multiple(x, self.window_height, self.window_width)
+        padded_height, padded_width = x.shape[1], x.shape[2]
+        windows = window_partition(cyclic_shift(x, -shift_y, -shift_x), self.window_height, self.window_width)
+
+        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        bias = None
+        if self.rpb is not None:
+            bias = relative_bias(self.rpb, self.window_height, self.window_width).to(q.dtype)[None]
+        mask = shift_mask(q, padded_height, padded_width, self.window_height, self.window_width, shift_y, shift_x)
+        bias = add_mask(bias, mask, q.shape[0])
+        windows = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+        windows = self.proj(windows)
+        x = window_reverse(windows, self.window_height, self.window_width, padded_height, padded_width)
+        x = cyclic_shift(x, shift_y, shift_x)[:, :height, :width]
+        return self.proj_drop(x)
