@@ -15,33 +15,31 @@ def axis_shift(length: int, window: int, shift: int) -> int:
 
 
 @register_notrace_function
-def pad_to_multiple(x: Tensor, window_height: int, window_width: int) -> Tensor:
-    """Zero-pad ``x`` ``[B, H, W, C]`` at the bottom and right to whole windows."""
+def cut_windows(x: Tensor, window_height: int, window_width: int, shift_y: int, shift_x: int) -> Tensor:
+    """Cut ``x`` ``[B, H, W, C]`` into windows ``[B * windows, window_height * window_width, C]``, row-major.
+
+    The map is first padded with zeros at the bottom and right to whole windows, then rolled up and left by the shift.
+    """
     pad_y, pad_x = -x.shape[1] % window_height, -x.shape[2] % window_width
     if pad_y > 0 or pad_x > 0:
         x = F.pad(x, (0, 0, 0, pad_x, 0, pad_y))
-    return x
-
-
-@register_notrace_function
-def window_partition(x: Tensor, window_height: int, window_width: int) -> Tensor:
-    """Cut ``x`` ``[B, H, W, C]``, a multiple of the window, into ``[B * windows, height * width, C]``, row-major."""
+    if shift_y > 0 or shift_x > 0:
+        x = torch.roll(x, (-shift_y, -shift_x), (1, 2))
     x = x.unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 @register_notrace_function
-def window_reverse(windows: Tensor, window_height: int, window_width: int, height: int, width: int) -> Tensor:
-    """Undo `window_partition`, and `pad_to_multiple` before it, for a map of ``height x width``: ``[B, H, W, C]``."""
+def join_windows(
+    windows: Tensor, height: int, width: int, window_height: int, window_width: int, shift_y: int, shift_x: int
+) -> Tensor:
+    """Undo `cut_windows` for a map of ``height x width``: ``[B * windows, N, C]`` to ``[B, H, W, C]``."""
     rows, columns = -(-height // window_height), -(-width // window_width)
     x = windows.unflatten(1, (window_height, window_width)).unflatten(0, (-1, rows, columns))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-
-
-@register_notrace_function
-def cyclic_shift(x: Tensor, shift_y: int, shift_x: int) -> Tensor:
-    """Roll ``x`` ``[B, H, W, C]`` down and right, or up and left for negative shifts."""
-    return x if shift_y == 0 and shift_x == 0 else torch.roll(x, (shift_y, shift_x), (1, 2))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if shift_y > 0 or shift_x > 0:
+        x = torch.roll(x, (shift_y, shift_x), (1, 2))
+    return x[:, :height, :width]
 
 
 def _axis_regions(length: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -53,16 +51,16 @@ def _axis_regions(length: int, window: int, shift: int, device: torch.device) ->
 def shift_mask(
     x: Tensor, height: int, width: int, window_height: int, window_width: int, shift_y: int, shift_x: int
 ) -> Tensor | None:
-    """Return the mask ``[windows, N, N]`` of a shifted map, padded, in the dtype of ``x``; None if nothing shifts.
+    """Return the mask ``[windows, N, N]`` of a shifted map in the dtype of ``x``, or None if nothing shifts.
 
     The roll brings opposite borders into one window; pairs from different sides get -100, as published.
     """
     if shift_y == 0 and shift_x == 0:
         return None
-    rows = _axis_regions(height, window_height, shift_y, x.device)
-    columns = _axis_regions(width, window_width, shift_x, x.device)
+    rows = _axis_regions(height + -height % window_height, window_height, shift_y, x.device)
+    columns = _axis_regions(width + -width % window_width, window_width, shift_x, x.device)
     region = (3 * rows[:, None] + columns)[None, :, :, None]
-    region = window_partition(region, window_height, window_width).squeeze(-1)
+    region = cut_windows(region, window_height, window_width, 0, 0).squeeze(-1)
     return (region[:, :, None] != region[:, None, :]).to(x.dtype) * -100.0
 
 
@@ -179,20 +177,14 @@ class WindowAttention2d(nn.Module):
         height, width = x.shape[1], x.shape[2]
         shift_y = axis_shift(height, self.window_height, self.shift_y)
         shift_x = axis_shift(width, self.window_width, self.shift_x)
-        x = pad_to_multiple(x, self.window_height, self.window_width)
-        padded_height, padded_width = x.shape[1], x.shape[2]
-        windows = window_partition(cyclic_shift(x, -shift_y, -shift_x), self.window_height, self.window_width)
-
+        windows = cut_windows(x, self.window_height, self.window_width, shift_y, shift_x)
         qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bias = None
         if self.rpb is not None:
             bias = relative_bias(self.rpb, self.window_height, self.window_width).to(q.dtype)[None]
-        mask = shift_mask(q, padded_height, padded_width, self.window_height, self.window_width, shift_y, shift_x)
-        bias = add_mask(bias, mask, q.shape[0])
-        windows = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-
-        windows = self.proj(windows)
-        x = window_reverse(windows, self.window_height, self.window_width, padded_height, padded_width)
-        x = cyclic_shift(x, shift_y, shift_x)[:, :height, :width]
+        mask = shift_mask(q, height, width, self.window_height, self.window_width, shift_y, shift_x)
+        windows = F.scaled_dot_product_attention(q, k, v, attn_mask=add_mask(bias, mask, q.shape[0]))
+        windows = self.proj(windows.transpose(1, 2).flatten(2))
+        x = join_windows(windows, height, width, self.window_height, self.window_width, shift_y, shift_x)
         return self.proj_drop(x)
