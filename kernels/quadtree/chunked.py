@@ -33,7 +33,7 @@ def _flat_index(chosen: Tensor, tokens: int) -> Tensor:
 
 
 def scores(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
-    """Return ``[B, heads, N, 4, 4 * K]``, the products of queries ``[B, heads, N, 4, dim]`` with the children's keys."""
+    """Return ``[B, heads, N, 4, 4 * K]``, products of queries ``[B, heads, N, 4, dim]`` with the children's keys."""
     dtype = accumulation_dtype(query.dtype)
     batch, heads, count, _, dim = query.shape
     index, rows = _flat_index(chosen, key.shape[2]), key.reshape(-1, 4 * dim)
@@ -47,7 +47,7 @@ def scores(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
 
 
 def values(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
-    """Return ``[B, heads, N, 4, dim]``, the sums of the children's values by ``weights`` ``[B, heads, N, 4, 4 * K]``."""
+    """Return ``[B, heads, N, 4, dim]``, sums of the children's values by ``weights`` ``[B, heads, N, 4, 4 * K]``."""
     dtype = accumulation_dtype(value.dtype)
     batch, heads, count = weights.shape[:3]
     dim = value.shape[-1]

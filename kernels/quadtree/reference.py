@@ -19,7 +19,7 @@ def children(chosen: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Return the rows ``[B, heads, ..., dim]`` of ``x`` ``[B, heads, tokens, dim]`` at ``index`` ``[B, heads, ...]``."""
+    """Return rows ``[B, heads, ..., dim]`` of ``x`` ``[B, heads, tokens, dim]`` at ``index`` ``[B, heads, ...]``."""
     batch = torch.arange(x.shape[0], device=x.device).view(-1, 1, *[1] * (index.ndim - 2))
     head = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (index.ndim - 2))
     return x[batch, head, index]

@@ -1,0 +1,413 @@
+"""QuadTree attention as a module: types A and B of arXiv 2201.02767 (ICLR 2022)."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels import quadtree_scores, quadtree_values
+from ..kernels.quadtree.api import full_precision
+from ..kernels.quadtree.reference import accumulation_dtype, children
+
+# Of one chunk of the coarsest level's scores, which are the only ones that grow with the square of the map.
+_COARSE_BYTES = 64 * 2**20
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Routes(NamedTuple):
+    """Which tokens the queries of one level of the pyramid used, and how much.
+
+    Attributes:
+        tokens: ``[B, heads, h, w, T]`` int64, for every query of the level's ``h x w`` grid the tokens of the same grid
+            that it attended to, as ``row * w + column``.
+        weights: ``[B, heads, h, w, T]``, their attention weights in that level's message.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+
+@register_notrace_function
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column of ``x`` ``[B, H, W, C]`` until height and width are multiples."""
+    height, width = x.shape[1:3]
+    below, right = -height % multiple, -width % multiple
+    if below:
+        x = torch.cat([x, x[:, -1:].expand(-1, below, -1, -1)], 1)
+    if right:
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, right, -1)], 2)
+    return x
+
+
+def to_tree(x: Tensor, depth: int, heads: int = 1) -> Tensor:
+    """Order the tokens of a map so that siblings lie side by side, ``depth`` levels deep.
+
+    Token ``n`` of a level has the tokens ``4 n .. 4 n + 3`` of the next finer one as its children: upper left, upper
+    right, lower left, lower right.
+
+    Args:
+        x: ``[B, H, W, heads * dim]``, H and W multiples of ``2 ** depth``.
+        depth: Levels above this map; 0 for the coarsest, whose order is row-major.
+        heads: Heads to split the channels into.
+
+    Returns:
+        ``[B, heads, H * W, dim]``.
+    """
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height >> depth, *[2] * depth, width >> depth, *[2] * depth, heads, channels // heads)
+    halvings = [axis for level in range(depth) for axis in (2 + level, 3 + depth + level)]
+    x = x.permute(0, 3 + 2 * depth, 1, 2 + depth, *halvings, 4 + 2 * depth)
+    return x.reshape(batch, heads, height * width, channels // heads)
+
+
+def from_tree(x: Tensor, height: int, width: int, depth: int) -> Tensor:
+    """Undo `to_tree`: order tokens ``[B, heads, H * W, dim]`` as a map ``[B, H, W, heads * dim]``."""
+    batch, heads, _, dim = x.shape
+    x = x.reshape(batch, heads, height >> depth, width >> depth, *[2] * (2 * depth), dim)
+    rows, columns = range(4, 4 + 2 * depth, 2), range(5, 5 + 2 * depth, 2)
+    x = x.permute(0, 2, *rows, 3, *columns, 1, 4 + 2 * depth)
+    return x.reshape(batch, height, width, heads * dim)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Average 2x2 tokens of ``[B, H, W, C]``."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+class QuadTreeAttention2d(nn.Module):
+    """Multi-head self-attention that looks closely only where the coarser view was worth it.
+
+    Queries, keys and values form a pyramid of ``levels`` maps, each half as wide as the next. At the coarsest level
+    every query sees every token; at each finer level it sees the children of the ``topk`` tokens that scored best for
+    its parent. Every level contributes a message, and those of coarser levels are copied to the tokens below them.
+
+    Type B (the paper's QuadTree-B) attends fully at every level, makes coarser values by a learned branch, adds a
+    depthwise convolution of the values to each message (LePE) and weighs the levels by learned scalars. Type A averages
+    values, and leaves out of a level's message the tokens that the next one refines, whose weights it shares out.
+
+    A map whose height or width is no multiple of ``2 ** (levels - 1)`` is padded at the bottom and right by repeating
+    its last row and column, which then take part as tokens, and the output is cut. Where there are fewer tokens to
+    choose from than ``topk``, all are chosen. Both rules are ours: the published code raises an error.
+
+    The choice of tokens is discontinuous, so whatever it depends on is computed in float32: the coarser levels' pooled
+    input, projections, scores and order, in half precision modules and under autocast too. A half precision module
+    thus chooses the same tokens as a float32 one with the same weights and inputs. Values, messages and the finest
+    level's projections, on which no choice depends, keep the module's precision; scores of chosen tokens are always
+    float32.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        levels: Maps in the pyramid; 1 is plain attention over the whole map.
+        topk: Tokens that each query hands down to its children, for all levels or for each, coarse to fine. The finest
+            level hands nothing down: a sequence may leave it out, and may be longer than the pyramid.
+        kind: ``"B"`` or ``"A"``.
+        value_act: Activation of type B's value branches: ``"gelu"`` (classification) or ``"relu"`` (the published
+            detectors and segmentors).
+        qkv_bias: Whether the projections to queries, keys and values have a bias.
+        proj_drop: Dropout rate of the output.
+
+    Attributes:
+        backend: Path of the operator, as in `foveate.kernels.quadtree_scores`; None for the fastest that runs.
+
+    Shape:
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
+
+    Raises:
+        ValueError: If the heads do not divide the channels, or ``levels``, ``topk``, ``kind`` or ``value_act`` is none
+            of those allowed.
+
+    Example:
+        >>> attention = QuadTreeAttention2d(64, num_heads=2, levels=3, topk=8)
+        >>> attention(torch.randn(1, 20, 30, 64)).shape
+        torch.Size([1, 20, 30, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        levels: int,
+        topk: int | Sequence[int] = 8,
+        kind: str = "B",
+        value_act: str = "gelu",
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"QuadTreeAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+        if levels < 1:
+            raise ValueError(f"QuadTreeAttention2d needs at least 1 level; got {levels}")
+        if kind not in ("A", "B"):
+            raise ValueError(f"QuadTreeAttention2d has the kinds 'A' and 'B'; got {kind!r}")
+        if value_act not in _ACTIVATIONS:
+            raise ValueError(f"value_act is one of {', '.join(map(repr, _ACTIVATIONS))}; got {value_act!r}")
+        # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
+        needed = max(1, levels - 1) if kind == "A" else levels - 1
+        self.topk = [topk] * max(1, levels) if isinstance(topk, int) else list(topk)
+        if len(self.topk) < needed or min(self.topk, default=1) < 1:
+            raise ValueError(
+                f"topk must be a positive number, or {needed} of them for a pyramid of {levels} levels; got {topk!r}"
+            )
+        self.num_heads = num_heads
+        self.levels = levels
+        self.kind = kind
+        self.scale = (dim // num_heads) ** -0.5
+        self.backend: str | None = None
+        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        if kind == "B":
+            self.value_branches = nn.ModuleList(
+                _value_branch(dim, _ACTIVATIONS[value_act], **dd) for _ in range(levels - 1)
+            )
+            self.lepe = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) for _ in range(levels))
+            self.level_weights = nn.Parameter(torch.empty(levels, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as published: convolutions, and the projections that were such, by fan-out; the output at 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.GroupNorm):
+                module.reset_parameters()
+        for linear in (self.qk, self.v):
+            nn.init.normal_(linear.weight, std=(2.0 / linear.in_features) ** 0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+        if self.kind == "B":
+            nn.init.normal_(self.level_weights)
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print(model)` shows."""
+        return f"kind={self.kind}, levels={self.levels}, topk={self.topk}, num_heads={self.num_heads}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``x`` ``[B, H, W, dim]``."""
+        return self.proj_drop(self.proj(self._attend(x)))
+
+    @torch.jit.ignore
+    def routes(self, x: Tensor) -> list[Routes]:
+        """Return which tokens each query of ``x`` ``[B, H, W, dim]`` used, for each level from coarse to fine.
+
+        Grids are those of the padded map: level ``l`` of ``levels`` is ``2 ** (levels - 1 - l)`` times coarser than it.
+        The query at ``(r, c)`` of a level is the parent of those at ``(2 r, 2 c)`` to ``(2 r + 1, 2 c + 1)``. The
+        weights of type A add up to 1 over all levels above and at a finest query (except with a single level, where the
+        best tokens are left out); those of type B add up to 1 at every level.
+        """
+        recorded: list[tuple[Tensor, Tensor]] = []
+        self._attend(x, recorded)
+        multiple = 2 ** (self.levels - 1)
+        height, width = -(-x.shape[1] // multiple), -(-x.shape[2] // multiple)
+        routes = []
+        for level, (tokens, weights) in enumerate(recorded):
+            size = (height << level, width << level)
+            grid = torch.arange(size[0] * size[1], device=x.device).view(1, *size, 1)
+            tokens = to_tree(grid, level).flatten()[tokens]
+            # Queries go back to rows and columns; what they saw rides along as channels.
+            maps = [
+                from_tree(part.flatten(0, 1).unsqueeze(1), *size, level).unflatten(0, (-1, self.num_heads))
+                for part in (tokens, weights)
+            ]
+            routes.append(Routes(*maps))
+        return routes
+
+    @torch.jit.ignore
+    def attention_map(self, x: Tensor, row: int, column: int) -> Tensor:
+        """Return where the query at ``(row, column)`` of ``x`` ``[B, H, W, dim]`` looked: ``[B, heads, H, W]``.
+
+        Every level's weights are spread evenly over the positions their tokens cover; type B's levels are weighed as in
+        the output. Over the padded map the weights of a query add up to 1.
+        """
+        height, width = x.shape[1:3]
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"the map is {height}x{width}; it has no position ({row}, {column})")
+        routes = self.routes(x)
+        shares = self._level_shares().float() if self.kind == "B" else torch.ones(self.levels, device=x.device)
+        total = 0
+        for level, (tokens, weights) in enumerate(routes):
+            span = 2 ** (self.levels - 1 - level)
+            size = tokens.shape[2:4]
+            tokens, weights = (part[:, :, row // span, column // span] for part in (tokens, weights))
+            flat = weights.new_zeros(*weights.shape[:2], size[0] * size[1]).scatter_add(2, tokens, weights)
+            level_map = flat.unflatten(2, size) * shares[level] / span**2
+            total = total + level_map.repeat_interleave(span, 2).repeat_interleave(span, 3)
+        return total[:, :, :height, :width]
+
+    def _level_shares(self) -> Tensor:
+        return self.level_weights.softmax(0)
+
+    @torch.jit.ignore
+    def _attend(self, x: Tensor, recorded: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Return the attention's output ``[B, H, W, dim]`` before the last projection.
+
+        Each level's tokens and weights, in tree order, are appended to ``recorded`` if given.
+        """
+        height, width = x.shape[1:3]
+        x = pad_to_multiple(x, 2 ** (self.levels - 1))
+        padded = x.shape[1:3]
+        queries, keys = self._queries_and_keys(x)
+        value_maps = self._value_maps(x)
+        values = [to_tree(value, level, self.num_heads) for level, value in enumerate(value_maps)]
+        messages = self._messages(queries, keys, values, recorded)
+        if self.kind == "A":
+            out = from_tree(add_up(messages), *padded, self.levels - 1)
+        else:
+            shares = self._level_shares().to(value_maps[0].dtype).unbind()
+            messages = [message * share for message, share in zip(messages, shares, strict=True)]
+            out = from_tree(add_up(messages), *padded, self.levels - 1) + self._positional(value_maps, shares)
+        return out[:, :height, :width]
+
+    def _queries_and_keys(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return scaled queries, and keys, each ``[B, heads, tokens, dim / heads]``, coarse to fine.
+
+        A pooled projection is the projection of the pooled input, so the coarser levels are projected from it.
+        """
+        with full_precision(x):
+            pooled = x.to(accumulation_dtype(x.dtype))
+            weight, bias = self.qk.weight.to(pooled.dtype), self.qk.bias
+            bias = None if bias is None else bias.to(pooled.dtype)
+            pyramid = []
+            for _ in range(self.levels - 1):
+                pooled = pool(pooled)
+                pyramid.insert(0, F.linear(pooled, weight, bias))
+            if self.kind == "A" and self.levels == 1:
+                pyramid.append(F.linear(pooled, weight, bias))
+        if len(pyramid) < self.levels:
+            pyramid.append(self.qk(x))
+        pairs = [to_tree(qk, level, 2 * self.num_heads) for level, qk in enumerate(pyramid)]
+        queries = [pair[:, : self.num_heads] * self.scale for pair in pairs]
+        return queries, [pair[:, self.num_heads :] for pair in pairs]
+
+    def _value_maps(self, x: Tensor) -> list[Tensor]:
+        """Return the value maps ``[B, h, w, dim]``, coarse to fine."""
+        values = [self.v(x)]
+        for transition in range(self.levels - 1):
+            if self.kind == "A":
+                values.insert(0, pool(values[0]))
+            else:
+                branch = self.value_branches[transition]
+                values.insert(0, branch(values[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return values
+
+    def _messages(
+        self,
+        queries: list[Tensor],
+        keys: list[Tensor],
+        values: list[Tensor],
+        recorded: list[tuple[Tensor, Tensor]] | None,
+    ) -> list[Tensor]:
+        """Return each level's message ``[B, heads, tokens, dim / heads]``, coarse to fine."""
+        if self.kind == "B" and self.levels == 1 and recorded is None:
+            return [F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0)]
+        message, chosen, share = self._coarsest(queries[0], keys[0], values[0], recorded)
+        messages = [message]
+        for level in range(1, self.levels):
+            query, key, value = (part.unflatten(2, (-1, 4)) for part in (queries[level], keys[level], values[level]))
+            candidates = chosen
+            scores = quadtree_scores(query, key, candidates, backend=self.backend)
+            if self.kind == "A":
+                # The parent's weight of a chosen token is divided among the token's children.
+                weights = scores.unflatten(-1, (-1, 4)).softmax(-1) * share[:, :, :, None, :, None]
+                weights = weights.flatten(-2)
+            else:
+                weights = scores.softmax(-1)
+            if level < self.levels - 1:
+                weights, position, share = self._hand_down(scores, weights, self.topk[level])
+                chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position // 4) * 4 + position % 4
+                chosen = chosen.flatten(2, 3)
+                share = share.flatten(2, 3) if share is not None else None
+            messages.append(quadtree_values(weights, value, candidates, backend=self.backend).flatten(2, 3))
+            if recorded is not None:
+                tokens = children(candidates).unsqueeze(3).expand_as(weights)
+                recorded.append((tokens.flatten(2, 3), weights.flatten(2, 3)))
+        return messages
+
+    def _coarsest(
+        self, query: Tensor, key: Tensor, value: Tensor, recorded: list[tuple[Tensor, Tensor]] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
+        batch, heads, tokens, _ = query.shape
+        step = tokens
+        if not torch.compiler.is_exporting():
+            step = max(1, _COARSE_BYTES // (batch * heads * tokens * 4))
+        chunks = []
+        for part in query.split(step, 2):
+            with full_precision(part):
+                scores = part @ key.transpose(-2, -1)
+                weights, position, share = scores.softmax(-1), None, None
+                if self.levels > 1 or self.kind == "A":
+                    weights, position, share = self._hand_down(scores, weights, self.topk[0])
+                chunks.append((weights.to(value.dtype) @ value, position, share, None if recorded is None else weights))
+        message, position, share, weights = (
+            None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            for parts in zip(*chunks, strict=True)
+        )
+        if recorded is not None:
+            recorded.append((torch.arange(tokens, device=query.device).expand_as(weights), weights))
+        return message, position, share
+
+    def _hand_down(self, scores: Tensor, weights: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Choose the best positions of the last axis; return the message's weights, the positions, and their weights.
+
+        Type A takes the chosen positions out of the message, because the next level refines them.
+        """
+        # Type B's softmax keeps the order of the scores, which have fewer ties.
+        ranked = weights if self.kind == "A" else scores
+        position = ranked.detach().topk(min(topk, ranked.shape[-1]), sorted=False).indices
+        if self.kind == "B":
+            return weights, position, None
+        return weights.scatter(-1, position, 0.0), position, weights.gather(-1, position)
+
+    def _positional(self, value_maps: list[Tensor], shares: Sequence[Tensor]) -> Tensor:
+        """Return type B's LePE, added up over the levels by their shares, ``[B, H, W, dim]``."""
+        total: Tensor | None = None
+        for value, conv, share in zip(value_maps, self.lepe, shares, strict=True):
+            # The share of a level scales its convolution: that is smaller than the map.
+            weight, bias = conv.weight.to(value.dtype) * share, conv.bias.to(value.dtype) * share
+            level = F.conv2d(value.permute(0, 3, 1, 2), weight, bias, padding=1, groups=conv.groups)
+            level = level.permute(0, 2, 3, 1)
+            if total is not None:
+                cells = level.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+                level = (cells + total[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
+            total = level
+        return total
+
+
+register_notrace_module(QuadTreeAttention2d)
+
+
+def add_up(messages: Sequence[Tensor]) -> Tensor:
+    """Add the messages of all levels, coarse to fine and in tree order; a token's message goes to its descendants."""
+    total = messages[0]
+    for message in messages[1:]:
+        total = (total.unsqueeze(3) + message.unflatten(2, (-1, 4))).flatten(2, 3)
+    return total
+
+
+def _value_branch(dim: int, act: Callable[[], nn.Module], device=None, dtype=None) -> nn.Sequential:
+    """Return the map from one level's values to those of the next coarser one, NCHW."""
+    dd = {"device": device, "dtype": dtype}
+    return nn.Sequential(
+        nn.GroupNorm(1, dim, **dd),
+        act(),
+        nn.Conv2d(dim, dim, 2, stride=2, **dd),
+        nn.GroupNorm(1, dim, **dd),
+        act(),
+        nn.Conv2d(dim, dim, 1, **dd),
+    )
