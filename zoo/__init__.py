@@ -2,13 +2,13 @@
 
 from fnmatch import fnmatch
 
-from . import nat
+from . import biformer, nat
 from ._checkpoint import CheckpointError
 from .backbone import Backbone, create_backbone
 
 __all__ = ["Backbone", "CheckpointError", "create_backbone", "list_models"]
 
-_FAMILIES = (nat,)
+_FAMILIES = (nat, biformer)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -1,0 +1,5 @@
+"""Routed attention: every region of queries attends to the regions that a router chose for it."""
+
+from .api import routed_attention
+
+__all__ = ["routed_attention"]

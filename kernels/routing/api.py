@@ -1,0 +1,126 @@
+"""The public operator: checks, and the one place where a path is chosen."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .operator import routed_attention_op
+from .reference import routed_attention_reference
+
+BACKENDS = ("reference", "chunked", "triton")
+
+
+def routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    region_size: int | tuple[int, int],
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every region of a map to the regions that ``routes`` names (BiFormer, arXiv 2303.08810, eq. 6).
+
+    The map is cut into regions of ``region_size``, numbered row-major. The queries of region ``r`` attend to all the
+    tokens of the regions ``routes[:, r]``, whose order does not matter. Everything after ``region_size`` is
+    keyword-only.
+
+    Args:
+        query: ``[B, H, W, heads, dim]``; ``H`` and ``W`` are multiples of the region's.
+        key: Same shape and dtype as ``query``.
+        value: ``[B, H, W, heads, dim_v]``, same dtype as ``query``.
+        routes: Integers ``[B, regions, topk]``, each below ``regions``; one that is named twice counts twice.
+        region_size: Height and width of a region, in tokens.
+        scale: Factor on the scores; ``dim ** -0.5`` by default.
+        backend: ``"triton"`` (GPU; reads the regions in place), ``"chunked"`` (plain torch, a few regions at a time)
+            or ``"reference"`` (gathers all regions at once). By default triton where it runs, else chunked; graphs
+            for export are built from the reference, whose operators other runtimes know.
+
+    Returns:
+        ``[B, H, W, heads, dim_v]``. Gradients of the first order flow to query, key and value.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or the region size don't fit, or if the backend cannot run; the message
+            says why.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 8, 12, 2, 16)
+        >>> routes = torch.rand(1, 4, 4).topk(2).indices
+        >>> routed_attention(q, k, v, routes, (4, 6)).shape
+        torch.Size([1, 8, 12, 2, 16])
+    """
+    region_size = (region_size, region_size) if isinstance(region_size, int) else tuple(region_size)
+    _check(query, key, value, routes, region_size)
+    if backend is None:
+        backend = _choose(query, value)
+    elif backend not in BACKENDS:
+        raise ValueError(f"routed_attention has no backend {backend!r}; it has {', '.join(map(repr, BACKENDS))}")
+    elif backend == "triton" and (reason := _why_not_triton(query, value)):
+        raise ValueError(f"routed_attention cannot run on backend 'triton': {reason}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        return routed_attention_reference(query, key, value, routes, region_size, scale)
+    return routed_attention_op(query, key, value, routes, *region_size, scale, backend)[0]
+
+
+def _choose(query: Tensor, value: Tensor) -> str:
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "reference"
+    return "chunked" if _why_not_triton(query, value) else "triton"
+
+
+def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
+    """Return what keeps triton from running on these tensors, or None."""
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs tensors on a GPU (or TRITON_INTERPRET=1, to debug); they are on {query.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 and float32; got {query.dtype}"
+    if query.shape[-1] != value.shape[-1]:
+        return f"it needs value's dim to be query's; got {value.shape[-1]} and {query.shape[-1]}"
+    if not 1 <= query.shape[-1] <= 128:
+        return f"it takes a dim per head of at most 128; got {query.shape[-1]}"
+    return None
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: tuple[int, ...]) -> None:
+    if len(region_size) != 2 or not all(isinstance(length, (int, torch.SymInt)) for length in region_size):
+        raise ValueError(f"routed_attention takes region_size as an integer or two; got {region_size!r}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 5:
+            raise ValueError(
+                f"routed_attention takes {name} as [B, H, W, heads, dim]; got {x.ndim} axes: {list(x.shape)}"
+            )
+        if x.dtype != query.dtype or not x.is_floating_point():
+            raise ValueError(
+                "routed_attention needs query, key and value in one floating-point dtype; "
+                f"got {query.dtype}, {key.dtype} and {value.dtype}"
+            )
+    for name, x in (("key", key), ("value", value), ("routes", routes)):
+        if x.device != query.device:
+            raise ValueError(
+                f"routed_attention needs its tensors on one device; query is on {query.device}, {name} on {x.device}"
+            )
+    if key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
+        raise ValueError(
+            "routed_attention needs query, key and value of one shape (value's dim may differ); "
+            f"got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
+    for axis, length, part in zip(("height", "width"), query.shape[1:3], region_size, strict=True):
+        if part < 1 or length % part:
+            raise ValueError(
+                f"routed_attention needs the map's {axis} to be a multiple of the region's; got {length} and {part}; "
+                "pad the map"
+            )
+    regions = (query.shape[1] // region_size[0]) * (query.shape[2] // region_size[1])
+    if routes.ndim != 3 or tuple(routes.shape[:2]) != (query.shape[0], regions) or routes.shape[2] < 1:
+        raise ValueError(
+            f"routed_attention needs routes of shape [B, regions, topk] = [{query.shape[0]}, {regions}, 1 or more]; "
+            f"got {list(routes.shape)}"
+        )
+    if routes.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"routed_attention needs routes in int32 or int64; got {routes.dtype}")

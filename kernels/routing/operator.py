@@ -1,0 +1,69 @@
+"""Routed attention as one torch operator with its gradient, so that graphs are captured around it, not through it."""
+
+import torch
+from torch import Tensor
+
+from .chunked import chunked_backward, chunked_forward
+
+
+@torch.library.custom_op("foveate::routed_attention", mutates_args=())
+def routed_attention_op(
+    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, height: int, width: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log2 of each softmax's sum; the latter from triton only, else empty."""
+    if backend == "triton":
+        from .triton_kernels import triton_forward
+
+        return triton_forward(query, key, value, routes, (height, width), scale)
+    out = chunked_forward(query, key, value, routes, (height, width), scale)
+    return out, query.new_empty(0, dtype=torch.float32)
+
+
+@routed_attention_op.register_fake
+def _(query, key, value, routes, height, width, scale, backend):
+    batch, rows, columns, heads = query.shape[:4]
+    out = query.new_empty(batch, rows, columns, heads, value.shape[-1])
+    shape = (batch, heads, rows * columns) if backend == "triton" else (0,)
+    return out, query.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("foveate::routed_attention_backward", mutates_args=())
+def routed_attention_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    if backend == "triton":
+        from .triton_kernels import triton_backward
+
+        return triton_backward(grad, query, key, value, routes, out, lse, (height, width), scale)
+    return chunked_backward(grad, query, key, value, routes, (height, width), scale)
+
+
+@routed_attention_backward_op.register_fake
+def _(grad, query, key, value, routes, out, lse, height, width, scale, backend):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, routes, ctx.height, ctx.width, ctx.scale, ctx.backend = inputs
+    # Only triton's backward pass reads the output.
+    saved = output if ctx.backend == "triton" else (query.new_empty(0), output[1])
+    ctx.save_for_backward(query, key, value, routes, *saved)
+
+
+def _backward(ctx, grad, _):
+    gradients = routed_attention_backward_op(grad, *ctx.saved_tensors, ctx.height, ctx.width, ctx.scale, ctx.backend)
+    return *gradients, None, None, None, None, None
+
+
+routed_attention_op.register_autograd(_backward, setup_context=_setup_context)
