@@ -92,9 +92,9 @@ def fit(state: dict[str, Tensor], model: nn.Module, name: str, features: bool) -
     if dense and not any(key.startswith("out_norms.") for key in state):
         _logger.info(f"{name}: the checkpoint is a classifier's; the output norms keep their initial values")
         state = state | {key: value for key, value in wanted.items() if key.startswith("out_norms.")}
-        state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+        state = {key: value for key, value in state.items() if not key.startswith(("norm.", "head.norm."))}
     if features and not dense:
-        optional = optional | {key for key in wanted if key.startswith("norm.")}
+        optional = optional | {key for key in wanted if key.startswith(("norm.", "head.norm."))}
 
     missing = [key for key in wanted if key not in state and key not in optional]
     unexpected = [key for key in state if key not in wanted and key not in classifier]

@@ -3,24 +3,26 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import ClassifierHead, Format, get_device_dtype, nhwc_to
+from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, get_device_dtype, nhwc_to
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 
 class Stage(nn.Module):
-    """Blocks on one resolution, after an optional downsampling.
+    """Blocks on one resolution, after an optional downsampling and before an optional norm.
 
     Args:
         downsample: Module that halves the map, or identity.
         blocks: Modules from map to map.
+        norm: Norm of the stage's output, which the next stage takes (PVT); none by default.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,14 +33,15 @@ class Stage(nn.Module):
                 x = checkpoint(block, x)
         else:
             x = self.blocks(x)
-        return x
+        return self.norm(x)
 
 
 class Pyramid(nn.Module):
     """A backbone of stages with the whole contract of a timm model.
 
-    A family's constructor calls `_assemble` with its parts. Everything else is here: features, intermediates,
-    pruning, the classifier's reset, gradient checkpointing, parameter groups.
+    A family's constructor calls `_assemble` with its parts, with a ``head`` of its own where pooling comes before the
+    norm. Everything else is here: features, intermediates, pruning, the classifier's reset, gradient checkpointing,
+    parameter groups.
 
     With ``out_norms`` the model is the published dense one: each stage's output has a norm of its own, which
     `forward_intermediates` applies, and the last of them stands in for the classifier's final norm.
@@ -58,6 +61,7 @@ class Pyramid(nn.Module):
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        head: nn.Module | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -72,15 +76,17 @@ class Pyramid(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.out_norms = nn.ModuleList(out_norms) if out_norms is not None else None
         self.norm = norm if out_norms is None else nn.Identity()
-        self.head = ClassifierHead(
-            channels[-1],
-            num_classes,
-            pool_type=global_pool,
-            drop_rate=drop_rate,
-            input_fmt=self.output_fmt,
-            device=device,
-            dtype=dtype,
-        )
+        if head is None:
+            head = ClassifierHead(
+                channels[-1],
+                num_classes,
+                pool_type=global_pool,
+                drop_rate=drop_rate,
+                input_fmt=self.output_fmt,
+                device=device,
+                dtype=dtype,
+            )
+        self.head = head
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -97,6 +103,7 @@ class Pyramid(nn.Module):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
                 (r"^norm|^out_norms", (99999,)),
             ],
         }
@@ -193,6 +200,9 @@ class Pyramid(nn.Module):
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
+            if isinstance(self.head, ClNormMlpClassifierHead):
+                # A norm that follows the pooling is the classifier's, and sized for the last stage.
+                self.head.norm = nn.Identity()
             self.reset_classifier(0, "")
         return take
 

@@ -11,12 +11,17 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 # Families by folder: the largest difference from the published output, for logits and for dense maps.
 TOLERANCES = {
+    "agent": (2e-5, 2e-5),
     "nat": (5e-6, 2e-5),
     "dinat": (5e-6, 2e-5),
     "dinat_s": (5e-6, 2e-5),
     "nat_iso": (5e-6, 2e-5),
+    "dat": (1e-5, 3e-4),
+    "dat_pp": (2e-5, 3e-4),
+    "davit": (5e-5, 1e-4),
+    "quadtree": (4e-6, 1e-5),
 }
-RECIPES = {"det": "detection", "seg": "segmentation", "m2f": "mask2former"}
+RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former"}
 
 
 def fixtures():
@@ -26,7 +31,8 @@ def fixtures():
 
 
 def model_name(fixture: str) -> str:
-    return max((name for name in foveate.list_models() if fixture.startswith(name)), key=len)
+    names = foveate.list_models()
+    return max((name for name in names if fixture.startswith(name.removeprefix("foveate_"))), key=len)
 
 
 @pytest.mark.parametrize("name", fixtures())
@@ -34,7 +40,8 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
     family, stem = name.split("/")
     fixture = open_fixture(name)
     model = model_name(stem)
-    recipe = next((RECIPES[part] for part in stem.removeprefix(model).split("_") if part in RECIPES), None)
+    parts = stem.removeprefix(model.removeprefix("foveate_")).split("_")
+    recipe = next((RECIPES[part] for part in parts if part in RECIPES), None)
     checkpoint = fixture.checkpoint(tmp_path)
     logits_atol, maps_atol = TOLERANCES[family]
     with torch.inference_mode():
