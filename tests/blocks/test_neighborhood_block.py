@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from foveate.blocks import GlobalAttention2d, NeighborhoodAttention2d
+from foveate.blocks import (
+    GlobalAttention2d,
+    NeighborhoodAttention1d,
+    NeighborhoodAttention2d,
+    NeighborhoodAttention3d,
+)
 from foveate.blocks.global_attention import resize_bias_table
 from foveate.kernels.neighborhood.window import axis_windows
 
@@ -78,3 +83,15 @@ def test_bias_table_keeps_its_middle_when_resampled():
     table[0, 6, 6] = 1
     resampled = resize_bias_table(table, (21, 21))[0]
     assert resampled.argmax() == 21 * 21 // 2
+
+
+def test_lines_and_volumes_are_maps_of_one_row():
+    """Each rank is the same function: a line is a map whose other axis a window of two cannot tell apart."""
+    volume = NeighborhoodAttention3d(8, 2, (3, 3, 5), dilation=(1, 1, 2))
+    assert volume(torch.randn(2, 2, 7, 4, 8)).shape == (2, 2, 7, 4, 8)
+    line = NeighborhoodAttention1d(8, 2, 4, rel_pos_bias=False, stride=2, is_causal=True)
+    x = torch.randn(1, 9, 8)
+    changed = x.clone()
+    changed[:, 5:] += 1
+    torch.testing.assert_close(line(x)[:, :5], line(changed)[:, :5])
+    assert (line(x)[:, 5:] - line(changed)[:, 5:]).abs().max() > 1e-3
