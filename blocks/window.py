@@ -9,9 +9,10 @@ from .global_attention import relative_bias, resize_bias_table
 
 
 @register_notrace_function
-def axis_shift(length: int, window: int, shift: int) -> int:
-    """Return the cyclic shift of an axis: none where one window covers it, for there is nothing to connect."""
-    return shift if length > window else 0
+def axis_shift(shift: int, length: int, window: int, other_length: int, other_window: int, rule: str) -> int:
+    """Return the cyclic shift of an axis of ``length`` under the rule ``shift_where`` of `WindowAttention2d`."""
+    covered = length <= window or (rule == "map" and other_length <= other_window)
+    return 0 if covered and rule != "all" else shift
 
 
 @register_notrace_function
@@ -94,14 +95,15 @@ class WindowAttention2d(nn.Module):
     """Multi-head self-attention within windows that do not overlap, optionally shifted.
 
     A map that is no multiple of the window is padded with zeros at the bottom and right, before the projection to
-    queries, keys and values; padded positions take part as keys, as in Swin's dense models. An axis that one window
-    covers is not shifted.
+    queries, keys and values; padded positions take part as keys, as in Swin's dense models.
 
     Args:
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         window_size: Height and width of a window.
         shift_size: Rows and columns by which the windows are shifted, less than the window.
+        shift_where: ``"axis"``: an axis that one window covers is not shifted. ``"map"``: neither axis is if one of
+            them is covered, as in Swin's classifier. ``"all"``: every map is shifted, as in Swin's dense models.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
         rel_pos_bias: Whether scores get a learned bias by relative position, a table ``rpb``
             ``[heads, 2h - 1, 2w - 1]`` as in neighborhood attention; `from_swin_table` converts Swin's.
@@ -122,6 +124,7 @@ class WindowAttention2d(nn.Module):
         num_heads: int,
         window_size: int | tuple[int, int] = 7,
         shift_size: int | tuple[int, int] = 0,
+        shift_where: str = "axis",
         qkv_bias: bool = True,
         rel_pos_bias: bool = True,
         proj_drop: float = 0.0,
@@ -132,7 +135,10 @@ class WindowAttention2d(nn.Module):
         dd = {"device": device, "dtype": dtype}
         if dim % num_heads:
             raise ValueError(f"WindowAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+        if shift_where not in ("axis", "map", "all"):
+            raise ValueError(f"shift_where must be 'axis', 'map' or 'all'; got {shift_where!r}")
         self.num_heads = num_heads
+        self.shift_where = shift_where
         self.window_height, self.window_width = to_2tuple(window_size)
         self.shift_y, self.shift_x = to_2tuple(shift_size)
         if not (0 <= self.shift_y < self.window_height and 0 <= self.shift_x < self.window_width):
@@ -175,8 +181,9 @@ class WindowAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the windows of ``x`` ``[B, H, W, dim]``."""
         height, width = x.shape[1], x.shape[2]
-        shift_y = axis_shift(height, self.window_height, self.shift_y)
-        shift_x = axis_shift(width, self.window_width, self.shift_x)
+        window_y, window_x, where = self.window_height, self.window_width, self.shift_where
+        shift_y = axis_shift(self.shift_y, height, window_y, width, window_x, where)
+        shift_x = axis_shift(self.shift_x, width, window_x, height, window_y, where)
         windows = cut_windows(x, self.window_height, self.window_width, shift_y, shift_x)
         qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -1,0 +1,241 @@
+"""Agent attention (Han et al., ECCV 2024, arXiv 2312.08874): queries reach the keys through a few pooled queries."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from .window import cut_windows, join_windows
+
+# The block biases have this height and width at every resolution.
+_BLOCK = 7
+
+
+@register_notrace_function
+def resize_agents(bias: Tensor, agents_height: int, agents_width: int) -> Tensor:
+    """Resample a bias ``[heads, p * p, h, w]`` of a square of agents to another grid of them, bilinear."""
+    heads, agents, height, width = bias.shape
+    side = int(agents**0.5)
+    bias = bias.reshape(heads, side, side, height * width).permute(0, 3, 1, 2)
+    bias = F.interpolate(bias, size=[agents_height, agents_width], mode="bilinear", align_corners=False)
+    return bias.permute(0, 2, 3, 1).reshape(heads, agents_height * agents_width, height, width)
+
+
+@register_notrace_function
+def agent_bias(block: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
+    """Return the sum of the three biases on a map: each is resampled to its size, bilinear.
+
+    Args:
+        block: ``[heads, agents, 7, 7]``.
+        row: ``[heads, agents, h, 1]``.
+        column: ``[heads, agents, 1, w]``.
+        height: Height H of the map.
+        width: Width W of the map.
+
+    Returns:
+        ``[heads, agents, H, W]``.
+    """
+    block = F.interpolate(block, size=[height, width], mode="bilinear", align_corners=False)
+    # Bilinear resampling is separable: rows and columns may be resampled before they are added.
+    row = F.interpolate(row, size=[height, 1], mode="bilinear", align_corners=False)
+    column = F.interpolate(column, size=[1, width], mode="bilinear", align_corners=False)
+    return block + row + column
+
+
+@register_notrace_function
+def pool_agents(q: Tensor, agents_height: int, agents_width: int) -> Tensor:
+    """Average queries ``[B, H, W, C]`` to agents ``[B, agents_height * agents_width, C]``."""
+    agents = F.adaptive_avg_pool2d(q.permute(0, 3, 1, 2), [agents_height, agents_width])
+    return agents.flatten(2).transpose(1, 2)
+
+
+def attend_through_agents(
+    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, gather_bias: Tensor, spread_bias: Tensor, num_heads: int
+) -> Tensor:
+    """Let agents gather from keys, and queries read from agents: two softmax attentions, linear in the tokens (Eq. 6).
+
+    Args:
+        q: Queries ``[B, N, C]``.
+        k: Keys ``[B, M, C]``.
+        v: Values ``[B, M, C]``.
+        agents: Agents ``[B, n, C]``.
+        gather_bias: Added to the agents' scores over keys, ``[heads, n, M]``.
+        spread_bias: Added to the queries' scores over agents, ``[heads, N, n]``.
+        num_heads: Heads.
+
+    Returns:
+        ``[B, N, C]``.
+    """
+    q, k, v, agents = [tokens.unflatten(2, (num_heads, -1)).transpose(1, 2) for tokens in (q, k, v, agents)]
+    gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=gather_bias.to(q.dtype)[None])
+    x = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=spread_bias.to(q.dtype)[None])
+    return x.transpose(1, 2).flatten(2)
+
+
+class AgentAttention2d(nn.Module):
+    """Multi-head agent attention over a map, or within windows of it.
+
+    A few agents, queries averaged over a grid of cells, gather from all keys; every query then reads from the agents.
+    Both attentions have learned biases, and a depthwise convolution of the values is added. The cost is linear in the
+    positions of the map.
+
+    The biases belong to maps of ``map_size`` and are resampled to every other size, as in the published dense models.
+    Their names are the published ones: ``a`` stands for agents, ``n`` for positions, ``h`` and ``w`` for rows and
+    columns, so that ``ah_bias`` is the bias of agents towards rows and ``ha_bias`` that of rows towards agents.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        agents: The biases are learned for ``agents x agents`` agents.
+        map_size: Height and width of the maps, or windows, that the biases are learned for.
+        agent_shape: Rows and columns of agents, the biases being resampled to them; ``agents x agents`` by default.
+        window_size: Height and width of windows that attend each for itself, with agents of its own; None for the whole
+            map. A map that does not divide into windows is padded with zeros at the bottom and right before the
+            projection to queries, keys and values.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_drop: Dropout rate of the output.
+
+    Shape:
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
+
+    Example:
+        >>> attention = AgentAttention2d(64, num_heads=2, agents=7, map_size=(14, 14))
+        >>> attention(torch.randn(1, 20, 30, 64)).shape
+        torch.Size([1, 20, 30, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        agents: int,
+        map_size: int | tuple[int, int],
+        agent_shape: int | tuple[int, int] | None = None,
+        window_size: int | tuple[int, int] | None = None,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"agent attention needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+        self.num_heads = num_heads
+        self.agents = agents
+        self.agents_height, self.agents_width = (agents, agents) if agent_shape is None else to_2tuple(agent_shape)
+        self.window_height, self.window_width = (0, 0) if window_size is None else to_2tuple(window_size)
+        height, width = to_2tuple(map_size)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.an_bias = nn.Parameter(torch.empty(num_heads, agents**2, _BLOCK, _BLOCK, **dd))
+        self.na_bias = nn.Parameter(torch.empty(num_heads, agents**2, _BLOCK, _BLOCK, **dd))
+        self.ah_bias = nn.Parameter(torch.empty(1, num_heads, agents**2, height, 1, **dd))
+        self.aw_bias = nn.Parameter(torch.empty(1, num_heads, agents**2, 1, width, **dd))
+        self.ha_bias = nn.Parameter(torch.empty(1, num_heads, height, 1, agents**2, **dd))
+        self.wa_bias = nn.Parameter(torch.empty(1, num_heads, 1, width, agents**2, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections and the biases as published: truncated normal, std 0.02."""
+        for linear in (self.qkv, self.proj):
+            trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for bias in self.parameters(recurse=False):
+            trunc_normal_(bias, std=0.02)
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print(model)` shows."""
+        text = f"num_heads={self.num_heads}, agents={self.agents_height}x{self.agents_width}"
+        return text + (f", window_size={self.window_height}x{self.window_width}" if self.window_height else "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``x`` ``[B, H, W, dim]``, or within its windows."""
+        if self.window_height == 0:
+            return self._attend(x)
+        height, width = x.shape[1], x.shape[2]
+        windows = cut_windows(x, self.window_height, self.window_width, 0, 0)
+        windows = self._attend(windows.unflatten(1, (self.window_height, self.window_width)))
+        return join_windows(windows.flatten(1, 2), height, width, self.window_height, self.window_width, 0, 0)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        agents = pool_agents(q, self.agents_height, self.agents_width)
+        gather_bias, spread_bias = self._biases(height, width)
+        out = attend_through_agents(
+            q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), agents, gather_bias, spread_bias, self.num_heads
+        )
+        out = out.unflatten(1, (height, width)) + self.dwc(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj_drop(self.proj(out))
+
+    def _biases(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return the biases of agents towards positions ``[heads, n, N]`` and of positions towards agents."""
+        gather = self._bias(self.an_bias, self.ah_bias[0], self.aw_bias[0], height, width)
+        rows, columns = self.ha_bias[0].permute(0, 3, 1, 2), self.wa_bias[0].permute(0, 3, 1, 2)
+        spread = self._bias(self.na_bias, rows, columns, height, width)
+        return gather, spread.transpose(1, 2)
+
+    def _bias(self, block: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
+        """Return the sum of three biases, resampled to the agents and the map, ``[heads, n, N]``."""
+        if self.agents_height != self.agents or self.agents_width != self.agents:
+            block = resize_agents(block, self.agents_height, self.agents_width)
+            row = resize_agents(row, self.agents_height, self.agents_width)
+            column = resize_agents(column, self.agents_height, self.agents_width)
+        return agent_bias(block, row, column, height, width).flatten(2)
+
+
+class AgentTokenAttention(AgentAttention2d):
+    """Agent attention over a map and a class token before it (Agent-DeiT).
+
+    The class token is a key for the agents and reads from them, with biases ``ac_bias`` and ``ca_bias``; the agents are
+    averages of the map alone, and the convolution sees the map alone.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        agents: Rows and columns of agents.
+        map_size: Height and width of the maps that the biases are learned for.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_drop: Dropout rate of the output.
+
+    Shape:
+        Tokens ``[B, 1 + H * W, dim]``, class token first, with H and W as arguments; to the same shape.
+
+    Example:
+        >>> attention = AgentTokenAttention(64, num_heads=2, agents=7, map_size=(14, 14))
+        >>> attention(torch.randn(1, 1 + 20 * 30, 64), 20, 30).shape
+        torch.Size([1, 601, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        agents: int,
+        map_size: int | tuple[int, int],
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, agents, map_size, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd)
+        self.ac_bias = nn.Parameter(torch.empty(1, num_heads, agents**2, 1, **dd))
+        self.ca_bias = nn.Parameter(torch.empty(1, num_heads, 1, agents**2, **dd))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Attend over tokens ``x`` ``[B, 1 + height * width, dim]``."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        agents = pool_agents(q[:, 1:].unflatten(1, (height, width)), self.agents_height, self.agents_width)
+        gather_bias, spread_bias = self._biases(height, width)
+        gather_bias = torch.cat([self.ac_bias[0], gather_bias], dim=2)
+        spread_bias = torch.cat([self.ca_bias[0], spread_bias], dim=1)
+        out = attend_through_agents(q, k, v, agents, gather_bias, spread_bias, self.num_heads)
+        local = self.dwc(v[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
+        out = out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, 1, 0))
+        return self.proj_drop(self.proj(out))
