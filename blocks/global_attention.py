@@ -21,8 +21,8 @@ def relative_bias(rpb: Tensor, height: int, width: int) -> Tensor:
     return rpb.flatten(1).index_select(1, index.flatten()).unflatten(1, (height * width, height * width))
 
 
-def resize_bias_table(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resample a bias table ``[heads, h, w]`` to ``size``, bicubic as the NAT authors did from kernel 7 to 11."""
+def resize_bias_table(table: Tensor, size: list[int]) -> Tensor:
+    """Resample a bias table ``[heads, h, w]`` to ``(h, w)``, bicubic as the NAT authors did from kernel 7 to 11."""
     resized = F.interpolate(table[None].float(), size=size, mode="bicubic", align_corners=False)
     return resized[0].to(table.dtype)
 
