@@ -11,7 +11,9 @@ class TaskError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` with the known name nearest to ``name``, or what there is if none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1)
+    # A key may be known by its last part alone.
+    near = near or [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    return f"; known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}" if known else ""

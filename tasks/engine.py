@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from . import TaskError, nearest
 from .checkpoints import load_weights, read_checkpoint, save_checkpoint, write_whole
+from .devices import choose_device
 
 try:
     # mmengine's Runner imports it, and the wheel with a window system needs libraries that slim containers lack.
@@ -79,11 +80,21 @@ DEFAULTS = {
     },
     "ema": None,  # weight of the newest parameters in their running average, such as 2e-4
 }
-FREE = ("optimizer.kwargs",)
+FREE = ("optimizer.kwargs",)  # dicts with keys of their own
+OPTIONAL = {"optimizer.layer_decay": float, "optimizer.clip_grad": float, "ema": float}  # types of what may be None
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What may differ between a run and its continuation.
 _RESUME_FREE = ("device", "workers")
+
+_TYPES = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    str: ("a name", lambda value: isinstance(value, str)),
+    tuple: ("a list", lambda value: isinstance(value, list | tuple)),
+    dict: ("a dict", lambda value: isinstance(value, dict)),
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -116,14 +127,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     task_class = _task_class(task)
     defaults |= copy.deepcopy(task_class.DEFAULTS)
     free = FREE + tuple(task_class.FREE)
+    optional = OPTIONAL | {"task": str} | task_class.OPTIONAL
     config = copy.deepcopy(defaults)
     for key, value in _leaves(given, free):
-        _assign(config, defaults, free, key, value, str(path))
+        _assign(config, defaults, free, optional, key, value, str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise TaskError(f"{override!r}: an override is key=value, such as optimizer.lr=1e-3")
-        _assign(config, defaults, free, key, _parse(text), override)
+        _assign(config, defaults, free, optional, key, _parse(text), override)
     _check_values(config)
     return config
 
@@ -154,42 +166,31 @@ def _parse(text: str) -> Any:
         return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
-def _assign(config: dict, defaults: dict, free: Sequence[str], key: str, value: Any, source: str) -> None:
+def _assign(
+    config: dict, defaults: dict, free: Sequence[str], optional: dict[str, type], key: str, value: Any, source: str
+) -> None:
     """Set ``config[key]`` if the defaults know the key and a value of this type."""
     *parents, name = key.split(".")
-    for depth in range(1, len(parents) + 1):
-        if ".".join(parents[:depth]) in free:
-            node = config
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = value
-            return
+    if any(".".join(parents[:depth]) in free for depth in range(1, len(parents) + 1)):
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+        return
     known = dict(_leaves(defaults, free))
     if key not in known:
-        sections = {section for leaf in known for section in _sections(leaf)}
-        hint = f"; {key} has keys of its own" if key in sections else nearest(key, known)
+        own = [leaf for leaf in known if leaf.startswith(f"{key}.")]
+        hint = f"; set one of its own keys: {', '.join(own)}" if own else nearest(key, known)
         raise TaskError(f"{source}: unknown key {key!r}{hint}")
     default = known[key]
-    fits = {
-        bool: lambda: isinstance(value, bool),
-        int: lambda: isinstance(value, int) and not isinstance(value, bool),
-        float: lambda: isinstance(value, int | float) and not isinstance(value, bool),
-        str: lambda: isinstance(value, str),
-        tuple: lambda: isinstance(value, list | tuple),
-        dict: lambda: isinstance(value, dict),
-    }
-    # A default of None says nothing about the type, so the reader of the key does.
-    if default is not None and not fits[type(default)]():
-        raise TaskError(f"{source}: {key} takes a {type(default).__name__}, such as {default!r}, not {value!r}")
+    expected, fits = _TYPES[optional.get(key, type(default))]
+    if not fits(value) and not (value is None and default is None):
+        example = f", such as {default!r}" if default not in (None, {}) else " or None" if default is None else ""
+        raise TaskError(f"{source}: {key} takes {expected}{example}, not {value!r}")
     node = config
     for parent in parents:
         node = node[parent]
     node[name] = value
-
-
-def _sections(key: str) -> Iterable[str]:
-    parts = key.split(".")
-    return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def _check_values(config: dict) -> None:
@@ -217,25 +218,14 @@ def _check_values(config: dict) -> None:
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``"auto"`` is CUDA if there is one, else the CPU.
+def is_main_process() -> bool:
+    """Return whether this process is the one that reports; under torchrun there are others."""
+    return int(os.environ.get("RANK", "0")) == 0
 
-    Raises:
-        TaskError: If there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise TaskError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TaskError(f"device {name!r}: torch {torch.__version__} finds no CUDA device; use device=cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TaskError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise TaskError(f"device {name!r}: torch {torch.__version__} finds no MPS device; use device=cpu")
-    return device
+
+def main_metric(config: dict[str, Any]) -> str:
+    """Return the name of the metric by which a config's task chooses the best epoch."""
+    return _task_class(config["task"]).metric
 
 
 def train(config: dict[str, Any], output: str | Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:

@@ -134,7 +134,9 @@ def draw_neighborhood(
                 Rectangle((key_column / width, key_row / height), 1 / width, 1 / height, fill=False, ec="w", lw=0.6)
             )
         axes.add_patch(Rectangle((column / width, row / height), 1 / width, 1 / height, fill=False, ec=RED, lw=2.5))
-        title = f"{name}\n{height}x{width} map, {block.kernel_size}x{block.kernel_size} window, dilation {block.dilation}"
+        title = (
+            f"{name}\n{height}x{width} map, {block.kernel_size}x{block.kernel_size} window, dilation {block.dilation}"
+        )
         if outside > 1e-4:
             title += f"\n{outside:.0%} on padding"
         axes.set_title(title, fontsize=9)

@@ -8,5 +8,5 @@ data = dict(
     mean=(0.69,),
     std=(0.38,),
     crop_pct=1.0,
-    augment=dict(scale=(0.6, 1.0), ratio=(0.75, 1.3333), hflip=0.0),
+    augment=dict(no_aug=True, affine=dict(degrees=12, translate=(0.08, 0.08), scale=(0.85, 1.15), shear=12, fill=255)),
 )

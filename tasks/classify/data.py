@@ -11,6 +11,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine, Resize
 
 from .. import TaskError, nearest
 from ..images import EXTENSIONS, read_image
@@ -44,8 +45,15 @@ class InputRule:
                 raise TaskError(f"data.{name} needs one number for each of the {self.channels} channels")
 
     def transform(self, augment: dict | None = None):
-        """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random."""
-        return create_transform(
+        """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random.
+
+        Args:
+            augment: Arguments of timm's ``create_transform``; and ``affine``, those of torchvision's ``RandomAffine``,
+                which then comes first, on the resized image. None for the transform of evaluation.
+        """
+        augment = None if augment is None else dict(augment)
+        affine = (augment or {}).pop("affine", None)
+        transform = create_transform(
             input_size=(self.channels, self.size, self.size),
             is_training=augment is not None,
             mean=self.mean,
@@ -54,6 +62,10 @@ class InputRule:
             crop_pct=self.crop_pct,
             **(augment or {}),
         )
+        if affine is None:
+            return transform
+        resize = Resize(self.size, InterpolationMode(self.interpolation))
+        return Compose([resize, RandomAffine(interpolation=InterpolationMode.BILINEAR, **affine), transform])
 
 
 class Digits(Dataset):

@@ -76,4 +76,3 @@ class Predictor:
             [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-

@@ -1,6 +1,7 @@
 """Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
 
 import dataclasses
+from typing import ClassVar
 
 import timm
 import torch
@@ -76,7 +77,7 @@ class Classify:
     """
 
     # Every key a config may have, with its default.
-    DEFAULTS = {
+    DEFAULTS: ClassVar[dict] = {
         "model": {
             "name": None,  # a timm name
             "pretrained": False,  # start from published weights
@@ -93,7 +94,7 @@ class Classify:
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
             "crop_pct": 0.875,
-            "augment": {},  # arguments of timm.data.create_transform
+            "augment": {},  # arguments of timm.data.create_transform; and affine, a dict for RandomAffine
         },
         "loss": {
             "label_smoothing": 0.0,
@@ -101,7 +102,8 @@ class Classify:
             "cutmix": 0.0,
         },
     }
-    FREE = ("model.kwargs", "data.augment")
+    FREE = ("model.kwargs", "data.augment")  # dicts with keys of their own
+    OPTIONAL: ClassVar[dict] = {"model.name": str, "model.checkpoint": str, "data.root": str, "data.num_classes": int}
     metric = "accuracy"
 
     def __init__(self, config: dict):
@@ -145,7 +147,7 @@ class Classify:
         return list(model(images).float())
 
     def measure(self, predictions: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """Return the metrics of predictions of `predict`, as fractions: accuracy, top-5 accuracy, macro F1; and loss."""
+        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions, of what `predict` returned."""
         from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
         logits, labels = torch.stack(predictions), torch.as_tensor(targets)

@@ -1,0 +1,237 @@
+"""``foveate bench``: our paths and their peers side by side, alternating in one process, medians and ratios.
+
+``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, against
+compiled FlexAttention with the same windows and bias and against a gather of every window. ``models`` times backbones
+against a peer. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Batch, height, width, heads, head dim, kernel size: NAT's first stage alone and batched, and larger maps.
+SHAPES = (
+    (1, 56, 56, 2, 32, 7),
+    (4, 56, 56, 2, 32, 7),
+    (1, 128, 128, 4, 32, 7),
+    (1, 64, 64, 4, 64, 13),
+)
+SIDES = (28, 56, 84, 112)
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Call everything in turn, ``rounds`` times over, and return the median seconds of each."""
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    for call in calls.values():  # compile, plan, warm up
+        seconds(call)
+        seconds(call)
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return compiled FlexAttention on ``[B, H, W, heads, dim]`` with neighborhood windows and bias."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    half = kernel_size // 2
+
+    def visible(batch, head, query, key):
+        row = (query // width - half).clamp(0, height - kernel_size)
+        column = (query % width - half).clamp(0, width - kernel_size)
+        inside = (key // width >= row) & (key // width < row + kernel_size)
+        return inside & (key % width >= column) & (key % width < column + kernel_size)
+
+    def biased(score, batch, head, query, key):
+        row = (key // width - query // width + kernel_size - 1).clamp(0, 2 * kernel_size - 2)
+        column = (key % width - query % width + kernel_size - 1).clamp(0, 2 * kernel_size - 2)
+        return score + rpb[head, row, column]
+
+    tokens = height * width
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=rpb.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        flat = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
+        out = compiled(*flat, score_mod=biased, block_mask=mask)
+        return out.transpose(1, 2).unflatten(1, (height, width))
+
+    return run
+
+
+def bench_kernels(shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool) -> list[dict]:
+    """Time one call of every path at every shape; milliseconds, with relative position bias, float32."""
+    from ..kernels import na2d, neighborhood_backends
+
+    rows = []
+    for batch, height, width, heads, dim, kernel_size in shapes:
+        query, key, value = (torch.randn(batch, height, width, heads, dim, device=device) for _ in range(3))
+        rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device)
+        report = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
+        names = [name for name, answer in report.items() if answer in ("chosen", "can run")]
+        functions = {
+            name: lambda q, k, v, r, name=name: na2d(q, k, v, kernel_size, rpb=r, backend=name) for name in names
+        }
+        expected = functions[names[0]](query, key, value, rpb)
+        inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb)]
+        if flex and not backward:
+            compiled = flex_attention_of(height, width, kernel_size, rpb)
+            functions["flex (compiled)"] = lambda q, k, v, r: compiled(q, k, v)
+        calls = {}
+        for name, function in functions.items():
+            with torch.no_grad():
+                torch.testing.assert_close(function(*inputs), expected, atol=1e-4, rtol=1e-4)
+            calls[name] = lambda function=function: _step(function, inputs, backward)
+        times = alternate(calls, rounds, device)
+        # Useful work: a query-key pair costs a multiply-add per channel, for the score and again for the value.
+        useful = batch * height * width * heads * kernel_size**2 * dim * 4 * (3.5 if backward else 1)
+        for name, seconds in times.items():
+            rows.append(
+                {
+                    "shape": f"{batch}x{height}x{width}x{heads}x{dim} k{kernel_size}",
+                    "pass": "forward+backward" if backward else "forward",
+                    "path": name,
+                    "ms": round(seconds * 1e3, 3),
+                    "useful GFLOP/s": round(useful / seconds / 1e9, 1),
+                    "times the slowest": round(max(times.values()) / seconds, 1),
+                }
+            )
+    return rows
+
+
+def _step(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> None:
+    if backward:
+        torch.autograd.grad(function(*inputs).sum(), inputs)
+    else:
+        with torch.inference_mode():
+            function(*inputs)
+
+
+def matmul_rate(device: str, rounds: int) -> float:
+    """Return the GFLOP/s of a float32 product of two 1024 x 1024 matrices: what the machine can do."""
+    a = torch.randn(1024, 1024, device=device)
+    return 2 * 1024**3 / alternate({"matmul": lambda: a @ a}, rounds, device)["matmul"] / 1e9
+
+
+def bench_models(names: Sequence[str], peer: str, batch: int, size: int, rounds: int, device: str) -> list[dict]:
+    """Time inference of every model and of the peer; images per second, and the ratio to the peer."""
+    import timm
+
+    images = torch.randn(batch, 3, size, size, device=device)
+    models = {}
+    for name in dict.fromkeys((*names, peer)):
+        fixed = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        models[name] = timm.create_model(name, **fixed).eval().to(device)
+    with torch.inference_mode():
+        times = alternate({name: lambda m=model: m(images) for name, model in models.items()}, rounds, device)
+    return [
+        {
+            "model": name,
+            "batch": batch,
+            "size": size,
+            "M parameters": round(sum(p.numel() for p in models[name].parameters()) / 1e6, 1),
+            "images/s": round(batch / seconds, 1),
+            f"times {peer}": round(times[peer] / seconds, 2),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """Return rows as a markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows])
+
+
+def machine(device: str) -> str:
+    """Describe what the numbers were measured on."""
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def save(rows: list[dict], folder: Path, stem: str, title: str) -> None:
+    """Write a table as ``STEM.md`` and ``STEM.csv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.md").write_text(f"{title}\n\n{as_markdown(rows)}\n")
+    with (folder / f"{stem}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(rows: list[dict], path: Path, title: str) -> None:
+    """Draw milliseconds against the side of the map, a line for each path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name in dict.fromkeys(row["path"] for row in rows):
+        mine = [row for row in rows if row["path"] == name]
+        sides = [int(row["shape"].split("x")[1]) for row in mine]
+        axes.plot(sides, [row["ms"] for row in mine], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="side of the map, tokens", ylabel="ms", title=title)
+    axes.set_xticks(SIDES, map(str, SIDES), minor=False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("what", choices=("kernels", "models"))
+    parser.add_argument("models", nargs="*", default=["nat_tiny"], metavar="MODEL")
+    parser.add_argument("--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=15, help="medians are over this many alternating calls")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backward", action="store_true", help="kernels: forward and backward, without FlexAttention")
+    parser.add_argument("--no-flex", action="store_true", help="kernels: leave compiled FlexAttention out")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and write it."""
+    title = f"Measured on {machine(args.device)}; medians of {args.rounds} alternating calls."
+    if args.what == "models":
+        from ..zoo.backbone import check_name
+
+        for name in (*args.models, args.peer):
+            check_name(name)
+        rows = bench_models(args.models, args.peer, args.batch, args.size, args.rounds, args.device)
+    else:
+        measure = (args.rounds, args.device, not args.no_flex, args.backward)
+        title += f" A product of 1024 x 1024 float32 matrices runs at {matmul_rate(args.device, 15):.0f} GFLOP/s."
+        rows = bench_kernels(SHAPES, *measure)
+        sweep = bench_kernels([(1, side, side, 2, 32, 7) for side in SIDES], *measure)
+    save(rows, args.output, args.what, title)
+    if args.what == "kernels":
+        plot(sweep, args.output / "kernels.png", "Neighborhood attention, kernel 7, 2 heads of 32")
+    print(title, as_markdown(rows), f"written to {args.output}", sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from foveate.tools.cli import main
+
+    raise SystemExit(main([Path(__file__).stem, *sys.argv[1:]]))

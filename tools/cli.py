@@ -1,0 +1,96 @@
+"""The command `foveate`: finds the command asked for, and turns expected errors into one line."""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Name, and what it does. A command is a module of that name, with add_arguments(parser) and run(args).
+COMMANDS = {
+    "demo": "train, evaluate and predict on the bundled digits, with pictures, in about a minute",
+    "train": "train a model as a recipe says",
+    "eval": "measure a checkpoint on held-out data",
+    "predict": "name what is in images, with pictures and JSON",
+    "list": "list the models",
+    "info": "say all about a model: cost, inputs, weights, recipes",
+}
+
+EXAMPLES = """\
+examples:
+  foveate demo --output runs/demo
+  foveate train classify/nat_atto_digits epochs=3 --output runs/digits
+  foveate eval classify/nat_atto_digits runs/digits/best.pth
+  foveate predict runs/demo/heldout --checkpoint runs/demo/run/best.pth
+  foveate list 'nat_*'
+  foveate info nat_atto"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong argument in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"foveate: error: {message}; see `{self.prog} --help`\n")
+
+
+def usage() -> str:
+    """Return what `foveate` prints when it is given nothing to do."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: foveate COMMAND ...   (foveate COMMAND --help says more, foveate --version which this is)\n\n"
+        f"commands:\n{commands}\n\n{EXAMPLES}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments after ``foveate``; those of the process by default.
+
+    Returns:
+        Exit code: 0; 2 if something that was asked for can't be done; 130 if interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"foveate {version('foveate')}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}")
+
+    from ..tasks import TaskError
+    from ..zoo import CheckpointError
+
+    command = importlib.import_module(f".{name}", __package__)
+    parser = _Parser(
+        prog=f"foveate {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_intermixed_args(argv[1:])) or 0
+    except (TaskError, CheckpointError) as error:
+        return _fail(str(error))
+    except SystemExit as stop:
+        return stop.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    # Some libraries put several lines into a message.
+    print(f"foveate: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

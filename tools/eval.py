@@ -1,0 +1,39 @@
+"""Measure a checkpoint of `foveate train` on the held-out data of a config."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="recipe or Python file, such as the run's config.py")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="best.pth or last.pth of a run")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as device=cpu batch_size=16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate."""
+    from .train import find_config
+
+    path = find_config(args.config)
+    from ..tasks import engine
+    from ..tasks.checkpoints import write_whole
+
+    metrics, _, _ = engine.evaluate(engine.load_config(path, args.overrides), args.checkpoint)
+    if not engine.is_main_process():
+        return
+    for name, value in metrics.items():
+        print(f"{name:<14} {value:.4f}")
+    if args.json:
+        text = json.dumps(metrics, indent=1)
+        write_whole(args.json, lambda file: Path(file).write_text(text))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from foveate.tools.cli import main
+
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -1,0 +1,103 @@
+"""Say all about a model, ours or timm's: parameters, cost, inputs, feature maps, weights, recipes."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("name", metavar="NAME", help="such as nat_tiny, or with a tag nat_tiny.shi_in1k")
+    parser.add_argument("--size", type=int, help="side of the image for the cost; the model's own by default")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the facts."""
+    import timm
+    import torch
+    from timm.models import get_pretrained_cfg
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..configs import list_recipes
+    from ..tasks import TaskError
+    from ..zoo.backbone import check_name, recipes_of
+
+    try:
+        check_name(args.name)
+    except ValueError as error:
+        raise TaskError(str(error)) from None
+    if args.size is not None and args.size < 1:
+        raise TaskError(f"--size is {args.size}, but must be at least 1")
+    arch = args.name.split(".")[0]
+    cfg = get_pretrained_cfg(args.name)
+    channels, height, width = cfg.input_size
+    if args.size is not None:
+        if cfg.fixed_input_size and (args.size, args.size) != (height, width):
+            raise TaskError(f"{args.name}: takes {height}x{width} images only")
+        height = width = args.size
+    with torch.device("meta"):
+        model = timm.create_model(args.name).eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            model(torch.empty(1, channels, height, width, device="meta"))
+        cost = f"{counter.get_total_flops() / 2e9:.2f} GMACs at {height}x{width}, as executed on the CPU"
+    except NotImplementedError as error:
+        cost = f"not counted: {str(error).splitlines()[0]}"
+
+    facts = [
+        ("model", arch),
+        ("parameters", f"{parameters / 1e6:.2f} M, with {model.num_classes} classes"),
+        ("forward", cost),
+        ("input", f"{channels}x{cfg.input_size[1]}x{cfg.input_size[2]}, {_size_rule(cfg)}"),
+        ("", f"mean {_numbers(cfg.mean)}, std {_numbers(cfg.std)} of pixels 0..1"),
+        ("", f"{cfg.interpolation} resize, central crop of {cfg.crop_pct:.1%}"),
+    ]
+    maps = getattr(model, "feature_info", None)
+    if maps:
+        levels = [(entry["reduction"], entry["num_chs"]) for entry in _entries(maps)]
+        facts.append(("features", ", ".join(f"1/{reduction}: {count}" for reduction, count in levels) + " channels"))
+    tags = [name for name in timm.list_models(f"{arch}.*", include_tags=True) if get_pretrained_cfg(name).has_weights]
+    for name in tags:
+        weights = get_pretrained_cfg(name)
+        source = weights.url or (f"hub: {weights.hf_hub_id}" if weights.hf_hub_id else weights.file)
+        source = source[0] if isinstance(source, tuple) else source
+        notes = "; ".join(weights.notes or ())
+        facts += [
+            ("weights", f"{name} ({weights.num_classes} classes, {weights.input_size[-1]} pixels): {source}"),
+            ("", f"licence {weights.license or 'not stated'}{'; ' + notes if notes else ''}"),
+        ]
+    if not tags:
+        facts.append(("weights", "none published; train it, or give a checkpoint"))
+    for label, value in (("origin", cfg.origin_url), ("paper", cfg.paper_ids)):
+        if value:
+            facts.append((label, value if isinstance(value, str) else ", ".join(value)))
+    dense = recipes_of(arch)
+    if dense:
+        facts.append(("dense", f"create_backbone({arch!r}, recipe=...): {', '.join(dense)}"))
+    recipes = [name for name in list_recipes() if name.rpartition("/")[2].startswith(f"{arch}_")]
+    facts += [("recipe", f"foveate train {name}") for name in recipes]
+    for label, fact in facts:
+        print(f"{label:<11} {fact}")
+
+
+def _size_rule(cfg) -> str:
+    if cfg.fixed_input_size:
+        return "this size only, or another given as img_size"
+    least = f" from {cfg.min_input_size[-2]}x{cfg.min_input_size[-1]}" if cfg.min_input_size else ""
+    return f"or any other size{least}"
+
+
+def _numbers(values) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _entries(maps) -> list[dict]:
+    return maps if isinstance(maps, list) else maps.get_dicts()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from foveate.tools.cli import main
+
+    sys.exit(main(["info", *sys.argv[1:]]))

@@ -1,0 +1,87 @@
+"""Name what is in images: writes a picture for each, and predictions.json, and prints the likeliest class.
+
+An image that can't be read is reported, and the others are done; the exit code is then 2.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run")
+    source.add_argument("--model", metavar="NAME", help="any timm model with published weights")
+    parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
+    parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--batch-size", type=int, default=16, help="%(default)s by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict."""
+    from tqdm import tqdm
+
+    from ..tasks import TaskError
+    from ..tasks.checkpoints import write_whole
+    from ..tasks.classify import Predictor
+    from ..tasks.classify.draw import draw_prediction
+    from ..tasks.devices import choose_device
+    from ..tasks.images import find_images, read_image
+
+    for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise TaskError(f"{option} is {value}, but must be at least 1")
+    paths = find_images(args.images)
+    device = choose_device(args.device)
+    if args.checkpoint:
+        predictor = Predictor.from_checkpoint(args.checkpoint, device)
+    else:
+        predictor = Predictor.from_name(args.model, device)
+
+    results, unreadable = [], []
+    names = _picture_names(paths)
+    with tqdm(total=len(paths), unit="image", desc="predicting", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(paths), args.batch_size):
+            batch = []
+            for path in paths[start : start + args.batch_size]:
+                try:
+                    batch.append((path, read_image(path, predictor.rule.channels)))
+                except TaskError as error:
+                    unreadable.append(str(error))
+            rankings = predictor([image for _, image in batch], args.top) if batch else []
+            for (path, image), ranking in zip(batch, rankings, strict=True):
+                picture = args.output / names[path]
+                draw_prediction(image, ranking, picture)
+                classes = [{"class": name, "probability": round(probability, 6)} for name, probability in ranking]
+                results.append({"image": str(path), "picture": str(picture), "classes": classes})
+                tqdm.write(f"{path}: {ranking[0][0]} ({ranking[0][1]:.1%})")
+            bar.update(min(args.batch_size, len(paths) - start))
+    text = json.dumps(results, indent=1)
+    write_whole(args.output / "predictions.json", lambda file: Path(file).write_text(text))
+    print(f"{len(results)} pictures and predictions.json: {args.output}")
+    for message in unreadable:
+        print(f"foveate: error: {message}", file=sys.stderr)
+    return 2 if unreadable else 0
+
+
+def _picture_names(paths: list[Path]) -> dict[Path, str]:
+    """Return a PNG name for each image; equal stems of several folders or formats are numbered."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        name, number = f"{path.stem}.png", 2
+        while name in taken:
+            name, number = f"{path.stem}-{number}.png", number + 1
+        taken.add(name)
+        names[path] = name
+    return names
+
+
+if __name__ == "__main__":
+    from foveate.tools.cli import main
+
+    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -1,0 +1,58 @@
+"""Train a model as a recipe says.
+
+Writes to the output folder: config.py (complete), history.json, curve.png, last.pth (to continue from) and best.pth
+(to evaluate and predict with). Under torchrun, every process trains on its share of the data:
+torchrun --nproc-per-node 2 -m foveate.tools.train RECIPE
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="recipe, such as classify/nat_atto_digits, or a Python file")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as epochs=3 optimizer.lr=1e-3")
+    parser.add_argument("--output", type=Path, help="folder of the run; runs/RECIPE by default")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, exactly")
+    parser.add_argument("--print-config", action="store_true", help="print the complete config and do nothing")
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a recipe or config, or raise a TaskError with the nearest name."""
+    from ..configs import find_recipe, list_recipes
+    from ..tasks import TaskError, nearest
+
+    path = find_recipe(name)
+    if not path.is_file():
+        raise TaskError(f"unknown config {name!r}{nearest(name, list_recipes())}")
+    return path
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    path = find_config(args.config)
+    from ..tasks import engine
+
+    config = engine.load_config(path, args.overrides)
+    if args.print_config:
+        print(engine.format_config(config), end="")
+        return
+    output = args.output or Path("runs") / path.stem
+    result = engine.train(config, output, resume=args.resume)
+    if not engine.is_main_process():
+        return
+    from ..tasks.pictures import draw_curve
+
+    metric = engine.main_metric(config)
+    draw_curve(result["history"], metric, output / "curve.png")
+    print(f"best held-out {metric}: {result['metrics'][metric]:.4f}")
+    print(f"run: {output} (config.py, history.json, curve.png, best.pth, last.pth)")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from foveate.tools.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
