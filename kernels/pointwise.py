@@ -19,6 +19,7 @@ def choose_backend(x: Tensor) -> str:
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
+        and torch.get_num_threads() > 1  # torch itself leaves oneDNN on a single thread
         and not torch.compiler.is_compiling()
     )
     return "convolution" if convolution else "linear"
