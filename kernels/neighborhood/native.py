@@ -1,0 +1,228 @@
+"""Neighborhood attention in C for CPUs: loads ``native.c``, and makes it an operator of torch with gradients.
+
+The library is built with the package where there is a C compiler, and is no Python module: it is called by ctypes,
+which also releases the interpreter's lock. It takes the windows of every axis as tables, so that it knows nothing of
+kernel sizes, strides or causality.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .window import Axis, axis_ranges
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# `call` in native.c.
+_CALL = struct.Struct("=25qd52q")
+_NO_TENSOR = (0,) * 6
+_ERRORS = {1: "out of memory", 2: "the windows of an axis do not advance", 3: "no such instruction set here"}
+
+
+class _Library:
+    """The compiled functions, and torch's OpenMP, in whose threads they run."""
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))
+        self.forward = library.foveate_neighborhood_forward
+        self.backward = library.foveate_neighborhood_backward
+        self.lanes = library.foveate_neighborhood_lanes()
+        self.parallel = _openmp()
+
+
+def _openmp() -> int:
+    """Return the address of the function that starts a team in the OpenMP that torch has loaded, or 0 if there is none.
+
+    A second OpenMP, or threads of our own, would compete with torch's spinning ones for the cores.
+    """
+    libraries = [None, *sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))]
+    for path in libraries:
+        try:
+            return ctypes.cast(ctypes.CDLL(path and str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+@functools.cache
+def _library() -> _Library | str:
+    """Return the library, or why there is none."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_native" + suffix)
+        if path.exists():
+            try:
+                return _Library(path)
+            except (OSError, AttributeError) as error:
+                return f"{path.name} does not load: {error}"
+    return "no C compiler was found when foveate was installed; install one and then foveate again"
+
+
+def can_run(query: Tensor, additional_keys: Tensor | None = None) -> str | None:
+    """Return why the native path cannot take a call with this query, or None if it can."""
+    if query.device.type != "cpu":
+        return f"it is for CPU tensors; query is on {query.device}"
+    if query.dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16; query is {query.dtype}"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "an exported graph must consist of torch's own operators"
+    if isinstance(_library(), str):
+        return _library()
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(axes: tuple[int, ...]) -> tuple[tuple[int, ...], list[np.ndarray]]:
+    """Return the axes' part of `call` for three axes, and the arrays that it points into."""
+    axes = [Axis(*axes[i : i + 5]) for i in range(0, len(axes), 5)]
+    axes = [Axis(1, 1)] * (3 - len(axes)) + axes
+    arrays = [np.ascontiguousarray(part, dtype=np.int32) for axis in axes for part in axis_ranges(axis)]
+    numbers = (
+        *(axis.length for axis in axes),
+        *(axis.dilation for axis in axes),
+        *(array.ctypes.data for array in (*arrays[::2], *arrays[1::2])),
+        *(axis.kernel_size - 1 for axis in axes),
+    )
+    return numbers, arrays
+
+
+def _layout(x: Tensor) -> tuple[int, ...]:
+    """Return a tensor's address and strides: batch, three positions, head."""
+    batch, *position, head, _ = x.stride()
+    return (x.data_ptr(), batch, *(0,) * (3 - len(position)), *position, head)
+
+
+def _lanes_first(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _call(
+    function: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[int],
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    *gradients: int,
+    lanes: int | None = None,
+) -> None:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"foveate's native path cannot run: {library}")
+    numbers, _ = _tables(tuple(axes))
+    call = _CALL.pack(
+        library.lanes if lanes is None else lanes,
+        torch.get_num_threads(),
+        library.parallel,
+        _DTYPES[query.dtype],
+        query.shape[0],
+        query.shape[-2],
+        key.shape[-2],
+        query.shape[-1],
+        value.shape[-1],
+        *numbers,
+        0 if bias is None else bias.data_ptr(),
+        scale,
+        *_layout(query),
+        *_layout(key),
+        *_layout(value),
+        *_layout(out),
+        0 if lse is None else lse.data_ptr(),
+        *(gradients or (0,) * 27),
+    )
+    if status := getattr(library, function)(call):
+        raise RuntimeError(f"foveate's native neighborhood attention failed: {_ERRORS[status]}")
+
+
+def native_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    axes: Sequence[int],
+    scale: float,
+    with_lse: bool,
+    lanes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the operator.
+
+    Args:
+        query: ``[B, *spatial, heads, dim]``, float32, float16 or bfloat16, on the CPU; any strides.
+        key: ``[B, *spatial, heads_kv, dim]``.
+        value: ``[B, *spatial, heads_kv, dim_v]``.
+        rpb: ``[heads, 2 * kernel_size - 1, ...]`` or None.
+        axes: The fields of `window.Axis` of each spatial axis, one after another.
+        scale: Factor on the scores.
+        with_lse: Whether to compute the log-sum-exp.
+        lanes: Vector length that chooses the instruction set: 16 (AVX-512), 8 (AVX2) or 4 (any); the longest by
+            default.
+
+    Returns:
+        ``[B, *spatial, heads, dim_v]`` and the log-sum-exp ``[B, *spatial, heads]``, float32, or an empty tensor.
+    """
+    query, key, value = _lanes_first(query), _lanes_first(key), _lanes_first(value)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1] if with_lse else 0, dtype=torch.float32)
+    if out.numel() and query.numel():
+        bias = None if rpb is None else rpb.float().contiguous()
+        _call("forward", query, key, value, axes, scale, bias, out, lse if with_lse else None, lanes=lanes)
+    return out, lse
+
+
+def native_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axes: Sequence[int],
+    scale: float,
+    lanes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and rpb (empty without rpb); see `native_forward`."""
+    query, key, value, grad_out = (_lanes_first(x) for x in (query, key, value, grad_out))
+    heads, heads_kv = query.shape[-2], key.shape[-2]
+    grad_query = query.new_empty(query.shape)
+    # One gradient for each query head, because two threads must not add to the same one.
+    grad_key = query.new_empty(query.shape)
+    grad_value = query.new_empty(out.shape)
+    bias = None if rpb is None else rpb.float().contiguous()
+    grad_bias = query.new_empty(0) if bias is None else torch.empty_like(bias)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    delta = torch.empty_like(lse)
+    _call(
+        "backward",
+        query,
+        key,
+        value,
+        axes,
+        scale,
+        bias,
+        out,
+        lse,
+        *_layout(grad_out),
+        *_layout(grad_query),
+        *_layout(grad_key),
+        *_layout(grad_value),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        delta.data_ptr(),
+        0 if bias is None else grad_bias.data_ptr(),
+        lanes=lanes,
+    )
+    if heads != heads_kv:
+        grad_key, grad_value = (
+            x.unflatten(-2, (heads_kv, -1)).sum(-2, dtype=torch.float32).to(x.dtype) for x in (grad_key, grad_value)
+        )
+    return grad_query, grad_key, grad_value, grad_bias if rpb is None else grad_bias.to(rpb.dtype)
