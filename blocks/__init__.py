@@ -1,28 +1,38 @@
 """Attention modules, each usable alone on maps."""
 
 from .agent import AgentAttention2d, AgentTokenAttention
+from .cbam import CBAM
 from .cross_shaped import CrossShapedAttention2d
+from .das import DeformableGate
 from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d, WindowAttention2d
+from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
+from .polarized import PolarizedAttention
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d, LePEAttention2d, RoutedRegions
+from .triplet import TripletAttention
 
 __all__ = [
+    "CBAM",
     "AgentAttention2d",
     "AgentTokenAttention",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
     "CrossShapedAttention2d",
     "DeformableAttention2d",
+    "DeformableGate",
     "DualAttention2d",
+    "EfficientLocalAttention",
     "GlobalAttention2d",
     "LePEAttention2d",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "PolarizedAttention",
     "QuadTreeAttention2d",
     "RoutedRegions",
+    "TripletAttention",
     "WindowAttention2d",
 ]

@@ -2,13 +2,13 @@
 
 from fnmatch import fnmatch
 
-from . import agent, biformer, dat, dual, nat, quadtree
+from . import agent, biformer, dat, dual, ela, nat, quadtree
 from ._checkpoint import CheckpointError
 from .backbone import Backbone, create_backbone
 
 __all__ = ["Backbone", "CheckpointError", "create_backbone", "list_models"]
 
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent)
+_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, ela)
 
 
 def list_models(pattern: str = "*") -> list[str]:

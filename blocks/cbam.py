@@ -1,0 +1,63 @@
+"""CBAM (arXiv 1807.06521): gates for channels, then for positions."""
+
+import torch
+from timm.layers.cbam import CbamModule
+from torch import Tensor
+
+__all__ = ["CBAM"]
+
+# From the authors' names to timm's.
+_AUTHORS_NAMES = {
+    "ChannelGate.mlp.1.": "channel.fc1.",
+    "ChannelGate.mlp.3.": "channel.fc2.",
+    "SpatialGate.spatial.conv.": "spatial.conv.conv.",
+    "SpatialGate.spatial.bn.": "spatial.conv.bn.",
+}
+
+
+class CBAM(CbamModule):
+    """timm's CBAM with the authors' settings: biases in the MLP, ``channels // reduction`` hidden channels.
+
+    Loads the authors' weights (github.com/Jongchan/attention-module) as well as its own: ``load_state_dict`` renames
+    them, turns the linear layers into 1x1 convolutions, and exchanges the two inputs of the spatial convolution, which
+    are maximum and mean there, mean and maximum in timm.
+
+    The class is an attention layer of timm: ``timm.create_model("resnet18", block_args=dict(attn_layer=CBAM))``.
+
+    Args:
+        channels: Channels.
+        reduction: Channels over hidden channels of the MLP.
+        spatial_kernel_size: Width of the spatial convolution.
+
+    Shape:
+        ``[B, channels, H, W]`` to ``[B, channels, H, W]``, any H and W.
+
+    Example:
+        >>> CBAM(64)(torch.randn(1, 64, 9, 14)).shape
+        torch.Size([1, 64, 9, 14])
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, spatial_kernel_size: int = 7, device=None, dtype=None):
+        super().__init__(
+            channels,
+            rd_channels=max(1, channels // reduction),
+            spatial_kernel_size=spatial_kernel_size,
+            mlp_bias=True,
+            device=device,
+            dtype=dtype,
+        )
+        self.spatial.conv.bn.momentum = 0.01
+        self.register_load_state_dict_pre_hook(_from_authors)
+
+
+def _from_authors(module: CBAM, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Rename, in place, what the authors' CBAM has under ``prefix``."""
+    for theirs, ours in _AUTHORS_NAMES.items():
+        for key in [key for key in state if key.startswith(prefix + theirs)]:
+            value = state.pop(key)
+            key = prefix + ours + key.removeprefix(prefix + theirs)
+            if ours.startswith("channel.") and key.endswith(".weight"):
+                value = value[:, :, None, None]
+            elif ours == "spatial.conv.conv.":
+                value = torch.flip(value, dims=(1,))
+            state[key] = value
