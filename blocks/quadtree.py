@@ -75,8 +75,7 @@ def from_tree(x: Tensor, height: int, width: int, depth: int) -> Tensor:
 
 def pool(x: Tensor) -> Tensor:
     """Average 2x2 tokens of ``[B, H, W, C]``."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+    return (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) * 0.25
 
 
 class QuadTreeAttention2d(nn.Module):
@@ -260,17 +259,11 @@ class QuadTreeAttention2d(nn.Module):
         """
         height, width = x.shape[1:3]
         x = pad_to_multiple(x, 2 ** (self.levels - 1))
-        padded = x.shape[1:3]
-        queries, keys = self._queries_and_keys(x)
         value_maps = self._value_maps(x)
-        values = [to_tree(value, level, self.num_heads) for level, value in enumerate(value_maps)]
-        messages = self._messages(queries, keys, values, recorded)
-        if self.kind == "A":
-            out = from_tree(add_up(messages), *padded, self.levels - 1)
-        else:
-            shares = self._level_shares().to(value_maps[0].dtype).unbind()
-            messages = [message * share for message, share in zip(messages, shares, strict=True)]
-            out = from_tree(add_up(messages), *padded, self.levels - 1) + self._positional(value_maps, shares)
+        shares = self._level_shares().to(value_maps[0].dtype).unbind() if self.kind == "B" else None
+        out = from_tree(self._message(x, value_maps, shares, recorded), *x.shape[1:3], self.levels - 1)
+        if shares is not None:
+            out = out + self._positional(value_maps, shares)
         return out[:, :height, :width]
 
     def _queries_and_keys(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -290,9 +283,9 @@ class QuadTreeAttention2d(nn.Module):
                 pyramid.append(F.linear(pooled, weight, bias))
         if len(pyramid) < self.levels:
             pyramid.append(self.qk(x))
-        pairs = [to_tree(qk, level, 2 * self.num_heads) for level, qk in enumerate(pyramid)]
-        queries = [pair[:, : self.num_heads] * self.scale for pair in pairs]
-        return queries, [pair[:, self.num_heads :] for pair in pairs]
+        dim, heads = self.v.out_features, self.num_heads
+        queries = [to_tree(qk[..., :dim] * self.scale, level, heads) for level, qk in enumerate(pyramid)]
+        return queries, [to_tree(qk[..., dim:], level, heads) for level, qk in enumerate(pyramid)]
 
     def _value_maps(self, x: Tensor) -> list[Tensor]:
         """Return the value maps ``[B, h, w, dim]``, coarse to fine."""
@@ -305,38 +298,47 @@ class QuadTreeAttention2d(nn.Module):
                 values.insert(0, branch(values[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return values
 
-    def _messages(
+    def _message(
         self,
-        queries: list[Tensor],
-        keys: list[Tensor],
-        values: list[Tensor],
+        x: Tensor,
+        value_maps: list[Tensor],
+        shares: Sequence[Tensor] | None,
         recorded: list[tuple[Tensor, Tensor]] | None,
-    ) -> list[Tensor]:
-        """Return each level's message ``[B, heads, tokens, dim / heads]``, coarse to fine."""
+    ) -> Tensor:
+        """Return the sum of all levels' messages by ``shares``, ``[B, heads, tokens, dim / heads]`` in tree order."""
+        queries, keys = self._queries_and_keys(x)
+        values = [to_tree(value, level, self.num_heads) for level, value in enumerate(value_maps)]
         if self.kind == "B" and self.levels == 1 and recorded is None:
-            return [F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0)]
-        message, chosen, share = self._coarsest(queries[0], keys[0], values[0], recorded)
-        messages = [message]
+            # The share of a single level is 1, but has a gradient: zero.
+            return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
+        total, chosen, handed = self._coarsest(queries[0], keys[0], values[0], recorded)
+        if shares is not None:
+            total = total * shares[0]
         for level in range(1, self.levels):
-            query, key, value = (part.unflatten(2, (-1, 4)) for part in (queries[level], keys[level], values[level]))
+            query, key, value = (part[level].unflatten(2, (-1, 4)) for part in (queries, keys, values))
             candidates = chosen
             scores = quadtree_scores(query, key, candidates, backend=self.backend)
             if self.kind == "A":
-                # The parent's weight of a chosen token is divided among the token's children.
-                weights = scores.unflatten(-1, (-1, 4)).softmax(-1) * share[:, :, :, None, :, None]
-                weights = weights.flatten(-2)
+                # What the parent handed down with a chosen token is divided among the token's children.
+                weights = (scores.unflatten(-1, (-1, 4)).softmax(-1) * handed[:, :, :, None, :, None]).flatten(-2)
             else:
                 weights = scores.softmax(-1)
             if level < self.levels - 1:
-                weights, position, share = self._hand_down(scores, weights, self.topk[level])
-                chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position // 4) * 4 + position % 4
+                weights, position, handed = self._hand_down(scores, weights, self.topk[level])
+                chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (
+                    position & 3
+                )
                 chosen = chosen.flatten(2, 3)
-                share = share.flatten(2, 3) if share is not None else None
-            messages.append(quadtree_values(weights, value, candidates, backend=self.backend).flatten(2, 3))
+                handed = handed.flatten(2, 3) if handed is not None else None
+            message = quadtree_values(weights, value, candidates, backend=self.backend)
+            # A token's message goes to its four children as well.
+            total = total.unsqueeze(3)
+            total = total + message if shares is None else torch.addcmul(total, message, shares[level])
+            total = total.flatten(2, 3)
             if recorded is not None:
                 tokens = children(candidates).unsqueeze(3).expand_as(weights)
                 recorded.append((tokens.flatten(2, 3), weights.flatten(2, 3)))
-        return messages
+        return total
 
     def _coarsest(
         self, query: Tensor, key: Tensor, value: Tensor, recorded: list[tuple[Tensor, Tensor]] | None
@@ -390,14 +392,6 @@ class QuadTreeAttention2d(nn.Module):
 
 
 register_notrace_module(QuadTreeAttention2d)
-
-
-def add_up(messages: Sequence[Tensor]) -> Tensor:
-    """Add the messages of all levels, coarse to fine and in tree order; a token's message goes to its descendants."""
-    total = messages[0]
-    for message in messages[1:]:
-        total = (total.unsqueeze(3) + message.unflatten(2, (-1, 4))).flatten(2, 3)
-    return total
 
 
 def _value_branch(dim: int, act: Callable[[], nn.Module], device=None, dtype=None) -> nn.Sequential:

@@ -8,6 +8,8 @@ Three products are closed under differentiation: scores (query x key), aggregati
 which scatters. Each one's gradients are the other two, of any order.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -18,11 +20,21 @@ from .reference import accumulation_dtype
 CHUNK_BYTES = 2 * 2**20
 
 
-def _rows_per_chunk(rows: int, row_bytes: int) -> int:
+def _by_chunks(product: Callable[..., Tensor], row_bytes: int, *operands: Tensor) -> Tensor:
+    """Return ``product(*operands)``, computed for some of the operands' rows at a time."""
+    rows = operands[0].shape[0]
     # An exported graph must not depend on the number of rows.
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return rows
-    return max(1, min(rows, CHUNK_BYTES // row_bytes))
+    whole = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    step = rows if whole else max(1, CHUNK_BYTES // row_bytes)
+    if step >= rows:
+        return product(*operands)
+    out = None
+    for start in range(0, rows, step):
+        part = product(*(operand[start : start + step] for operand in operands))
+        if out is None:
+            out = part.new_empty(rows, *part.shape[1:])
+        out[start : start + step] = part
+    return out
 
 
 def _flat_index(chosen: Tensor, tokens: int) -> Tensor:
@@ -34,49 +46,43 @@ def _flat_index(chosen: Tensor, tokens: int) -> Tensor:
 
 def scores(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
     """Return ``[B, heads, N, 4, 4 * K]``, products of queries ``[B, heads, N, 4, dim]`` with the children's keys."""
-    dtype = accumulation_dtype(query.dtype)
-    batch, heads, count, _, dim = query.shape
-    index, rows = _flat_index(chosen, key.shape[2]), key.reshape(-1, 4 * dim)
-    queries = query.reshape(-1, 4, dim)
-    step = _rows_per_chunk(index.shape[0], index.shape[1] * 4 * dim * dtype.itemsize)
-    chunks = []
-    for part, at in zip(queries.split(step), index.split(step), strict=True):
-        keys = rows.index_select(0, at.flatten()).view(part.shape[0], -1, dim).to(dtype)
-        chunks.append(torch.bmm(part.to(dtype), keys.transpose(1, 2)))
-    return _join(chunks).view(batch, heads, count, 4, -1)
+    dtype, dim = accumulation_dtype(query.dtype), query.shape[4]
+    rows = key.reshape(-1, 4 * dim)
+
+    def product(queries: Tensor, index: Tensor) -> Tensor:
+        keys = rows.index_select(0, index.flatten()).view(queries.shape[0], -1, dim)
+        return torch.bmm(queries.to(dtype), keys.to(dtype).transpose(1, 2))
+
+    index = _flat_index(chosen, key.shape[2])
+    out = _by_chunks(product, index.shape[1] * 4 * dim * dtype.itemsize, query.reshape(-1, 4, dim), index)
+    return out.view(*query.shape[:4], -1)
 
 
 def values(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
     """Return ``[B, heads, N, 4, dim]``, sums of the children's values by ``weights`` ``[B, heads, N, 4, 4 * K]``."""
-    dtype = accumulation_dtype(value.dtype)
-    batch, heads, count = weights.shape[:3]
-    dim = value.shape[-1]
-    index, rows = _flat_index(chosen, value.shape[2]), value.reshape(-1, 4 * dim)
-    all_weights = weights.reshape(-1, 4, weights.shape[-1])
-    step = _rows_per_chunk(index.shape[0], index.shape[1] * 4 * dim * dtype.itemsize)
-    chunks = []
-    for part, at in zip(all_weights.split(step), index.split(step), strict=True):
-        gathered = rows.index_select(0, at.flatten()).view(part.shape[0], -1, dim).to(dtype)
-        chunks.append(torch.bmm(part.to(dtype), gathered).to(value.dtype))
-    return _join(chunks).view(batch, heads, count, 4, dim)
+    dtype, dim = accumulation_dtype(value.dtype), value.shape[4]
+    rows = value.reshape(-1, 4 * dim)
+
+    def product(weights: Tensor, index: Tensor) -> Tensor:
+        gathered = rows.index_select(0, index.flatten()).view(weights.shape[0], -1, dim)
+        return torch.bmm(weights.to(dtype), gathered.to(dtype)).to(value.dtype)
+
+    index = _flat_index(chosen, value.shape[2])
+    out = _by_chunks(product, index.shape[1] * 4 * dim * dtype.itemsize, weights.flatten(0, 2), index)
+    return out.view(*weights.shape[:4], dim)
 
 
 def scatter(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
     """Return ``[B, heads, tokens, 4, dim]``: every child's sum of ``query`` by the weights of those that chose it."""
-    dtype = accumulation_dtype(query.dtype)
-    batch, heads, _, _, dim = query.shape
+    dtype, dim = accumulation_dtype(query.dtype), query.shape[4]
+    total = torch.zeros(query.shape[0] * query.shape[1] * tokens, 4 * dim, dtype=dtype, device=query.device)
     index = _flat_index(chosen, tokens)
-    all_weights, queries = weights.reshape(-1, 4, weights.shape[-1]), query.reshape(-1, 4, dim)
-    total = torch.zeros(batch * heads * tokens, 4 * dim, dtype=dtype, device=query.device)
-    step = _rows_per_chunk(index.shape[0], index.shape[1] * 4 * dim * dtype.itemsize)
-    for part, tops, at in zip(all_weights.split(step), queries.split(step), index.split(step), strict=True):
+    step = max(1, CHUNK_BYTES // (index.shape[1] * 4 * dim * dtype.itemsize))
+    operands = weights.flatten(0, 2), query.reshape(-1, 4, dim), index
+    for part, tops, at in zip(*(operand.split(step) for operand in operands), strict=True):
         shares = torch.bmm(part.to(dtype).transpose(1, 2), tops.to(dtype))
         total.index_add_(0, at.flatten(), shares.view(-1, 4 * dim))
-    return total.view(batch, heads, tokens, 4, dim).to(query.dtype)
-
-
-def _join(chunks: list[Tensor]) -> Tensor:
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    return total.view(*query.shape[:2], tokens, 4, dim).to(query.dtype)
 
 
 class _Scores(Function):
