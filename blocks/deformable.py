@@ -106,11 +106,13 @@ def position_bias(table: Tensor, points: Tensor, height: int, width: int, groups
     """
     if not plus and (table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1):
         table = resize_bias_table(table, [2 * height - 1, 2 * width - 1])
-    queries = query_points(height, width, plus, points).flatten(0, 1)
-    displacement = (queries[:, None] - points.flatten(1, 2)[:, None]) * 0.5
+    # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
+    queries = (query_points(height, width, plus, points).flatten(0, 1) * 0.5).flip(-1)
+    displacement = queries[:, None] - (points.flatten(1, 2)[:, None] * 0.5).flip(-1)
     batch = points.shape[0] // groups
     tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    return sample(tables, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
+    bias = F.grid_sample(tables, displacement, mode="bilinear", align_corners=True)
+    return bias.unflatten(0, (batch, groups)).flatten(1, 2)
 
 
 class DeformableAttention2d(nn.Module):
@@ -231,11 +233,12 @@ class DeformableAttention2d(nn.Module):
         if self.offset_conv is None:
             offset = zero_offsets(q, self.groups, self.kernel_size, self.stride, self.padding)
             return key_points(offset, self.offset_range, self.plus)
+        bias = self.offset_conv.bias
         # All groups at once, with the shared kernel repeated: the map need not be copied group by group.
         offset = F.conv2d(
             q,
             self.offset_conv.weight.repeat(self.groups, 1, 1, 1),
-            self.offset_conv.bias.repeat(self.groups),
+            None if bias is None else bias.repeat(self.groups),
             self.stride,
             self.padding,
             groups=q.shape[1],

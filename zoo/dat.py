@@ -86,6 +86,12 @@ class ConvStem(nn.Sequential):
         )
 
 
+@register_notrace_function
+def add_cheaply(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``x + y``, in place of ``y`` if autocast left its precision alone: large maps cost time to allocate."""
+    return y.add_(x) if y.dtype == x.dtype else x + y
+
+
 class ResidualDepthwiseConv(nn.Conv2d):
     """Depthwise 3x3 convolution added to its input: DAT++'s local perception unit, and a part of its MLP; NCHW."""
 
@@ -94,7 +100,7 @@ class ResidualDepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        return x + super().forward(x)
+        return add_cheaply(self._conv_forward(x, self.weight, self.bias), x)
 
 
 class ConvMlp(nn.Module):
