@@ -3,8 +3,8 @@
 Paper: Agent Attention: On the Integration of Softmax and Linear Attention, Han et al., ECCV 2024, arXiv 2312.08874.
 
 Origin: github.com/LeapLabTHU/Agent-Attention, which states no licence of its own; the hosts' code is Apache-2.0 (DeiT,
-PVT) and MIT (Swin, CSWin). Written anew on `blocks.AgentAttention2d`; the published classifiers and dense backbones load
-through `convert_checkpoint`.
+PVT) and MIT (Swin, CSWin). Written anew on `blocks.AgentAttention2d`; the published classifiers and dense backbones
+load through `convert_checkpoint`.
 
 The published classifiers take one square size. Here every model takes any: biases and position embeddings are resampled
 as in the published dense models, which are recipes of the same networks with more agents.
