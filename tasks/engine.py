@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -135,6 +136,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         key, equals, text = override.partition("=")
         if not equals:
             raise TaskError(f"{override!r}: an override is key=value, such as optimizer.lr=1e-3")
+        if key == "task":
+            raise TaskError(f"{override}: a config is about its task, which is {task!r}; take another config")
         _assign(config, defaults, free, optional, key, _parse(text), override)
     _check_values(config)
     return config
@@ -284,7 +287,10 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     )
     if runner.rank == 0:
         write_whole(output / "config.py", lambda file: Path(file).write_text(format_config(config)))
-    _without_worker_traceback(runner.train)
+    with warnings.catch_warnings():
+        # The schedule counts batches, and with accumulation the first step comes later.
+        warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
+        _without_worker_traceback(runner.train)
     best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
     return {
         "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},

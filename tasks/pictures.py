@@ -70,7 +70,7 @@ def find_neighborhoods(model: nn.Module, inputs: Tensor) -> list[tuple[str, Neig
         inputs: One image ``[1, C, H, W]``.
 
     Returns:
-        ``(name, block, weights)`` with ``weights`` ``[H', W', heads, kernel_size ** 2]`` on the block's map.
+        ``(name, block, weights)`` with ``weights`` ``[H', W', heads, neighbors]`` on the block's map.
     """
     seen = []
     handles = [
@@ -107,7 +107,7 @@ def draw_neighborhood(
         raise TaskError(f"{type(model).__name__} has no neighborhood attention to draw")
     distinct: dict[tuple, tuple] = {}
     for name, block, weights in found:
-        distinct.setdefault((weights.shape[:2], block.dilation), (name, block, weights))
+        distinct.setdefault((*weights.shape[:2], *block.dilation), (name, block, weights))
     drawn = list(distinct.values())[:blocks]
     figure = new_figure(3.6 * (len(drawn) + 1), 4.1)
     panels = figure.subplots(1, len(drawn) + 1, squeeze=False)[0]
@@ -120,13 +120,25 @@ def draw_neighborhood(
     for axes, (name, block, weights) in zip(panels[1:], drawn, strict=True):
         height, width = weights.shape[:2]
         row, column = min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1)
-        least = block.kernel_size * block.dilation
-        rows = axis_windows(max(height, least), block.kernel_size, block.dilation)[row]
-        columns = axis_windows(max(width, least), block.kernel_size, block.dilation)[column]
-        share = weights[row, column].mean(0).reshape(block.kernel_size, block.kernel_size).numpy()
+        rows, columns = (
+            axis_windows(max(length, least), *settings)[place]
+            for length, least, place, *settings in zip(
+                (height, width),
+                block.least,
+                (row, column),
+                block.kernel_size,
+                block.dilation,
+                block.stride,
+                block.is_causal,
+                strict=True,
+            )
+        )
+        share = weights[row, column].mean(0).reshape(*block.kernel_size).numpy()
         overlay = np.full((height, width), np.nan)
-        inside = np.ix_(rows < height, columns < width)
-        overlay[np.ix_(rows[rows < height], columns[columns < width])] = share[inside]
+        # Keys beyond the map are padding; a causal window has none where it holds fewer.
+        on_map = [(keys >= 0) & (keys < length) for keys, length in ((rows, height), (columns, width))]
+        inside = np.ix_(*on_map)
+        overlay[np.ix_(rows[on_map[0]], columns[on_map[1]])] = share[inside]
         outside = 1 - share[inside].sum()
         colours = axes.imshow(overlay, alpha=0.75, vmin=0, vmax=share.max(), **shown | {"cmap": "viridis"})
         for key_row, key_column in np.argwhere(~np.isnan(overlay)):

@@ -1,0 +1,162 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from foveate.configs import list_recipes
+from foveate.tasks import engine
+from foveate.tools import cli
+from foveate.tools.cli import main
+
+TOOLS = Path(cli.__file__).parent
+
+
+def examples() -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in cli.EXAMPLES.splitlines()[1:]]
+
+
+def test_without_a_command_it_says_what_there_is(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert len(examples()) == 6
+
+
+def test_every_command_says_how_it_is_used(capsys):
+    for name in cli.COMMANDS:
+        assert main([name, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: foveate {name}")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"foveate \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["train"], "arguments are required: CONFIG"),
+        (["train", "classify/nat_ato_digits"], "did you mean 'classify/nat_atto_digits'?"),
+        (["train", "classify/nat_atto_digits", "optimizer.rl=1"], "did you mean 'optimizer.lr'?"),
+        (["train", "classify/nat_atto_digits", "model.name=nat_tinny"], "did you mean 'nat_tiny'?"),
+        (["train", "classify/nat_atto_digits", "--outptu", "x"], "unrecognized arguments: --outptu"),
+        (["eval", "classify/nat_atto_digits", "absent.pth"], "absent.pth: no such file"),
+        (["predict", "absent.png", "--checkpoint", "x.pth"], "absent.png: no such file or folder"),
+        (["predict", "absent.png"], "one of the arguments --checkpoint --model is required"),
+        (["info", "nat_tinny"], "did you mean 'nat_tiny'?"),
+        (["list", "zzz"], "no model matches 'zzz'"),
+    ],
+)
+def test_a_wrong_request_is_answered_in_one_line(refused, tmp_path, monkeypatch, argv, reason):
+    monkeypatch.chdir(tmp_path)
+    assert reason in refused(*argv)
+
+
+def test_the_printed_config_is_a_config_that_gives_itself(capsys, tmp_path):
+    assert main(["train", "classify/nat_atto_digits", "seed=3", "--print-config"]) == 0
+    path = tmp_path / "mine.py"
+    path.write_text(capsys.readouterr().out)
+    config = engine.load_config(path)
+    assert config["seed"] == 3
+    assert main(["train", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == path.read_text()
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_loads_and_states_command_number_and_cost(name):
+    path = TOOLS.parent / "configs" / f"{name}.py"
+    config = engine.load_config(path)
+    assert path.stem.startswith(f"{config['model']['name']}_")
+    docstring = compile(path.read_text(), path, "exec").co_consts[0]
+    assert f"foveate train {name}" in docstring
+    assert all(f"\n{heading}:" in docstring for heading in ("Command", "Expect", "Cost"))
+
+
+def test_training_on_the_digits_learns_them(digits_run):
+    history = json.loads((digits_run / "history.json").read_text())
+    assert history[-1]["val/accuracy"] >= 0.88
+    assert (digits_run / "curve.png").stat().st_size > 10_000
+
+
+def test_evaluation_reproduces_the_number_of_training(digits_run, capsys, tmp_path):
+    argv = ["eval", str(digits_run / "config.py"), str(digits_run / "last.pth"), "--json", str(tmp_path / "m.json")]
+    assert main(argv) == 0
+    history = json.loads((digits_run / "history.json").read_text())
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["accuracy"] == history[-1]["val/accuracy"]
+    assert f"{metrics['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused(digits_run, refused):
+    message = refused("eval", "classify/nat_atto_digits", str(digits_run / "last.pth"), "model.name=nat_mini")
+    assert "its model is nat_atto, but the config's is nat_mini" in message
+
+
+def test_the_list_shows_our_models_with_their_parameters(capsys):
+    assert main(["list", "nat_[am]*"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[1:]] == ["nat_atto", "nat_mini"]
+    assert rows[2][1] == "19.98"
+    assert main(["list", "resnet18", "--timm"]) == 0
+    assert "resnet18" in capsys.readouterr().out.splitlines()
+
+
+def test_info_counts_the_operator_and_states_source_and_licence(capsys):
+    assert main(["info", "nat_mini"]) == 0
+    text = capsys.readouterr().out
+    assert "19.98 M" in text
+    # The paper states 2.7 GMACs; tiles compute some scores that the window hides.
+    assert 2.6 <= float(re.search(r"([\d.]+) GMACs at 224x224", text)[1]) <= 3.2
+    assert "licence mit" in text
+    assert "81.8 (paper)" in text
+    assert main(["info", "nat_atto", "--size", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "at 64x64" in text
+    assert "foveate train classify/nat_atto_digits" in text
+
+
+WITHOUT_LIBGL = """
+import sys
+from foveate.tools.cli import main
+print(main(["info", "nat_atto"]), main(["predict", *sys.argv[1:]]), main(["train", "classify/nat_atto_digits"]))
+"""
+
+
+def test_without_libgl_commands_work_or_name_the_cure(digits_run, tmp_path):
+    (tmp_path / "cv2.py").write_text(
+        "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
+    )
+    (tmp_path / "image.png").write_bytes((TOOLS.parent / "tasks/samples/nuclei_image.png").read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBGL, "image.png", "--checkpoint", str(digits_run / "best.pth")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "0 0 2", done.stdout + done.stderr
+    assert done.stderr.splitlines() == [
+        "foveate: error: OpenCV can't be imported (libGL.so.1: cannot open shared object file: No such file or "
+        "directory); cure: pip install --force-reinstall --no-deps opencv-python-headless"
+    ]
+
+
+def test_a_command_runs_as_a_script(tmp_path):
+    argv = [sys.executable, str(TOOLS / "list.py"), "nat_atto"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nat_atto" in done.stdout
+
+
+@pytest.mark.heavy
+def test_the_examples_of_the_usage_work_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv in examples():
+        assert main(argv) == 0, capsys.readouterr().err

@@ -1,0 +1,92 @@
+import json
+import urllib.error
+
+import numpy as np
+import pytest
+import timm
+import torch
+from foveate.tasks.classify import Digits
+from foveate.tools.cli import main
+from PIL import Image
+
+
+def test_images_of_any_kind_get_a_picture_and_an_entry(digits_run, tmp_path, capsys):
+    source, output = tmp_path / "in", tmp_path / "out"
+    (source / "more").mkdir(parents=True)
+    digit = Digits("val").image(0)
+    digit.save(source / "digit.png")
+    digit.resize((50, 31)).convert("RGBA").save(source / "more" / "digit.png")
+    Image.fromarray(np.asarray(digit).astype(np.uint16) * 257).save(source / "deep.png")
+    digit.convert("CMYK").resize((200, 300)).save(source / "print.jpg")
+    argv = ["predict", str(source), "--checkpoint", str(digits_run / "best.pth"), "--output", str(output), "--top", "3"]
+    assert main([*argv, "--batch-size", "3"]) == 0
+    entries = json.loads((output / "predictions.json").read_text())
+    assert len(entries) == 4
+    pictures = {entry["picture"] for entry in entries}
+    assert len(pictures) == 4
+    for entry in entries:
+        with Image.open(entry["picture"]) as picture:
+            assert min(picture.size) > 200
+        probabilities = [ranked["probability"] for ranked in entry["classes"]]
+        assert len(probabilities) == 3
+        assert probabilities == sorted(probabilities, reverse=True)
+    shallow, deep = (next(e for e in entries if e["image"].endswith(f"in/{name}.png")) for name in ("digit", "deep"))
+    assert shallow["classes"] == deep["classes"]
+    assert "4 pictures" in capsys.readouterr().out
+
+
+def test_an_image_file_is_predicted_as_it_was_evaluated(digits_run, tmp_path):
+    held_out = Digits("val")
+    for index in range(397):
+        held_out.image(index).save(tmp_path / f"{index:03d}.png")
+    argv = ["predict", str(tmp_path / "[0-9]*.png"), "--checkpoint", str(digits_run / "last.pth"), "--top", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foveate.tasks.classify.draw.draw_prediction", lambda *args: None)
+        assert main([*argv, "--output", str(tmp_path / "out")]) == 0
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    right = sum(
+        entry["classes"][0]["class"] == str(label) for entry, label in zip(entries, held_out.labels, strict=True)
+    )
+    history = json.loads((digits_run / "history.json").read_text())
+    assert right / 397 == pytest.approx(history[-1]["val/accuracy"], abs=1e-6)
+
+
+def test_a_damaged_image_is_named_and_the_others_are_done(digits_run, tmp_path, capsys):
+    Digits("val").image(0).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    argv = ["predict", str(tmp_path), "--checkpoint", str(digits_run / "best.pth"), "--output", str(tmp_path / "out")]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"foveate: error: {tmp_path}/bad.png: not an image, or damaged")
+    assert captured.err.count("\n") == 1
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 1
+
+
+def test_what_has_no_weights_is_refused(refused, tmp_path, monkeypatch):
+    Digits("val").image(0).save(tmp_path / "image.png")
+    image = str(tmp_path / "image.png")
+    assert "No pretrained weights exist for nat_atto" in refused("predict", image, "--model", "nat_atto")
+    assert "did you mean 'nat_tiny'" in refused("predict", image, "--model", "nat_tinny")
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", offline)
+    message = refused("predict", image, "--model", "nat_mini")
+    assert "nat_mini: its published weights can't be loaded" in message
+    assert "Name or service not known" in message
+
+
+def test_a_published_model_names_imagenet_classes(tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(
+        "timm.create_model", lambda name, pretrained, **kwargs: create(name, pretrained=False, **kwargs).eval()
+    )
+    Image.fromarray(np.zeros((40, 90), np.uint8)).save(tmp_path / "image.png")
+    torch.manual_seed(0)
+    argv = ["predict", str(tmp_path / "image.png"), "--model", "resnet18", "--output", str(tmp_path / "out")]
+    assert main(argv) == 0
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(entry["classes"]) == 5
+    assert all(ranked["class"][0].isalpha() for ranked in entry["classes"])
