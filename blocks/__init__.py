@@ -5,7 +5,7 @@ from .cbam import CBAM
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
-from .dual import ChannelGroupAttention2d, DualAttention2d, WindowAttention2d
+from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
@@ -13,6 +13,7 @@ from .polarized import PolarizedAttention
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d, LePEAttention2d, RoutedRegions
 from .triplet import TripletAttention
+from .window import WindowAttention2d
 
 __all__ = [
     "CBAM",

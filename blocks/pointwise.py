@@ -1,4 +1,4 @@
-"""Linear layers over maps whose channels come last."""
+"""Linear layers over maps and tokens, whose channels come last."""
 
 import torch
 from timm.layers import register_notrace_function
@@ -17,10 +17,10 @@ register_notrace_function(project)
 
 
 class PointwiseLinear(nn.Linear):
-    """`torch.nn.Linear` with its parameters and its result, faster on maps on a CPU.
+    """`torch.nn.Linear` with its parameters and its result, faster on maps and tokens on a CPU.
 
     Shape:
-        ``[B, H, W, in_features]`` to ``[B, H, W, out_features]``.
+        ``[B, H, W, in_features]`` or ``[B, N, in_features]`` to the same with ``out_features`` channels.
 
     Example:
         >>> PointwiseLinear(16, 32)(torch.randn(1, 5, 7, 16)).shape
@@ -28,7 +28,7 @@ class PointwiseLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, H, W, in_features]`` to ``[B, H, W, out_features]``."""
+        """Map ``[B, H, W, in_features]`` or ``[B, N, in_features]`` to ``out_features`` channels."""
         return project(x, self.weight, self.bias)
 
 

@@ -6,6 +6,7 @@ from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .global_attention import relative_bias, resize_bias_table
+from .pointwise import PointwiseLinear
 
 
 @register_notrace_function
@@ -145,13 +146,13 @@ class WindowAttention2d(nn.Module):
             raise ValueError(
                 f"WindowAttention2d needs 0 <= shift_size < window_size; got {shift_size} for windows of {window_size}"
             )
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = (
             nn.Parameter(torch.empty(num_heads, 2 * self.window_height - 1, 2 * self.window_width - 1, **dd))
             if rel_pos_bias
             else None
         )
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = PointwiseLinear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

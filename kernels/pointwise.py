@@ -1,4 +1,4 @@
-"""A linear layer at every position of a map whose channels come last."""
+"""A linear layer at every position of a map, or at every token."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ def choose_backend(x: Tensor) -> str:
     if torch.compiler.is_compiling():
         return "linear"
     convolution = (
-        x.ndim == 4
+        x.ndim in (3, 4)
+        and x.shape[1:-1].numel() > 1  # lone positions are no image to oneDNN
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
@@ -30,13 +31,13 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: st
     """Apply a linear layer to the channels of each position.
 
     Args:
-        x: Map ``[B, H, W, in]``.
+        x: Map ``[B, H, W, in]``, or tokens ``[B, N, in]``.
         weight: ``[out, in]``.
         bias: ``[out]``.
         backend: ``"linear"``, the reference, or ``"convolution"``; chosen by `choose_backend` by default.
 
     Returns:
-        Map ``[B, H, W, out]``.
+        ``[B, H, W, out]``, or ``[B, N, out]``.
 
     Raises:
         ValueError: If the backend is unknown.
@@ -50,6 +51,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: st
     if backend == "linear":
         return F.linear(x, weight, bias)
     if backend == "convolution":
+        image = x if x.ndim == 4 else x.unsqueeze(2)
         # The permuted map is a channels_last one: nothing is copied on the way in or out.
-        return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+        out = F.conv2d(image.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+        return out if x.ndim == 4 else out.squeeze(2)
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")

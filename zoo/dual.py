@@ -26,8 +26,9 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..blocks.dual import ChannelGroupAttention2d, WindowAttention2d
+from ..blocks.dual import ChannelGroupAttention2d
 from ..blocks.pointwise import PointwiseMlp
+from ..blocks.window import WindowAttention2d
 from ._build import build
 from ._pyramid import Pyramid, Stage
 
@@ -191,7 +192,9 @@ class DaViT(Pyramid):
         def attention(kind: str, dim: int, heads: int) -> nn.Module:
             if kind == "channel":
                 return ChannelGroupAttention2d(dim, heads, qkv_bias, proj_drop_rate, **dd)
-            return WindowAttention2d(dim, heads, window_size, qkv_bias, proj_drop_rate, **dd)
+            return WindowAttention2d(
+                dim, heads, window_size, qkv_bias=qkv_bias, rel_pos_bias=False, proj_drop=proj_drop_rate, **dd
+            )
 
         stages = []
         next_rate = iter(rates)
