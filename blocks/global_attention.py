@@ -23,7 +23,8 @@ def relative_bias(rpb: Tensor, height: int, width: int) -> Tensor:
 
 def resize_bias_table(table: Tensor, size: list[int]) -> Tensor:
     """Resample a bias table ``[heads, h, w]`` to ``(h, w)``, bicubic as the NAT authors did from kernel 7 to 11."""
-    resized = F.interpolate(table[None].float(), size=size, mode="bicubic", align_corners=False)
+    exact = table if table.dtype == torch.float64 else table.float()
+    resized = F.interpolate(exact[None], size=size, mode="bicubic", align_corners=False)
     return resized[0].to(table.dtype)
 
 
