@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from ..kernels import quadtree_scores, quadtree_values
@@ -31,7 +31,7 @@ class Routes(NamedTuple):
     weights: Tensor
 
 
-@register_notrace_function
+@torch.jit.ignore
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column of ``x`` ``[B, H, W, C]`` until height and width are multiples."""
     height, width = x.shape[1:3]
@@ -41,6 +41,9 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     if right:
         x = torch.cat([x, x[:, :, -1:].expand(-1, -1, right, -1)], 2)
     return x
+
+
+register_notrace_function(pad_to_multiple)
 
 
 def to_tree(x: Tensor, depth: int, heads: int = 1) -> Tensor:
@@ -110,9 +113,7 @@ class QuadTreeAttention2d(nn.Module):
             detectors and segmentors).
         qkv_bias: Whether the projections to queries, keys and values have a bias.
         proj_drop: Dropout rate of the output.
-
-    Attributes:
-        backend: Path of the operator, as in `foveate.kernels.quadtree_scores`; None for the fastest that runs.
+        backend: Path of the operator, as in `foveate.kernels.quadtree_scores`; the fastest that runs by default.
 
     Shape:
         ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
@@ -127,6 +128,9 @@ class QuadTreeAttention2d(nn.Module):
         torch.Size([1, 20, 30, 64])
     """
 
+    topk: list[int]
+    backend: str | None
+
     def __init__(
         self,
         dim: int,
@@ -137,6 +141,7 @@ class QuadTreeAttention2d(nn.Module):
         value_act: str = "gelu",
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
+        backend: str | None = None,
         device=None,
         dtype=None,
     ):
@@ -152,7 +157,7 @@ class QuadTreeAttention2d(nn.Module):
             raise ValueError(f"value_act is one of {', '.join(map(repr, _ACTIVATIONS))}; got {value_act!r}")
         # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
         needed = max(1, levels - 1) if kind == "A" else levels - 1
-        self.topk = [topk] * max(1, levels) if isinstance(topk, int) else list(topk)
+        self.topk = [topk] * needed if isinstance(topk, int) else list(topk)[:needed]
         if len(self.topk) < needed or min(self.topk, default=1) < 1:
             raise ValueError(
                 f"topk must be a positive number, or {needed} of them for a pyramid of {levels} levels; got {topk!r}"
@@ -160,8 +165,8 @@ class QuadTreeAttention2d(nn.Module):
         self.num_heads = num_heads
         self.levels = levels
         self.kind = kind
-        self.scale = (dim // num_heads) ** -0.5
-        self.backend: str | None = None
+        self.multiple = 2 ** (levels - 1)
+        self.backend = backend
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         if kind == "B":
@@ -170,6 +175,9 @@ class QuadTreeAttention2d(nn.Module):
             )
             self.lepe = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) for _ in range(levels))
             self.level_weights = nn.Parameter(torch.empty(levels, **dd))
+        else:
+            self.value_branches = self.lepe = nn.ModuleList()
+            self.register_parameter("level_weights", None)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
@@ -196,9 +204,41 @@ class QuadTreeAttention2d(nn.Module):
         """Return the settings that `print(model)` shows."""
         return f"kind={self.kind}, levels={self.levels}, topk={self.topk}, num_heads={self.num_heads}"
 
+    def _parts(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+        """Return the finest queries and keys, the value maps from fine to coarse, and LePE's weights and biases."""
+        values = [self.v(x)]
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        if self.kind == "A":
+            for _ in range(self.levels - 1):
+                values.append(pool(values[-1]))
+        else:
+            for branch in self.value_branches:
+                values.append(branch(values[-1].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            for conv in self.lepe:
+                weights.append(conv.weight)
+                biases.append(conv.bias)
+        return self.qk(x), values, weights, biases
+
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        return self.proj_drop(self.proj(self._attend(x)))
+        height, width = x.shape[1], x.shape[2]
+        x = pad_to_multiple(x, self.multiple)
+        finest, values, lepe_weights, lepe_biases = self._parts(x)
+        x = attend(
+            x,
+            finest,
+            values,
+            self.qk.weight,
+            self.qk.bias,
+            lepe_weights,
+            lepe_biases,
+            self.level_weights,
+            self.num_heads,
+            self.topk,
+            self.backend,
+        )
+        return self.proj_drop(self.proj(x[:, :height, :width]))
 
     @torch.jit.ignore
     def routes(self, x: Tensor) -> list[Routes]:
@@ -210,9 +250,13 @@ class QuadTreeAttention2d(nn.Module):
         best tokens are left out); those of type B add up to 1 at every level.
         """
         recorded: list[tuple[Tensor, Tensor]] = []
-        self._attend(x, recorded)
-        multiple = 2 ** (self.levels - 1)
-        height, width = -(-x.shape[1] // multiple), -(-x.shape[2] // multiple)
+        x = pad_to_multiple(x, self.multiple)
+        finest, values, _, _ = self._parts(x)
+        queries, keys = _queries_and_keys(
+            x, finest, self.qk.weight, self.qk.bias, self.levels, self.num_heads, self.kind == "A"
+        )
+        _message(queries, keys, values[::-1], self.level_weights, self.topk, self.backend, recorded)
+        height, width = x.shape[1] // self.multiple, x.shape[2] // self.multiple
         routes = []
         for level, (tokens, weights) in enumerate(recorded):
             size = (height << level, width << level)
@@ -237,7 +281,7 @@ class QuadTreeAttention2d(nn.Module):
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the map is {height}x{width}; it has no position ({row}, {column})")
         routes = self.routes(x)
-        shares = self._level_shares().float() if self.kind == "B" else torch.ones(self.levels, device=x.device)
+        shares = self.level_weights.softmax(0).float() if self.kind == "B" else torch.ones(self.levels, device=x.device)
         total = 0
         for level, (tokens, weights) in enumerate(routes):
             span = 2 ** (self.levels - 1 - level)
@@ -248,150 +292,181 @@ class QuadTreeAttention2d(nn.Module):
             total = total + level_map.repeat_interleave(span, 2).repeat_interleave(span, 3)
         return total[:, :, :height, :width]
 
-    def _level_shares(self) -> Tensor:
-        return self.level_weights.softmax(0)
 
-    @torch.jit.ignore
-    def _attend(self, x: Tensor, recorded: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Return the attention's output ``[B, H, W, dim]`` before the last projection.
+@torch.jit.ignore
+def attend(
+    x: Tensor,
+    finest: Tensor,
+    values: list[Tensor],
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    lepe_weights: list[Tensor],
+    lepe_biases: list[Tensor | None],
+    level_weights: Tensor | None,
+    num_heads: int,
+    topk: list[int],
+    backend: str | None,
+) -> Tensor:
+    """Return the attention's output ``[B, H, W, dim]``; one node of a traced graph, since its course depends on shapes.
 
-        Each level's tokens and weights, in tree order, are appended to ``recorded`` if given.
-        """
-        height, width = x.shape[1:3]
-        x = pad_to_multiple(x, 2 ** (self.levels - 1))
-        value_maps = self._value_maps(x)
-        shares = self._level_shares().to(value_maps[0].dtype).unbind() if self.kind == "B" else None
-        out = from_tree(self._message(x, value_maps, shares, recorded), *x.shape[1:3], self.levels - 1)
-        if shares is not None:
-            out = out + self._positional(value_maps, shares)
-        return out[:, :height, :width]
+    Args:
+        x: Input ``[B, H, W, dim]``.
+        finest: Queries and keys of ``x``, ``[B, H, W, 2 * dim]``.
+        values: Value maps, fine to coarse.
+        qk_weight: Weight of the projection to queries and keys.
+        qk_bias: Its bias.
+        lepe_weights: Weights of type B's depthwise convolutions, coarse to fine.
+        lepe_biases: Their biases.
+        level_weights: Type B's weights of the levels, coarse to fine, before their softmax; None is type A.
+        num_heads: Attention heads.
+        topk: Tokens to choose at each level, coarse to fine.
+        backend: Path of the operator.
+    """
+    levels = len(values)
+    values = values[::-1]
+    queries, keys = _queries_and_keys(x, finest, qk_weight, qk_bias, levels, num_heads, level_weights is None)
+    out = _message(queries, keys, values, level_weights, topk, backend, None)
+    del queries, keys, finest
+    out = from_tree(out, x.shape[1], x.shape[2], levels - 1)
+    return out if level_weights is None else out + _positional(values, lepe_weights, lepe_biases, level_weights)
 
-    def _queries_and_keys(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return scaled queries, and keys, each ``[B, heads, tokens, dim / heads]``, coarse to fine.
 
-        A pooled projection is the projection of the pooled input, so the coarser levels are projected from it.
-        """
-        with full_precision(x):
-            pooled = x.to(accumulation_dtype(x.dtype))
-            weight, bias = self.qk.weight.to(pooled.dtype), self.qk.bias
-            bias = None if bias is None else bias.to(pooled.dtype)
-            pyramid = []
-            for _ in range(self.levels - 1):
-                pooled = pool(pooled)
-                pyramid.insert(0, F.linear(pooled, weight, bias))
-            if self.kind == "A" and self.levels == 1:
-                pyramid.append(F.linear(pooled, weight, bias))
-        if len(pyramid) < self.levels:
-            pyramid.append(self.qk(x))
-        dim, heads = self.v.out_features, self.num_heads
-        queries = [to_tree(qk[..., :dim] * self.scale, level, heads) for level, qk in enumerate(pyramid)]
-        return queries, [to_tree(qk[..., dim:], level, heads) for level, qk in enumerate(pyramid)]
+register_notrace_function(attend)
 
-    def _value_maps(self, x: Tensor) -> list[Tensor]:
-        """Return the value maps ``[B, h, w, dim]``, coarse to fine."""
-        values = [self.v(x)]
-        for transition in range(self.levels - 1):
-            if self.kind == "A":
-                values.insert(0, pool(values[0]))
-            else:
-                branch = self.value_branches[transition]
-                values.insert(0, branch(values[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return values
 
-    def _message(
-        self,
-        x: Tensor,
-        value_maps: list[Tensor],
-        shares: Sequence[Tensor] | None,
-        recorded: list[tuple[Tensor, Tensor]] | None,
-    ) -> Tensor:
-        """Return the sum of all levels' messages by ``shares``, ``[B, heads, tokens, dim / heads]`` in tree order."""
-        queries, keys = self._queries_and_keys(x)
-        values = [to_tree(value, level, self.num_heads) for level, value in enumerate(value_maps)]
-        if self.kind == "B" and self.levels == 1 and recorded is None:
-            # The share of a single level is 1, but has a gradient: zero.
-            return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
-        total, chosen, handed = self._coarsest(queries[0], keys[0], values[0], recorded)
-        if shares is not None:
-            total = total * shares[0]
-        for level in range(1, self.levels):
-            query, key, value = (part[level].unflatten(2, (-1, 4)) for part in (queries, keys, values))
-            candidates = chosen
-            scores = quadtree_scores(query, key, candidates, backend=self.backend)
-            if self.kind == "A":
-                # What the parent handed down with a chosen token is divided among the token's children.
-                weights = (scores.unflatten(-1, (-1, 4)).softmax(-1) * handed[:, :, :, None, :, None]).flatten(-2)
-            else:
-                weights = scores.softmax(-1)
-            if level < self.levels - 1:
-                weights, position, handed = self._hand_down(scores, weights, self.topk[level])
-                chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (
-                    position & 3
-                )
-                chosen = chosen.flatten(2, 3)
-                handed = handed.flatten(2, 3) if handed is not None else None
-            message = quadtree_values(weights, value, candidates, backend=self.backend)
-            # A token's message goes to its four children as well.
-            total = total.unsqueeze(3)
-            total = total + message if shares is None else torch.addcmul(total, message, shares[level])
-            total = total.flatten(2, 3)
-            if recorded is not None:
-                tokens = children(candidates).unsqueeze(3).expand_as(weights)
-                recorded.append((tokens.flatten(2, 3), weights.flatten(2, 3)))
-        return total
+def _queries_and_keys(
+    x: Tensor,
+    finest: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    levels: int,
+    heads: int,
+    finest_chooses: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return scaled queries, and keys, each ``[B, heads, tokens, dim / heads]``, coarse to fine.
 
-    def _coarsest(
-        self, query: Tensor, key: Tensor, value: Tensor, recorded: list[tuple[Tensor, Tensor]] | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
-        batch, heads, tokens, _ = query.shape
-        step = tokens
-        if not torch.compiler.is_exporting():
-            step = max(1, _COARSE_BYTES // (batch * heads * tokens * 4))
-        chunks = []
-        for part in query.split(step, 2):
-            with full_precision(part):
-                scores = part @ key.transpose(-2, -1)
-                weights, position, share = scores.softmax(-1), None, None
-                if self.levels > 1 or self.kind == "A":
-                    weights, position, share = self._hand_down(scores, weights, self.topk[0])
-                chunks.append((weights.to(value.dtype) @ value, position, share, None if recorded is None else weights))
-        message, position, share, weights = (
-            None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-            for parts in zip(*chunks, strict=True)
-        )
+    A pooled projection is the projection of the pooled input, so the coarser levels are projected from it. The finest
+    level is projected anew if a choice depends on it, which is so for a single level of type A.
+    """
+    dim = x.shape[-1]
+    with full_precision(x):
+        pooled = x.to(accumulation_dtype(x.dtype))
+        weight, bias = weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype)
+        pyramid = [F.linear(pooled, weight, bias) if levels == 1 and finest_chooses else finest]
+        for _ in range(levels - 1):
+            pooled = pool(pooled)
+            pyramid.insert(0, F.linear(pooled, weight, bias))
+    scale = (dim // heads) ** -0.5
+    queries = [to_tree(qk[..., :dim] * scale, level, heads) for level, qk in enumerate(pyramid)]
+    return queries, [to_tree(qk[..., dim:], level, heads) for level, qk in enumerate(pyramid)]
+
+
+def _message(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    value_maps: list[Tensor],
+    level_weights: Tensor | None,
+    topk: list[int],
+    backend: str | None,
+    recorded: list[tuple[Tensor, Tensor]] | None,
+) -> Tensor:
+    """Return the sum of all levels' messages ``[B, heads, tokens, dim / heads]``, in tree order.
+
+    Without ``level_weights`` it is type A. Each level's tokens and weights are appended to ``recorded`` if given.
+    """
+    levels, heads = len(queries), queries[0].shape[1]
+    values = [to_tree(value, level, heads) for level, value in enumerate(value_maps)]
+    shares = None if level_weights is None else level_weights.softmax(0).to(values[0].dtype).unbind()
+    if levels == 1 and shares is not None and recorded is None:
+        # The share of a single level is 1, but has a gradient: zero.
+        return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
+    total, chosen, handed = _coarsest(queries[0], keys[0], values[0], topk, shares is None, recorded)
+    if shares is not None:
+        total = total * shares[0]
+    for level in range(1, levels):
+        query, key, value = (part[level].unflatten(2, (-1, 4)) for part in (queries, keys, values))
+        candidates = chosen
+        scores = quadtree_scores(query, key, candidates, backend=backend)
+        if shares is None:
+            # What the parent handed down with a chosen token is divided among the token's children.
+            weights = (scores.unflatten(-1, (-1, 4)).softmax(-1) * handed[:, :, :, None, :, None]).flatten(-2)
+        else:
+            weights = scores.softmax(-1)
+        if level < levels - 1:
+            weights, position, handed = _hand_down(scores, weights, topk[level], shares is None)
+            chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (position & 3)
+            chosen = chosen.flatten(2, 3)
+            handed = None if handed is None else handed.flatten(2, 3)
+        message = quadtree_values(weights, value, candidates, backend=backend)
+        # A token's message goes to its four children as well.
+        total = total.unsqueeze(3)
+        total = total + message if shares is None else torch.addcmul(total, message, shares[level])
+        total = total.flatten(2, 3)
         if recorded is not None:
-            recorded.append((torch.arange(tokens, device=query.device).expand_as(weights), weights))
-        return message, position, share
-
-    def _hand_down(self, scores: Tensor, weights: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Choose the best positions of the last axis; return the message's weights, the positions, and their weights.
-
-        Type A takes the chosen positions out of the message, because the next level refines them.
-        """
-        # Type B's softmax keeps the order of the scores, which have fewer ties.
-        ranked = weights if self.kind == "A" else scores
-        position = ranked.detach().topk(min(topk, ranked.shape[-1]), sorted=False).indices
-        if self.kind == "B":
-            return weights, position, None
-        return weights.scatter(-1, position, 0.0), position, weights.gather(-1, position)
-
-    def _positional(self, value_maps: list[Tensor], shares: Sequence[Tensor]) -> Tensor:
-        """Return type B's LePE, added up over the levels by their shares, ``[B, H, W, dim]``."""
-        total: Tensor | None = None
-        for value, conv, share in zip(value_maps, self.lepe, shares, strict=True):
-            # The share of a level scales its convolution: that is smaller than the map.
-            weight, bias = conv.weight.to(value.dtype) * share, conv.bias.to(value.dtype) * share
-            level = F.conv2d(value.permute(0, 3, 1, 2), weight, bias, padding=1, groups=conv.groups)
-            level = level.permute(0, 2, 3, 1)
-            if total is not None:
-                cells = level.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-                level = (cells + total[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
-            total = level
-        return total
+            tokens = children(candidates).unsqueeze(3).expand_as(weights)
+            recorded.append((tokens.flatten(2, 3), weights.flatten(2, 3)))
+    return total
 
 
-register_notrace_module(QuadTreeAttention2d)
+def _coarsest(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    topk: list[int],
+    type_a: bool,
+    recorded: list[tuple[Tensor, Tensor]] | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
+    batch, heads, tokens, _ = query.shape
+    # An exported graph must not depend on the number of tokens.
+    rows = tokens if torch.compiler.is_exporting() else max(1, _COARSE_BYTES // (batch * heads * tokens * 4))
+    chunks = []
+    for part in query.split(rows, 2):
+        with full_precision(part):
+            scores = part @ key.transpose(-2, -1)
+            weights, position, handed = scores.softmax(-1), None, None
+            if topk:
+                weights, position, handed = _hand_down(scores, weights, topk[0], type_a)
+            message = weights.to(value.dtype) @ value
+        chunks.append((message, position, handed, None if recorded is None else weights))
+    message, position, handed, weights = (
+        None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        for parts in zip(*chunks, strict=True)
+    )
+    if recorded is not None:
+        recorded.append((torch.arange(tokens, device=query.device).expand_as(weights), weights))
+    return message, position, handed
+
+
+def _hand_down(scores: Tensor, weights: Tensor, topk: int, type_a: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Choose the best positions of the last axis; return the message's weights, the positions, and their weights.
+
+    Type A takes the chosen positions out of the message, because the next level refines them.
+    """
+    # Type B's softmax keeps the order of the scores, which have fewer ties.
+    ranked = weights if type_a else scores
+    position = ranked.detach().topk(min(topk, ranked.shape[-1]), sorted=False).indices
+    if not type_a:
+        return weights, position, None
+    return weights.scatter(-1, position, 0.0), position, weights.gather(-1, position)
+
+
+def _positional(
+    value_maps: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], level_weights: Tensor
+) -> Tensor:
+    """Return type B's LePE, added up over the levels by their shares, ``[B, H, W, dim]``."""
+    dtype = value_maps[0].dtype
+    total: Tensor | None = None
+    for value, weight, bias, share in zip(value_maps, weights, biases, level_weights.softmax(0), strict=True):
+        # The share of a level scales its convolution: that is smaller than the map.
+        weight, bias = (weight * share).to(dtype), (bias * share).to(dtype)
+        level = F.conv2d(value.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0])
+        level = level.permute(0, 2, 3, 1)
+        if total is not None:
+            cells = level.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+            level = (cells + total[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
+        total = level
+    return total
 
 
 def _value_branch(dim: int, act: Callable[[], nn.Module], device=None, dtype=None) -> nn.Sequential:
