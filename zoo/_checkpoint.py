@@ -1,10 +1,13 @@
 """Reading published checkpoints: safely from disk, out of their wrappers, and only if they fit the model."""
 
+import argparse
 import logging
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,18 @@ _logger = logging.getLogger(__name__)
 # In order of trust: the averaged weights are the published ones where a file holds both.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
+
+# What training files hold beside tensors: settings and measured numbers. These types are data, reading them runs no
+# code of the file's choice. A settings node of yacs, a dict itself, is read as a plain dict; yacs is not imported.
+_NUMPY_SCALAR = np.float64().__reduce__()[0]
+_DATA_TYPES = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+]
 
 
 class CheckpointError(ValueError):
@@ -34,10 +49,11 @@ def open_checkpoint(path: str | Path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_DATA_TYPES):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
-        objects = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        objects = any(kind in str(error).lower() for kind in ("unsupported global", "unsupported class"))
         reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
         raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
     except Exception as error:
@@ -51,11 +67,10 @@ def open_checkpoint(path: str | Path) -> dict:
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     """Return the state dict inside a checkpoint: out of its wrapper, without prefixes, the backbone's part if named."""
     state = checkpoint
-    while not any(isinstance(value, Tensor) for value in state.values()):
-        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
-        if inner is None:
-            raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
+    while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None):
         state = inner
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):

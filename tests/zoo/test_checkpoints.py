@@ -1,10 +1,14 @@
 """Checkpoints: every published format in, anything else refused in one line, nothing ever executed."""
 
+import argparse
 import json
 import os
 import pickle
+import sys
+import types
 
 import foveate
+import numpy as np
 import pytest
 import timm
 import torch
@@ -190,6 +194,66 @@ def test_a_pickle_is_never_executed(write, state, tmp_path):
         load("nat_mini", tmp_path / "evil.pth")
     assert "weights_only" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def config_node(monkeypatch):
+    """Pickle settings as yacs does; reading must not need yacs, so it is gone when the test calls the returned one."""
+
+    class CfgNode(dict):
+        def __init__(self, items):
+            super().__init__(items)
+            self.__dict__["__immutable__"] = True
+
+    module = types.ModuleType("yacs.config")
+    CfgNode.__module__, CfgNode.__qualname__, module.CfgNode = "yacs.config", "CfgNode", CfgNode
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+
+    def forget():
+        monkeypatch.delitem(sys.modules, "yacs.config")
+        monkeypatch.delitem(sys.modules, "yacs")
+
+    return CfgNode, forget
+
+
+def test_training_files_with_yacs_settings_load(config_node, state, expected, tmp_path):
+    node, forget = config_node
+    settings = node({"MODEL": node({"NAME": "nat", "DEPTHS": [3, 4]}), "AUG": None})
+    training = {
+        "model": state,
+        "optimizer": {"state": {0: {"step": torch.ones(1)}}},
+        "config": settings,
+        "args": argparse.Namespace(lr=1e-3, config=settings),
+        "max_accuracy": np.float64(81.8),
+        "epoch": np.int64(299),
+        "best": torch.ones(1),
+        "state_dict_ema": {},
+    }
+    torch.save(training, tmp_path / "training.pth")
+    forget()
+    assert_same(load("nat_mini", tmp_path / "training.pth"), expected)
+
+
+def test_settings_do_not_smuggle_code(config_node, state, tmp_path):
+    """Not inside of the settings, not as their state, and not from the module that they come from."""
+    node, forget = config_node
+    inside = node({"A": Payload(tmp_path / "executed")})
+    beside = node({})
+    beside.__dict__["hook"] = Payload(tmp_path / "executed")
+    arguments = argparse.Namespace(hook=Payload(tmp_path / "executed"))
+    sys.modules["yacs.config"].load_cfg = load_cfg = types.FunctionType(Payload.__reduce__.__code__, {}, "load_cfg")
+    load_cfg.__module__, load_cfg.__qualname__ = "yacs.config", "load_cfg"
+    for i, settings in enumerate((inside, beside, arguments, load_cfg)):
+        torch.save({"model": state, "config": settings}, tmp_path / f"evil{i}.pth")
+    forget()
+    for i in range(4):
+        with pytest.raises(zoo.CheckpointError, match="it pickles objects, which could run code when read"):
+            load("nat_mini", tmp_path / f"evil{i}.pth")
+    assert not (tmp_path / "executed").exists()
+    # The payload is live: whoever unpickled it would notice.
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
 
 
 def test_a_model_without_weights_says_so():
