@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from .pointwise import PointwiseLinear
 from .window import cut_windows, join_windows
 
 # The block biases have this height and width at every resolution.
@@ -126,9 +127,9 @@ class AgentAttention2d(nn.Module):
         self.agents_height, self.agents_width = (agents, agents) if agent_shape is None else to_2tuple(agent_shape)
         self.window_height, self.window_width = (0, 0) if window_size is None else to_2tuple(window_size)
         height, width = to_2tuple(map_size)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = PointwiseLinear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.an_bias = nn.Parameter(torch.empty(num_heads, agents**2, _BLOCK, _BLOCK, **dd))
         self.na_bias = nn.Parameter(torch.empty(num_heads, agents**2, _BLOCK, _BLOCK, **dd))
@@ -192,7 +193,8 @@ class AgentTokenAttention(AgentAttention2d):
     """Agent attention over a map and a class token before it (Agent-DeiT).
 
     The class token is a key for the agents and reads from them, with biases ``ac_bias`` and ``ca_bias``; the agents are
-    averages of the map alone, and the convolution sees the map alone.
+    averages of the map alone, and the convolution sees the map alone. Where nobody reads the class token afterwards,
+    ``ca_bias`` may be set to None.
 
     Args:
         dim: Channels.
@@ -234,7 +236,11 @@ class AgentTokenAttention(AgentAttention2d):
         agents = pool_agents(q[:, 1:].unflatten(1, (height, width)), self.agents_height, self.agents_width)
         gather_bias, spread_bias = self._biases(height, width)
         gather_bias = torch.cat([self.ac_bias[0], gather_bias], dim=2)
-        spread_bias = torch.cat([self.ca_bias[0], spread_bias], dim=1)
+        ca_bias = self.ca_bias
+        if ca_bias is not None:
+            spread_bias = torch.cat([ca_bias[0], spread_bias], dim=1)
+        else:
+            spread_bias = F.pad(spread_bias, (0, 0, 1, 0))
         out = attend_through_agents(q, k, v, agents, gather_bias, spread_bias, self.num_heads)
         local = self.dwc(v[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
         out = out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, 1, 0))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
+from .pointwise import PointwiseLinear
 from .window import cut_windows, join_windows
 
 
@@ -76,12 +77,12 @@ class CrossShapedAttention2d(nn.Module):
                 f"got dim {dim}, heads {num_heads}"
             )
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.ModuleList(
             nn.Conv2d(dim // branches, dim // branches, 3, padding=1, groups=dim // branches, **dd)
             for _ in self.stripes
         )
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = PointwiseLinear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

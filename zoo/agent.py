@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from timm.layers import (
     Attention,
     DropPath,
-    Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
     register_notrace_function,
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from ..blocks import AgentAttention2d, AgentTokenAttention, CrossShapedAttention2d
 from ..blocks.global_attention import resize_bias_table
+from ..blocks.pointwise import PointwiseMlp
 from ..blocks.window import WindowAttention2d, cut_windows, from_swin_table, join_windows
 from ._build import build
 from ._pyramid import Pyramid, Stage, _to_format
@@ -471,7 +471,7 @@ class TokenBlock(nn.Module):
             self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_drop=drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -680,8 +680,10 @@ class AgentDeiT(Pyramid):
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if len(self.stages) < stages or (prune_norm and prune_head):
             self.reads_class_token = False
-            # What the class token reads from the agents in the last block reaches no output any more.
-            self.stages[-1].blocks[-1].attn.ca_bias = None
+            last = self.stages[-1].blocks[-1].attn
+            if isinstance(last, AgentTokenAttention):
+                # What the class token reads from the agents in the last block reaches no output any more.
+                last.ca_bias = None
         return take
 
 

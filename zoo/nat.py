@@ -16,13 +16,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import DropPath, LayerScale, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..blocks import GlobalAttention2d, NeighborhoodAttention2d
 from ..blocks.global_attention import resize_bias_table
+from ..blocks.pointwise import PointwiseMlp
 from ._build import build
 from ._pyramid import Pyramid, Stage
 
@@ -82,7 +83,7 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), drop, **dd)
         self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

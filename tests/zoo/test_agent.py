@@ -195,6 +195,21 @@ def test_deit_takes_images_that_are_not_square():
         assert model.forward_features(torch.randn(1, 3, 57, 66)).shape == (1, 8, 9, 16)
 
 
+@pytest.mark.parametrize("agent_blocks", [2, 4])
+def test_deit_cut_to_features_has_no_unused_parameter(agent_blocks):
+    model = strong(tiny("deit", agent_blocks=agent_blocks))
+    images = torch.randn(1, 3, 48, 72)
+    expected = model.forward_intermediates(images, intermediates_only=True)
+    for last in range(4):
+        model.prune_intermediate_layers([0, 3 - last], prune_norm=True)
+        taps = model.forward_intermediates(images, indices=[0, 3 - last], intermediates_only=True)
+        torch.testing.assert_close(taps, [expected[i] for i in sorted({0, 3 - last})])
+        torch.testing.assert_close(model(images).permute(0, 3, 1, 2), taps[-1])
+        model.zero_grad()
+        sum(tap.square().sum() for tap in taps).backward()
+        assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
 @pytest.mark.parametrize("size", [(448, 448), (112, 448)])
 def test_pvt_position_embeddings_are_resized_by_the_stages_own_grid(size):
     """The published dense code compares every stage with the first: it fails at 448x448, and scrambles 112x448."""
