@@ -86,9 +86,9 @@ def test_list_models_takes_a_glob():
 @pytest.mark.parametrize("name", foveate.list_models())
 def test_weight_table_is_complete(name):
     cfg = timm.get_pretrained_cfg(name)
-    assert cfg.license
     assert cfg.classifier
     assert cfg.first_conv
+    assert cfg.license or not cfg.has_weights, "weights of unknown licence are not offered"
     if cfg.url:
         assert re.fullmatch(r"https://\S+/[\w.-]+\.(pth|pt|bin|safetensors)", cfg.url)
         assert cfg.origin_url
