@@ -2,6 +2,7 @@
 
 from .agent import AgentAttention2d, AgentTokenAttention
 from .cbam import CBAM
+from .create import create_attention, list_attentions
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
@@ -36,4 +37,6 @@ __all__ = [
     "RoutedRegions",
     "TripletAttention",
     "WindowAttention2d",
+    "create_attention",
+    "list_attentions",
 ]

@@ -81,10 +81,11 @@ class ChannelGroupAttention2d(nn.Module):
 
 
 class DualAttention2d(nn.Module):
-    """Attention within windows of positions, then within groups of channels, each added to its input.
+    """Attention within windows of positions, then within groups of channels: DaViT's pair as one module.
 
-    The pair of DaViT as one module, without norms and MLPs: local detail from the windows, global context from the
-    channels, at a cost linear in the number of positions.
+    Local detail from the windows and global context from the channels, at a cost linear in the number of positions. The
+    channels attend to the input plus the windows' output, and the outputs of both are added, so that a block adds the
+    sum to its input, as for any other attention.
 
     Args:
         dim: Channels.
@@ -121,5 +122,5 @@ class DualAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        x = x + self.spatial(x)
-        return x + self.channel(x)
+        local = self.spatial(x)
+        return local + self.channel(x + local)

@@ -39,17 +39,17 @@ def check_map_size(height: int, width: int, expected_height: int, expected_width
 
 
 class GlobalAttention2d(nn.Module):
-    """Multi-head self-attention over a whole map, with a bias by relative position.
+    """Multi-head self-attention over a whole map, with a bias by relative position or without.
 
     Args:
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
-        map_size: Height and width of the maps; the bias table ``rpb`` belongs to them.
+        map_size: Height and width of the maps; the bias table ``rpb`` belongs to them. None for no bias.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
         proj_drop: Dropout rate of the output.
 
     Shape:
-        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, H and W as in ``map_size``.
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, H and W as in ``map_size``, any if that is None.
 
     Example:
         >>> attention = GlobalAttention2d(64, num_heads=2, map_size=(14, 14))
@@ -61,7 +61,7 @@ class GlobalAttention2d(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        map_size: tuple[int, int],
+        map_size: tuple[int, int] | None = None,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         device=None,
@@ -72,20 +72,27 @@ class GlobalAttention2d(nn.Module):
         if dim % num_heads:
             raise ValueError(f"GlobalAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
         self.num_heads = num_heads
-        self.height, self.width = map_size
+        self.height, self.width = (0, 0) if map_size is None else map_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.rpb = nn.Parameter(torch.empty(num_heads, 2 * self.height - 1, 2 * self.width - 1, **dd))
+        self.rpb = (
+            None
+            if map_size is None
+            else nn.Parameter(torch.empty(num_heads, 2 * self.height - 1, 2 * self.width - 1, **dd))
+        )
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the bias table: truncated normal, std 0.02."""
-        trunc_normal_(self.rpb, std=0.02)
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
 
     @torch.jit.ignore
     def set_map_size(self, map_size: tuple[int, int]) -> None:
-        """Resample the bias table (bicubic) for maps of another size."""
+        """Resample the bias table (bicubic) for maps of another size; nothing to do without one."""
+        if self.rpb is None:
+            return
         self.height, self.width = map_size
         table = resize_bias_table(self.rpb.detach(), (2 * self.height - 1, 2 * self.width - 1))
         self.rpb = nn.Parameter(table, requires_grad=self.rpb.requires_grad)
@@ -96,9 +103,12 @@ class GlobalAttention2d(nn.Module):
         Raises:
             ValueError: If the map is not of the size that the bias table is for.
         """
-        check_map_size(x.shape[1], x.shape[2], self.height, self.width)
+        height, width = x.shape[1], x.shape[2]
         q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = relative_bias(self.rpb, self.height, self.width).to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        x = x.transpose(1, 2).flatten(2).unflatten(1, (self.height, self.width))
+        bias = None
+        if self.rpb is not None:
+            check_map_size(height, width, self.height, self.width)
+            bias = relative_bias(self.rpb, self.height, self.width).to(q.dtype)[None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x.transpose(1, 2).flatten(2).unflatten(1, (height, width))
         return self.proj_drop(self.proj(x))

@@ -2,13 +2,13 @@
 
 from fnmatch import fnmatch
 
-from . import agent, biformer, dat, dual, ela, nat, quadtree
+from . import agent, biformer, dat, dual, ela, host, nat, quadtree
 from ._checkpoint import CheckpointError
 from .backbone import Backbone, create_backbone
 
 __all__ = ["Backbone", "CheckpointError", "create_backbone", "list_models"]
 
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, ela)
+_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, ela, host)
 
 
 def list_models(pattern: str = "*") -> list[str]:

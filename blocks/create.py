@@ -1,0 +1,75 @@
+"""Every spatial attention of the house by name, under one signature."""
+
+import difflib
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .agent import AgentAttention2d
+from .cross_shaped import CrossShapedAttention2d
+from .deformable import DeformableAttention2d
+from .dual import DualAttention2d
+from .global_attention import GlobalAttention2d
+from .neighborhood import NeighborhoodAttention2d
+from .quadtree import QuadTreeAttention2d
+from .routing import BiLevelRoutingAttention2d
+from .window import WindowAttention2d
+
+
+class _Deformable(DeformableAttention2d):
+    """Deformable attention on maps whose channels come last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+# By name: the module, and the options it gets beyond its own defaults.
+_ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
+    "agent": (AgentAttention2d, {"agents": 7, "map_size": 14}),
+    "bilevel": (BiLevelRoutingAttention2d, {}),
+    "cross_shaped": (CrossShapedAttention2d, {}),
+    "deformable": (_Deformable, {}),
+    "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
+    "dual": (DualAttention2d, {}),
+    "global": (GlobalAttention2d, {}),
+    "neighborhood": (NeighborhoodAttention2d, {}),
+    "quadtree": (QuadTreeAttention2d, {"levels": 3}),
+    "window": (WindowAttention2d, {}),
+}
+
+
+def list_attentions() -> list[str]:
+    """Return the names that `create_attention` knows."""
+    return sorted(_ATTENTIONS)
+
+
+def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Module:
+    """Create an attention by name.
+
+    Args:
+        name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"cross_shaped"``, ``"deformable"``, ``"dilated"``,
+            ``"dual"``, ``"global"``, ``"neighborhood"``, ``"quadtree"`` or ``"window"``.
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the
+            module's own, but for ``dilation=2`` (dilated), ``levels=3`` (quadtree), ``agents=7`` and ``map_size=14``
+            (agent).
+
+    Returns:
+        Module from maps ``[B, H, W, dim]`` to the same shape, for any H and W.
+
+    Raises:
+        ValueError: If there is no such attention.
+        TypeError: If the module has no such option.
+
+    Example:
+        >>> for name in list_attentions():
+        ...     attention = create_attention(name, 64, num_heads=2)
+        ...     assert attention(torch.randn(1, 20, 30, 64)).shape == (1, 20, 30, 64)
+    """
+    if name not in _ATTENTIONS:
+        near = difflib.get_close_matches(name, _ATTENTIONS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, list_attentions()))}"
+        raise ValueError(f"unknown attention {name!r}; {hint}")
+    module, defaults = _ATTENTIONS[name]
+    return module(dim, num_heads, **{**defaults, **options})
