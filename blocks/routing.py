@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.routing import routed_attention
 from ..kernels.routing.reference import routed_attention_weights
+from .pointwise import PointwiseLinear, project
 
 
 class RoutedRegions(NamedTuple):
@@ -69,9 +70,10 @@ register_notrace_function(route)
 
 
 @torch.jit.ignore
-def attend(qkv: Tensor, num_heads: int, routes: Tensor, height: int, width: int, scale: float) -> Tensor:
-    """Call the operator as one node of a traced graph; ``qkv`` ``[B, H, W, 3 * C]`` to ``[B, H, W, C]``."""
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+def attend(qk: Tensor, v: Tensor, num_heads: int, routes: Tensor, height: int, width: int, scale: float) -> Tensor:
+    """Call the operator as one node of a traced graph: ``[B, H, W, 2 * C]``, ``[B, H, W, C]`` to ``[B, H, W, C]``."""
+    query, key = qk.unflatten(-1, (2, num_heads, -1)).unbind(3)
+    value = v.unflatten(-1, (num_heads, -1))
     return routed_attention(query, key, value, routes, (height, width), scale=scale).flatten(3)
 
 
@@ -162,9 +164,9 @@ class BiLevelRoutingAttention2d(nn.Module):
         self.ragged = ragged
         self.scale = dim**-0.5 if scale is None else scale
         self.channels_first = channels_first
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = PointwiseLinear(dim, dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -175,10 +177,13 @@ class BiLevelRoutingAttention2d(nn.Module):
         """Return the settings that `print(model)` shows."""
         return f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, ragged={self.ragged}"
 
-    def _route(self, x: Tensor, region_height: int, region_width: int) -> Tensor:
+    def _split(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the weights of queries with keys and of values, then the biases."""
+        weight, bias = self.qkv.weight, self.qkv.bias
         width = 2 * self.proj.in_features
-        bias = self.qkv.bias[:width] if self.qkv.bias is not None else None
-        return route(x, self.qkv.weight[:width], bias, region_height, region_width, self.topk)
+        if bias is None:
+            return weight[:width], weight[width:], None, None
+        return weight[:width], weight[width:], bias[:width], bias[width:]
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the routed regions of a map."""
@@ -188,12 +193,18 @@ class BiLevelRoutingAttention2d(nn.Module):
         region_height, region_width = region_size(height, width, self.n_win, self.ragged)
         if not self.ragged:
             x = pad_to_regions(x, region_height, region_width, self.n_win, self.n_win)
-        routes = self._route(x, region_height, region_width)
-        qkv = self.qkv(x)
-        lepe = self.lepe(qkv[..., -x.shape[-1] :].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        qk_weight, v_weight, qk_bias, v_bias = self._split()
+        routes = route(x, qk_weight, qk_bias, region_height, region_width, self.topk)
+        # Values by themselves: LePE needs them as a map without gaps, and queries and keys can be freed before it.
+        qk, v = project(x, qk_weight, qk_bias), project(x, v_weight, v_bias)
         if self.ragged:
-            qkv = pad_to_regions(qkv, region_height, region_width, 0, 0)
-        x = attend(qkv, self.num_heads, routes, region_height, region_width, self.scale)
+            qk = pad_to_regions(qk, region_height, region_width, 0, 0)
+            x = pad_to_regions(v, region_height, region_width, 0, 0)
+        else:
+            x = v
+        x = attend(qk, x, self.num_heads, routes, region_height, region_width, self.scale)
+        del qk
+        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = self.proj(x[:, :height, :width] + lepe[:, :height, :width])
         return x.permute(0, 3, 1, 2) if self.channels_first else x
 
@@ -204,7 +215,8 @@ class BiLevelRoutingAttention2d(nn.Module):
         size = region_size(x.shape[1], x.shape[2], self.n_win, self.ragged)
         if not self.ragged:
             x = pad_to_regions(x, *size, self.n_win, self.n_win)
-        index = self._route(x, *size)
+        qk_weight, _, qk_bias, _ = self._split()
+        index = route(x, qk_weight, qk_bias, *size, self.topk)
         qkv = pad_to_regions(self.qkv(x), *size, 0, 0)
         grid = qkv.shape[1] // size[0], qkv.shape[2] // size[1]
         return qkv.unflatten(-1, (3, self.num_heads, -1)), RoutedRegions(index, grid, size)
@@ -266,9 +278,9 @@ class LePEAttention2d(nn.Module):
             raise ValueError(f"LePEAttention2d takes lepe 'input' or 'value'; got {lepe!r}")
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = PointwiseLinear(dim, dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

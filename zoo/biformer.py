@@ -26,10 +26,11 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_function, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..blocks.pointwise import PointwiseMlp
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
 from ._build import build
 from ._pyramid import Pyramid, Stage
@@ -97,6 +98,15 @@ class PatchDownsample(nn.Module):
         return self.conv(self.norm(x))
 
 
+@register_notrace_function
+def rows_at_once(x: Tensor, hidden: int) -> int:
+    """Return how many rows of ``x`` ``[B, H, W, C]`` hold 2**22 hidden numbers; 0 if all rows shall go at once."""
+    if torch.is_grad_enabled() or not x.is_cpu or torch.jit.is_scripting() or torch.compiler.is_compiling():
+        return 0
+    rows = 2**22 // max(1, x.shape[0] * x.shape[2] * hidden)
+    return 0 if rows >= x.shape[1] else max(1, rows)
+
+
 class Block(nn.Module):
     """Transformer block, after an optional residual 3x3 depthwise convolution that tells positions; NCHW."""
 
@@ -117,8 +127,15 @@ class Block(nn.Module):
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        rows = rows_at_once(x, self.mlp.fc1.out_features)
+        if rows == 0 or self.training:
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        # Each position is on its own, and without gradients its hidden channels need not be kept.
+        return torch.cat([part + self.mlp(self.norm2(part)) for part in x.split(rows, 1)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape; channels last in memory if they were so."""
@@ -126,8 +143,7 @@ class Block(nn.Module):
             x = x + self.pos_conv(x)
         x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x.permute(0, 3, 1, 2)
+        return self._feed_forward(x).permute(0, 3, 1, 2)
 
 
 class BiFormer(Pyramid):

@@ -1,7 +1,8 @@
 """Routed attention in plain torch, a few regions at a time.
 
-Keys and values are cut into regions once; only the regions that a chunk of queries needs are gathered, and the next
-chunk reuses their memory. The backward pass gathers and computes the scores again instead of keeping them.
+Keys and values are cut into regions once, some heads at a time; only the regions that a chunk of queries needs are
+gathered, and the next chunk reuses their memory. The backward pass gathers and computes the scores again instead of
+keeping them.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from .reference import cut_regions, merge_regions
 
 # Numbers a chunk may hold, of gathered keys and values or of scores: some megabytes stay near the processor.
 _CHUNK = 1 << 20
+# Numbers the copies of keys and values may hold that are cut into regions; at least a head's.
+_COPY = 1 << 22
 
 
 def _chunks(rows: int, columns: int, region_numbers: int) -> Iterator[tuple[slice, slice]]:
@@ -27,6 +30,13 @@ def _chunks(rows: int, columns: int, region_numbers: int) -> Iterator[tuple[slic
     for row in range(rows):
         for column in range(0, columns, regions):
             yield slice(row, row + 1), slice(column, min(column + regions, columns))
+
+
+def _head_groups(key: Tensor, value: Tensor) -> list[slice]:
+    """Cut the heads into groups whose keys and values are about `_COPY` numbers."""
+    heads = key.shape[3]
+    step = max(1, min(heads, _COPY * heads // max(1, key.numel() + value.numel())))
+    return [slice(first, first + step) for first in range(0, heads, step)]
 
 
 def _rows(x: Tensor, height: int) -> Tensor:
@@ -68,20 +78,33 @@ def chunked_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: tuple[int, int], scale: float
 ) -> Tensor:
     """Return routed attention ``[B, H, W, heads, dim_v]``; see `foveate.kernels.routed_attention`."""
-    height, width = region_size
-    columns = query.shape[2] // width
-    keys, values = (cut_regions(x, region_size).flatten(0, 1).contiguous() for x in (key, value))
-    routes = _flat_routes(routes, columns)
+    routes = _flat_routes(routes, query.shape[2] // region_size[1])
     out = query.new_empty(*query.shape[:4], value.shape[-1])
+    for heads in _head_groups(key, value):
+        parts = (x[..., heads, :] for x in (query, key, value, out))
+        _attend(*parts, routes, region_size, scale)
+    return out
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    routes: Tensor,
+    region_size: tuple[int, int],
+    scale: float,
+) -> None:
+    height, width = region_size
+    keys, values = (cut_regions(x, region_size).flatten(0, 1).contiguous() for x in (key, value))
     queries, outs = _rows(query, height), _rows(out, height)
     gathered = routes.shape[2] * (keys[:1].numel() + values[:1].numel())
-    for chunk in _chunks(len(routes), columns, gathered):
+    for chunk in _chunks(len(routes), routes.shape[1], gathered):
         chosen = routes[chunk].flatten(0, 1)
         x = F.scaled_dot_product_attention(
             _cut(queries, chunk, width), _gather(keys, chosen), _gather(values, chosen), scale=scale
         )
         _put(outs, chunk, width, x)
-    return out
 
 
 def chunked_backward(
