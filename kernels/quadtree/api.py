@@ -31,8 +31,8 @@ def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str 
     Args:
         query: ``[B, heads, N, 4, dim]``, N parents of four queries.
         key: ``[B, heads, M, 4, dim]``, M tokens of four children; same dtype as ``query``.
-        chosen: ``[B, heads, N, K]`` int64, tokens in ``[0, M)``. Others are an IndexError on the CPU; the Triton path
-            skips them, since checking would make the host wait for the device.
+        chosen: ``[B, heads, N, K]`` int64, tokens in ``[0, M)``. This is checked on the CPU, outside of compiled code;
+            on a GPU the check would make the host wait, and the Triton path skips other tokens.
         backend: ``"triton"``, ``"chunked"`` or ``"reference"``; by default the fastest that runs, which is Triton on
             CUDA, unless ``torch.use_deterministic_algorithms`` forbids its atomic sums, and chunks elsewhere.
 
@@ -41,6 +41,7 @@ def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str 
 
     Raises:
         ValueError: If shapes, dtypes, devices or backend don't fit; the message says which.
+        IndexError: If ``chosen`` names a token that does not exist.
     """
     _check_chosen("quadtree_scores", "query", query, "key", key, chosen)
     if query.dtype != key.dtype or query.shape[4] != key.shape[4]:
@@ -69,6 +70,7 @@ def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: 
 
     Raises:
         ValueError: If shapes, dtypes, devices or backend don't fit; the message says which.
+        IndexError: If ``chosen`` names a token that does not exist.
     """
     _check_chosen("quadtree_values", "weights", weights, "value", value, chosen)
     if weights.dtype not in (torch.float32, value.dtype):
@@ -107,6 +109,18 @@ def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, sec
         raise ValueError(
             f"{op} needs its tensors on one device; got {first.device}, {second.device} and {chosen.device}"
         )
+    # Fake and functional tensors, which have no values to look at, are subclasses.
+    if chosen.device.type == "cpu" and type(chosen) is Tensor and chosen.numel() and not _traced():
+        least, most = (int(limit) for limit in chosen.aminmax())
+        if least < 0 or most >= second.shape[2]:
+            raise IndexError(
+                f"{op} needs chosen tokens from 0 to {second.shape[2] - 1}, as {second_name} has them; "
+                f"got {least} to {most}"
+            )
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _choose(op: str, backend: str | None, x: Tensor) -> str:

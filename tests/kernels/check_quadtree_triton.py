@@ -80,10 +80,10 @@ def test_half_precision_sums_in_float32():
 def test_tokens_outside_the_map_are_skipped():
     query, key, weights, index = inputs((1, 1, 2, 5, 3, 4))
     index[0, 0, 1, 2], index[0, 0, 0, 0] = 5, -1
-    scores = quadtree_scores(query, key, index, backend="triton")
+    scores = triton_ops.scores_triton(query, key, index)
     assert (scores[0, 0, 1, :, 8:] == 0).all()
     assert (scores[0, 0, 0, :, :4] == 0).all()
-    assert quadtree_values(weights, key, index, backend="triton").isfinite().all()
+    assert triton_ops.values_triton(weights, key, index).isfinite().all()
 
 
 def test_no_parents():
@@ -98,7 +98,9 @@ def test_operators_keep_torchs_contract():
         (triton_ops.values_triton, (weights.requires_grad_(), key, index)),
         (triton_ops.scatter_triton, (weights, query, index, 4)),
     ):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        torch.library.opcheck(
+            operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
 
 
 def test_compiles_as_one_graph():
