@@ -1,5 +1,6 @@
 """Pictures of any task: learning curves, and what a query of neighborhood attention sees."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,9 @@ def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
     metrics.set(xlabel="epoch", ylabel=f"held-out {metric}")
     if values:
         metrics.annotate(
-            f"{values[-1]:.4f}", (measured[-1]["epoch"], values[-1]), (-4, -14), textcoords="offset points", ha="right"
+            f"{values[-1]:.4f}", (measured[-1]["epoch"], values[-1]), (0, 6), textcoords="offset points", ha="center"
         )
+        metrics.margins(x=0.08, y=0.12)
     for axes in (losses, metrics):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -86,18 +88,26 @@ def find_neighborhoods(model: nn.Module, inputs: Tensor) -> list[tuple[str, Neig
     return [(name, block, block.attention_map(x)[0].float().cpu()) for name, block, x in seen]
 
 
-def draw_neighborhood(
-    image: Image.Image, model: nn.Module, inputs: Tensor, query: tuple[float, float], path: str | Path, blocks: int = 3
+def draw_neighborhoods(
+    image: Image.Image,
+    model: nn.Module,
+    inputs: Tensor,
+    queries: Sequence[tuple[float, float]],
+    path: str | Path,
+    blocks: int = 3,
 ) -> None:
-    """Draw, on an image, the keys that one query sees in the first blocks of a model, with their attention weights.
+    """Draw, on an image, the keys that queries see in blocks of a model, with their attention weights.
+
+    Blocks whose window fits into their map come first; a smaller map is padded, and the title says how much of the
+    attention goes there.
 
     Args:
         image: The image as it is shown; ``inputs`` shows the same frame.
         model: A model with neighborhood attention.
         inputs: The image as the model's input, ``[1, C, H, W]``.
-        query: Where to ask, as fractions ``(down, right)`` of the image.
+        queries: Where to ask, each as fractions ``(down, right)`` of the image; a row of panels for each.
         path: PNG to write.
-        blocks: Blocks to draw, each map size and dilation once, from the first.
+        blocks: Blocks to draw, a column for each.
 
     Raises:
         TaskError: If the model has no neighborhood attention.
@@ -105,54 +115,59 @@ def draw_neighborhood(
     found = find_neighborhoods(model, inputs)
     if not found:
         raise TaskError(f"{type(model).__name__} has no neighborhood attention to draw")
-    distinct: dict[tuple, tuple] = {}
-    for name, block, weights in found:
-        distinct.setdefault((*weights.shape[:2], *block.dilation), (name, block, weights))
-    drawn = list(distinct.values())[:blocks]
-    figure = new_figure(3.6 * (len(drawn) + 1), 4.1)
-    panels = figure.subplots(1, len(drawn) + 1, squeeze=False)[0]
-    shown = {"cmap": "gray", "extent": (0, 1, 1, 0), "aspect": image.height / image.width, "interpolation": "nearest"}
-    for axes in panels:
-        axes.imshow(image, **shown)
-        axes.set(xticks=[], yticks=[])
-    panels[0].set_title("image and query", fontsize=10)
-    panels[0].plot(query[1], query[0], marker="x", color=RED, markersize=12, markeredgewidth=3)
-    for axes, (name, block, weights) in zip(panels[1:], drawn, strict=True):
-        height, width = weights.shape[:2]
-        row, column = min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1)
-        rows, columns = (
-            axis_windows(max(length, least), *settings)[place]
-            for length, least, place, *settings in zip(
-                (height, width),
-                block.least,
-                (row, column),
-                block.kernel_size,
-                block.dilation,
-                block.stride,
-                block.is_causal,
-                strict=True,
-            )
-        )
-        share = weights[row, column].mean(0).reshape(*block.kernel_size).numpy()
-        overlay = np.full((height, width), np.nan)
-        # Keys beyond the map are padding; a causal window has none where it holds fewer.
-        on_map = [(keys >= 0) & (keys < length) for keys, length in ((rows, height), (columns, width))]
-        inside = np.ix_(*on_map)
-        overlay[np.ix_(rows[on_map[0]], columns[on_map[1]])] = share[inside]
-        outside = 1 - share[inside].sum()
-        colours = axes.imshow(overlay, alpha=0.75, vmin=0, vmax=share.max(), **shown | {"cmap": "viridis"})
-        for key_row, key_column in np.argwhere(~np.isnan(overlay)):
-            axes.add_patch(
-                Rectangle((key_column / width, key_row / height), 1 / width, 1 / height, fill=False, ec="w", lw=0.6)
-            )
-        axes.add_patch(Rectangle((column / width, row / height), 1 / width, 1 / height, fill=False, ec=RED, lw=2.5))
-        title = (
-            f"{name}\n{height}x{width} map, {block.kernel_size}x{block.kernel_size} window, dilation {block.dilation}"
-        )
-        if outside > 1e-4:
-            title += f"\n{outside:.0%} on padding"
-        axes.set_title(title, fontsize=9)
-        bar = figure.colorbar(colours, ax=axes, location="bottom", shrink=0.85, pad=0.03)
-        bar.set_label("attention weight, mean of heads", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
+    order = sorted(
+        range(len(found)), key=lambda i: any(np.less(found[i][2].shape[:2], found[i][1].least)) * len(found) + i
+    )
+    drawn = [found[i] for i in order[:blocks]]
+    figure = new_figure(3.3 * (len(drawn) + 1), 3.9 * len(queries))
+    rows = figure.subplots(len(queries), len(drawn) + 1, squeeze=False)
+    frame = {"extent": (0, 1, 1, 0), "aspect": image.height / image.width, "interpolation": "nearest"}
+    for query, panels in zip(queries, rows, strict=True):
+        for axes in panels:
+            axes.imshow(image, cmap="gray", **frame)
+            axes.set(xticks=[], yticks=[])
+        panels[0].set_title("image and query", fontsize=10)
+        panels[0].plot(query[1], query[0], marker="x", color=RED, markersize=12, markeredgewidth=3, clip_on=False)
+        for axes, (name, block, weights) in zip(panels[1:], drawn, strict=True):
+            height, width = weights.shape[:2]
+            place = (min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1))
+            share, beyond = _lay_on_map(block, weights[place], place, (height, width))
+            shades = axes.imshow(share, cmap="viridis", alpha=0.75, vmin=0, vmax=np.nanmax(share), **frame)
+            for row, column in [*np.argwhere(~np.isnan(share)), place]:
+                key = {"ec": RED, "lw": 2.5} if (row, column) == place else {"ec": GREY, "lw": 0.6}
+                axes.add_patch(Rectangle((column / width, row / height), 1 / width, 1 / height, fill=False, **key))
+            window, dilation = ("x".join(map(str, value)) for value in (block.kernel_size, block.dilation))
+            lines = [name, f"{height}x{width} map, window {window}, dilation {dilation}"]
+            if beyond > 1e-4:
+                lines.append(f"{beyond:.0%} of the attention on padding")
+            axes.set_title("\n".join(lines), fontsize=9)
+            bar = figure.colorbar(shades, ax=axes, location="bottom", shrink=0.85, pad=0.03)
+            bar.set_label("attention weight, mean of heads", fontsize=8)
+            bar.ax.tick_params(labelsize=7)
+            bar.ax.locator_params(nbins=5)
     save_figure(figure, path)
+
+
+def _lay_on_map(
+    block: NeighborhoodAttention2d, weights: Tensor, place: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, float]:
+    """Return a query's weights, averaged over heads, on its map (NaN where it sees nothing), and those beyond it.
+
+    Args:
+        block: The attention.
+        weights: Of the query, ``[heads, neighbors]``.
+        place: Row and column of the query.
+        size: Height and width of the map.
+    """
+    windows = [
+        axis_windows(max(length, least), *settings)[position]
+        for length, least, position, *settings in zip(
+            size, block.least, place, block.kernel_size, block.dilation, block.stride, block.is_causal, strict=True
+        )
+    ]
+    # Keys beyond the map are padding; a causal window has -1 where it holds fewer.
+    on_map = [(keys >= 0) & (keys < length) for keys, length in zip(windows, size, strict=True)]
+    share = weights.mean(0).reshape(*block.kernel_size).numpy()[np.ix_(*on_map)]
+    laid = np.full(size, np.nan)
+    laid[np.ix_(*(keys[inside] for keys, inside in zip(windows, on_map, strict=True)))] = share
+    return laid, float(1 - share.sum())

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.classify import Digits, Predictor
     from ..tasks.classify.draw import draw_confusion, draw_gallery
     from ..tasks.images import read_image
-    from ..tasks.pictures import draw_curve, draw_neighborhood
+    from ..tasks.pictures import draw_curve, draw_neighborhoods
 
     began = time.monotonic()
     output = args.output
@@ -80,23 +80,23 @@ def run(args: argparse.Namespace) -> None:
         "gallery.png": "predictions: the mistakes first, then digits that were right",
         "confusion.png": "which digit was taken for which",
         "curve.png": "loss and accuracy over the epochs",
-        "neighborhood.png": "which keys one query sees, and their attention weights",
+        "neighborhood.png": "which keys two queries see, and their attention weights",
     }
     draw_gallery(
         [images[index] for index in shown],
         [truths[index] for index in shown],
         [rankings[index] for index in shown],
         output / "gallery.png",
-        f"Held-out digits: {len(truths) - len(wrong)} of {len(truths)} right ({measured:.1%}). "
-        f"All {len(wrong)} mistakes and {len(shown) - len(wrong)} others"
-        if len(wrong) <= SHOWN // 2
-        else f"Held-out digits: {len(truths) - len(wrong)} of {len(truths)} right; {SHOWN // 2} mistakes and others",
+        f"Held-out digits: {len(truths) - len(wrong)} of {len(truths)} right ({measured:.1%}); shown are "
+        f"{min(len(wrong), SHOWN // 2)} of {len(wrong)} mistakes, then others",
     )
     guesses = [held_out.classes.index(ranking[0][0]) for ranking in rankings]
     draw_confusion(held_out.labels, guesses, held_out.classes, output / "confusion.png")
     draw_curve(result["history"], "accuracy", output / "curve.png")
     inputs = predictor.rule.transform()(images[right[0]])[None].to(predictor.device)
-    draw_neighborhood(images[right[0]], predictor.model, inputs, (0.45, 0.55), output / "neighborhood.png")
+    # One query in the middle, and one at a border, where the window shifts instead of shrinking.
+    queries = ((0.45, 0.55), (0.02, 0.98))
+    draw_neighborhoods(images[right[0]], predictor.model, inputs, queries, output / "neighborhood.png")
 
     print(f"\nheld-out accuracy after training:     {trained:.4f}")
     print(f"the checkpoint, in a fresh process:   {measured:.4f}  (the same)")

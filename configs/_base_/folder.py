@@ -7,5 +7,5 @@ data = dict(
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
     crop_pct=0.875,
-    augment=dict(scale=(0.35, 1.0), auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25),
+    augment=dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel"),
 )

@@ -1,0 +1,34 @@
+"""`foveate bench`: tables that agree with what was run, on shapes small enough for a test."""
+
+import csv
+
+import pytest
+from foveate.tools import bench
+from foveate.tools.cli import main
+
+
+def test_models_are_timed_against_their_peer(tmp_path, capsys):
+    argv = ["bench", "models", "nat_atto", "--peer", "resnet10t", "--batch", "1", "--size", "64", "--rounds", "2"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "models.csv").open()))
+    assert [row["model"] for row in rows] == ["nat_atto", "resnet10t"]
+    assert float(rows[1]["times resnet10t"]) == 1.0
+    assert (tmp_path / "models.md").read_text().splitlines()[-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_kernels_agree_before_they_are_timed(backward):
+    rows = bench.bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward)
+    assert {row["path"] for row in rows} >= {"tiled", "reference"}
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_plot_of_the_sweep_is_written(tmp_path):
+    rows = [{"path": "tiled", "shape": f"1x{side}x{side}x2x32 k7", "ms": side / 10} for side in bench.SIDES]
+    bench.plot(rows, tmp_path / "kernels.png", "title")
+    assert (tmp_path / "kernels.png").stat().st_size > 5_000
+
+
+def test_unknown_models_are_answered_with_the_nearest(capsys):
+    assert main(["bench", "models", "nat_tinny"]) == 2
+    assert "did you mean 'nat_tiny'" in capsys.readouterr().err
