@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) 
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) -> Callable[..., Tensor]:
     """Return compiled FlexAttention on ``[B, H, W, heads, dim]`` with neighborhood windows and bias."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -68,7 +69,7 @@ def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) ->
     mask = create_block_mask(visible, None, None, tokens, tokens, device=rpb.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:  # the bias is compiled in
         flat = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
         out = compiled(*flat, score_mod=biased, block_mask=mask)
         return out.transpose(1, 2).unflatten(1, (height, width))
@@ -76,9 +77,11 @@ def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) ->
     return run
 
 
-def bench_kernels(shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool) -> list[dict]:
+def bench_kernels(
+    shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool
+) -> list[dict]:
     """Time one call of every path at every shape; milliseconds, with relative position bias, float32."""
-    from ..kernels import na2d, neighborhood_backends
+    from ..kernels import neighborhood_backends
 
     rows = []
     for batch, height, width, heads, dim, kernel_size in shapes:
@@ -86,19 +89,16 @@ def bench_kernels(shapes: Sequence[tuple[int, ...]], rounds: int, device: str, f
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device)
         report = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
         names = [name for name, answer in report.items() if answer in ("chosen", "can run")]
-        functions = {
-            name: lambda q, k, v, r, name=name: na2d(q, k, v, kernel_size, rpb=r, backend=name) for name in names
-        }
+        functions = {name: partial(_neighborhood, kernel_size, name) for name in names}
         expected = functions[names[0]](query, key, value, rpb)
         inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb)]
         if flex and not backward:
-            compiled = flex_attention_of(height, width, kernel_size, rpb)
-            functions["flex (compiled)"] = lambda q, k, v, r: compiled(q, k, v)
+            functions["flex (compiled)"] = flex_attention_of(height, width, kernel_size, rpb)
         calls = {}
         for name, function in functions.items():
             with torch.no_grad():
                 torch.testing.assert_close(function(*inputs), expected, atol=1e-4, rtol=1e-4)
-            calls[name] = lambda function=function: _step(function, inputs, backward)
+            calls[name] = partial(_step, function, inputs, backward)
         times = alternate(calls, rounds, device)
         # Useful work: a query-key pair costs a multiply-add per channel, for the score and again for the value.
         useful = batch * height * width * heads * kernel_size**2 * dim * 4 * (3.5 if backward else 1)
@@ -114,6 +114,12 @@ def bench_kernels(shapes: Sequence[tuple[int, ...]], rounds: int, device: str, f
                 }
             )
     return rows
+
+
+def _neighborhood(kernel_size: int, backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+    from ..kernels import na2d
+
+    return na2d(query, key, value, kernel_size, rpb=rpb, backend=backend)
 
 
 def _step(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "name what is in images, with pictures and JSON",
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
+    "bench": "time our kernels and models against their peers on this machine",
 }
 
 EXAMPLES = """\
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; {hint}")
 
     from ..tasks import TaskError
-    from ..zoo import CheckpointError
+    from ..zoo import CheckpointError, UnknownModelError
 
     command = importlib.import_module(f".{name}", __package__)
     parser = _Parser(
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     try:
         return command.run(parser.parse_intermixed_args(argv[1:])) or 0
-    except (TaskError, CheckpointError) as error:
+    except (TaskError, CheckpointError, UnknownModelError) as error:
         return _fail(str(error))
     except SystemExit as stop:
         return stop.code

@@ -20,10 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks import TaskError
     from ..zoo.backbone import check_name, recipes_of
 
-    try:
-        check_name(args.name)
-    except ValueError as error:
-        raise TaskError(str(error)) from None
+    check_name(args.name)
     if args.size is not None and args.size < 1:
         raise TaskError(f"--size is {args.size}, but must be at least 1")
     arch = args.name.split(".")[0]

@@ -4,9 +4,9 @@ from fnmatch import fnmatch
 
 from . import agent, biformer, dat, dual, ela, host, nat, quadtree
 from ._checkpoint import CheckpointError
-from .backbone import Backbone, create_backbone
+from .backbone import Backbone, UnknownModelError, create_backbone
 
-__all__ = ["Backbone", "CheckpointError", "create_backbone", "list_models"]
+__all__ = ["Backbone", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 
 _FAMILIES = (nat, biformer, dual, quadtree, dat, agent, ela, host)
 

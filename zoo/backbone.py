@@ -10,6 +10,10 @@ from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
 
+class UnknownModelError(ValueError):
+    """A name or a recipe that is not registered; the message names the nearest, or what there is."""
+
+
 class Backbone(nn.Module):
     """A timm model cut to its features.
 
@@ -36,10 +40,10 @@ def recipes_of(name: str) -> dict[str, dict]:
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError that names the nearest model unless ``name`` is registered."""
+    """Raise an UnknownModelError that names the nearest model unless ``name`` is registered."""
     if not is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
-        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UnknownModelError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def create_backbone(
@@ -60,7 +64,7 @@ def create_backbone(
         **kwargs: Options of the model; they win over the recipe's.
 
     Raises:
-        ValueError: If the model or the recipe is unknown.
+        UnknownModelError: If the model or the recipe is unknown.
         CheckpointError: If the checkpoint cannot be read or is not one of this model.
     """
     check_name(name)
@@ -68,7 +72,7 @@ def create_backbone(
     if recipe is not None:
         known = recipes_of(name)
         if recipe not in known:
-            raise ValueError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
+            raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
         options = dict(known[recipe])
     if checkpoint is not None:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}

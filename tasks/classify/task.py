@@ -35,13 +35,11 @@ def create_classifier(
         **kwargs: Options of the model.
 
     Raises:
-        TaskError: If the model is unknown, has no such option, or there are no weights to start from.
+        UnknownModelError: If the model is unknown.
+        TaskError: If it has no such option, or there are no weights to start from.
         CheckpointError: If ``checkpoint`` can't be read or isn't one of this model.
     """
-    try:
-        check_name(name)
-    except ValueError as error:
-        raise TaskError(str(error)) from None
+    check_name(name)
     if checkpoint is not None:
         kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
     else:
