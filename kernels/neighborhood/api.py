@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .native import can_run, neighborhood_native
 from .reference import neighborhood_reference
 from .tiled import neighborhood_tiled
 from .window import Axis
@@ -44,6 +45,7 @@ def _reference(*problem) -> tuple[Tensor, Tensor]:
 
 # In order of preference; the reference runs on request only.
 _BACKENDS: dict[str, _Backend] = {
+    "native": _Backend(lambda problem: can_run(problem.query), neighborhood_native),
     "tiled": _Backend(lambda problem: None, neighborhood_tiled),
     "reference": _Backend(lambda problem: None, _reference),
 }

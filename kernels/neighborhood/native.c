@@ -25,6 +25,7 @@
 #endif
 
 #define LOG2E 1.44269504088896340736f
+#define CACHE (512 << 10) /* bytes that transposed rows may take of the second-level cache */
 #define LN2 0.69314718055994530942f
 #define INLINE static inline __attribute__((always_inline))
 
@@ -71,11 +72,11 @@ typedef struct {
 typedef struct plan plan;
 struct plan {
     const call *a;
-    int pass, lanes, group, groups, planes, vectors, tiles, depth_parts, height_parts, tasks;
+    int pass, lanes, group, groups, planes, vectors, tiles, depth_parts, height_parts, width_parts, tasks;
     axis depth, height, width;
     columns *columns;
     tile *tile;
-    int64_t lead, ld;               /* floats before the first column and from one dim to the next */
+    int64_t lead, tail, ld;         /* floats before and after a part's columns; from one dim to the next */
     int64_t ring_row, ring, layers; /* floats of a row, rows of a layer, layers */
     int64_t most_columns, block;    /* offsets of a vector at most, rows whose scores are held at once */
     int64_t entries, scratch;       /* entries of the bias table; floats a thread needs */
@@ -235,10 +236,8 @@ static int choose_group(const plan *p, const axis *x) {
 
 static int plan_columns(plan *p) {
     const axis *x = &p->width;
-    int step = (int)p->a->step[2], width = p->lanes / p->group, padded;
-    int64_t before = 0, after = 0;
+    int width = p->lanes / p->group;
     p->vectors = (x->length + width - 1) / width;
-    padded = p->vectors * width;
     p->columns = own(p, p->vectors * sizeof(columns));
     if (!p->columns) return NO_MEMORY;
     int64_t masked = 0;
@@ -255,10 +254,6 @@ static int plan_columns(plan *p) {
                 int place = x->place[i];
                 differ |= x->low[place] - place != c->first || x->high[place] - x->low[place] != c->count;
             }
-            int64_t left = -(from + (int64_t)c->first * step);
-            int64_t right = from + width + (int64_t)(c->first + c->count - 1) * step - padded;
-            before = left > before ? left : before;
-            after = right > after ? right : after;
             p->most_columns = c->count > p->most_columns ? c->count : p->most_columns;
             if (!differ) continue;
             masked += pass ? 0 : (int64_t)c->count * p->lanes;
@@ -272,10 +267,39 @@ static int plan_columns(plan *p) {
                 }
         }
     }
-    p->lead = (before * p->group + p->lanes - 1) / p->lanes * p->lanes;
-    /* An odd number of cache lines between dims spreads them over the cache's sets. */
-    p->ld = ((p->lead + (padded + after) * p->group + 15) / 16 | 1) * 16;
     return DONE;
+}
+
+/* Cut rows into parts whose ring fits the second-level cache, or that give every thread work. */
+static void cut_width(plan *p, int wanted) {
+    const int64_t dims = p->a->dim + p->a->dim_v, next = p->a->step[2] * p->group, lanes = p->lanes;
+    int64_t reach = 0;
+    for (int v = 0; v < p->vectors; v++) {
+        int64_t left = -p->columns[v].first, right = p->columns[v].first + p->columns[v].count - 1;
+        reach = left > reach ? left : reach;
+        reach = right > reach ? right : reach;
+    }
+    int64_t beside = (reach * next + lanes - 1) / lanes, bytes = p->layers * p->ring * dims * lanes * 4;
+    int64_t fit = CACHE / (bytes ? bytes : 1) - 2 * beside, least = 4 * beside + 4;
+    int64_t even = (p->vectors + wanted - 1) / wanted, vectors = p->vectors;
+    if (vectors + 2 * beside > CACHE / (bytes ? bytes : 1)) vectors = fit > least ? fit : least;
+    if (even < vectors) vectors = even > beside + 2 ? even : beside + 2;
+    p->width_parts = (int)((p->vectors + vectors - 1) / vectors);
+    int64_t most = 0;
+    for (int part = 0; part < p->width_parts; part++) {
+        int64_t from = p->vectors * (int64_t)part / p->width_parts, to = p->vectors * (part + 1LL) / p->width_parts;
+        most = to - from > most ? to - from : most;
+        for (int64_t v = from; v < to; v++) {
+            int64_t first = p->columns[v].first * next, last = first + (p->columns[v].count - 1) * next;
+            int64_t left = -first - (v - from) * lanes, right = last - (to - 1 - v) * lanes;
+            p->lead = left > p->lead ? left : p->lead;
+            p->tail = right > p->tail ? right : p->tail;
+        }
+    }
+    p->lead = (p->lead + lanes - 1) / lanes * lanes;
+    p->tail = (p->tail + lanes - 1) / lanes * lanes;
+    /* An odd number of cache lines between dims spreads them over the cache's sets. */
+    p->ld = ((p->lead + most * lanes + p->tail + 15) / 16 | 1) * 16;
 }
 
 static int plan_tiles(plan *p, int most_rows) {
@@ -303,13 +327,15 @@ static int plan_tiles(plan *p, int most_rows) {
     if (p->height_parts > sparse) p->height_parts = sparse > enough ? (int)sparse : enough;
     if (p->height_parts > p->tiles) p->height_parts = p->tiles;
     if (p->depth_parts < (z->length + 7) / 8) p->depth_parts = (z->length + 7) / 8;
-    p->tasks = p->groups * p->depth_parts * p->height_parts;
     for (int i = 0; i < p->depth_parts; i++) {
         int from = (int)((int64_t)z->length * i / p->depth_parts);
         int last = (int)((int64_t)z->length * (i + 1) / p->depth_parts) - 1;
         int layers = z->high[last] - z->low[from];
         p->layers = layers > p->layers ? layers : p->layers;
     }
+    int tasks = p->groups * p->depth_parts * p->height_parts;
+    cut_width(p, tasks < threads ? (2 * threads + tasks - 1) / tasks : 1);
+    p->tasks = tasks * p->width_parts;
     return DONE;
 }
 
@@ -473,7 +499,7 @@ static int run_pass(const call *a, int pass) {
 #endif
     status = make_plan(&p, a, pass, lanes, most_rows);
     if (!status && pass == BACKWARD_QUERY && a->grad_bias) {
-        p.partial = own(&p, p.tasks / p.groups * p.groups * p.group * p.entries * sizeof(float));
+        p.partial = own(&p, (int64_t)p.tasks * p.group * p.entries * sizeof(float));
         if (!p.partial) status = NO_MEMORY;
     }
     if (!status) {
@@ -840,6 +866,16 @@ INLINE void FN(lanes_of)(
     }
 }
 
+/* Ask for a row's next vector of columns: its lanes lie too far apart for the hardware to foresee. */
+INLINE void FN(prefetch)(
+    const plan *p, const tensor *t, const int64_t *plane, int depth, int height, int vector, int64_t bytes, int64_t size) {
+    char *lane[LANES];
+    if (vector >= p->vectors) return;
+    FN(lanes_of)(p, t, plane, depth, height, vector, size, lane);
+    for (int i = 0; i < LANES; i++)
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(lane[i] + byte);
+}
+
 /* Where the planes of a vector begin in a tensor; planes beyond the last repeat it. */
 INLINE void FN(planes_of)(const plan *p, const tensor *t, int first, int64_t heads, int64_t *plane) {
     int64_t share = p->a->heads / heads;
@@ -875,13 +911,18 @@ typedef struct {
 } FN(planes);
 
 /* Transpose one row of keys and values, or backward of queries and what belongs to them, into the ring. */
-static void FN(fill_row)(const plan *p, const FN(planes) * plane, const tensor *lse, int depth, int height, float *row) {
+static void FN(fill_row)(
+    const plan *p, const FN(planes) * plane, const tensor *lse, int depth, int height, int v_from, int v_to, float *row) {
     const call *a = p->a;
     int64_t size = a->dtype == FLOAT32 ? 4 : 2;
     char *lane[LANES];
-    for (int v = 0; v < p->vectors; v++) {
-        float *to = row + p->lead + v * LANES;
-        if (p->pass != BACKWARD_KEY) {
+    int from = v_from - (int)(p->lead / LANES), end = v_to + (int)(p->tail / LANES);
+    for (int v = from > 0 ? from : 0; v < end && v < p->vectors; v++) {
+        float *to = row + p->lead + (v - v_from) * LANES;
+        const int keyed = p->pass == BACKWARD_KEY;
+        FN(prefetch)(p, keyed ? &a->query : &a->key, keyed ? plane->query : plane->key, depth, height, v + 1, a->dim * size, size);
+        FN(prefetch)(p, keyed ? &a->grad_out : &a->value, keyed ? plane->grad_out : plane->value, depth, height, v + 1, a->dim_v * size, size);
+        if (!keyed) {
             FN(lanes_of)(p, &a->key, plane->key, depth, height, v, size, lane);
             FN(gather)(lane, a->dim, 1, to, p->ld, (int)a->dtype);
             FN(lanes_of)(p, &a->value, plane->value, depth, height, v, size, lane);
@@ -970,8 +1011,11 @@ static void FN(score_gradients)(
 static void FN(run)(plan *p, int task, float *scratch) {
     const call *a = p->a;
     const int pass = p->pass, forward = pass == FORWARD;
-    const int parts = p->depth_parts * p->height_parts, part = task % parts, first_plane = task / parts * p->group;
-    const int depth_part = part / p->height_parts, height_part = part % p->height_parts;
+    const int parts = p->tasks / p->groups, part = task % parts, first_plane = task / parts * p->group;
+    const int depth_part = part / p->width_parts / p->height_parts, height_part = part / p->width_parts % p->height_parts;
+    const int width_part = part % p->width_parts;
+    const int v_from = (int)((int64_t)p->vectors * width_part / p->width_parts);
+    const int v_to = (int)((int64_t)p->vectors * (width_part + 1) / p->width_parts);
     const axis *z = &p->depth, *y = &p->height;
     const int z_from = (int)((int64_t)z->length * depth_part / p->depth_parts);
     const int z_to = (int)((int64_t)z->length * (depth_part + 1) / p->depth_parts);
@@ -1027,7 +1071,7 @@ static void FN(run)(plan *p, int task, float *scratch) {
         const int low = y->low[start], high = y->high[start + rows - 1];
         for (filled = filled > low ? filled : low; filled < high; filled++)
             for (int layer = layer_from; layer < layer_to; layer++)
-                FN(fill_row)(p, &plane, &lse, z->position[layer], y->position[filled],
+                FN(fill_row)(p, &plane, &lse, z->position[layer], y->position[filled], v_from, v_to,
                              ring + ((layer - layer_from) * p->ring + filled % p->ring) * p->ring_row);
 
         for (int zi = z_from; zi < z_to; zi++) {
@@ -1044,9 +1088,9 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     keys += k->from < k->to;
                 }
 
-            for (int v = 0; v < p->vectors; v++) {
+            for (int v = v_from; v < v_to; v++) {
                 const columns *c = &p->columns[v];
-                const int64_t at = (int64_t)v * LANES + c->first * next, row_size = (int64_t)c->count * LANES;
+                const int64_t at = (int64_t)(v - v_from) * LANES + c->first * next, row_size = (int64_t)c->count * LANES;
                 const uint32_t valid = FN(valid_lanes)(p, first_plane, v);
                 char *lane[LANES];
                 V most[MOST_ROWS], total[MOST_ROWS], row_lse[MOST_ROWS], delta[MOST_ROWS];
@@ -1056,6 +1100,7 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     const int keyed = pass == BACKWARD_KEY;
                     FN(lanes_of)(p, keyed ? &a->key : &a->query, keyed ? plane.key : plane.query, depth_at, height_at, v, size, lane);
                     FN(gather)(lane, dim, (float)a->scale * LOG2E, to_a, LANES, dtype);
+                    FN(prefetch)(p, keyed ? &a->key : &a->query, keyed ? plane.key : plane.query, depth_at, height_at, v + 1, dim * size, size);
                     most[r] = ALL(-INFINITY);
                     total[r] = ALL(0);
                     if (forward) continue;

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention import attention, merge_attentions
 from .window import Axis, axis_ranges
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -51,20 +52,22 @@ def _openmp() -> int:
     return 0
 
 
-@functools.cache
-def _library() -> _Library | str:
-    """Return the library, or why there is none."""
+def _load() -> tuple[_Library | None, str | None]:
+    """Return the library, or None and why there is none."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_native" + suffix)
         if path.exists():
             try:
-                return _Library(path)
+                return _Library(path), None
             except (OSError, AttributeError) as error:
-                return f"{path.name} does not load: {error}"
-    return "no C compiler was found when foveate was installed; install one and then foveate again"
+                return None, f"{path.name} does not load: {error}"
+    return None, "no C compiler was found when foveate was installed; install one and then foveate again"
 
 
-def can_run(query: Tensor, additional_keys: Tensor | None = None) -> str | None:
+_library, _missing = _load()
+
+
+def can_run(query: Tensor) -> str | None:
     """Return why the native path cannot take a call with this query, or None if it can."""
     if query.device.type != "cpu":
         return f"it is for CPU tensors; query is on {query.device}"
@@ -72,9 +75,7 @@ def can_run(query: Tensor, additional_keys: Tensor | None = None) -> str | None:
         return f"it takes float32, float16 and bfloat16; query is {query.dtype}"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "an exported graph must consist of torch's own operators"
-    if isinstance(_library(), str):
-        return _library()
-    return None
+    return _missing
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,14 +116,13 @@ def _call(
     *gradients: int,
     lanes: int | None = None,
 ) -> None:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"foveate's native path cannot run: {library}")
+    if _library is None:
+        raise RuntimeError(f"foveate's native path cannot run: {_missing}")
     numbers, _ = _tables(tuple(axes))
     call = _CALL.pack(
-        library.lanes if lanes is None else lanes,
+        _library.lanes if lanes is None else lanes,
         torch.get_num_threads(),
-        library.parallel,
+        _library.parallel,
         _DTYPES[query.dtype],
         query.shape[0],
         query.shape[-2],
@@ -139,7 +139,7 @@ def _call(
         0 if lse is None else lse.data_ptr(),
         *(gradients or (0,) * 27),
     )
-    if status := getattr(library, function)(call):
+    if status := getattr(_library, function)(call):
         raise RuntimeError(f"foveate's native neighborhood attention failed: {_ERRORS[status]}")
 
 
@@ -226,3 +226,105 @@ def native_backward(
             x.unflatten(-2, (heads_kv, -1)).sum(-2, dtype=torch.float32).to(x.dtype) for x in (grad_key, grad_value)
         )
     return grad_query, grad_key, grad_value, grad_bias if rpb is None else grad_bias.to(rpb.dtype)
+
+
+@torch.library.custom_op("foveate::neighborhood_native", mutates_args=(), device_types="cpu")
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    axes: Sequence[int],
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return native_forward(query, key, value, rpb, axes, scale, with_lse)
+
+
+@_operator.register_fake
+def _(query, key, value, rpb, axes, scale, with_lse):
+    lse = query.new_empty(query.shape[:-1] if with_lse else 0, dtype=torch.float32)
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), lse
+
+
+@torch.library.custom_op("foveate::neighborhood_native_backward", mutates_args=(), device_types="cpu")
+def _operator_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
+
+
+@_operator_backward.register_fake
+def _(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale):
+    inputs = (query, key, value, query.new_empty(0) if rpb is None else rpb)
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, rpb, ctx.axes, ctx.scale, _ = inputs
+    ctx.save_for_backward(query, key, value, rpb, *output)
+
+
+def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor):
+    query, key, value, rpb, out, lse = ctx.saved_tensors
+    if lse.shape != out.shape[:-1]:  # the call asked for none
+        grad_lse, (_, lse) = None, _operator(query, key, value, rpb, ctx.axes, ctx.scale, True)
+    grads = _operator_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, ctx.axes, ctx.scale)
+    return *grads[:3], None if rpb is None else grads[3], None, None, None
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("foveate's native neighborhood attention has first derivatives only; use backend='tiled'")
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+_operator_backward.register_autograd(_refuse)
+
+
+@torch.library.register_vmap(_operator)
+def _(info, in_dims, query, key, value, rpb, axes, scale, with_lse):
+    """Fold the mapped axis into the batch; a mapped bias is a call each."""
+    tensors = []
+    for x, dim in zip((query, key, value), in_dims, strict=False):
+        tensors.append(x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0))
+    if in_dims[3] is not None:
+        biases = rpb.movedim(in_dims[3], 0)
+        outputs = [_operator(*xs, axes, scale, with_lse) for xs in zip(*tensors, biases, strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0)
+    out, lse = _operator(*(x.flatten(0, 1) for x in tensors), rpb, axes, scale, with_lse)
+    if not with_lse:
+        return (out.unflatten(0, (info.batch_size, -1)), lse), (0, None)
+    return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+def neighborhood_native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: tuple[tuple, ...],
+    scale: float,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Neighborhood attention in C; see `api.na2d` for the arguments."""
+    tensors = (query, key, value, rpb)
+    more = additional_keys is not None
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    numbers = [int(number) for axis in axes for number in axis]
+    out, lse = _operator(query, key, value, rpb, numbers, scale, with_lse or more or differentiable)
+    if more:
+        others = attention(query.flatten(1, -3), additional_keys, additional_values, scale=scale, return_lse=True)
+        others = [x.unflatten(1, query.shape[1:-2]) for x in others]
+        out, lse = merge_attentions([out, others[0]], [lse, others[1]])
+    return out, lse if with_lse else None
