@@ -6,6 +6,7 @@ import foveate
 import pytest
 import timm
 import torch
+from foveate.zoo import CheckpointError
 from foveate.zoo.quadtree import ConvMlp, recipes
 
 PARAMETERS = {
@@ -17,6 +18,7 @@ PARAMETERS = {
     "quadtree_a_b0": (3_198_280, None),
 }
 TINY = dict(embed_dims=(8, 16, 20, 32), depths=(1, 2, 1, 1))
+TINIEST = TINY | dict(depths=(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -44,7 +46,7 @@ def test_weights_of_another_depth_are_refused(open_fixture, tmp_path):
     }
     path = tmp_path / "deeper.pth"
     torch.save(state | extra, path)
-    with pytest.raises(foveate.CheckpointError, match=r"not one of quadtree_b0: .* unexpected"):
+    with pytest.raises(CheckpointError, match=r"not one of quadtree_b0: .* unexpected"):
         timm.create_model("quadtree_b0", pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
 
 
@@ -73,7 +75,8 @@ def test_trains_at_any_size(name, size):
     model = timm.create_model(name, **TINY, num_classes=5).train()
     model(torch.randn(2, 3, *size)).square().sum().backward()
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
 
 
 @pytest.mark.parametrize("name", ["quadtree_b0", "quadtree_a_b0"])
@@ -143,7 +146,7 @@ def test_init_can_be_repeated_after_to_empty():
 
 @pytest.mark.parametrize("name", ["quadtree_b0", "quadtree_a_b0"])
 def test_exports(name):
-    model = timm.create_model(name, **TINY).eval()
+    model = timm.create_model(name, **TINIEST).eval()
     x = torch.randn(2, 3, 96, 70)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
     with torch.no_grad():
@@ -153,7 +156,7 @@ def test_exports(name):
 
 
 def test_compiles_as_one_graph_forward_and_backward():
-    model = timm.create_model("quadtree_b0", **TINY)
+    model = timm.create_model("quadtree_b0", **TINIEST, drop_path_rate=0.0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 64, 97)
     torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
