@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..blocks.ela import EfficientLocalAttention
 from ._build import build
 
-__all__ = []
+__all__ = ["InnerAttentionBottleneck"]
 
 _logger = logging.getLogger(__name__)
 
