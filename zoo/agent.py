@@ -642,6 +642,11 @@ class AgentDeiT(Pyramid):
             x = stage(x, height, width)
         return self._map(self.norm(x), height, width)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
+        # As in the parent, but here: FX spares `resize_map` only in files in which it has met a forward.
+        return self.forward_head(self.forward_features(x))
+
     @torch.jit.ignore
     def forward_intermediates(
         self,
