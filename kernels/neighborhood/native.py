@@ -7,7 +7,6 @@ kernel sizes, strides or causality.
 
 import ctypes
 import functools
-import importlib.machinery
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +53,12 @@ def _openmp() -> int:
 
 def _load() -> tuple[_Library | None, str | None]:
     """Return the library, or None and why there is none."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_native" + suffix)
-        if path.exists():
-            try:
-                return _Library(path), None
-            except (OSError, AttributeError) as error:
-                return None, f"{path.name} does not load: {error}"
+    path = Path(__file__).with_name("_native.c.so")
+    if path.exists():
+        try:
+            return _Library(path), None
+        except (OSError, AttributeError) as error:
+            return None, f"{path.name} does not load: {error}"
     return None, "no C compiler was found when foveate was installed; install one and then foveate again"
 
 
