@@ -28,6 +28,7 @@
 #define CACHE (512 << 10) /* bytes that transposed rows may take of the second-level cache */
 #define LN2 0.69314718055994530942f
 #define INLINE static inline __attribute__((always_inline))
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++) /* unrolled */
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 enum { FORWARD, BACKWARD_QUERY, BACKWARD_KEY };
@@ -49,7 +50,8 @@ typedef struct {
     tensor query, key, value, out;
     int64_t lse; /* float32 [batch][positions][heads], or 0 in the forward pass */
     tensor grad_out, grad_query, grad_key, grad_value;
-    int64_t grad_lse, delta, grad_bias; /* float32 as lse, as lse (written and read), as bias; the first and last or 0 */
+    int64_t grad_lse, delta; /* float32 as lse; grad_lse may be 0, delta is written and read */
+    int64_t grad_bias;       /* float32 as bias, or 0 */
 } call;
 
 /* Windows on an axis in the order of its dilation groups, where the keys of a query lie side by side. */
@@ -174,7 +176,8 @@ static int run_tasks(plan *p) {
 }
 
 static int plan_axis(plan *p, int i, axis *x) {
-    const int32_t *first = (const int32_t *)(intptr_t)p->a->first[i], *count = (const int32_t *)(intptr_t)p->a->count[i];
+    const int32_t *first = (const int32_t *)(intptr_t)p->a->first[i],
+                  *count = (const int32_t *)(intptr_t)p->a->count[i];
     int length = (int)p->a->length[i], step = (int)p->a->step[i], *memory = own(p, 6 * sizeof(int) * length);
     if (!memory) return NO_MEMORY;
     *x = (axis){length, memory, memory + length, memory + 2 * length, memory + 3 * length};
@@ -362,11 +365,11 @@ static int make_plan(plan *p, const call *a, int pass, int lanes, int most_rows)
     p->block = held < 1 ? 1 : held > rows ? rows : held;
     if (p->block < 1) p->block = 1;
     int64_t dims = a->dim + a->dim_v;
-    p->scratch = rows * p->ring_row                      /* ring */
-                 + 2 * most_rows * dims * lanes          /* tiles and accumulators */
-                 + 2 * p->block * row_scores             /* scores and their gradients */
+    p->scratch = rows * p->ring_row                       /* ring */
+                 + 2 * most_rows * dims * lanes           /* tiles and accumulators */
+                 + 2 * p->block * row_scores              /* scores and their gradients */
                  + (a->bias ? 2 * p->entries * lanes : 0) /* bias and its gradient, by lane */
-                 + 16 * (rows + 1)                       /* list of rows */
+                 + 16 * (rows + 1)                        /* list of rows */
                  + 64 * lanes;
     return DONE;
 }
@@ -447,7 +450,8 @@ INLINE uint16_t float_to_half(float f) {
 #include "native.c"
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -641,54 +645,37 @@ INLINE void FN(store_as)(void *p, V x, const int dtype) {
 
 /* Turn LANES vectors into their transpose, by swapping blocks of half the size each time. */
 INLINE void FN(transpose)(V *x) {
+#define LIST(...) __VA_ARGS__
+#define SWAP(h, first, second)                \
+    EACH (i, LANES)                           \
+        if (!(i & h)) {                       \
+            V a = x[i], b = x[i + h];         \
+            x[i] = SHUFFLE(a, b, first);      \
+            x[i + h] = SHUFFLE(a, b, second); \
+        }
 #if LANES == 16
-#define SWAP(h, ...)                                      \
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) \
-        if (!(i & h)) {                                   \
-            V a = x[i], b = x[i + h];                     \
-            x[i] = SHUFFLE(a, b, __VA_ARGS__);
-#define AND(h, ...)                            \
-            x[i + h] = SHUFFLE(a, b, __VA_ARGS__); \
-        }
-    SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-    AND(8, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-    SWAP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-    AND(4, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
-    SWAP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-    AND(2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-    SWAP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-    AND(1, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+    SWAP(
+        8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+        LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    SWAP(
+        4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+        LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    SWAP(
+        2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+        LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    SWAP(
+        1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+        LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
 #elif LANES == 8
-#define SWAP(h, ...)                                    \
-    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) \
-        if (!(i & h)) {                                 \
-            V a = x[i], b = x[i + h];                   \
-            x[i] = SHUFFLE(a, b, __VA_ARGS__);
-#define AND(h, ...)                            \
-            x[i + h] = SHUFFLE(a, b, __VA_ARGS__); \
-        }
-    SWAP(4, 0, 1, 2, 3, 8, 9, 10, 11)
-    AND(4, 4, 5, 6, 7, 12, 13, 14, 15)
-    SWAP(2, 0, 1, 8, 9, 4, 5, 12, 13)
-    AND(2, 2, 3, 10, 11, 6, 7, 14, 15)
-    SWAP(1, 0, 8, 2, 10, 4, 12, 6, 14)
-    AND(1, 1, 9, 3, 11, 5, 13, 7, 15)
+    SWAP(4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+    SWAP(2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
+    SWAP(1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
 #else
-#define SWAP(h, ...)                                    \
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) \
-        if (!(i & h)) {                                 \
-            V a = x[i], b = x[i + h];                   \
-            x[i] = SHUFFLE(a, b, __VA_ARGS__);
-#define AND(h, ...)                            \
-            x[i + h] = SHUFFLE(a, b, __VA_ARGS__); \
-        }
-    SWAP(2, 0, 1, 4, 5)
-    AND(2, 2, 3, 6, 7)
-    SWAP(1, 0, 4, 2, 6)
-    AND(1, 1, 5, 3, 7)
+    SWAP(2, LIST(0, 1, 4, 5), LIST(2, 3, 6, 7))
+    SWAP(1, LIST(0, 4, 2, 6), LIST(1, 5, 3, 7))
 #endif
 #undef SWAP
-#undef AND
+#undef LIST
 }
 
 /* Write `to[d * ld + lane] = factor * from[lane][d]`. */
@@ -697,10 +684,9 @@ INLINE void FN(gather_as)(char *const *from, int64_t dim, float factor, float *t
     for (int64_t d = 0; d < dim; d += LANES) {
         V x[LANES];
         if (d + LANES <= dim) {
-            _Pragma("GCC unroll 16") for (int lane = 0; lane < LANES; lane++)
-                x[lane] = FN(load_as)(from[lane] + d * size, dtype);
+            EACH (lane, LANES) x[lane] = FN(load_as)(from[lane] + d * size, dtype);
             FN(transpose)(x);
-            _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) store(to + (d + i) * ld, x[i] * factor);
+            EACH (i, LANES) store(to + (d + i) * ld, x[i] * factor);
         } else {
             float rest[LANES] = {0};
             for (int lane = 0; lane < LANES; lane++) {
@@ -721,15 +707,14 @@ static __attribute__((noinline)) void FN(gather)(
 }
 
 /* Write `to[lane][d] = factor[lane] * from[d][lane]` for the lanes that are in `valid`. */
-INLINE void FN(scatter_as)(
-    const float *from, int64_t dim, V factor, char *const *to, uint32_t valid, const int dtype) {
+INLINE void FN(scatter_as)(const float *from, int64_t dim, V factor, char *const *to, uint32_t valid, const int dtype) {
     const int64_t size = dtype == FLOAT32 ? 4 : 2;
     for (int64_t d = 0; d < dim; d += LANES) {
         V x[LANES];
         if (d + LANES <= dim) {
-            _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) x[i] = load(from + (d + i) * LANES) * factor;
+            EACH (i, LANES) x[i] = load(from + (d + i) * LANES) * factor;
             FN(transpose)(x);
-            _Pragma("GCC unroll 16") for (int lane = 0; lane < LANES; lane++)
+            EACH (lane, LANES)
                 if (valid >> lane & 1) FN(store_as)(to[lane] + d * size, x[lane], dtype);
         } else {
             float rest[LANES];
@@ -754,32 +739,33 @@ static __attribute__((noinline)) void FN(scatter)(
 
 /* Scores of R rows of a tile with S offsets of one key row, on top of the bias. */
 INLINE void FN(dot)(
-    const int R, const int S, int64_t dim, const float *q, const float *k, int64_t ld, int64_t next,
-    const float *bias, int64_t bias_row, int64_t bias_next, float *out, int64_t out_row) {
+    const int R, const int S, int64_t dim, const float *q, const float *k, int64_t ld, int64_t next, const float *bias,
+    int64_t bias_row, int64_t bias_next, float *out, int64_t out_row) {
     V sum[MOST_ROWS][8];
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
-        _Pragma("GCC unroll 8") for (int s = 0; s < S; s++) sum[r][s] = load(bias + r * bias_row + s * bias_next);
+    EACH (r, R)
+        EACH (s, S) sum[r][s] = load(bias + r * bias_row + s * bias_next);
     for (int64_t d = 0; d < dim; d++, k += ld, q += LANES) {
         V x[MOST_ROWS];
-        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+        EACH (r, R) {
             x[r] = load(q + r * dim * LANES);
             IN_REGISTER(x[r]);
         }
-        _Pragma("GCC unroll 8") for (int s = 0; s < S; s++) {
+        EACH (s, S) {
             V y = load(k + s * next);
             IN_REGISTER(y);
-            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) sum[r][s] += x[r] * y;
+            EACH (r, R) sum[r][s] += x[r] * y;
         }
     }
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
-        _Pragma("GCC unroll 8") for (int s = 0; s < S; s++) store(out + r * out_row + s * LANES, sum[r][s]);
+    EACH (r, R)
+        EACH (s, S) store(out + r * out_row + s * LANES, sum[r][s]);
 }
 
-#define DOT(R, S)                                                                                            \
-    case R * 16 + S:                                                                                         \
-        if (R <= MOST_ROWS && S <= MOST_COLUMNS(R))                                                          \
-            FN(dot)(R <= MOST_ROWS ? R : 1, S <= MOST_COLUMNS(R) ? S : 1, dim, q, k, ld, next, bias, bias_row, bias_next, out, \
-                    out_row);                                                                                \
+#define DOT(R, S)                                                                                                     \
+    case R * 16 + S:                                                                                                  \
+        if (R <= MOST_ROWS && S <= MOST_COLUMNS(R))                                                                   \
+            FN(dot)(                                                                                                  \
+                R <= MOST_ROWS ? R : 1, S <= MOST_COLUMNS(R) ? S : 1, dim, q, k, ld, next, bias, bias_row, bias_next, \
+                out, out_row);                                                                                        \
         break;
 #define DOTS(R) DOT(R, 1) DOT(R, 2) DOT(R, 3) DOT(R, 4) DOT(R, 5) DOT(R, 6) DOT(R, 7) DOT(R, 8)
 
@@ -804,39 +790,43 @@ INLINE void FN(add)(
     int64_t ld, int64_t next, const int32_t *mask, const float *weight, int64_t weight_row, int64_t weight_key,
     float *out, int64_t out_row) {
     V sum[MOST_ROWS][8];
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
-        _Pragma("GCC unroll 8") for (int d = 0; d < D; d++) sum[r][d] = load(out + r * out_row + d * LANES);
+    EACH (r, R)
+        EACH (d, D) sum[r][d] = load(out + r * out_row + d * LANES);
     for (int i = 0; i < keys; i++) {
         const float *v = (use_a ? key[i].a : key[i].b) + at, *w = weight + i * weight_key;
         for (int s = 0; s < count; s++, v += next, w += LANES) {
             V x[MOST_ROWS];
             I keep;
             if (masked) keep = (I)load((const float *)mask + s * LANES);
-            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+            EACH (r, R) {
                 x[r] = load(w + r * weight_row);
                 IN_REGISTER(x[r]);
             }
-            _Pragma("GCC unroll 8") for (int d = 0; d < D; d++) {
+            EACH (d, D) {
                 V y = load(v + d * ld);
                 if (masked) y = (V)((I)y & keep); /* a weight of 0 would not silence NaN and infinity */
                 IN_REGISTER(y);
-                _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) sum[r][d] += x[r] * y;
+                EACH (r, R) sum[r][d] += x[r] * y;
             }
         }
     }
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)
-        _Pragma("GCC unroll 8") for (int d = 0; d < D; d++) store(out + r * out_row + d * LANES, sum[r][d]);
+    EACH (r, R)
+        EACH (d, D) store(out + r * out_row + d * LANES, sum[r][d]);
 }
 
-#define ADD(R, D)                                                                                               \
-    case R * 16 + D:                                                                                            \
-        if (R <= MOST_ROWS && D <= MOST_DIMS(R)) {                                                              \
-            const int r_ = R <= MOST_ROWS ? R : 1, d_ = D <= MOST_DIMS(R) ? D : 1;                              \
-            if (mask)                                                                                           \
-                FN(add)(r_, d_, 1, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, weight_key, to, out_row); \
-            else                                                                                                \
-                FN(add)(r_, d_, 0, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, weight_key, to, out_row); \
-        }                                                                                                       \
+#define ADD(R, D)                                                                                                 \
+    case R * 16 + D:                                                                                              \
+        if (R <= MOST_ROWS && D <= MOST_DIMS(R)) {                                                                \
+            const int r_ = R <= MOST_ROWS ? R : 1, d_ = D <= MOST_DIMS(R) ? D : 1;                                \
+            if (mask)                                                                                             \
+                FN(add)(                                                                                          \
+                    r_, d_, 1, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, weight_key, to, \
+                    out_row);                                                                                     \
+            else                                                                                                  \
+                FN(add)(                                                                                          \
+                    r_, d_, 0, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, weight_key, to, \
+                    out_row);                                                                                     \
+        }                                                                                                         \
         break;
 #define ADDS(R) ADD(R, 1) ADD(R, 2) ADD(R, 4) ADD(R, 8)
 
@@ -856,19 +846,22 @@ static __attribute__((noinline)) void FN(weighted)(
 
 /* The addresses of a row's lanes at one vector of columns; lanes beyond the map repeat its last column. */
 INLINE void FN(lanes_of)(
-    const plan *p, const tensor *t, const int64_t *plane, int depth, int height, int vector, int64_t size, char **lane) {
+    const plan *p, const tensor *t, const int64_t *plane, int depth, int height, int vector, int64_t size,
+    char **lane) {
     int64_t row = depth * t->position[0] + height * t->position[1];
     int width = LANES / p->group, last = p->width.length - 1;
     for (int c = 0; c < width; c++) {
         int column = vector * width + c;
         int64_t at = row + (column < last ? column : last) * t->position[2];
-        for (int g = 0; g < p->group; g++) lane[c * p->group + g] = (char *)(intptr_t)(t->data + (at + plane[g]) * size);
+        for (int g = 0; g < p->group; g++)
+            lane[c * p->group + g] = (char *)(intptr_t)(t->data + (at + plane[g]) * size);
     }
 }
 
 /* Ask for a row's next vector of columns: its lanes lie too far apart for the hardware to foresee. */
 INLINE void FN(prefetch)(
-    const plan *p, const tensor *t, const int64_t *plane, int depth, int height, int vector, int64_t bytes, int64_t size) {
+    const plan *p, const tensor *t, const int64_t *plane, int depth, int height, int vector, int64_t bytes,
+    int64_t size) {
     char *lane[LANES];
     if (vector >= p->vectors) return;
     FN(lanes_of)(p, t, plane, depth, height, vector, size, lane);
@@ -912,7 +905,8 @@ typedef struct {
 
 /* Transpose one row of keys and values, or backward of queries and what belongs to them, into the ring. */
 static void FN(fill_row)(
-    const plan *p, const FN(planes) * plane, const tensor *lse, int depth, int height, int v_from, int v_to, float *row) {
+    const plan *p, const FN(planes) * plane, const tensor *lse, int depth, int height, int v_from, int v_to,
+    float *row) {
     const call *a = p->a;
     int64_t size = a->dtype == FLOAT32 ? 4 : 2;
     char *lane[LANES];
@@ -920,8 +914,12 @@ static void FN(fill_row)(
     for (int v = from > 0 ? from : 0; v < end && v < p->vectors; v++) {
         float *to = row + p->lead + (v - v_from) * LANES;
         const int keyed = p->pass == BACKWARD_KEY;
-        FN(prefetch)(p, keyed ? &a->query : &a->key, keyed ? plane->query : plane->key, depth, height, v + 1, a->dim * size, size);
-        FN(prefetch)(p, keyed ? &a->grad_out : &a->value, keyed ? plane->grad_out : plane->value, depth, height, v + 1, a->dim_v * size, size);
+        FN(prefetch)(
+            p, keyed ? &a->query : &a->key, keyed ? plane->query : plane->key, depth, height, v + 1, a->dim * size,
+            size);
+        FN(prefetch)(
+            p, keyed ? &a->grad_out : &a->value, keyed ? plane->grad_out : plane->value, depth, height, v + 1,
+            a->dim_v * size, size);
         if (!keyed) {
             FN(lanes_of)(p, &a->key, plane->key, depth, height, v, size, lane);
             FN(gather)(lane, a->dim, 1, to, p->ld, (int)a->dtype);
@@ -952,7 +950,9 @@ static void FN(softmax)(
         float *x = score + ((int64_t)i * rows + r) * count * LANES;
         if (mask)
             for (int s = 0; s < count; s++)
-                store(x + s * LANES, FN(select)((I)load((const float *)mask + s * LANES), load(x + s * LANES), ALL(-INFINITY)));
+                store(
+                    x + s * LANES,
+                    FN(select)((I)load((const float *)mask + s * LANES), load(x + s * LANES), ALL(-INFINITY)));
         int s = 0;
         for (; s + 1 < count; s += 2) {
             top[0] = FN(larger)(top[0], load(x + s * LANES));
@@ -1012,7 +1012,8 @@ static void FN(run)(plan *p, int task, float *scratch) {
     const call *a = p->a;
     const int pass = p->pass, forward = pass == FORWARD;
     const int parts = p->tasks / p->groups, part = task % parts, first_plane = task / parts * p->group;
-    const int depth_part = part / p->width_parts / p->height_parts, height_part = part / p->width_parts % p->height_parts;
+    const int depth_part = part / p->width_parts / p->height_parts,
+              height_part = part / p->width_parts % p->height_parts;
     const int width_part = part % p->width_parts;
     const int v_from = (int)((int64_t)p->vectors * width_part / p->width_parts);
     const int v_to = (int)((int64_t)p->vectors * (width_part + 1) / p->width_parts);
@@ -1071,8 +1072,9 @@ static void FN(run)(plan *p, int task, float *scratch) {
         const int low = y->low[start], high = y->high[start + rows - 1];
         for (filled = filled > low ? filled : low; filled < high; filled++)
             for (int layer = layer_from; layer < layer_to; layer++)
-                FN(fill_row)(p, &plane, &lse, z->position[layer], y->position[filled], v_from, v_to,
-                             ring + ((layer - layer_from) * p->ring + filled % p->ring) * p->ring_row);
+                FN(fill_row)(
+                    p, &plane, &lse, z->position[layer], y->position[filled], v_from, v_to,
+                    ring + ((layer - layer_from) * p->ring + filled % p->ring) * p->ring_row);
 
         for (int zi = z_from; zi < z_to; zi++) {
             int keys = 0;
@@ -1081,7 +1083,8 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     key_row *k = &key[keys];
                     k->a = ring + ((layer - layer_from) * p->ring + row % p->ring) * p->ring_row + p->lead;
                     k->b = k->a + dim * ld;
-                    k->bias = ((mirror * (layer - zi) + a->reach[0]) * height + mirror * (row - start) + a->reach[1]) * width +
+                    k->bias = ((mirror * (layer - zi) + a->reach[0]) * height + mirror * (row - start) + a->reach[1]) *
+                                  width +
                               a->reach[2];
                     for (k->from = 0; k->from < rows && y->high[start + k->from] <= row;) k->from++;
                     for (k->to = rows; k->to > k->from && y->low[start + k->to - 1] > row;) k->to--;
@@ -1090,7 +1093,8 @@ static void FN(run)(plan *p, int task, float *scratch) {
 
             for (int v = v_from; v < v_to; v++) {
                 const columns *c = &p->columns[v];
-                const int64_t at = (int64_t)(v - v_from) * LANES + c->first * next, row_size = (int64_t)c->count * LANES;
+                const int64_t at = (int64_t)(v - v_from) * LANES + c->first * next,
+                              row_size = (int64_t)c->count * LANES;
                 const uint32_t valid = FN(valid_lanes)(p, first_plane, v);
                 char *lane[LANES];
                 V most[MOST_ROWS], total[MOST_ROWS], row_lse[MOST_ROWS], delta[MOST_ROWS];
@@ -1098,13 +1102,19 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     const int depth_at = z->position[zi], height_at = y->position[start + r];
                     float *to_a = tile_a + r * dim * LANES, *to_b = tile_b + r * dim_v * LANES;
                     const int keyed = pass == BACKWARD_KEY;
-                    FN(lanes_of)(p, keyed ? &a->key : &a->query, keyed ? plane.key : plane.query, depth_at, height_at, v, size, lane);
+                    FN(lanes_of)(
+                        p, keyed ? &a->key : &a->query, keyed ? plane.key : plane.query, depth_at, height_at, v, size,
+                        lane);
                     FN(gather)(lane, dim, (float)a->scale * LOG2E, to_a, LANES, dtype);
-                    FN(prefetch)(p, keyed ? &a->key : &a->query, keyed ? plane.key : plane.query, depth_at, height_at, v + 1, dim * size, size);
+                    FN(prefetch)(
+                        p, keyed ? &a->key : &a->query, keyed ? plane.key : plane.query, depth_at, height_at, v + 1,
+                        dim * size, size);
                     most[r] = ALL(-INFINITY);
                     total[r] = ALL(0);
                     if (forward) continue;
-                    FN(lanes_of)(p, keyed ? &a->value : &a->grad_out, keyed ? plane.value : plane.grad_out, depth_at, height_at, v, size, lane);
+                    FN(lanes_of)(
+                        p, keyed ? &a->value : &a->grad_out, keyed ? plane.value : plane.grad_out, depth_at, height_at,
+                        v, size, lane);
                     FN(gather)(lane, dim_v, 1, to_b, LANES, dtype);
                     if (keyed) continue;
                     FN(lanes_of)(p, &a->out, plane.out, depth_at, height_at, v, size, lane);
@@ -1130,30 +1140,37 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     for (int i = 0; i < held; i++) {
                         const int seen = k[i].to - k[i].from;
                         const int64_t skip = (int64_t)i * rows + k[i].from;
-                        const float *b = a->bias ? bias + (k[i].bias + mirror * c->first) * LANES + k[i].from * bias_row : zero;
-                        FN(scores)(seen, c->count, dim, tile_a + k[i].from * dim * LANES, k[i].a + at, ld, next, b, bias_row,
-                                   bias_next, score + skip * row_size, row_size);
+                        const float *b =
+                            a->bias ? bias + (k[i].bias + mirror * c->first) * LANES + k[i].from * bias_row : zero;
+                        FN(scores)(
+                            seen, c->count, dim, tile_a + k[i].from * dim * LANES, k[i].a + at, ld, next, b, bias_row,
+                            bias_next, score + skip * row_size, row_size);
                         if (!forward)
-                            FN(scores)(seen, c->count, dim_v, tile_b + k[i].from * dim_v * LANES, k[i].b + at, ld, next, zero, 0,
-                                       0, grad + skip * row_size, row_size);
+                            FN(scores)(
+                                seen, c->count, dim_v, tile_b + k[i].from * dim_v * LANES, k[i].b + at, ld, next, zero,
+                                0, 0, grad + skip * row_size, row_size);
                     }
                     if (forward)
                         for (int r = 0; r < rows; r++)
-                            FN(softmax)(k, held, r, rows, c->count, c->mask, score, from == 0, &most[r], &total[r],
-                                        sum_b + r * dim_v * LANES, dim_v);
+                            FN(softmax)(
+                                k, held, r, rows, c->count, c->mask, score, from == 0, &most[r], &total[r],
+                                sum_b + r * dim_v * LANES, dim_v);
                     else
                         FN(score_gradients)(p, k, held, rows, c, at, next, score, grad, row_lse, delta);
 
                     for (int i = 0, same; i < held; i += same) { /* rows of keys that the same rows of the tile see */
-                        for (same = 1; i + same < held && k[i + same].from == k[i].from && k[i + same].to == k[i].to;) same++;
+                        for (same = 1; i + same < held && k[i + same].from == k[i].from && k[i + same].to == k[i].to;)
+                            same++;
                         const int seen = k[i].to - k[i].from, r = k[i].from;
                         const int64_t skip = ((int64_t)i * rows + r) * row_size;
                         if (pass != BACKWARD_QUERY)
-                            FN(weighted)(seen, dim_v, k + i, same, 0, c->count, at, ld, next, c->mask, score + skip, row_size,
-                                         rows * row_size, sum_b + r * dim_v * LANES, dim_v * LANES);
+                            FN(weighted)(
+                                seen, dim_v, k + i, same, 0, c->count, at, ld, next, c->mask, score + skip, row_size,
+                                rows * row_size, sum_b + r * dim_v * LANES, dim_v * LANES);
                         if (pass != FORWARD)
-                            FN(weighted)(seen, dim, k + i, same, 1, c->count, at, ld, next, c->mask, grad + skip, row_size,
-                                         rows * row_size, sum_a + r * dim * LANES, dim * LANES);
+                            FN(weighted)(
+                                seen, dim, k + i, same, 1, c->count, at, ld, next, c->mask, grad + skip, row_size,
+                                rows * row_size, sum_a + r * dim * LANES, dim * LANES);
                     }
                     if (p->partial)
                         for (int i = 0; i < held; i++)
@@ -1179,7 +1196,9 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     }
                     store(factor, ALL(a->scale));
                     const tensor *to = pass == BACKWARD_KEY ? &a->grad_key : &a->grad_query;
-                    FN(lanes_of)(p, to, pass == BACKWARD_KEY ? plane.grad_key : plane.grad_query, depth_at, height_at, v, size, lane);
+                    FN(lanes_of)(
+                        p, to, pass == BACKWARD_KEY ? plane.grad_key : plane.grad_query, depth_at, height_at, v, size,
+                        lane);
                     FN(scatter)(sum_a + r * dim * LANES, dim, factor, lane, valid, dtype);
                     if (pass != BACKWARD_KEY) continue;
                     store(factor, ALL(1));
