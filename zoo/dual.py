@@ -8,6 +8,11 @@ timm has a ``davit_tiny`` of its own; these are ``foveate_davit_*``, with the sa
 and the authors' load alike, here and there. They differ in what timm lacks: the norms that the published detectors and
 segmentors put on each stage's output, a drop path rate for every sub-block, the overlapped merge, and the published
 large model for 384 pixels.
+
+They are also faster in float32 on CPUs of more than one thread, where the linear layers run as convolutions: the tiny
+model gives 1.6 times timm's images per second at 224 pixels and batch 4, 1.7 times at 512 and batch 1 (ours: torch 2.15,
+2 threads of an AMD EPYC, median of alternating runs, ``pytest -m heavy tests/zoo/test_dual.py``). On one thread, on GPUs
+and under a compiler nothing is claimed.
 """
 
 import logging
