@@ -10,9 +10,9 @@ segmentors put on each stage's output, a drop path rate for every sub-block, the
 large model for 384 pixels.
 
 They are also faster in float32 on CPUs of more than one thread, where the linear layers run as convolutions: the tiny
-model gives 1.6 times timm's images per second at 224 pixels and batch 4, 1.7 times at 512 and batch 1 (ours: torch 2.15,
-2 threads of an AMD EPYC, median of alternating runs, ``pytest -m heavy tests/zoo/test_dual.py``). On one thread, on GPUs
-and under a compiler nothing is claimed.
+model gives 1.6 times timm's images per second at 224 pixels and batch 4, 1.7 times at 512 and batch 1 (ours: torch
+2.15, 2 threads of an AMD EPYC, median of alternating runs; ``pytest -m heavy tests/zoo/test_dual.py``). Nothing is
+claimed for one thread, GPUs and compiled models.
 """
 
 import logging
