@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import triton_ops
 from .native import can_run, neighborhood_native
 from .reference import neighborhood_reference
 from .tiled import neighborhood_tiled
@@ -46,6 +47,9 @@ def _reference(*problem) -> tuple[Tensor, Tensor]:
 # In order of preference; the reference runs on request only.
 _BACKENDS: dict[str, _Backend] = {
     "native": _Backend(lambda problem: can_run(problem.query), neighborhood_native),
+    "triton": _Backend(
+        lambda problem: triton_ops.can_run(problem.query, problem.value), triton_ops.neighborhood_triton
+    ),
     "tiled": _Backend(lambda problem: None, neighborhood_tiled),
     "reference": _Backend(lambda problem: None, _reference),
 }
@@ -242,6 +246,8 @@ def _choose(operator: str, problem: Problem, requested: str | None) -> str:
         return requested
     for name, backend in _BACKENDS.items():
         reason = backend.obstacle(problem)
+        if reason is None and name == "triton" and not problem.query.is_cuda:
+            reason = "off the GPU it is interpreted: on request only"
         if reason is None:
             return name
         _logger.debug("%s: not %s: %s", operator, name, reason)
