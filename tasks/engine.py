@@ -260,37 +260,39 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     if checkpoint is not None:
         _check_resumable(checkpoint, config, task, output)
         history = checkpoint["history"]
-    runner = _Runner(
-        task,
-        config,
-        device,
-        output,
-        distributed,
-        train_dataloader=_loader(task.train_set, config, device, shuffle=True),
-        train_cfg={
-            "by_epoch": True,
-            "max_epochs": config["epochs"],
-            "val_interval": config["val_interval"],
-        },
-        optim_wrapper={"type": "OptimWrapper"},
-        param_scheduler=_schedulers(config),
-        val_dataloader=_loader(task.val_set, config, device, shuffle=False),
-        val_cfg={},
-        val_evaluator=Evaluator([_Metric(task)]),
-        custom_hooks=[
-            _SeedHook(config["seed"]),
-            _RunHook(task, config, output, history, progress),
-            *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
-        ],
-        load_from=str(last) if resume else None,
-        resume=resume,
-    )
-    if runner.rank == 0:
-        write_whole(output / "config.py", lambda file: Path(file).write_text(format_config(config)))
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # The schedule counts batches, and with accumulation the first step comes later.
         warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
+        warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")
+        runner = _Runner(
+            task,
+            config,
+            device,
+            scratch,
+            distributed,
+            train_dataloader=_loader(task.train_set, config, device, shuffle=True),
+            train_cfg={
+                "by_epoch": True,
+                "max_epochs": config["epochs"],
+                "val_interval": config["val_interval"],
+            },
+            optim_wrapper={"type": "OptimWrapper"},
+            param_scheduler=_schedulers(config),
+            val_dataloader=_loader(task.val_set, config, device, shuffle=False),
+            val_cfg={},
+            val_evaluator=Evaluator([_Metric(task)]),
+            custom_hooks=[
+                _SeedHook(config["seed"]),
+                _RunHook(task, config, output, history, progress),
+                *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+            ],
+            load_from=str(last) if resume else None,
+            resume=resume,
+        )
+        if runner.rank == 0:
+            write_whole(output / "config.py", lambda file: Path(file).write_text(format_config(config)))
         _without_worker_traceback(runner.train)
+    _leave(distributed)
     best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
     return {
         "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},
@@ -320,12 +322,13 @@ def evaluate(
         if card[key] != expected[key]:
             raise TaskError(f"{checkpoint_path}: its {key} is {card[key]}, but the config's is {expected[key]}")
     metric = _Metric(task)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")
         runner = _Runner(
             task,
             config,
             device,
-            Path(scratch),
+            scratch,
             distributed,
             test_dataloader=_loader(task.val_set, config, device, shuffle=False),
             test_cfg={},
@@ -334,6 +337,7 @@ def evaluate(
         )
         load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
         metrics = _without_worker_traceback(runner.test)
+    _leave(distributed)
     return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected
 
 
@@ -354,6 +358,13 @@ def _launch(device_name: str) -> tuple[torch.device, bool]:
         # mmengine's own launch calls CUDA even where there is none.
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, True
+
+
+def _leave(distributed: bool) -> None:
+    """Wait for the other processes, so that what one of them wrote is there, and part from them."""
+    if distributed:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _without_worker_traceback(run):
@@ -477,16 +488,19 @@ class _OptimWrapper(OptimWrapper):
 
 
 class _Runner(Runner):
-    """mmengine's Runner, silent at the start, on the device it is told, with safe and complete checkpoints."""
+    """mmengine's Runner, silent at the start, on the device it is told, with safe and complete checkpoints.
 
-    def __init__(self, task, config: dict, device: torch.device, output: Path, distributed: bool, **kwargs):
+    Its own log folder lands in ``scratch``; what a run leaves, `_RunHook` writes.
+    """
+
+    def __init__(self, task, config: dict, device: torch.device, scratch: str, distributed: bool, **kwargs):
         self._task = task
         self._config = config
         self._device = device
         super().__init__(
             # As a dict, the model is built after the seed is set.
             model={"type": _Model, "task": task, "precision": config["precision"], "device": device},
-            work_dir=str(output),
+            work_dir=scratch,
             default_hooks={"runtime_info": None, "timer": None, "logger": None, "checkpoint": None},
             launcher="pytorch" if distributed else "none",
             log_level="ERROR",
@@ -494,7 +508,6 @@ class _Runner(Runner):
             experiment_name=f"foveate-{uuid.uuid4().hex}",
             **kwargs,
         )
-        Path(self.log_dir).rmdir()
 
     @property
     def net(self) -> nn.Module:

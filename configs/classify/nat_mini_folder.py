@@ -1,4 +1,4 @@
-"""NAT-Mini on a folder of your own photographs, from scratch, with the published augmentation and learning rate schedule.
+"""NAT-Mini on a folder of your own photographs, from scratch, with the published augmentation and schedule.
 
 FOLDER/train/CLASS/*.jpg trains and FOLDER/val/CLASS/*.jpg is held out. For ImageNet-1k on several GPUs:
 torchrun --nproc-per-node 8 -m foveate.tools.train classify/nat_mini_folder data.root=FOLDER batch_size=128

@@ -7,7 +7,7 @@ import torch
 from foveate.tasks import TaskError, engine
 from foveate.tasks.checkpoints import write_whole
 from foveate.tasks.classify import Predictor
-from foveate.zoo import CheckpointError
+from foveate.zoo import CheckpointError, UnknownModelError
 
 
 def train(config_file, output, *overrides, resume=False):
@@ -214,7 +214,7 @@ def test_a_wrong_config_file_is_answered_in_one_line(config_file, line, reason):
     ],
 )
 def test_a_setting_that_cannot_be_done_is_refused(config_file, tmp_path, override, reason):
-    with pytest.raises((TaskError, CheckpointError), match=reason) as caught:
+    with pytest.raises((TaskError, CheckpointError, UnknownModelError), match=reason) as caught:
         train(config_file, tmp_path / "run", override)
     assert "\n" not in str(caught.value)
 
