@@ -7,6 +7,19 @@ from torch import Tensor, nn
 
 from ._checkpoint import filter_for, open_checkpoint
 
+# What the families' tables of weights have in common: ImageNet-1k classifiers at 224 pixels.
+IMAGENET_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "classifier": "head.fc",
+}
+
 
 def build(
     cls: type[nn.Module],

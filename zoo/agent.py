@@ -34,7 +34,7 @@ from ..blocks import AgentAttention2d, AgentTokenAttention, CrossShapedAttention
 from ..blocks.global_attention import resize_bias_table
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.window import WindowAttention2d, cut_windows, from_swin_table, join_windows
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage, _to_format
 from .nat import Block
 
@@ -895,18 +895,11 @@ recipes: dict[str, dict[str, dict]] = {
 
 def _cfg(file: str, top1: float, size: int = 224, reduction: int = 32, **options) -> dict:
     """Return a model's configuration; the weights' links name no file, so that timm cannot load them by itself."""
-    return {
-        "url": "",
-        "num_classes": 1000,
+    return IMAGENET_CFG | {
         "input_size": (3, size, size),
         "pool_size": (size // reduction, size // reduction),
-        "crop_pct": 0.875,
         "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "stem.proj",
-        "classifier": "head.fc",
         "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
         "paper_ids": "arXiv:2312.08874",
         "notes": (f"ImageNet-1k top-1 {top1} (paper)", f"weights: https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"),

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["BiFormer"]
@@ -328,18 +328,9 @@ recipes: dict[str, dict[str, dict]] = {
 
 def _cfg(share: str, top1: float, file: str | None = None, **options) -> dict:
     link = f"https://api.onedrive.com/v1.0/shares/{share}/root/content"
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
+    return IMAGENET_CFG | {
         "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "stem.conv1",
-        "classifier": "head.fc",
         "license": "mit",
         "origin_url": "https://github.com/rayleizhu/BiFormer",
         "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",

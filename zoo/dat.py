@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
 from ..blocks.global_attention import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["DAT"]
@@ -433,18 +433,9 @@ def _cfg(
     top1: float | None = None, source: str = "paper", paper: str = "2201.00520", share: str = "", **options
 ) -> dict:
     notes = (f"ImageNet-1k top-1 {top1} ({source})",) if top1 else ("no published weights",)
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
+    return IMAGENET_CFG | {
         "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "stem.0",
-        "classifier": "head.fc",
         "license": "apache-2.0",
         "origin_url": "https://github.com/LeapLabTHU/DAT",
         "paper_ids": f"arXiv:{paper}",

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..blocks.dual import ChannelGroupAttention2d
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.window import WindowAttention2d
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["DaViT"]
@@ -311,17 +311,9 @@ recipes: dict[str, dict[str, dict]] = {
 
 
 def _cfg(top1: float | None = None, **options) -> dict:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
+    return IMAGENET_CFG | {
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "stem.conv",
-        "classifier": "head.fc",
         "license": "apache-2.0",
         "origin_url": "https://github.com/dingmyu/davit",
         "paper_ids": "arXiv:2204.03645",

@@ -25,7 +25,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..blocks.ela import EfficientLocalAttention
-from ._build import build
+from ._build import IMAGENET_CFG, build
 
 __all__ = ["InnerAttentionBottleneck"]
 
@@ -154,16 +154,9 @@ def _mobilenetv2(name: str, pretrained: bool, options: dict, variant: str) -> Ef
 
 
 def _cfg(host: str, **options) -> dict:
-    return {
-        "url": "",
+    return IMAGENET_CFG | {
         "hf_hub_id": f"timm/{host}",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
         "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "license": "apache-2.0",
         "origin_url": "https://github.com/huggingface/pytorch-image-models",
         "paper_ids": "arXiv:2403.01123",

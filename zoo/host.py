@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..blocks.create import create_attention
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
 from .nat import Block, ConvDownsample, ConvStem
 
@@ -133,17 +133,8 @@ _TINY = dict(embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), drop_pa
 
 
 def _cfg(**options) -> dict:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+    return IMAGENET_CFG | {
         "first_conv": "stem.proj.0",
-        "classifier": "head.fc",
         "license": "mit",
         **options,
     }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..blocks import GlobalAttention2d, NeighborhoodAttention2d
 from ..blocks.global_attention import resize_bias_table
 from ..blocks.pointwise import PointwiseMlp
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["NAT", "IsotropicNAT"]
@@ -489,17 +489,9 @@ for _name in ("dinat_large", "dinat_large_384", "dinat_large_384_11x11"):
 
 
 def _cfg(file: str = "", top1: float | None = None, paper: str = "2204.07143", **options) -> dict:
-    return {
+    return IMAGENET_CFG | {
         "url": f"https://shi-labs.com/projects/{file}" if file else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "stem.proj.0",
-        "classifier": "head.fc",
         "license": "mit",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
         "paper_ids": f"arXiv:{paper}",

@@ -26,7 +26,7 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv, OverlapPatchEmbed
 from torch import Tensor, nn
 
 from ..blocks import QuadTreeAttention2d
-from ._build import build
+from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["QuadTree"]
@@ -342,17 +342,9 @@ def _cfg(file: str = "", top1: float | None = None, drive: str = "", note: str =
         f"mirror: {_DRIVE.format(drive)}" if drive else "",
         note,
     )
-    return {
+    return IMAGENET_CFG | {
         "url": f"{_RELEASES}/QuadTreeAttention_cls/{file}" if file else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "stem.proj",
-        "classifier": "head.fc",
         "license": "mit",
         "origin_url": "https://github.com/Tangshitao/QuadTreeAttention",
         "paper_ids": "arXiv:2201.02767",
