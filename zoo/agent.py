@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from ..blocks import AgentAttention2d, AgentTokenAttention, CrossShapedAttention2d
 from ..blocks.global_attention import resize_bias_table
 from ..blocks.pointwise import PointwiseMlp
+from ..blocks.pyramid import Block
 from ..blocks.window import WindowAttention2d, cut_windows, from_swin_table, join_windows
 from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage, _to_format
-from .nat import Block
 
 __all__ = ["AgentCSWin", "AgentDeiT", "AgentPVT", "AgentSwin"]
 
@@ -51,11 +51,11 @@ def resize_map(table: Tensor, height: int, width: int, mode: str) -> Tensor:
 
 
 @register_notrace_function
-def check_divisible(height: int, width: int, kernel_size: int) -> None:
+def check_holds_patch(height: int, width: int, kernel_size: int) -> None:
     """Raise a ValueError if a map is smaller than one patch."""
     if height < kernel_size or width < kernel_size:
         raise ValueError(
-            f"a map of {height}x{width} holds no patch of {kernel_size}x{kernel_size}; "
+            f"the image is too small: a map of {height}x{width} holds no patch of {kernel_size}x{kernel_size}; "
             "Agent-PVT takes images of at least 32x32 pixels"
         )
 
@@ -104,7 +104,7 @@ class ConvEmbed(nn.Module):
         """Map ``[B, in_chans, H, W]``, or ``[B, H, W, in_chans]``, to ``[B, H', W', dim]``."""
         if not self.image:
             x = x.permute(0, 3, 1, 2)
-        check_divisible(x.shape[2], x.shape[3], self.least)
+        check_holds_patch(x.shape[2], x.shape[3], self.least)
         x = self.norm(self.conv(x).permute(0, 2, 3, 1))
         if self.pos_embed is not None:
             x = x + resize_map(self.pos_embed, x.shape[1], x.shape[2], "bilinear")
