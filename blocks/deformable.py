@@ -67,9 +67,8 @@ def key_points(offset: Tensor, offset_range: float | None, plus: bool) -> Tensor
     if offset_range is not None:
         less = 1 if plus else 0
         cell = [1.0 / max(height - less, 1), 1.0 / max(width - less, 1)]
-        return (
-            reference + torch.tanh(offset) * torch.tensor(cell, dtype=offset.dtype, device=offset.device) * offset_range
-        )
+        reach = torch.tensor(cell, dtype=offset.dtype, device=offset.device) * offset_range
+        return reference + torch.tanh(offset) * reach
     points = reference + offset
     return points.clamp(-1.0, 1.0) if plus else torch.tanh(points)
 

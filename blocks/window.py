@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from .global_attention import relative_bias, resize_bias_table
+from .global_attention import relative_bias
 from .pointwise import PointwiseLinear
 
 
@@ -169,15 +169,6 @@ class WindowAttention2d(nn.Module):
         """Return the settings that `print(model)` shows."""
         window, shift = (self.window_height, self.window_width), (self.shift_y, self.shift_x)
         return f"window_size={window}, shift_size={shift}, num_heads={self.num_heads}"
-
-    @torch.jit.ignore
-    def set_window_size(self, window_size: int | tuple[int, int], shift_size: int | tuple[int, int] = 0) -> None:
-        """Change the windows; the bias table is resampled (bicubic)."""
-        self.window_height, self.window_width = to_2tuple(window_size)
-        self.shift_y, self.shift_x = to_2tuple(shift_size)
-        if self.rpb is not None:
-            size = (2 * self.window_height - 1, 2 * self.window_width - 1)
-            self.rpb = nn.Parameter(resize_bias_table(self.rpb.detach(), size), requires_grad=self.rpb.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the windows of ``x`` ``[B, H, W, dim]``."""
