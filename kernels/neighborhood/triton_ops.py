@@ -28,6 +28,8 @@ def can_run(query: Tensor, value: Tensor) -> str | None:
         return f"it needs tensors on a GPU (or TRITON_INTERPRET=1, to debug); query is on {query.device}"
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float16, bfloat16 and float32; query is {query.dtype}"
+    if query.dtype == torch.bfloat16 and _interpreted():
+        return "triton's interpreter multiplies bfloat16 as if it were integers"
     if max(query.shape[-1], value.shape[-1]) > _MAX_DIM:
         return f"it takes a dim per head of at most {_MAX_DIM}; got {query.shape[-1]} and {value.shape[-1]}"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
