@@ -1,4 +1,4 @@
-"""Neighborhood attention as modules: NAT (arXiv 2204.07143) and DiNAT (arXiv 2209.15001), in one to three dimensions."""
+"""Neighborhood attention as modules in one to three dimensions: NAT (arXiv 2204.07143), DiNAT (arXiv 2209.15001)."""
 
 from collections.abc import Sequence
 

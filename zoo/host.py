@@ -12,9 +12,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..blocks.create import create_attention
+from ..blocks.pyramid import Block, ConvDownsample, ConvStem
 from ._build import IMAGENET_CFG, build
 from ._pyramid import Pyramid, Stage
-from .nat import Block, ConvDownsample, ConvStem
 
 __all__ = ["Host"]
 

@@ -13,7 +13,7 @@ import torch
 def modules():
     for package in (foveate.blocks, foveate.kernels):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if not module.name.rsplit(".", 1)[-1].startswith("triton"):
+            if not module.name.rsplit(".", 1)[-1].startswith(("triton", "_native")):
                 yield module.name
 
 
