@@ -279,8 +279,8 @@ def backward_key_value_kernel(
     tl.store(grad_value + at, acc_v.to(grad_value.dtype.element_ty), mask=here)
 
 
-def block_sizes(tokens: int, keys: int, dim: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Return the constants of a launch.
+def launch_options(tokens: int, keys: int, dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """Return the constants of a launch and its warps.
 
     Args:
         tokens: Tokens of a region.
@@ -289,14 +289,16 @@ def block_sizes(tokens: int, keys: int, dim: int, dtype: torch.dtype) -> dict[st
         dtype: Of queries, keys and values.
     """
     block_dim = max(16, triton.next_power_of_2(dim))
-    # Wide heads and float32 take smaller blocks, so that nothing spills.
-    longest = 32 if block_dim * dtype.itemsize > 128 else 64
+    exact = dtype == torch.float32
+    # Wide heads and float32 take smaller blocks, and float32 more warps, so that nothing spills.
+    longest = (64 if block_dim <= 64 else 32) // (2 if exact else 1)
     return {
         "DIM": dim,
         "BLOCK_DIM": block_dim,
         "BLOCK_M": min(longest, max(16, triton.next_power_of_2(tokens))),
         "BLOCK_N": min(longest, max(16, triton.next_power_of_2(keys))),
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if exact else "tf32",
+        "num_warps": 8 if exact and block_dim > 32 else 4,
     }
 
 
@@ -316,8 +318,8 @@ def triton_forward(
     lse = query.new_empty(batch, heads, height * width, dtype=torch.float32)
     if not out.numel():
         return out, lse
-    sizes = block_sizes(tokens, topk * tokens, dim, query.dtype)
-    forward_kernel[(regions * triton.cdiv(tokens, sizes["BLOCK_M"]), batch * heads)](
+    options = launch_options(tokens, topk * tokens, dim, query.dtype)
+    forward_kernel[(regions * triton.cdiv(tokens, options["BLOCK_M"]), batch * heads)](
         query,
         key,
         value,
@@ -334,8 +336,7 @@ def triton_forward(
         *region_size,
         topk,
         scale * _LOG2E,
-        **sizes,
-        num_warps=4,
+        **options,
     )
     return out, lse
 
@@ -374,8 +375,8 @@ def triton_backward(
     delta = torch.empty_like(lse)
     strides = [stride for x in (grad, query, key, value, out) for stride in x.stride()[:4]]
     grid = (heads, regions, width // region_size[1], *region_size)
-    sizes = block_sizes(tokens, topk * tokens, dim, query.dtype)
-    backward_query_kernel[(regions * triton.cdiv(tokens, sizes["BLOCK_M"]), batch * heads)](
+    options = launch_options(tokens, topk * tokens, dim, query.dtype)
+    backward_query_kernel[(regions * triton.cdiv(tokens, options["BLOCK_M"]), batch * heads)](
         grad,
         query,
         key,
@@ -390,12 +391,11 @@ def triton_backward(
         topk,
         scale,
         scale * _LOG2E,
-        **sizes,
-        num_warps=4,
+        **options,
     )
     # As many queries choose a region as it has keys, on average.
-    sizes = block_sizes(topk * tokens, tokens, dim, query.dtype)
-    backward_key_value_kernel[(regions * triton.cdiv(tokens, sizes["BLOCK_N"]), batch * heads)](
+    options = launch_options(topk * tokens, tokens, dim, query.dtype)
+    backward_key_value_kernel[(regions * triton.cdiv(tokens, options["BLOCK_N"]), batch * heads)](
         grad,
         query,
         key,
@@ -408,7 +408,6 @@ def triton_backward(
         *grid,
         scale,
         scale * _LOG2E,
-        **sizes,
-        num_warps=4,
+        **options,
     )
     return tuple(grads)

@@ -1,0 +1,164 @@
+"""The routed operator: its specification by brute force, its paths against each other, and bad arguments."""
+
+import pytest
+import torch
+from foveate.kernels import routed_attention
+from foveate.kernels.routing import chunked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BACKENDS = ("reference", "chunked")
+
+
+def tensors(batch, grid, region, heads, dim, topk, dtype=torch.float64, value_dim=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, grid[0] * region[0], grid[1] * region[1], heads)
+    q, k = (torch.randn(*shape, dim, generator=generator, dtype=dtype) for _ in range(2))
+    v = torch.randn(*shape, value_dim or dim, generator=generator, dtype=dtype)
+    regions = grid[0] * grid[1]
+    return q, k, v, torch.randint(0, regions, (batch, regions, topk), generator=generator)
+
+
+def one_query_at_a_time(q, k, v, routes, region, scale):
+    """The definition, without any reshaping: collect the keys of a query's regions one by one."""
+    height, width = region
+    columns = q.shape[2] // width
+    out = torch.empty(*q.shape[:4], v.shape[-1], dtype=q.dtype)
+    for b, y, x, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:4])).tolist():
+        keys, values = [], []
+        for chosen in routes[b, y // height * columns + x // width].tolist():
+            top, left = chosen // columns * height, chosen % columns * width
+            for i in range(top, top + height):
+                for j in range(left, left + width):
+                    keys.append(k[b, i, j, h])
+                    values.append(v[b, i, j, h])
+        weights = (torch.stack(keys) @ q[b, y, x, h] * scale).softmax(0)
+        out[b, y, x, h] = weights @ torch.stack(values)
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("region", [(2, 3), (3, 1), (1, 1)])
+def test_every_backend_is_the_definition(backend, region):
+    q, k, v, routes = tensors(2, (2, 3), region, 2, 4, 3, value_dim=5)
+    expected = one_query_at_a_time(q, k, v, routes, region, 0.7)
+    torch.testing.assert_close(routed_attention(q, k, v, routes, region, scale=0.7, backend=backend), expected)
+
+
+problems = st.tuples(
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 5),
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 1 << 20])
+def test_chunks_equal_the_reference_forward_and_backward(chunk, monkeypatch):
+    """However small the chunks: a few regions, one, some queries of one, one head."""
+    monkeypatch.setattr(chunked, "_CHUNK", chunk)
+    monkeypatch.setattr(chunked, "_COPY", chunk)
+
+    @settings(max_examples=20, deadline=None, database=None)
+    @given(problems)
+    def check(problem):
+        q, k, v, routes = tensors(*problem, value_dim=problem[4] + 1)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        outputs = [routed_attention(q, k, v, routes, problem[2], backend=backend) for backend in BACKENDS]
+        torch.testing.assert_close(outputs[1], outputs[0])
+        weight = torch.randn_like(outputs[0])
+        gradients = [torch.autograd.grad((output * weight).sum(), inputs) for output in outputs]
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+    check()
+
+
+def test_operator_keeps_torchs_rules():
+    """Schema, fake tensors, autograd registration and tracing, as torch's own checker sees them."""
+    q, k, v, routes = tensors(2, (2, 3), (2, 3), 2, 4, 2)
+    from foveate.kernels.routing.operator import routed_attention_op
+
+    arguments = (*(x.requires_grad_() for x in (q, k, v)), routes, 2, 3, 0.5, "chunked")
+    torch.library.opcheck(routed_attention_op, arguments)
+
+
+def test_gradcheck():
+    q, k, v, routes = tensors(1, (2, 2), (2, 3), 2, 3, 2)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda q, k, v: routed_attention(q, k, v, routes, (2, 3)), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_float32(dtype):
+    q, k, v, routes = tensors(2, (3, 2), (5, 3), 2, 16, 4, torch.float32)
+    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    rounded = routed_attention(*inputs, routes, (5, 3))
+    assert rounded.dtype == dtype
+    exact = routed_attention(q, k, v, routes, (5, 3), backend="reference")
+    torch.testing.assert_close(rounded.float(), exact, atol=0.03, rtol=0.03)
+    rounded.float().square().sum().backward()
+    assert all(x.grad.dtype == dtype and x.grad.isfinite().all() for x in inputs)
+
+
+def test_strided_inputs_need_no_copy_by_the_caller():
+    qkv = torch.randn(2, 6, 10, 3, 2, 8)
+    routes = torch.randint(0, 4, (2, 4, 3))
+    q, k, v = qkv.unbind(3)
+    expected = routed_attention(q.contiguous(), k.contiguous(), v.contiguous(), routes, (3, 5))
+    torch.testing.assert_close(routed_attention(q, k, v, routes, (3, 5)), expected)
+
+
+def test_empty_batch():
+    q, k, v, routes = tensors(0, (2, 2), (2, 3), 2, 4, 2)
+    assert routed_attention(q, k, v, routes, (2, 3)).shape == (0, 4, 6, 2, 4)
+
+
+def test_images_do_not_see_each_other():
+    q, k, v, routes = tensors(3, (2, 3), (2, 2), 2, 8, 2)
+    batched = routed_attention(q, k, v, routes, 2)
+    single = [routed_attention(*(x[i : i + 1] for x in (q, k, v, routes)), 2) for i in range(3)]
+    torch.testing.assert_close(batched, torch.cat(single))
+    with pytest.raises(IndexError, match=r"\[0, 6\); got 0 to 6"):
+        routed_attention(q, k, v, torch.arange(18).view(3, 6, 1) % 7, 2)
+
+
+X = torch.zeros(1, 8, 9, 2, 4)
+R = torch.zeros(1, 6, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X[0], X, X, R, (4, 3)), {}, r"query as \[B, H, W, heads, dim\]; got 4 axes"),
+        ((X, X.half(), X, R, (4, 3)), {}, "one floating-point dtype"),
+        ((X, X[:, :4], X, R, (4, 3)), {}, "of one shape"),
+        ((X, X, X.to("meta"), R, (4, 3)), {}, "one device"),
+        ((X, X, X, R, (3, 3)), {}, "height to be a multiple of the region's; got 8 and 3"),
+        ((X, X, X, R, (4, 3, 1)), {}, "region_size as an integer or two"),
+        ((X, X, X, R[:, :5], (4, 3)), {}, r"= \[1, 6, 1 or more\]; got \[1, 5, 2\]"),
+        ((X, X, X, R[..., :0], (4, 3)), {}, r"got \[1, 6, 0\]"),
+        ((X, X, X, R.float(), (4, 3)), {}, "routes in int32 or int64"),
+        ((X, X, X, R, (4, 3)), {"backend": "flash"}, "no backend 'flash'; it has 'reference', 'chunked', 'triton'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        routed_attention(*arguments, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_triton_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton': it needs tensors on a GPU"):
+        routed_attention(X, X, X, R, (4, 3), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        routed_attention(*(X.double(),) * 3, R, (4, 3), backend="triton")
+    with pytest.raises(ValueError, match="value's dim"):
+        routed_attention(X, X, X[..., :3], R, (4, 3), backend="triton")
+    wide = torch.zeros(1, 8, 9, 1, 129)
+    with pytest.raises(ValueError, match="at most 128; got 129"):
+        routed_attention(wide, wide, wide, R, (4, 3), backend="triton")
