@@ -204,8 +204,8 @@ class QuadTreeAttention2d(nn.Module):
         """Return the settings that `print(model)` shows."""
         return f"kind={self.kind}, levels={self.levels}, topk={self.topk}, num_heads={self.num_heads}"
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
-        """Return the finest queries and keys, the value maps from fine to coarse, and LePE's weights and biases."""
+    def _values_and_lepe(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        """Return the value maps from fine to coarse, and LePE's weights and biases from coarse to fine."""
         values = [self.v(x)]
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
@@ -218,16 +218,16 @@ class QuadTreeAttention2d(nn.Module):
             for conv in self.lepe:
                 weights.append(conv.weight)
                 biases.append(conv.bias)
-        return self.qk(x), values, weights, biases
+        return values, weights, biases
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.multiple)
-        finest, values, lepe_weights, lepe_biases = self._parts(x)
+        values, lepe_weights, lepe_biases = self._values_and_lepe(x)
         x = attend(
             x,
-            finest,
+            self.qk(x),
             values,
             self.qk.weight,
             self.qk.bias,
@@ -251,9 +251,9 @@ class QuadTreeAttention2d(nn.Module):
         """
         recorded: list[tuple[Tensor, Tensor]] = []
         x = pad_to_multiple(x, self.multiple)
-        finest, values, _, _ = self._parts(x)
+        values, _, _ = self._values_and_lepe(x)
         queries, keys = _queries_and_keys(
-            x, finest, self.qk.weight, self.qk.bias, self.levels, self.num_heads, self.kind == "A"
+            x, self.qk(x), self.qk.weight, self.qk.bias, self.levels, self.num_heads, self.kind == "A"
         )
         _message(queries, keys, values[::-1], self.level_weights, self.topk, self.backend, recorded)
         height, width = x.shape[1] // self.multiple, x.shape[2] // self.multiple
@@ -325,8 +325,8 @@ def attend(
     levels = len(values)
     values = values[::-1]
     queries, keys = _queries_and_keys(x, finest, qk_weight, qk_bias, levels, num_heads, level_weights is None)
+    del finest  # its copies in tree order are all that is needed
     out = _message(queries, keys, values, level_weights, topk, backend, None)
-    del queries, keys, finest
     out = from_tree(out, x.shape[1], x.shape[2], levels - 1)
     return out if level_weights is None else out + _positional(values, lepe_weights, lepe_biases, level_weights)
 
@@ -373,6 +373,7 @@ def _message(
     """Return the sum of all levels' messages ``[B, heads, tokens, dim / heads]``, in tree order.
 
     Without ``level_weights`` it is type A. Each level's tokens and weights are appended to ``recorded`` if given.
+    Queries and keys are taken out of their lists, so that a level's are freed when it is done.
     """
     levels, heads = len(queries), queries[0].shape[1]
     values = [to_tree(value, level, heads) for level, value in enumerate(value_maps)]
@@ -380,13 +381,14 @@ def _message(
     if levels == 1 and shares is not None and recorded is None:
         # The share of a single level is 1, but has a gradient: zero.
         return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
-    total, chosen, handed = _coarsest(queries[0], keys[0], values[0], topk, shares is None, recorded)
+    total, chosen, handed = _coarsest(queries.pop(0), keys.pop(0), values.pop(0), topk, shares is None, recorded)
     if shares is not None:
         total = total * shares[0]
     for level in range(1, levels):
-        query, key, value = (part[level].unflatten(2, (-1, 4)) for part in (queries, keys, values))
         candidates = chosen
+        query, key = (part.pop(0).unflatten(2, (-1, 4)) for part in (queries, keys))
         scores = quadtree_scores(query, key, candidates, backend=backend)
+        del query, key
         if shares is None:
             # What the parent handed down with a chosen token is divided among the token's children.
             weights = (scores.unflatten(-1, (-1, 4)).softmax(-1) * handed[:, :, :, None, :, None]).flatten(-2)
@@ -397,7 +399,7 @@ def _message(
             chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (position & 3)
             chosen = chosen.flatten(2, 3)
             handed = None if handed is None else handed.flatten(2, 3)
-        message = quadtree_values(weights, value, candidates, backend=backend)
+        message = quadtree_values(weights, values.pop(0).unflatten(2, (-1, 4)), candidates, backend=backend)
         # A token's message goes to its four children as well.
         total = total.unsqueeze(3)
         total = total + message if shares is None else torch.addcmul(total, message, shares[level])
