@@ -22,7 +22,6 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # `call` in native.c.
 _CALL = struct.Struct("=25qd52q")
-_NO_TENSOR = (0,) * 6
 _ERRORS = {1: "out of memory", 2: "the windows of an axis do not advance", 3: "no such instruction set here"}
 
 
@@ -42,8 +41,7 @@ def _openmp() -> int:
 
     A second OpenMP, or threads of our own, would compete with torch's spinning ones for the cores.
     """
-    libraries = [None, *sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))]
-    for path in libraries:
+    for path in (*sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")), None):
         try:
             return ctypes.cast(ctypes.CDLL(path and str(path)).GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):
