@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 _SIZES: dict[str, tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...]] = {
     "forward": (
         (128, ((64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3))),
-        (256, ((64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2))),
+        (256, ((64, 32, 4, 3), (64, 32, 8, 3), (128, 32, 8, 2), (128, 64, 8, 2))),
         (512, ((64, 32, 8, 2),)),
         (2048, ((16, 16, 4, 1),)),
     ),
@@ -79,17 +79,20 @@ _SIZES: dict[str, tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...]]
 # IEEE float32 products run on the plain cores, whose operands take registers.
 _SIZES_FLOAT32 = {
     "forward": (
-        (128, ((32, 32, 4, 2), (64, 32, 4, 2))),
+        (128, ((32, 32, 4, 2), (64, 32, 8, 2))),
         (256, ((32, 32, 4, 2),)),
         (512, ((32, 16, 4, 2),)),
         (2048, ((16, 16, 4, 1),)),
     ),
     "backward": (
-        (256, ((32, 32, 4, 2),)),
-        (512, ((32, 16, 4, 1),)),
+        (128, ((32, 16, 4, 2),)),
+        (256, ((32, 16, 8, 2),)),
+        (512, ((32, 16, 8, 1),)),
         (2048, ((16, 16, 4, 1),)),
     ),
 }
+# Other chips hold the operands of matrix products in registers, too.
+_OPERANDS_IN_SHARED_MEMORY = (9, 10, 11)
 _SIZES_INTERPRETED = dict.fromkeys(_SIZES, ((2048, ((64, 32, 1, 1),)),))
 
 
@@ -102,7 +105,9 @@ def _factorings(size: int, longest: tuple[int, ...]) -> list[tuple[int, int, int
 
 
 @functools.lru_cache(maxsize=1024)
-def kernel_shape(pass_name: str, axes: tuple[Axis, ...], row_bytes: int, biased: bool, target: str) -> Shape:
+def kernel_shape(
+    pass_name: str, axes: tuple[Axis, ...], row_bytes: int, biased: bool, target: str, major: int
+) -> Shape:
     """Choose the tile and the box that cost least, by a count of pairs and loads.
 
     Args:
@@ -111,6 +116,7 @@ def kernel_shape(pass_name: str, axes: tuple[Axis, ...], row_bytes: int, biased:
         row_bytes: Bytes of a key or value vector, the longer one, padded to a power of two.
         biased: Whether a bias is read for every pair; its addresses take registers.
         target: "float32", "half" or "interpreted".
+        major: Of the GPU's compute capability; 0 for GPUs of other makers.
     """
     sizes = {"half": _SIZES, "float32": _SIZES_FLOAT32, "interpreted": _SIZES_INTERPRETED}[target][pass_name]
     choices = next(choices for most, choices in sizes if row_bytes <= most)
@@ -122,7 +128,10 @@ def kernel_shape(pass_name: str, axes: tuple[Axis, ...], row_bytes: int, biased:
             seen = min(n, -(-tile // axis.stride) * axis.stride + axis.kernel_size - 1)
             tiles *= -(-n // tile)
             boxes *= -(-seen // box)
-        pairs, keys = math.prod(shape.tile) * math.prod(shape.box), math.prod(shape.box)
+        positions, keys = math.prod(shape.tile), math.prod(shape.box)
+        pairs = positions * keys
+        if biased and pass_name == "backward":  # the rows of a box are skewed to the columns of the bias
+            pairs += positions * shape.box[0] * shape.box[1] * _power_of_two(2 * axes[2].kernel_size - 1)
         # In units of a pair's softmax: a key and its value move as slowly as 20 of them for 64 bytes.
         work = tiles * (boxes * (pairs + 20 * keys * row_bytes // 64 + 512) + 2048)
         return work, -shape.box[2], -shape.tile[2], shape
@@ -130,7 +139,8 @@ def kernel_shape(pass_name: str, axes: tuple[Axis, ...], row_bytes: int, biased:
     shapes = [
         Shape(tile, box, warps, stages)
         for m, n, warps, stages in choices
-        if target == "interpreted" or m * n <= (512 if biased else 1024) * warps
+        if target == "interpreted"
+        or m * n <= (512 if biased or major not in _OPERANDS_IN_SHARED_MEMORY else 1024) * warps
         for tile in _factorings(m, lengths)
         for box in _factorings(n, lengths)
     ]
@@ -145,6 +155,12 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     """Return the strides of batch, three axes and head of ``[B, *spatial, heads, ...]``."""
     batch, *spatial, head = x.stride()[: len(x.stride()) - 1]
     return (batch, *(0,) * (3 - len(spatial)), *spatial, head)
+
+
+def _major(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _power_of_two(x: int) -> int:
@@ -177,7 +193,8 @@ def _common(
     dim, dim_v = query.shape[-1], value.shape[-1]
     row_bytes = _power_of_two(max(dim, dim_v)) * query.element_size()
     target = "float32" if query.dtype == torch.float32 else "half"
-    shape = kernel_shape(pass_name, axes, row_bytes, rpb is not None, "interpreted" if _interpreted() else target)
+    target = "interpreted" if _interpreted() else target
+    shape = kernel_shape(pass_name, axes, row_bytes, rpb is not None, target, _major(query.device))
     arguments = {
         "query": query,
         "key": key,
