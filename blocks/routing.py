@@ -60,7 +60,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: in
     exact = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.detach().to(exact), weight.detach().to(exact)
     bias = None if bias is None else bias.detach().to(exact)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _route(x, weight, bias, height, width, topk)
     return _route(x, weight, bias, height, width, topk)

@@ -26,7 +26,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_function, trunc_normal_
+from timm.layers import (
+    DropPath,
+    LayerNorm2d,
+    calculate_drop_path_rates,
+    register_notrace_function,
+    register_notrace_module,
+    trunc_normal_,
+)
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -107,6 +114,22 @@ def rows_at_once(x: Tensor, hidden: int) -> int:
     return 0 if rows >= x.shape[1] else max(1, rows)
 
 
+@register_notrace_module
+class RowwiseMlp(PointwiseMlp):
+    """The MLP on some rows of a map at a time where nothing is kept for gradients, so that large maps need less memory.
+
+    Shape:
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, H, W, dim]`` to the same shape."""
+        rows = rows_at_once(x, self.fc1.out_features)
+        if rows == 0:
+            return self.fc2(self.act(self.fc1(x)))
+        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in x.split(rows, 1)], 1)
+
+
 class Block(nn.Module):
     """Transformer block, after an optional residual 3x3 depthwise convolution that tells positions; NCHW."""
 
@@ -127,15 +150,8 @@ class Block(nn.Module):
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = RowwiseMlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        rows = rows_at_once(x, self.mlp.fc1.out_features)
-        if rows == 0 or self.training:
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
-        # Each position is on its own, and without gradients its hidden channels need not be kept.
-        return torch.cat([part + self.mlp(self.norm2(part)) for part in x.split(rows, 1)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape; channels last in memory if they were so."""
@@ -143,7 +159,8 @@ class Block(nn.Module):
             x = x + self.pos_conv(x)
         x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return self._feed_forward(x).permute(0, 3, 1, 2)
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
 
 
 class BiFormer(Pyramid):
@@ -329,7 +346,6 @@ recipes: dict[str, dict[str, dict]] = {
 def _cfg(share: str, top1: float, file: str | None = None, **options) -> dict:
     link = f"https://api.onedrive.com/v1.0/shares/{share}/root/content"
     return IMAGENET_CFG | {
-        "min_input_size": (3, 32, 32),
         "first_conv": "stem.conv1",
         "license": "mit",
         "origin_url": "https://github.com/rayleizhu/BiFormer",

@@ -202,6 +202,12 @@ def test_introspection_of_a_model():
 
 
 @pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
+def test_shapes_are_known_without_computing(name):
+    model = timm.create_model(name, **SMALL, device="meta")
+    assert model(torch.empty(2, 3, 101, 75, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
 def test_whole_graph_compiles(name):
     model = timm.create_model(name, **SMALL).eval()
     x = torch.randn(2, 3, 64, 96)
