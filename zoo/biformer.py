@@ -107,10 +107,10 @@ class PatchDownsample(nn.Module):
 
 @register_notrace_function
 def rows_at_once(x: Tensor, hidden: int) -> int:
-    """Return how many rows of ``x`` ``[B, H, W, C]`` hold 2**22 hidden numbers; 0 if all rows shall go at once."""
+    """Return how many rows of ``x`` ``[B, H, W, C]`` hold 2**20 hidden numbers; 0 if all rows shall go at once."""
     if torch.is_grad_enabled() or not x.is_cpu or torch.jit.is_scripting() or torch.compiler.is_compiling():
         return 0
-    rows = 2**22 // max(1, x.shape[0] * x.shape[2] * hidden)
+    rows = 2**20 // max(1, x.shape[0] * x.shape[2] * hidden)
     return 0 if rows >= x.shape[1] else max(1, rows)
 
 
@@ -127,7 +127,12 @@ class RowwiseMlp(PointwiseMlp):
         rows = rows_at_once(x, self.fc1.out_features)
         if rows == 0:
             return self.fc2(self.act(self.fc1(x)))
-        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in x.split(rows, 1)], 1)
+        first = self.fc2(self.act(self.fc1(x[:, :rows])))
+        out = first.new_empty(x.shape)
+        out[:, :rows] = first
+        for start in range(rows, x.shape[1], rows):
+            out[:, start : start + rows] = self.fc2(self.act(self.fc1(x[:, start : start + rows])))
+        return out
 
 
 class Block(nn.Module):
