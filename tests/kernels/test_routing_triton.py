@@ -116,6 +116,7 @@ def resources(kernel, dim, dtype, capability):
 
     from foveate.kernels.routing import triton_kernels
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     function = getattr(triton_kernels, kernel)
@@ -141,13 +142,15 @@ def resources(kernel, dim, dtype, capability):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=options, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+    name = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
+    return registers, spilled, compiled.metadata.shared
 
 
 # Shared memory of a block, per compute capability.
