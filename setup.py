@@ -16,6 +16,7 @@ class BuildLibrary(build_ext):
 
 # Without a compiler that takes it, the install succeeds and the plain torch path serves.
 setup(
+    script_name=__file__,  # or a build would take this file for a module of the package, whose folder is this one
     cmdclass={"build_ext": BuildLibrary},
     ext_modules=[
         Extension(
