@@ -487,8 +487,8 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def nat_atto(pretrained: bool = False, **kwargs) -> NAT:
-    """NAT for demos and tests, 0.6 M parameters, kernel 5; ours, without published weights."""
-    config = dict(embed_dim=16, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), mlp_ratio=2.0, kernel_size=5)
+    """NAT for demos and tests, 0.6 M parameters, kernel 3; ours, without published weights."""
+    config = dict(embed_dim=16, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), mlp_ratio=2.0, kernel_size=3)
     return _nat("nat_atto", pretrained, kwargs, config)
 
 

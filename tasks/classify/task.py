@@ -120,8 +120,9 @@ class Classify:
         self.label_smoothing = loss["label_smoothing"]
         self.mixup = None
         if loss["mixup"] > 0 or loss["cutmix"] > 0:
-            if config["batch_size"] % 2:
-                raise TaskError(f"mixup mixes pairs: batch_size must be even, not {config['batch_size']}")
+            batch = min(config["batch_size"], len(self.train_set))
+            if batch % 2:
+                raise TaskError(f"mixup mixes pairs, but a batch has {batch} images; choose an even batch_size")
             self.mixup = Mixup(
                 loss["mixup"], loss["cutmix"], label_smoothing=self.label_smoothing, num_classes=len(self.classes)
             )
