@@ -77,7 +77,7 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     for output, lse in zip(outputs, lses, strict=True):
         if output.shape != outputs[0].shape or lse.shape != output.shape[:-1]:
             raise ValueError(
-                f"merge_attentions needs outputs of one shape, {list(outputs[0].shape)}, and lses without its last axis; "
+                f"merge_attentions needs outputs of one shape {list(outputs[0].shape)} and lses without its last axis; "
                 f"got {list(output.shape)} and {list(lse.shape)}"
             )
     stacked = torch.stack([lse.to(torch.promote_types(lse.dtype, torch.float32)) for lse in lses])

@@ -10,7 +10,7 @@ _base_ = "../_base_/digits.py"
 
 task = "classify"
 # A window of 3x3 fits into the maps of 8x8 and 4x4; one of 5x5 would attend to the padding of the latter.
-model = dict(name="nat_atto", kwargs=dict(kernel_size=3))
+model = dict(name="nat_atto")
 loss = dict(label_smoothing=0.1)
 epochs = 24
 batch_size = 32
