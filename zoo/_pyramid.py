@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, get_device_dtype, nhwc_to
+from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, get_device_dtype, nhwc_to, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ class Stage(nn.Module):
         else:
             x = self.blocks(x)
         return self.norm(x)
+
+
+def init_module(module: nn.Module) -> None:
+    """Draw linear layers from a normal of std 0.02; norms, convolutions and attention's own tables know their way."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()
 
 
 class Pyramid(nn.Module):
@@ -87,6 +97,11 @@ class Pyramid(nn.Module):
                 dtype=dtype,
             )
         self.head = head
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise as published; may be called again, after ``to_empty`` for instance."""
+        self.apply(init_module)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

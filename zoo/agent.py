@@ -36,7 +36,7 @@ from ..blocks.pointwise import PointwiseMlp
 from ..blocks.pyramid import Block
 from ..blocks.window import WindowAttention2d, cut_windows, from_swin_table, join_windows
 from ._build import IMAGENET_CFG, build
-from ._pyramid import Pyramid, Stage, _to_format
+from ._pyramid import Pyramid, Stage, _to_format, init_module
 
 __all__ = ["AgentCSWin", "AgentDeiT", "AgentPVT", "AgentSwin"]
 
@@ -208,11 +208,6 @@ class AgentPVT(Pyramid):
         )
         self.init_weights()
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
-
 
 @register_notrace_function
 def cut_tiles(x: Tensor, tile_height: int, tile_width: int) -> Tensor:
@@ -346,11 +341,6 @@ class AgentSwin(Pyramid):
         )
         self.init_weights()
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
-
 
 class AgentCSWin(Pyramid):
     """CSWin transformer with agent attention over the whole map in its first blocks, cross-shaped windows in the rest.
@@ -435,11 +425,6 @@ class AgentCSWin(Pyramid):
             **dd,
         )
         self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
 
 
 class TokenBlock(nn.Module):
@@ -601,7 +586,7 @@ class AgentDeiT(Pyramid):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
+        self.apply(init_module)
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
 
@@ -690,16 +675,6 @@ class AgentDeiT(Pyramid):
                 # What the class token reads from the agents in the last block reaches no output any more.
                 last.ca_bias = None
         return take
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Draw linear layers from a normal of std 0.02; norms, convolutions and biases of attention know their own way."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def _map_size(img_size: int | tuple[int, int], reduction: int) -> tuple[int, int]:

@@ -26,7 +26,6 @@ from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
     register_notrace_function,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -241,21 +240,6 @@ class DaViT(Pyramid):
             **dd,
         )
         self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Draw linear layers from a normal of std 0.02; convolutions and norms know their own way."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -6,8 +6,7 @@ the attention differs, named for all stages or for each, as in `blocks.create_at
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -107,20 +106,6 @@ class Host(Pyramid):
             **dd,
         )
         self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise every attention in its own way, other linear layers by a normal of std 0.02."""
-        self.apply(_init_weights)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 def keep_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

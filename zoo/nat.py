@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -135,11 +135,6 @@ class NAT(Pyramid):
         )
         self.init_weights()
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
-
 
 class IsotropicNAT(Pyramid):
     """Plain transformer on patches of 16 with neighborhood attention, or global with the same bias (vitrpb).
@@ -240,26 +235,11 @@ class IsotropicNAT(Pyramid):
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as published; may be called again, after ``to_empty`` for instance."""
-        self.apply(_init_weights)
-
-    @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the bias tables of global attention for images of ``img_size``; nothing else depends on it."""
         for module in self.modules():
             if isinstance(module, GlobalAttention2d):
                 module.set_map_size(self._map_size(img_size))
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Draw linear layers from a normal of std 0.02; norms, convolutions and bias tables know their own way."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
 
 
 # From the hub's transformers format to the authors'.
