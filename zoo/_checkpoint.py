@@ -64,8 +64,8 @@ def open_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Return the state dict inside a checkpoint: out of its wrapper, without prefixes, the backbone's part if named."""
+def state_of(checkpoint: Mapping) -> dict[str, Tensor]:
+    """Return the state dict inside a checkpoint: out of its wrapper, without the prefixes of parallel training."""
     state = checkpoint
     while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None):
         state = inner
@@ -75,6 +75,12 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
+    """Return the state dict inside a checkpoint, or of a dense model's the backbone's part."""
+    state = state_of(checkpoint)
     if any(key.startswith("backbone.") for key in state):
         return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     return state
