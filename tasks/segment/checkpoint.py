@@ -1,0 +1,138 @@
+"""Published segmenters' files: which head they hold, in which variant, and their entries under our names.
+
+Read are the containers of mmseg 0.x and 1.x, of detectron2-style Mask2Former and of OneFormer, and our own.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...zoo import CheckpointError
+from ...zoo._checkpoint import open_checkpoint, state_of
+from ..checkpoints import load_weights
+from ..neck import convert_pyramid
+
+_logger = logging.getLogger(__name__)
+
+# How to know a head by an entry of its own.
+_MARKS = {
+    "upernet": re.compile(r"head\.psp_modules\."),
+    "semantic_fpn": re.compile(r"head\.scale_heads\."),
+    "deeplabv3": re.compile(r"head\.classifier\.0\.convs\."),
+    "oneformer": re.compile(r"head\.predictor\.class_transformer\."),
+    "mask2former": re.compile(r"head\.predictor\.query_feat\."),
+}
+# Published prefixes and ours.
+_NAMES = (
+    ("decode_head.", "head."),
+    ("auxiliary_head.", "aux_head."),
+    ("neck.", "head.neck."),
+    ("task_mlp.", "head.task_mlp."),
+    ("sem_seg_head.", "head."),
+)
+# What the published files hold for training or normalising only.
+_EXTRAS = ("text_encoder.", "text_projector.", "prompt_ctx.", "criterion.", "pixel_mean", "pixel_std")
+_CLASSIFIERS = ("head.conv_seg.", "aux_head.conv_seg.", "head.classifier.4.", "head.predictor.class_embed.")
+
+
+def read_segmenter(path: str | Path) -> dict[str, Tensor]:
+    """Read a segmenter's checkpoint; return its entries under our names, the backbone's as published.
+
+    Raises:
+        CheckpointError: If it can't be read, or holds no segmenter.
+    """
+    state, extras = {}, []
+    for key, value in convert_pyramid(state_of(open_checkpoint(path))).items():
+        if key.startswith(_EXTRAS):
+            extras.append(key)
+            continue
+        for published, ours in _NAMES:
+            if key.startswith(published):
+                key = ours + key.removeprefix(published)
+                break
+        if key.startswith("head."):
+            key = _renew(key, path)
+        state[key] = value
+    if extras:
+        kinds = sorted({key.split(".")[0] for key in extras})
+        _logger.info(f"{path}: left out {len(extras)} entries that only training needs: {', '.join(kinds)}")
+    if not any(key.startswith("head.") for key in state):
+        raise CheckpointError(f"{path}: holds no segmenter, only {', '.join(map(repr, list(state)[:3]))}, ...")
+    return state
+
+
+def _renew(key: str, path: str | Path) -> str:
+    """Return an entry of the head under the name that newer files of Mask2Former use."""
+    return key
+
+
+def head_of(state: dict[str, Tensor], path: str | Path) -> str:
+    """Return the name of the head that a state dict is of."""
+    for head, mark in _MARKS.items():
+        if any(mark.match(key) for key in state):
+            return head
+    raise CheckpointError(f"{path}: holds no head that is known; known: {', '.join(_MARKS)}")
+
+
+def variant_of(head: str, state: dict[str, Tensor]) -> dict:
+    """Return the class count and the head's options that the entries' shapes tell."""
+    if head == "deeplabv3":
+        return {"num_classes": state["head.classifier.4.weight"].shape[0]}
+    num_classes, channels = state["head.conv_seg.weight"].shape[:2]
+    variant = {"num_classes": num_classes, "channels": channels}
+    if head == "semantic_fpn":
+        variant["neck_channels"] = state["head.neck.layer_blocks.0.0.weight"].shape[0]
+    return variant
+
+
+def aux_channels_of(state: dict[str, Tensor]) -> int | None:
+    """Return the channels of the auxiliary head, or None if the state dict has none."""
+    weight = state.get("aux_head.conv_seg.weight")
+    return None if weight is None else weight.shape[1]
+
+
+def is_ours(state: dict[str, Tensor]) -> bool:
+    """Return whether the backbone's entries have our names, as in the checkpoints of `foveate train`."""
+    return any(key.startswith("backbone.features.") for key in state)
+
+
+def has_backbone(state: dict[str, Tensor]) -> bool:
+    """Return whether there are any entries of a backbone."""
+    return any(key.startswith("backbone.") for key in state)
+
+
+def load_segmenter(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone: bool, reset_classifier: bool
+) -> None:
+    """Load entries under our names into ``model``: all of them, and no others.
+
+    Args:
+        model: The segmenter.
+        state: What `read_segmenter` returned.
+        path: Its file, for messages.
+        backbone: Whether the backbone's entries are to be loaded too; else it has its weights already.
+        reset_classifier: Whether the layers that know the classes keep their initial values.
+
+    Raises:
+        CheckpointError: If entries are missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+
+    def kept(key: str) -> bool:
+        if key.startswith("backbone.") and not backbone:
+            return True
+        # Batch counts play no part where the momentum is fixed; some files lack them.
+        if key.endswith("num_batches_tracked") and key not in state:
+            return True
+        return reset_classifier and key.startswith(_CLASSIFIERS)
+
+    if not model.has_aux_head:
+        dropped = [key for key in state if key.startswith("aux_head.")]
+        if dropped:
+            _logger.info(f"{path}: left out the auxiliary head, which was not asked for")
+            state = {key: value for key, value in state.items() if key not in dropped}
+    if not backbone:
+        state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    load_weights(model, state | {key: value for key, value in wanted.items() if kept(key)}, path)

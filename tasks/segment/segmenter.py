@@ -1,0 +1,242 @@
+"""Segmenters: any backbone, a head that labels every pixel, and how they are trained, evaluated and loaded."""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...zoo import CheckpointError, create_backbone
+from ...zoo.backbone import check_name, recipes_of
+from .. import TaskError, nearest
+from .checkpoint import aux_channels_of, has_backbone, head_of, is_ours, load_segmenter, read_segmenter, variant_of
+from .deeplabv3 import DeepLabV3Head
+from .fcn import FCNHead
+from .inference import predict_labels, resize_to
+from .losses import pixel_cross_entropy
+from .semantic_fpn import SemanticFPNHead
+from .upernet import UPerHead
+
+_logger = logging.getLogger(__name__)
+
+HEADS = {"semantic_fpn": SemanticFPNHead, "upernet": UPerHead, "deeplabv3": DeepLabV3Head}
+# The heads that are trained with an auxiliary one.
+_WITH_AUX = ("upernet", "deeplabv3")
+
+
+class Segmenter(nn.Module):
+    """A backbone and a head that gives every pixel a class; for training perhaps an auxiliary head.
+
+    ``head(features)`` and ``aux_head(features)`` give logits at their own scale, 1/4 of the image for UperNet and
+    Semantic FPN.
+
+    Args:
+        backbone: Maps images to a list of maps.
+        head: Maps the list to logits.
+        aux_head: Another one, used for the loss only.
+        ignore_index: Label of pixels that don't count.
+        loss_mean: Whether the cross entropy is divided by ``"all"`` pixels, as in mmseg, or the ``"valid"`` ones; see
+            `pixel_cross_entropy`.
+        aux_weight: Weight of the auxiliary loss.
+
+    Shape:
+        Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        aux_head: nn.Module | None = None,
+        ignore_index: int = 255,
+        loss_mean: str = "all",
+        aux_weight: float = 0.4,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.aux_head = aux_head
+        self.ignore_index = ignore_index
+        self.loss_mean = loss_mean
+        self.aux_weight = aux_weight
+
+    @property
+    def has_aux_head(self) -> bool:
+        """Whether there is an auxiliary head."""
+        return self.aux_head is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, 3, H, W]`` to logits ``[B, num_classes, H, W]``."""
+        return resize_to(self.head(self.backbone(x)), x.shape[-2:])
+
+    def loss(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the losses of a batch, weighted; their sum is what one minimises.
+
+        Args:
+            x: Images ``[B, 3, H, W]``.
+            labels: ``[B, H, W]``, integers below the number of classes, or ``ignore_index``.
+
+        Returns:
+            ``decode.loss_ce`` and, with an auxiliary head, ``aux.loss_ce``, as mmseg calls them.
+        """
+        features = self.backbone(x)
+        losses = {"decode.loss_ce": self._cross_entropy(self.head(features), labels)}
+        if self.aux_head is not None:
+            losses["aux.loss_ce"] = self.aux_weight * self._cross_entropy(self.aux_head(features), labels)
+        return losses
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return pixel_cross_entropy(logits, labels, self.ignore_index, self.loss_mean)
+
+    def predict(
+        self,
+        images: Tensor | Sequence[Tensor],
+        mode: str = "whole",
+        crop_size: Sequence[int] | int | None = None,
+        stride: Sequence[int] | int | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        output_size: Sequence[int] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Label every pixel; put the model into evaluation mode first.
+
+        Args:
+            images: Normalised images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``.
+            mode: ``"whole"``, or ``"slide"``: logits are averaged over overlapping windows.
+            crop_size: Height and width of the windows; 512 by default.
+            stride: Steps between them; two thirds of the window by default.
+            scales: Factors of the images' size. With several, or with ``flip``, probabilities are averaged over the
+                views; the published multi-scale numbers use 0.5, 0.75, 1, 1.25, 1.5, 1.75 and ``flip``.
+            flip: Whether to look at the mirror images too.
+            output_size: Height and width of the label maps, such as an image's before it was resized; logits are
+                resized to it. The images' own by default.
+
+        Returns:
+            Classes ``[B, H, W]``, or a list of ``[H_i, W_i]``.
+
+        Raises:
+            TaskError: If the mode is unknown, windows leave gaps, or scales are not positive.
+        """
+        if isinstance(images, Tensor):
+            return predict_labels(self, images, mode, crop_size, stride, scales, flip, output_size)
+        return [
+            predict_labels(self, image[None], mode, crop_size, stride, scales, flip, output_size)[0] for image in images
+        ]
+
+
+def create_segmenter(
+    head: str,
+    backbone: str | nn.Module,
+    num_classes: int | None = None,
+    recipe: str | None = "auto",
+    checkpoint: str | Path | None = None,
+    aux_head: bool = True,
+    backbone_kwargs: Mapping | None = None,
+    reset_classifier: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """Create a segmenter of any backbone.
+
+    Args:
+        head: ``"semantic_fpn"``, ``"upernet"`` or ``"deeplabv3"``.
+        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
+            finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
+        num_classes: Classes; the checkpoint's, or else 150 (ADE20K), by default.
+        recipe: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
+            default the one for the head, where the backbone has it.
+        checkpoint: File of a whole segmenter: mmseg's, detectron2's, or ours. The variant of the head is read from it
+            unless given. A file of a head alone leaves the backbone as it is, and says so.
+        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet
+            and DeepLabV3; the others never have one.
+        backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
+        reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
+        **kwargs: Options of the head, such as ``channels``, and of the segmenter, such as ``loss_mean``.
+
+    Raises:
+        TaskError: If the head or an option is unknown, or the backbone does not suit the head.
+        UnknownModelError: If the backbone or its recipe is unknown.
+        CheckpointError: If the checkpoint can't be read, or is of another model.
+
+    Example:
+        >>> model = create_segmenter("upernet", "nat_atto", num_classes=19, channels=32)
+        >>> model(torch.randn(1, 3, 65, 97)).shape
+        torch.Size([1, 19, 65, 97])
+    """
+    if head not in HEADS:
+        raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
+    head_class = HEADS[head]
+    head_options, options = _split_options(head, head_class, kwargs)
+    state = None if checkpoint is None else read_segmenter(checkpoint)
+    aux_options = {}
+    aux = aux_head and head in _WITH_AUX
+    if state is not None:
+        held = head_of(state, checkpoint)
+        if held != head:
+            raise CheckpointError(
+                f"{checkpoint}: holds a {held}, not a {head}; create_segmenter({held!r}, ...) reads it"
+            )
+        variant = variant_of(head, state)
+        held_classes = variant.pop("num_classes")
+        if num_classes is None:
+            num_classes = held_classes
+        elif num_classes != held_classes and not reset_classifier:
+            raise CheckpointError(
+                f"{checkpoint}: has {held_classes} classes, not {num_classes}; leave num_classes out, or start with a "
+                "new classifier: reset_classifier=True"
+            )
+        head_options = variant | head_options
+        channels = aux_channels_of(state)
+        if aux and channels is None:
+            _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
+        aux = aux and channels is not None
+        aux_options = {"channels": channels}
+    num_classes = 150 if num_classes is None else num_classes
+
+    published = state is not None and has_backbone(state) and not is_ours(state)
+    backbone_options = dict(backbone_kwargs or {})
+    if head == "deeplabv3" and isinstance(backbone, str):
+        backbone_options.setdefault("output_stride", 16)
+    body = _build_backbone(head, backbone, recipe, checkpoint if published else None, backbone_options)
+    if head == "deeplabv3":
+        head_options.setdefault("stride", body.reductions[-1])
+    model = Segmenter(
+        body,
+        head_class(body.channels, num_classes, **head_options),
+        FCNHead(body.channels, num_classes, **aux_options) if aux else None,
+        **options,
+    )
+    if state is not None:
+        if not has_backbone(state) and body.state_dict():
+            _logger.warning(f"{checkpoint}: holds a head alone; the backbone keeps its weights")
+        whole = has_backbone(state) and (is_ours(state) or not isinstance(backbone, str))
+        load_segmenter(model, state, checkpoint, whole, reset_classifier)
+    return model
+
+
+def _split_options(head: str, head_class: type[nn.Module], given: dict) -> tuple[dict, dict]:
+    """Return the options of the head and those of the segmenter, or raise a TaskError for one of neither."""
+    of_head = list(inspect.signature(head_class).parameters)[2:]
+    of_segmenter = list(inspect.signature(Segmenter).parameters)[3:]
+    for name in given:
+        if name not in of_head + of_segmenter:
+            raise TaskError(f"{head} has no option {name!r}{nearest(name, of_head + of_segmenter)}")
+    return (
+        {name: value for name, value in given.items() if name in of_head},
+        {name: value for name, value in given.items() if name in of_segmenter},
+    )
+
+
+def _build_backbone(
+    head: str, backbone: str | nn.Module, recipe: str | None, checkpoint: str | Path | None, options: dict
+) -> nn.Module:
+    """Return the backbone: the module itself, or the named one with the four coarsest of its maps."""
+    if not isinstance(backbone, str):
+        if not hasattr(backbone, "channels"):
+            raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
+        return backbone
+    check_name(backbone)
+    if recipe == "auto":
+        known = recipes_of(backbone)
+        recipe = next((name for name in (head, "segmentation") if name in known), None)
+    return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
