@@ -1,0 +1,178 @@
+"""Images with annotated objects: COCO's JSON, Pascal VOC's XML, and the bundled nuclei."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import TaskError, nearest
+from ..augment import Augment
+from ..coco import Instances, Record, decode_masks, encode_mask, mask_box, read_instances, to_run_lengths
+from ..images import read_image
+from ..samples import load_nuclei_half
+from ..voc import CLASSES as VOC_CLASSES
+from ..voc import read_voc
+
+DATA_SETS = ("coco", "nuclei", "voc")
+
+
+class DetectionSet(Dataset):
+    """Images with their objects, to train on or to be measured by.
+
+    An item is an image ``[3, H, W]``, uint8, and a target. To train: ``boxes`` ``[N, 4]`` in pixels, float32,
+    ``labels`` ``[N]`` from 0, and ``masks`` ``[N, H, W]``, uint8, where there are masks; crowds are left out. To be
+    measured: ``boxes`` in float64, ``labels``, ``iscrowd``, ``area``, ``size`` and ``masks`` as run lengths.
+
+    Args:
+        records: The images.
+        classes: Names of the classes, in the order of the labels.
+        augment: Augmentation; the set is to be measured by if None.
+        repeat: How often an epoch shows each image.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], classes: Sequence[str], augment: Augment | None = None, repeat: int = 1
+    ):
+        self.records = list(records)
+        self.classes = list(classes)
+        self.augment = augment
+        self.repeat = repeat
+
+    def __len__(self) -> int:
+        return len(self.records) * self.repeat
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is, RGB."""
+        record = self.records[index % len(self.records)]
+        image = read_image(record.file)
+        if (image.height, image.width) != tuple(record.size):
+            raise TaskError(
+                f"{record.file}: has {image.height}x{image.width} pixels, but its annotations say "
+                f"{record.size[0]}x{record.size[1]}"
+            )
+        return image
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        record = self.records[index % len(self.records)]
+        instances, pixels = record.instances, np.asarray(self.image(index))
+        if self.augment is None:
+            return _to_tensor(pixels), _measured(instances, record.size)
+        instances = instances.select(~instances.crowd)
+        masks = None if instances.masks is None else decode_masks(instances.masks, *record.size)
+        pixels, boxes, masks, left = self.augment.instances(pixels, instances.boxes, masks)
+        target = {"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(instances.labels[left])}
+        if masks is not None:
+            target["masks"] = torch.from_numpy(masks)
+        return _to_tensor(pixels), target
+
+    @staticmethod
+    def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
+        """Return images and targets as lists: their sizes differ."""
+        images, targets = zip(*items, strict=True)
+        return list(images), list(targets)
+
+
+class Nuclei(DetectionSet):
+    """The bundled micrograph: the left half, ``"train"``, or the right one, ``"val"``; 512x256 pixels each.
+
+    A nucleus on the cut is in both, each time with the part that is there.
+    """
+
+    def __init__(self, split: str, augment: Augment | None = None, repeat: int = 1):
+        pixels, labels = load_nuclei_half(split)
+        self.pixels = pixels.astype(np.uint8)
+        masks = [labels == number for number in np.unique(labels) if number]
+        instances = Instances(
+            np.array([mask_box(mask) for mask in masks]),
+            np.zeros(len(masks), np.int64),
+            np.array([mask.sum() for mask in masks], np.float64),
+            np.zeros(len(masks), bool),
+            [encode_mask(mask) for mask in masks],
+        )
+        record = Record(Path(f"nuclei-{split}.png"), labels.shape, split, instances)
+        super().__init__([record], ["nucleus"], augment, repeat)
+
+    def image(self, index: int) -> Image.Image:
+        """Return the half as RGB."""
+        return Image.fromarray(self.pixels).convert("RGB")
+
+
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _measured(instances: Instances, size: tuple[int, int]) -> dict[str, Any]:
+    target = {
+        "boxes": torch.from_numpy(instances.boxes),
+        "labels": torch.from_numpy(instances.labels),
+        "area": torch.from_numpy(instances.areas),
+        "iscrowd": torch.from_numpy(instances.crowd.astype(np.int64)),
+        "size": tuple(size),
+    }
+    if instances.masks is not None:
+        target["masks"] = [to_run_lengths(mask, *size) for mask in instances.masks]
+    return target
+
+
+def build_datasets(data: dict, with_masks: bool) -> tuple[DetectionSet, DetectionSet]:
+    """Return the training and the validation set that a config's ``data`` describes.
+
+    Args:
+        data: As in `Detect.DEFAULTS`.
+        with_masks: Whether the objects need masks.
+
+    Raises:
+        TaskError: If the data set is unknown, its files are missing or its annotations broken, training and validation
+            have different classes or there is nothing to train on or to measure by.
+    """
+    augment = Augment(data["augment"])
+    if data["broken"] not in ("refuse", "drop"):
+        raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
+    if data["repeat"] < 1:
+        raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
+    if data["name"] == "nuclei":
+        train, val = Nuclei("train", augment, data["repeat"]), Nuclei("val")
+    elif data["name"] in DATA_SETS:
+        parts = {split: _read_part(data, split, with_masks) for split in ("train", "val")}
+        (records, classes), (held_out, expected) = parts["train"], parts["val"]
+        if classes != expected:
+            differing = sorted(set(classes) ^ set(expected)) or "in another order"
+            raise TaskError(f"training and validation annotations have different classes: {differing}")
+        if not data["keep_empty"]:
+            records = [record for record in records if not record.instances.crowd.all()]
+        train = DetectionSet(records, classes, augment, data["repeat"])
+        val = DetectionSet(held_out, classes)
+    else:
+        raise TaskError(f"unknown data set {data['name']!r}{nearest(str(data['name']), DATA_SETS)}")
+    if data["num_classes"] not in (None, len(train.classes)):
+        raise TaskError(
+            f"data.num_classes is {data['num_classes']}, but {data['root'] or data['name']} has {len(train.classes)} "
+            f"classes; leave it None to take what is there"
+        )
+    for name, part in (("training", train), ("validation", val)):
+        if not any(len(record.instances) for record in part.records):
+            raise TaskError(f"{data['root'] or data['name']}: the {name} images have no object")
+    return train, val
+
+
+def _read_part(data: dict, split: str, with_masks: bool) -> tuple[list[Record], list[str]]:
+    if data["root"] is None:
+        raise TaskError("data.root is not set; name the folder that holds images and annotations")
+    root, part = Path(data["root"]).expanduser(), data[split]
+    if not root.is_dir():
+        raise TaskError(f"{root}: no such folder (data.root)")
+    if data["name"] == "voc":
+        classes = list(data["classes"] or VOC_CLASSES)
+        return read_voc(root, part["split"], classes, with_masks, data["broken"]), classes
+    images = root / part["images"]
+    if not images.is_dir():
+        raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
+    records, classes, _ = read_instances(root / part["annotations"], images, with_masks, data["broken"])
+    if data["classes"] is not None and list(data["classes"]) != classes:
+        raise TaskError(f"data.classes is {list(data['classes'])}, but {root / part['annotations']} has {classes}")
+    return records, classes

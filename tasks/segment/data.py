@@ -1,0 +1,540 @@
+"""Images whose pixels are labelled: ADE20K, Cityscapes, Pascal VOC, plain folders, COCO's two formats, the nuclei."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import TaskError, nearest
+from ..annotations import Faults
+from ..augment import IGNORE, Augment, resize_within
+from ..coco import (
+    PanopticRecord,
+    Record,
+    decode_masks,
+    encode_mask,
+    mask_box,
+    read_instances,
+    read_panoptic,
+    read_segment_ids,
+    to_run_lengths,
+)
+from ..images import EXTENSIONS, read_image
+from ..samples import load_nuclei_half
+from ..voc import CLASSES as VOC_CLASSES
+
+DATA_SETS = ("ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc")
+# Up to so many label maps are read before training; more are checked as they come.
+CHECKED_AT_ONCE = 1000
+
+_ADE20K = (
+    "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,mountain,"
+    "plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,field,armchair,seat,fence,desk,rock,"
+    "wardrobe,lamp,bathtub,railing,cushion,base,box,column,signboard,chest of drawers,counter,sand,sink,skyscraper,"
+    "fireplace,refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,river,bridge,"
+    "bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,palm,kitchen island,computer,"
+    "swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,truck,tower,chandelier,awning,streetlight,booth,"
+    "television receiver,airplane,dirt track,apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,poster,stage,"
+    "van,ship,fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,waterfall,tent,bag,"
+    "minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,bicycle,lake,dishwasher,screen,blanket,"
+    "sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,"
+    "radiator,glass,clock,flag"
+)
+ADE20K_CLASSES = _ADE20K.split(",")
+# Cityscapes' 19 classes by the id that its label maps have; the other ids of 0 to 33 aren't counted.
+CITYSCAPES_IDS = {
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+    21: "vegetation",
+    22: "terrain",
+    23: "sky",
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputRule:
+    """How an image becomes a segmenter's input; kept in every checkpoint.
+
+    Attributes:
+        short: It is resized, at the same ratio, to fit into ``short x long`` pixels, whichever way it lies; None: it
+            keeps its size.
+        long: See ``short``.
+        divisor: Then both sides are stretched, a little, to the next multiple of it.
+        mean: Subtracted from pixels of 0 to 1, for each channel.
+        std: Divides the difference, for each channel.
+    """
+
+    short: int | None
+    long: int
+    divisor: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != 3:
+                raise TaskError(f"data.{name} needs three numbers, for red, green and blue")
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
+        mean, std = (255 * torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return (image - mean) / std
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return an RGB image as the input of evaluation, ``[3, H', W']``."""
+        pixels = np.asarray(image)
+        if self.short is not None:
+            pixels = resize_within(pixels, self.short, self.long, self.divisor)
+        return self.normalise(pixels)
+
+
+class SegmentationSet(Dataset):
+    """Labelled images, to train on or to be measured by; the sources of annotations are its subclasses.
+
+    An item to train on is a normalised image ``[3, h, w]`` with labels ``[h, w]``, int64, of which ``IGNORE`` don't
+    count, or for Mask2Former with a dict of ``labels`` ``[N]`` and ``masks`` ``[N, h, w]``, bool. One to be measured by
+    is a dict of ``image`` and ``size``, with the truth in the image's own size.
+
+    Args:
+        classes: Names of the classes, in the order of the labels.
+        things: For each class whether its objects are told apart.
+        rule: How images become inputs.
+        task: What is predicted: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        as_masks: Whether to train on masks.
+        augment: Augmentation; the set is to be measured by if None.
+        pad: Height and width to which smaller images are padded, by zeros after normalisation, to train on them.
+        repeat: How often an epoch shows each image.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        things: Sequence[bool],
+        rule: InputRule,
+        task: str,
+        as_masks: bool,
+        augment: Augment | None = None,
+        pad: tuple[int, int] | None = None,
+        repeat: int = 1,
+    ):
+        self.classes, self.things = list(classes), list(things)
+        self.rule, self.task, self.as_masks = rule, task, as_masks
+        self.augment, self.pad, self.repeat = augment, pad, repeat
+
+    @property
+    def images(self) -> int:
+        """Number of different images."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is, RGB."""
+        raise NotImplementedError
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return masks ``[N, H, W]``, uint8, their labels ``[N]``, and whether each is a crowd ``[N]``."""
+        raise NotImplementedError
+
+    def labels(self, index: int) -> np.ndarray:
+        """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` where there is none."""
+        masks, labels, crowd = self.segments(index)
+        image = self.image(index)
+        painted = np.full((image.height, image.width), IGNORE, np.int32)
+        for mask, label, is_crowd in zip(masks, labels, crowd, strict=True):
+            if not is_crowd:
+                painted[mask > 0] = label
+        return painted
+
+    def __len__(self) -> int:
+        return self.images * self.repeat
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        index %= self.images
+        image = self.image(index)
+        if self.augment is None:
+            return {"image": self.rule(image), "size": (image.height, image.width)}, self._truth(index)
+        pixels = np.asarray(image)
+        if not self.as_masks:
+            pixels, labels = self.augment(pixels, self.labels(index))
+            return self._padded(self.rule.normalise(pixels), 0.0), self._padded(
+                torch.from_numpy(labels.astype(np.int64)), IGNORE
+            )
+        masks, labels, crowd = self.segments(index)
+        masks, labels = masks[~crowd], labels[~crowd]
+        pixels, _, masks, left = self.augment.instances(pixels, _boxes(masks), masks)
+        image = self._padded(self.rule.normalise(pixels), 0.0)
+        masks = self._padded(torch.from_numpy(np.ascontiguousarray(masks)).bool(), False)
+        return image, {"labels": torch.from_numpy(labels[left]), "masks": masks}
+
+    def _padded(self, x: Tensor, value: float) -> Tensor:
+        height, width = self.pad or (0, 0)
+        below, right = max(height - x.shape[-2], 0), max(width - x.shape[-1], 0)
+        return torch.nn.functional.pad(x, (0, right, 0, below), value=value)
+
+    def _truth(self, index: int) -> Any:
+        if self.task == "semantic":
+            return torch.from_numpy(self.labels(index))
+        masks, labels, crowd = self.segments(index)
+        if self.task == "instance":
+            return {
+                "boxes": torch.from_numpy(_boxes(masks)),
+                "labels": torch.from_numpy(labels),
+                "area": torch.from_numpy(masks.sum((1, 2)).astype(np.float64)),
+                "iscrowd": torch.from_numpy(crowd.astype(np.int64)),
+                "size": tuple(masks.shape[1:]),
+                "masks": [encode_mask(mask) for mask in masks],
+            }
+        # Class and number of every pixel's segment; void and crowds have the class after the last.
+        truth = np.zeros((*masks.shape[1:], 2), np.int32)
+        truth[..., 0] = len(self.classes)
+        for number, (mask, label, is_crowd) in enumerate(zip(masks, labels, crowd, strict=True), start=1):
+            if not is_crowd:
+                truth[mask > 0] = label, number
+        return torch.from_numpy(truth)
+
+    def collate(self, items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Return a batch: to train, one tensor of images, padded to the largest; to be measured by, lists."""
+        inputs, targets = zip(*items, strict=True)
+        if self.augment is None:
+            return list(inputs), list(targets)
+        height, width = (max(image.shape[side] for image in inputs) for side in (-2, -1))
+
+        def pad(x: Tensor, value: float) -> Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
+
+        images = torch.stack([pad(image, 0.0) for image in inputs])
+        if not self.as_masks:
+            return images, torch.stack([pad(labels, IGNORE) for labels in targets])
+        return images, [target | {"masks": pad(target["masks"], False)} for target in targets]
+
+
+def _boxes(masks: np.ndarray) -> np.ndarray:
+    return np.array([mask_box(mask) if mask.any() else (0.0,) * 4 for mask in masks], np.float64).reshape(-1, 4)
+
+
+class LabelMaps(SegmentationSet):
+    """Images with pictures whose values stand for classes.
+
+    Args:
+        files: ``(image, label map)`` of each.
+        values: Class of each value of 0 to 255, int32 ``[256]``; -1 where there is none.
+        **settings: As for `SegmentationSet`.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, Path]], values: np.ndarray, **settings):
+        super().__init__(**settings)
+        self.files, self.values = list(files), values
+
+    @property
+    def images(self) -> int:
+        """Number of different images."""
+        return len(self.files)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is, RGB."""
+        return read_image(self.files[index][0])
+
+    def labels(self, index: int) -> np.ndarray:
+        """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` where there is none."""
+        labels, _, fault = self._read(index)
+        if labels is None:
+            raise TaskError(f"{self.files[index][1]}: {fault}")
+        return labels
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return a mask for every class that is there."""
+        labels = self.labels(index)
+        found = np.setdiff1d(np.unique(labels), [IGNORE]).astype(np.int64)
+        return (labels == found[:, None, None]).astype(np.uint8), found, np.zeros(len(found), bool)
+
+    def _read(self, index: int) -> tuple[np.ndarray | None, str, str]:
+        """Return a label map, or the kind of its fault, and what is wrong."""
+        image, path = self.files[index]
+        try:
+            with Image.open(path) as picture:
+                values = np.asarray(picture)
+        except (OSError, SyntaxError) as error:
+            return None, "damaged", f"damaged, or no image ({str(error).splitlines()[0]})"
+        if values.ndim != 2:
+            return None, "damaged", f"is a picture of {values.shape[-1]} channels; a label map has one"
+        unknown = [int(value) for value in np.unique(values) if not 0 <= value < 256 or self.values[int(value)] < 0]
+        if unknown:
+            listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            return None, "value", f"has values that stand for no class: {listed}"
+        with Image.open(image) as picture:
+            width, height = picture.size
+            if picture.getexif().get(0x0112, 1) > 4:
+                # The camera lay on its side.
+                width, height = height, width
+        if values.shape != (height, width):
+            return None, "size", f"has {values.shape[0]}x{values.shape[1]} pixels, but its image {height}x{width}"
+        return self.values[values.astype(np.uint8)], "", ""
+
+    def check(self) -> None:
+        """Read all label maps; raise one TaskError that lists all that is wrong."""
+        faults = Faults(self.files[0][1].parent)
+        for index, (_, path) in enumerate(self.files):
+            labels, kind, fault = self._read(index)
+            if labels is None:
+                faults.add(kind, f"{path.name} {fault}")
+        faults.refuse("correct them")
+
+
+class PanopticMaps(SegmentationSet):
+    """COCO's panoptic annotations."""
+
+    def __init__(self, records: Sequence[PanopticRecord], **settings):
+        super().__init__(**settings)
+        self.records = list(records)
+
+    @property
+    def images(self) -> int:
+        """Number of different images."""
+        return len(self.records)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is, RGB."""
+        return read_image(self.records[index].file)
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the segments' masks, labels and whether they are crowds."""
+        record = self.records[index]
+        numbers = read_segment_ids(np.asarray(read_image(record.map)))
+        if numbers.shape != tuple(record.size):
+            raise TaskError(f"{record.map}: has {numbers.shape[0]}x{numbers.shape[1]} pixels, not {record.size}")
+        faults = Faults(record.map)
+        found = np.unique(numbers)
+        for number in np.setdiff1d(found, [*record.ids, 0]):
+            faults.add("segment", f"{number} isn't in the file")
+        for number in np.setdiff1d(record.ids, found):
+            faults.add("segment", f"{number} has no pixel")
+        faults.refuse("correct picture or JSON")
+        return (numbers == record.ids[:, None, None]).astype(np.uint8), record.labels, record.crowd
+
+
+class InstanceMaps(SegmentationSet):
+    """COCO's annotations of instances."""
+
+    def __init__(self, records: Sequence[Record], **settings):
+        super().__init__(**settings)
+        self.records = list(records)
+
+    @property
+    def images(self) -> int:
+        """Number of different images."""
+        return len(self.records)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is, RGB."""
+        return read_image(self.records[index].file)
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the objects' masks, labels and whether they are crowds."""
+        record = self.records[index]
+        instances = record.instances
+        masks = [to_run_lengths(mask, *record.size) for mask in instances.masks]
+        return decode_masks(masks, *record.size), instances.labels, instances.crowd
+
+
+class Nuclei(SegmentationSet):
+    """A half of the bundled micrograph: background is stuff, nuclei are things.
+
+    For instances the only class is the nucleus; else there are background and nucleus.
+    """
+
+    def __init__(self, split: str, task: str, **settings):
+        names = ["nucleus"] if task == "instance" else ["background", "nucleus"]
+        super().__init__(classes=names, things=[name == "nucleus" for name in names], task=task, **settings)
+        pixels, self.numbers = load_nuclei_half(split)
+        self.pixels = pixels.astype(np.uint8)
+
+    @property
+    def images(self) -> int:
+        """Number of different images."""
+        return 1
+
+    def image(self, index: int) -> Image.Image:
+        """Return the half as RGB."""
+        return Image.fromarray(self.pixels).convert("RGB")
+
+    def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return background, unless instances are asked for, and nuclei; for semantic masks all nuclei as one."""
+        if self.task == "semantic":
+            masks, labels = np.stack([self.numbers == 0, self.numbers > 0]), np.arange(2)
+        else:
+            found = np.unique(self.numbers)
+            found = found[found > 0] if self.task == "instance" else found
+            masks = self.numbers == found[:, None, None]
+            labels = np.minimum(found, len(self.classes) - 1)
+        return masks.astype(np.uint8), labels.astype(np.int64), np.zeros(len(labels), bool)
+
+
+def build_datasets(
+    data: dict, rule: InputRule, task: str = "semantic", as_masks: bool = False
+) -> tuple[SegmentationSet, SegmentationSet]:
+    """Return the training and the validation set that a config's ``data`` describes.
+
+    Args:
+        data: As in `Segment.DEFAULTS`.
+        rule: How images become inputs.
+        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        as_masks: Whether to train on masks.
+
+    Raises:
+        TaskError: If the data set is unknown or doesn't hold what the task needs, or its files are missing or broken.
+    """
+    name = data["name"]
+    if name not in DATA_SETS:
+        raise TaskError(f"unknown data set {name!r}{nearest(str(name), DATA_SETS)}")
+    fits = {
+        "coco": ("instance",),
+        "coco_panoptic": ("panoptic", "semantic"),
+        "nuclei": ("semantic", "instance", "panoptic"),
+    }
+    if task not in fits.get(name, ("semantic",)):
+        raise TaskError(
+            f"{name} has no annotations for {task} segmentation, only for {' or '.join(fits.get(name, ('semantic',)))}"
+        )
+    if data["broken"] not in ("refuse", "drop"):
+        raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
+    if data["repeat"] < 1:
+        raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
+    crop = data["augment"].get("crop")
+    pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
+    shared = {"rule": rule, "task": task, "as_masks": as_masks}
+    to_train = {"augment": Augment(data["augment"]), "pad": pad, "repeat": data["repeat"]}
+    if name == "nuclei":
+        shared.pop("task")
+        sets = Nuclei("train", task, **shared, **to_train), Nuclei("val", task, **shared)
+    else:
+        if data["root"] is None:
+            raise TaskError("data.root is not set; name the folder that holds images and annotations")
+        root = Path(data["root"]).expanduser()
+        if not root.is_dir():
+            raise TaskError(f"{root}: no such folder (data.root)")
+        read = {"coco": _read_coco, "coco_panoptic": _read_coco}.get(name, _read_maps)
+        sets = read(root, data, "train", shared | to_train), read(root, data, "val", shared)
+        if sets[0].classes != sets[1].classes:
+            differing = sorted(set(sets[0].classes) ^ set(sets[1].classes)) or "in another order"
+            raise TaskError(f"training and validation annotations have different classes: {differing}")
+    if data["num_classes"] not in (None, len(sets[0].classes)):
+        raise TaskError(
+            f"data.num_classes is {data['num_classes']}, but {data['root'] or name} has {len(sets[0].classes)} "
+            f"classes; leave it None to take what is there"
+        )
+    if len(sets[0].classes) >= IGNORE:
+        raise TaskError(f"{name} has {len(sets[0].classes)} classes; at most {IGNORE - 1} can be told from unlabelled")
+    return sets
+
+
+def _read_coco(root: Path, data: dict, split: str, settings: dict) -> SegmentationSet:
+    part = data[split]
+    images = root / part["images"]
+    if not images.is_dir():
+        raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
+    path = root / part["annotations"]
+    if data["name"] == "coco":
+        records, classes, _ = read_instances(path, images, True, data["broken"])
+        return InstanceMaps(records, classes=classes, things=[True] * len(classes), **settings)
+    maps = None if part["maps"] is None else root / part["maps"]
+    records, classes, things = read_panoptic(path, images, maps, data["broken"])
+    return PanopticMaps(records, classes=classes, things=things, **settings)
+
+
+def _read_maps(root: Path, data: dict, split: str, settings: dict) -> LabelMaps:
+    files, classes, values = {"ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc, "folder": _folder}[
+        data["name"]
+    ](root, data, split)
+    faults = Faults(root)
+    if not files:
+        raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
+    for image, path in files:
+        if not image.is_file():
+            faults.add("image", image)
+        elif not path.is_file():
+            faults.add("pair", image)
+    faults.refuse("complete the data set")
+    found = LabelMaps(files, values, classes=classes, things=[False] * len(classes), **settings)
+    if len(files) <= CHECKED_AT_ONCE:
+        found.check()
+    return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise TaskError(f"{folder}: no such folder")
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
+
+
+def _values(labels: dict[int, int]) -> np.ndarray:
+    values = np.full(256, -1, np.int32)
+    for value, label in labels.items():
+        values[value] = label
+    return values
+
+
+def _ade20k(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+    """Return ADE20K's files (the release of SceneParse150): 0 is unlabelled, classes count from 1."""
+    part = "training" if split == "train" else "validation"
+    files = [(image, root / "annotations" / part / f"{image.stem}.png") for image in _images_in(root / "images" / part)]
+    return files, ADE20K_CLASSES, _values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
+
+
+def _cityscapes(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+    """Return Cityscapes' files: of the ids 0 to 33, 19 are classes."""
+    files = []
+    for image in _images_in(root / "leftImg8bit" / split):
+        name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+        files.append((image, root / "gtFine" / split / image.parent.name / name))
+    values = dict.fromkeys((*range(34), 255), IGNORE)
+    return files, list(CITYSCAPES_IDS.values()), _values(values | {v: k for k, v in enumerate(CITYSCAPES_IDS)})
+
+
+def _voc(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+    """Return Pascal VOC's files: 0 is background, 255 the borders of objects."""
+    listing = root / "ImageSets" / "Segmentation" / f"{data[split]['split']}.txt"
+    if not listing.is_file():
+        raise TaskError(f"{listing}: no such file; data.root is a folder such as VOCdevkit/VOC2012")
+    names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+    files = [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names]
+    return files, ["background", *VOC_CLASSES], _values({255: IGNORE, **{label: label for label in range(21)}})
+
+
+def _folder(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+    """Return the files of ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
+    classes = data["classes"]
+    if classes is None:
+        listing = root / "classes.txt"
+        if not listing.is_file():
+            raise TaskError(f"{listing}: no such file; list the classes' names there, a line each, or in data.classes")
+        classes = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+    values = list(range(len(classes))) if data["values"] is None else list(data["values"])
+    if len(values) != len(classes) or not all(isinstance(value, int) and 0 <= value < 256 for value in values):
+        raise TaskError(f"data.values needs a number of 0 to 255 for each of the {len(classes)} classes, not {values}")
+    folder = root / "images" / split
+    files = [
+        (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png"))
+        for image in _images_in(folder)
+    ]
+    return files, list(classes), _values({255: IGNORE} | {value: label for label, value in enumerate(values)})
