@@ -9,6 +9,7 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
 from .quadtree import QuadTreeAttention2d
@@ -29,6 +30,7 @@ __all__ = [
     "EfficientLocalAttention",
     "GlobalAttention2d",
     "LePEAttention2d",
+    "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",

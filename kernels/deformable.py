@@ -1,0 +1,154 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, eq. 3): weighted sums of points of maps."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("reference", "bags")
+
+# Below so many points the sampling's own gradient is as fast as that of the bags, which sorts (measured, one thread).
+_FEW_POINTS = 100_000
+
+
+def multi_scale_deformable_attention(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Read maps of several scales at the points that each query names, and sum what is found there, weighted.
+
+    Reading is bilinear between the centres of the pixels, and zero outside of the maps.
+
+    Args:
+        value: The maps' pixels ``[B, S, heads, dim]``, row by row and one map after the other.
+        shapes: Height and width of each map; their areas add up to ``S``.
+        locations: ``[B, Q, heads, maps, points, 2]``, (x, y); 0 is the left or upper edge of a map, 1 the other one.
+        weights: ``[B, Q, heads, maps, points]``.
+        backend: ``"bags"`` (CPU: gathers the four pixels around every point and sums them in one pass, without keeping
+            the samples) or ``"reference"`` (`torch.nn.functional.grid_sample` of each map, the usual formulation). By
+            default the faster one on the device; graphs for export are built from the reference.
+
+    Returns:
+        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three.
+
+    Raises:
+        ValueError: If shapes don't fit or the backend is unknown.
+
+    Example:
+        >>> value = torch.randn(1, 5 * 7 + 3 * 4, 2, 16)
+        >>> locations = torch.rand(1, 10, 2, 2, 4, 2)
+        >>> weights = torch.full((1, 10, 2, 2, 4), 1 / 8)
+        >>> multi_scale_deformable_attention(value, [(5, 7), (3, 4)], locations, weights).shape
+        torch.Size([1, 10, 32])
+    """
+    _check(value, shapes, locations, weights)
+    if backend is None:
+        backend = choose_backend(value, locations, weights)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    function = _reference if backend == "reference" else _bags
+    # Half a pixel of a large map is below the resolution of the 16-bit types.
+    precision = torch.float64 if value.dtype == torch.float64 else torch.float32
+    out = function(value.to(precision), shapes, locations.to(precision), weights.to(precision))
+    return out.to(value.dtype)
+
+
+def choose_backend(value: Tensor, locations: Tensor, weights: Tensor) -> str:
+    """Return the backend that `multi_scale_deformable_attention` takes by itself."""
+    if value.device.type != "cpu" or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "reference"
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (value, locations, weights))
+    return "reference" if learns and weights.numel() < _FEW_POINTS else "bags"
+
+
+def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
+    if value.ndim != 4 or locations.ndim != 6 or locations.shape[:-1] != weights.shape or locations.shape[-1] != 2:
+        raise ValueError(
+            "multi_scale_deformable_attention takes value [B, S, heads, dim], locations [B, Q, heads, maps, points, 2] "
+            f"and weights of that shape but for the 2; got {list(value.shape)}, {list(locations.shape)}, "
+            f"{list(weights.shape)}"
+        )
+    area = sum(height * width for height, width in shapes)
+    if area != value.shape[1] or len(shapes) != locations.shape[3]:
+        raise ValueError(
+            f"maps of {[tuple(shape) for shape in shapes]} have {area} pixels; value has {value.shape[1]}, and "
+            f"locations are on {locations.shape[3]} maps"
+        )
+    if value.shape[0] != locations.shape[0] or value.shape[2] != locations.shape[2]:
+        raise ValueError(
+            f"value has {value.shape[0]} images and {value.shape[2]} heads, but locations have {locations.shape[0]} "
+            f"and {locations.shape[2]}"
+        )
+
+
+def _reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Sample each map with `torch.nn.functional.grid_sample`, then sum."""
+    batch, _, heads, dim = value.shape
+    queries = locations.shape[1]
+    grids = (2.0 * locations - 1.0).transpose(1, 2).flatten(0, 1)
+    samples = []
+    for level, (pixels, (height, width)) in enumerate(
+        zip(value.split([height * width for height, width in shapes], dim=1), shapes, strict=True)
+    ):
+        image = pixels.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
+        samples.append(F.grid_sample(image, grids[:, :, level], mode="bilinear", align_corners=False))
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    out = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1)
+    return out.view(batch, heads * dim, queries).transpose(1, 2)
+
+
+def _bags(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Sum the rows of the pixels around the points, which are each query's and head's bag of an embedding."""
+    batch, pixels, heads, dim = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    integer = torch.int32 if value.numel() < 2**31 else torch.int64
+
+    def of_points(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype).repeat_interleave(points)
+
+    heights, widths = (of_points(sides, locations.dtype) for sides in zip(*shapes, strict=True))
+    starts = [0]
+    for height, width in shapes[:-1]:
+        starts.append(starts[-1] + height * width)
+
+    # The maps' axis and the points' as one: longer rows.
+    locations, weights = locations.flatten(3, 4), weights.flatten(3)
+    (left, right), (left_weight, right_weight) = _neighbors(locations[..., 0], widths)
+    (upper, lower), (upper_weight, lower_weight) = _neighbors(locations[..., 1], heights)
+    upper_weight, lower_weight = upper_weight * weights, lower_weight * weights
+    with torch.no_grad():
+        first = torch.arange(0, batch * pixels * heads, pixels * heads, dtype=integer)[:, None, None, None]
+        first = first + torch.arange(heads, dtype=integer)[:, None] + of_points(starts, integer) * heads
+        rows = torch.empty(batch, queries, heads, 4, left.shape[-1], dtype=integer)
+        corners = [(y, x) for y in (upper * widths, lower * widths) for x in (left, right)]
+        for corner, (y, x) in enumerate(corners):
+            torch.add(first, (y + x).to(integer), alpha=heads, out=rows[..., corner, :])
+    shares = torch.stack([y * x for y in (upper_weight, lower_weight) for x in (left_weight, right_weight)], dim=3)
+    out = F.embedding_bag(
+        rows.flatten(0, 2).flatten(1),
+        value.reshape(-1, dim),
+        per_sample_weights=shares.flatten(0, 2).flatten(1),
+        mode="sum",
+    )
+    return out.view(batch, queries, heads * dim)
+
+
+def _neighbors(location: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the pixels before and after each point along an axis of ``size``, and the point's share in them.
+
+    A pixel outside is replaced by the nearest one, with a share of zero.
+    """
+    position = location * size - 0.5
+    with torch.no_grad():
+        before = position.floor()
+        after = before + 1
+        # fmax and fmin, so that points that are not numbers name a pixel too; their shares are not numbers.
+        zero, last = position.new_zeros(()), size - 1
+        pixels = tuple(torch.fmin(torch.fmax(pixel, zero), last) for pixel in (before, after))
+        inside = [(pixel == clamped) for pixel, clamped in zip((before, after), pixels, strict=True)]
+    offset = position - before
+    return pixels, ((1 - offset) * inside[0], offset * inside[1])
