@@ -1,11 +1,13 @@
 """The one way in which the families build their models: timm's factory, with checkpoints read strictly."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from ._checkpoint import filter_for, open_checkpoint
+from . import weights
+from ._checkpoint import CheckpointError, filter_for, open_checkpoint
 
 # What the families' tables of weights have in common: ImageNet-1k classifiers at 224 pixels.
 IMAGENET_CFG = {
@@ -21,6 +23,13 @@ IMAGENET_CFG = {
 }
 
 
+def cfgs_with_links(cfgs: dict[str, dict]) -> dict:
+    """Return timm's table of a family: ``cfgs`` by ``model.tag``, with links, licences and notes of the weights."""
+    return generate_default_cfgs(
+        {name: cfg | (weights.published_cfg(name) if name in weights.table() else {}) for name, cfg in cfgs.items()}
+    )
+
+
 def build(
     cls: type[nn.Module],
     name: str,
@@ -33,27 +42,52 @@ def build(
     Args:
         cls: Model class.
         name: Registered name, without tag.
-        pretrained: Whether to load weights: those of the model's table, or ``pretrained_cfg_overlay=dict(file=path)``.
+        pretrained: Whether to load weights: those that `weights` knows by the name and the tag, or
+            ``pretrained_cfg_overlay=dict(file=...)``, a path, an address or another ``model.tag``.
         convert: Renames a published state dict to the model's names. It must leave the model's own names alone.
         **kwargs: Options of timm's factory and of ``cls``.
 
     Raises:
-        CheckpointError: If the file cannot be read or is not one of this model.
+        CheckpointError: If the weights cannot be had or read, or are not those of this model.
     """
     features = bool(kwargs.get("features_only", False))
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    path = overlay.get("file") if pretrained else None
+    path = _weights_file(name, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")) if pretrained else None
     if path is not None:
-        overlay["state_dict"] = open_checkpoint(path)
-    model = build_model_with_cfg(
-        cls,
-        name,
-        pretrained,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=filter_for(convert, name, features),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
+        overlay |= {"state_dict": open_checkpoint(path), "source": None}
+    try:
+        model = build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=filter_for(convert, name, features, "num_classes" in kwargs),
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            **kwargs,
+        )
+    except RuntimeError as error:
+        # timm's own text, for files in a folder or on the hub, advises to switch the safety off.
+        if "weights_only" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name}: the checkpoint is not read: it pickles objects, which could run code when read"
+        ) from error
     if path is not None:
         model.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+def _weights_file(name: str, pretrained_cfg, overlay: dict, cache_dir: str | Path | None) -> Path | None:
+    """Return the file of the weights asked for; None if it is for timm to find them, or to say that there are none."""
+    for key in ("file", "url"):
+        if overlay.get(key):
+            return weights.locate(overlay[key], cache_dir)
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    if cfg.source or cfg.state_dict or overlay.get("hf_hub_id"):
+        return None
+    if cfg.file:
+        return weights.locate(cfg.file, cache_dir)
+    published = weights.table().get(f"{name}.{cfg.tag}")
+    if published is not None:
+        return weights.fetch(published, cache_dir)
+    return weights.locate(cfg.url, cache_dir) if cfg.url else None

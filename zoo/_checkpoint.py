@@ -1,10 +1,11 @@
 """Reading published checkpoints: safely from disk, out of their wrappers, and only if they fit the model."""
 
 import argparse
+import dataclasses
 import logging
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,59 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit the model; the message is one line."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's entries; a built model has it as ``load_report``.
+
+    Attributes:
+        matched: How many of the model's entries the file gave.
+        missing: Entries of the model that keep their initial values, as the options asked for.
+        unexpected: Entries of the file that the model, with these options, has no use for.
+        reshaped: Entries that were resampled or adapted: name, shape before, shape after, and the rule.
+    """
+
+    matched: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...], str], ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.matched} entries matched"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} keep their initial values ({_some(self.missing)})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} of the file are not used ({_some(self.unexpected)})")
+        if self.reshaped:
+            changes = [f"{key} {_shape(old)} to {_shape(new)}, {rule}" for key, old, new, rule in self.reshaped]
+            parts.append(f"{len(changes)} reshaped ({_some(changes, '; ')})")
+        return ", ".join(parts)
+
+
+def _some(items: Sequence[str], separator: str = ", ") -> str:
+    return separator.join((*items[:3], *(("...",) if len(items) > 3 else ())))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def resampled(table: Tensor, source: Tensor, rule: str) -> Tensor:
+    """Return ``table`` noted, for the report, as made from ``source`` by a rule such as ``"bicubic"``."""
+    table.resampled_from = (tuple(source.shape), rule)
+    return table
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is one of safetensors, by its content: the length of its header, then the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
 def open_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint file, ``.safetensors`` or anything `torch.save` wrote, without executing what it pickles.
+    """Read a checkpoint file, of safetensors or anything `torch.save` wrote, without executing what it pickles.
+
+    What the file is, its content tells, not its name.
 
     Raises:
         CheckpointError: If the file is missing, truncated, no checkpoint, or holds objects beyond tensors and plain
@@ -45,7 +97,7 @@ def open_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or is_safetensors(path):
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -86,21 +138,25 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     return state
 
 
-def fit(state: dict[str, Tensor], model: nn.Module, name: str, features: bool) -> dict[str, Tensor]:
+def fit(
+    state: dict[str, Tensor], model: nn.Module, name: str, features: bool, classes_chosen: bool
+) -> dict[str, Tensor]:
     """Return ``state`` if it fits ``model``, whose parameter names it uses, or say why not.
 
-    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, and the input
-    channels of the first convolution. A dense model (``out_norms``) may start from a classifier's weights: its output
-    norms keep their initial values.
+    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, if other classes were
+    asked for, and the input channels of the first convolution. A dense model (``out_norms``) may start from a
+    classifier's weights: its output norms keep their initial values. The model gets the `LoadReport`.
 
     Args:
         state: State dict with the model's parameter names.
         model: The model that is being built.
         name: Its registered name, for messages.
         features: Whether the model will be cut to its features, so that final norm and classifier may be missing.
+        classes_chosen: Whether the caller named the number of classes; only then may it differ from the file's.
 
     Raises:
-        CheckpointError: If entries are missing, unexpected, or of another shape.
+        CheckpointError: If entries are missing, unexpected, or of another shape, or the file has another number of
+            classes than the model, and nobody asked for that.
     """
     cfg = model.pretrained_cfg
     classifiers, first_convs = (
@@ -110,10 +166,14 @@ def fit(state: dict[str, Tensor], model: nn.Module, name: str, features: bool) -
     wanted = model.state_dict()
     dense = any(key.startswith("out_norms.") for key in wanted)
     optional = classifier if dense or features else set()
+    report_missing: list[str] = []
+    unused: list[str] = []
     if dense and not any(key.startswith("out_norms.") for key in state):
         _logger.info(f"{name}: the checkpoint is a classifier's; the output norms keep their initial values")
-        state = state | {key: value for key, value in wanted.items() if key.startswith("out_norms.")}
-        state = {key: value for key, value in state.items() if not key.startswith(("norm.", "head.norm."))}
+        report_missing += [key for key in wanted if key.startswith("out_norms.")]
+        unused += [key for key in state if key.startswith(("norm.", "head.norm."))]
+        state = state | {key: wanted[key] for key in report_missing}
+        state = {key: value for key, value in state.items() if key not in unused}
     if features and not dense:
         optional = optional | {key for key in wanted if key.startswith(("norm.", "head.norm."))}
 
@@ -135,17 +195,44 @@ def fit(state: dict[str, Tensor], model: nn.Module, name: str, features: bool) -
         )
     heads = [state[key] for key in state if key in classifier and key.endswith(".weight")]
     if heads:
+        classes = heads[0].shape[0]
+        if not (dense or features or classes_chosen) and classes != model.num_classes:
+            raise CheckpointError(
+                f"the checkpoint has {classes} classes, {name} has {model.num_classes}: give num_classes={classes} to "
+                f"keep its classifier, or num_classes={model.num_classes} to start a new one"
+            )
         # The file knows its class count; with it, timm keeps a classifier that fits and replaces one that doesn't.
-        cfg["num_classes"] = heads[0].shape[0]
+        cfg["num_classes"] = classes
+    model.load_report = _report(state, wanted, classifier, report_missing, unused)
+    _logger.log(logging.WARNING if model.load_report.reshaped else logging.INFO, f"{name}: {model.load_report}")
     return state
 
 
+def _report(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], classifier: set[str], missing: list[str], unused: list[str]
+) -> LoadReport:
+    replaced = [key for key in classifier & state.keys() if key not in wanted or wanted[key].shape != state[key].shape]
+    # What a family's conversion has filled in from the model itself is not the file's.
+    filled = [key for key in wanted if key in state and 0 != state[key].data_ptr() == wanted[key].data_ptr()]
+    missing = list(dict.fromkeys([*missing, *filled, *(key for key in wanted if key not in state or key in replaced)]))
+    reshaped = []
+    for key in wanted.keys() & state.keys() - set(replaced):
+        shape, rule = getattr(state[key], "resampled_from", (tuple(state[key].shape), "input channels adapted"))
+        if shape != tuple(wanted[key].shape):
+            reshaped.append((key, shape, tuple(wanted[key].shape), rule))
+    matched = len(wanted) - len(missing)
+    return LoadReport(matched, tuple(missing), tuple(sorted({*unused, *replaced})), tuple(sorted(reshaped)))
+
+
 def filter_for(
-    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]], name: str, features: bool
+    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+    name: str,
+    features: bool,
+    classes_chosen: bool,
 ) -> Callable[[Mapping, nn.Module], dict[str, Tensor]]:
     """Return timm's ``pretrained_filter_fn`` for a family: unwrap, ``convert`` to our names, then `fit`."""
 
     def checkpoint_filter(checkpoint: Mapping, model: nn.Module) -> dict[str, Tensor]:
-        return fit(convert(unwrap(checkpoint), model), model, name, features)
+        return fit(convert(unwrap(checkpoint), model), model, name, features, classes_chosen)
 
     return checkpoint_filter

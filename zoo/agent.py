@@ -25,7 +25,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, register_model
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ from ..blocks.global_attention import resize_bias_table
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.pyramid import Block
 from ..blocks.window import WindowAttention2d, cut_windows, from_swin_table, join_windows
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage, _to_format, init_module
 
 __all__ = ["AgentCSWin", "AgentDeiT", "AgentPVT", "AgentSwin"]
@@ -771,11 +772,11 @@ def _resized(key: str, value: Tensor, wanted: Tensor) -> Tensor:
         if all(value.shape[i] == wanted.shape[i] for i in range(5) if i != dim):
             lines = value.movedim(dim, -1)
             resized = F.interpolate(lines.flatten(0, 3)[:, None], size=wanted.shape[dim], mode="linear")
-            return resized.reshape(*lines.shape[:-1], -1).movedim(-1, dim)
+            return resampled(resized.reshape(*lines.shape[:-1], -1).movedim(-1, dim), value, "linear")
     elif leaf == "rpb" and value.shape[0] == wanted.shape[0]:
-        return resize_bias_table(value, list(wanted.shape[1:]))
+        return resampled(resize_bias_table(value, list(wanted.shape[1:])), value, "bicubic")
     elif key.endswith(".pos_embed") and value.shape[-1] == wanted.shape[-1]:
-        return resize_map(value, wanted.shape[1], wanted.shape[2], "bicubic")
+        return resampled(resize_map(value, wanted.shape[1], wanted.shape[2], "bicubic"), value, "bicubic")
     return value
 
 
@@ -785,7 +786,7 @@ def _resized_tokens(pos_embed: Tensor, model: AgentDeiT) -> Tensor:
     if pos_embed.shape == model.pos_embed.shape or side * side != pos_embed.shape[1] - 1:
         return pos_embed
     grid = resize_map(pos_embed[:, 1:].unflatten(1, (side, side)), model.map_height, model.map_width, "bicubic")
-    return torch.cat([pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
+    return resampled(torch.cat([pos_embed[:, :1], grid.flatten(1, 2)], dim=1), pos_embed, "bicubic")
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -868,8 +869,7 @@ recipes: dict[str, dict[str, dict]] = {
 }
 
 
-def _cfg(file: str, top1: float, size: int = 224, reduction: int = 32, **options) -> dict:
-    """Return a model's configuration; the weights' links name no file, so that timm cannot load them by itself."""
+def _cfg(size: int = 224, reduction: int = 32, **options) -> dict:
     return IMAGENET_CFG | {
         "input_size": (3, size, size),
         "pool_size": (size // reduction, size // reduction),
@@ -877,7 +877,6 @@ def _cfg(file: str, top1: float, size: int = 224, reduction: int = 32, **options
         "first_conv": "stem.proj",
         "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
         "paper_ids": "arXiv:2312.08874",
-        "notes": (f"ImageNet-1k top-1 {top1} (paper)", f"weights: https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"),
         **options,
     }
 
@@ -885,26 +884,26 @@ def _cfg(file: str, top1: float, size: int = 224, reduction: int = 32, **options
 _CONV = dict(first_conv="stem.conv")
 _WHOLE = dict(crop_pct=1.0)
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
-        "agent_deit_tiny.leaplab_in1k": _cfg("57e0904221824ee7b7af", 74.9, reduction=16),
-        "agent_deit_small.leaplab_in1k": _cfg("fdd43304372541db8ea7", 80.5, reduction=16),
-        "agent_deit_small_448.leaplab_in1k": _cfg("a228f86241c445f1969b", 83.1, 448, reduction=16),
-        "agent_deit_base.leaplab_in1k": _cfg("5115f15fdd7e4ab58fbc", 82.0, reduction=16),
-        "agent_pvt_tiny.leaplab_in1k": _cfg("13fdf0e0a7c5498c934f", 78.4, **_CONV),
-        "agent_pvt_small.leaplab_in1k": _cfg("36b8be9a8863456685a3", 82.2, **_CONV),
-        "agent_pvt_medium.leaplab_in1k": _cfg("4d00ecacf18b45f9b88c", 83.4, **_CONV),
-        "agent_pvt_medium_256.leaplab_in1k": _cfg("654df734121643b19c52", 83.8, 256, **_CONV),
-        "agent_pvt_large.leaplab_in1k": _cfg("040cfe0cfbbe4762ad09", 83.7, **_CONV),
-        "agent_swin_tiny.leaplab_in1k": _cfg("a2ddc1190c224f768a41", 82.6),
-        "agent_swin_small.leaplab_in1k": _cfg("f607172c9fea4d6e99bb", 83.7),
-        "agent_swin_small_288.leaplab_in1k": _cfg("09760394e93b4046a25e", 84.1, 288, **_WHOLE),
-        "agent_swin_base.leaplab_in1k": _cfg("4fcd2d0114bb490483c3", 84.0),
-        "agent_swin_base_384.leaplab_in1k": _cfg("bb84ee9058954706a557", 84.9, 384, **_WHOLE),
-        "agent_cswin_tiny.leaplab_in1k": _cfg("8c562a74441e46d5902b", 83.1, **_CONV),
-        "agent_cswin_small.leaplab_in1k": _cfg("30eb8af675bc4b7a8747", 83.9, **_CONV),
-        "agent_cswin_base.leaplab_in1k": _cfg("c8035b0839b2410c8c9f", 84.7, **_CONV),
-        "agent_cswin_base_384.leaplab_in1k": _cfg("1239be0df44b47719432", 85.8, 384, **_CONV),
+        "agent_deit_tiny.leaplab_in1k": _cfg(reduction=16),
+        "agent_deit_small.leaplab_in1k": _cfg(reduction=16),
+        "agent_deit_small_448.leaplab_in1k": _cfg(448, reduction=16),
+        "agent_deit_base.leaplab_in1k": _cfg(reduction=16),
+        "agent_pvt_tiny.leaplab_in1k": _cfg(**_CONV),
+        "agent_pvt_small.leaplab_in1k": _cfg(**_CONV),
+        "agent_pvt_medium.leaplab_in1k": _cfg(**_CONV),
+        "agent_pvt_medium_256.leaplab_in1k": _cfg(256, **_CONV),
+        "agent_pvt_large.leaplab_in1k": _cfg(**_CONV),
+        "agent_swin_tiny.leaplab_in1k": _cfg(),
+        "agent_swin_small.leaplab_in1k": _cfg(),
+        "agent_swin_small_288.leaplab_in1k": _cfg(288, **_WHOLE),
+        "agent_swin_base.leaplab_in1k": _cfg(),
+        "agent_swin_base_384.leaplab_in1k": _cfg(384, **_WHOLE),
+        "agent_cswin_tiny.leaplab_in1k": _cfg(**_CONV),
+        "agent_cswin_small.leaplab_in1k": _cfg(**_CONV),
+        "agent_cswin_base.leaplab_in1k": _cfg(**_CONV),
+        "agent_cswin_base_384.leaplab_in1k": _cfg(384, **_CONV),
     }
 )
 

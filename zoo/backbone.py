@@ -9,6 +9,8 @@ import timm
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
+from .weights import locate
+
 
 class UnknownModelError(ValueError):
     """A name or a recipe that is not registered; the message names the nearest, or what there is."""
@@ -58,14 +60,14 @@ def create_backbone(
     Args:
         name: Registered name, with an optional tag.
         recipe: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
-        checkpoint: File with weights: a classifier's, a dense backbone's, or a whole detector's or segmentor's, of
-            which the backbone is read.
+        checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
+            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read.
         out_indices: Which maps to return.
         **kwargs: Options of the model; they win over the recipe's.
 
     Raises:
         UnknownModelError: If the model or the recipe is unknown.
-        CheckpointError: If the checkpoint cannot be read or is not one of this model.
+        CheckpointError: If the checkpoint cannot be had or read, or is not one of this model.
     """
     check_name(name)
     options = {}
@@ -75,5 +77,5 @@ def create_backbone(
             raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
         options = dict(known[recipe])
     if checkpoint is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(checkpoint))}}
     return Backbone(timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **options | kwargs))

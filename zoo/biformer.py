@@ -34,12 +34,12 @@ from timm.layers import (
     register_notrace_module,
     trunc_normal_,
 )
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["BiFormer"]
@@ -348,30 +348,24 @@ recipes: dict[str, dict[str, dict]] = {
 }
 
 
-def _cfg(share: str, top1: float, file: str | None = None, **options) -> dict:
-    link = f"https://api.onedrive.com/v1.0/shares/{share}/root/content"
+def _cfg(**options) -> dict:
     return IMAGENET_CFG | {
         "first_conv": "stem.conv1",
         "license": "mit",
         "origin_url": "https://github.com/rayleizhu/BiFormer",
         "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
         "paper_ids": "arXiv:2303.08810",
-        "notes": (
-            f"ImageNet-1k top-1 {top1} (authors)",
-            f"published{' as ' + file if file else ''} at {link}, dead since 2026-03",
-            "published folder https://1drv.ms/u/s!AkBbczdRlZvChGsXFqAA-PVnA-R8?e=IPlOCG",
-        ),
         **options,
     }
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
-        "biformer_tiny.rayleizhu_in1k": _cfg("s!AkBbczdRlZvChHEOoGkgwgQzEDlM", 81.4, "biformer_tiny_best.pth"),
-        "biformer_small.rayleizhu_in1k": _cfg("s!AkBbczdRlZvChHDyM-x9KWRBZ832", 83.8, "biformer_small_best.pth"),
-        "biformer_base.rayleizhu_in1k": _cfg("s!AkBbczdRlZvChHI_XPhoadjaNxtO", 84.3, "biformer_base_best.pth"),
-        "biformer_stl.rayleizhu_in1k": _cfg("s!AkBbczdRlZvChSf-m7ujkvx9lIQ1", 82.7, first_conv="stem.proj"),
-        "biformer_stl_nchw.rayleizhu_in1k": _cfg("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0", 82.7, first_conv="stem.proj"),
+        "biformer_tiny.rayleizhu_in1k": _cfg(),
+        "biformer_small.rayleizhu_in1k": _cfg(),
+        "biformer_base.rayleizhu_in1k": _cfg(),
+        "biformer_stl.rayleizhu_in1k": _cfg(first_conv="stem.proj"),
+        "biformer_stl_nchw.rayleizhu_in1k": _cfg(first_conv="stem.proj"),
     }
 )
 

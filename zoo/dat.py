@@ -34,13 +34,14 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
 from ..blocks.global_attention import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["DAT"]
@@ -370,7 +371,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         if key.endswith((".rpb", ".rpe_table")) and key in wanted and value.ndim == 3:
             size = wanted[key].shape[1:]
             if value.shape[1:] != size and value.shape[0] == wanted[key].shape[0]:
-                converted[key] = resize_bias_table(value, size)
+                converted[key] = resampled(resize_bias_table(value, size), value, "bicubic")
     return converted
 
 
@@ -429,47 +430,35 @@ recipes: dict[str, dict[str, dict]] = {
 }
 
 
-def _cfg(
-    top1: float | None = None, source: str = "paper", paper: str = "2201.00520", share: str = "", **options
-) -> dict:
-    notes = (f"ImageNet-1k top-1 {top1} ({source})",) if top1 else ("no published weights",)
+def _cfg(paper: str = "2201.00520", **options) -> dict:
     return IMAGENET_CFG | {
         "crop_mode": "squash",
         "first_conv": "stem.0",
         "license": "apache-2.0",
         "origin_url": "https://github.com/LeapLabTHU/DAT",
         "paper_ids": f"arXiv:{paper}",
-        # The authors share files through pages without a direct link, so they are downloaded by hand.
-        "notes": notes + ((f"weights: {share}",) if share else ()),
         **options,
     }
 
 
-def _drive(identifier: str) -> str:
-    return f"https://drive.google.com/file/d/{identifier}"
-
-
-def _pp_cfg(top1: float | None = None, share: str = "", **options) -> dict:
-    share = f"https://cloud.tsinghua.edu.cn/f/{share}/" if share else ""
-    return _cfg(top1, "authors' repository", "2309.01430", share, **options)
+def _pp_cfg(**options) -> dict:
+    return _cfg("2309.01430", **options)
 
 
 _LARGER = dict(input_size=(3, 384, 384), pool_size=(12, 12))
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
-        "dat_tiny.leaplab_in1k": _cfg(82.03, "authors' log", share=_drive("1I08oJlXNtDe8jJPxHkroxUi7lYX2lhVc")),
-        "dat_small.leaplab_in1k": _cfg(83.69, "authors' log", share=_drive("1UUmQqQYY5OInVuXvUgO41Gice93vJ0A7")),
-        "dat_base.leaplab_in1k": _cfg(84.03, "authors' log", share=_drive("1Avu16r59koxizoSYhfaCdNdr-QxLVGjd")),
+        "dat_tiny.leaplab_in1k": _cfg(),
+        "dat_small.leaplab_in1k": _cfg(),
+        "dat_base.leaplab_in1k": _cfg(),
         # Squashed to 438 pixels before the crop.
-        "dat_base_384.leaplab_in1k": _cfg(
-            84.75, "authors' log", share=_drive("1m8E2U4iQ6EOe1e8SuAGPbPlPhISXnVWq"), crop_pct=0.8767, **_LARGER
-        ),
-        "dat_pp_tiny.leaplab_in1k": _pp_cfg(83.9, "14c5ddae10b642e68089"),
-        "dat_pp_small.leaplab_in1k": _pp_cfg(84.6, "4c2a76360c964fbd81d5"),
-        "dat_pp_base.leaplab_in1k": _pp_cfg(84.9, "8e30492404d348d89f25"),
-        "dat_pp_base_384.leaplab_in1k": _pp_cfg(85.9, "032dc804cdf44bf18bb5", crop_pct=1.0, **_LARGER),
-        "dat_p_tiny.untrained": _pp_cfg(),
+        "dat_base_384.leaplab_in1k": _cfg(crop_pct=0.8767, **_LARGER),
+        "dat_pp_tiny.leaplab_in1k": _pp_cfg(),
+        "dat_pp_small.leaplab_in1k": _pp_cfg(),
+        "dat_pp_base.leaplab_in1k": _pp_cfg(),
+        "dat_pp_base_384.leaplab_in1k": _pp_cfg(crop_pct=1.0, **_LARGER),
+        "dat_p_tiny.untrained": _pp_cfg(notes=("no published weights",)),
     }
 )
 

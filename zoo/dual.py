@@ -27,13 +27,13 @@ from timm.layers import (
     calculate_drop_path_rates,
     register_notrace_function,
 )
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.dual import ChannelGroupAttention2d
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.window import WindowAttention2d
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["DaViT"]
@@ -294,23 +294,22 @@ recipes: dict[str, dict[str, dict]] = {
 }
 
 
-def _cfg(top1: float | None = None, **options) -> dict:
+def _cfg(**options) -> dict:
     return IMAGENET_CFG | {
         "crop_pct": 0.9,
         "first_conv": "stem.conv",
         "license": "apache-2.0",
         "origin_url": "https://github.com/dingmyu/davit",
         "paper_ids": "arXiv:2204.03645",
-        "notes": (f"ImageNet-1k top-1 {top1} (paper)",) if top1 else (),
         **options,
     }
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
-        "foveate_davit_tiny.msft_in1k": _cfg(82.8, hf_hub_id="timm/davit_tiny.msft_in1k"),
-        "foveate_davit_small.msft_in1k": _cfg(84.2, hf_hub_id="timm/davit_small.msft_in1k"),
-        "foveate_davit_base.msft_in1k": _cfg(84.6, hf_hub_id="timm/davit_base.msft_in1k"),
+        "foveate_davit_tiny.msft_in1k": _cfg(),
+        "foveate_davit_small.msft_in1k": _cfg(),
+        "foveate_davit_base.msft_in1k": _cfg(),
         "foveate_davit_large_window12_384.untrained": _cfg(
             input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, license="mit"
         ),

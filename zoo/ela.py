@@ -18,14 +18,14 @@ import re
 from functools import partial
 
 from timm.layers import create_attn
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..blocks.ela import EfficientLocalAttention
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
 
 __all__ = ["InnerAttentionBottleneck"]
 
@@ -153,14 +153,12 @@ def _mobilenetv2(name: str, pretrained: bool, options: dict, variant: str) -> Ef
     return _host(EfficientNet, name, pretrained, options, config)
 
 
-def _cfg(host: str, **options) -> dict:
+def _cfg(**options) -> dict:
     return IMAGENET_CFG | {
-        "hf_hub_id": f"timm/{host}",
         "crop_pct": 0.95,
         "license": "apache-2.0",
         "origin_url": "https://github.com/huggingface/pytorch-image-models",
         "paper_ids": "arXiv:2403.01123",
-        "notes": (f"the weights are those of timm's {host}; the attention starts fresh and has to be trained",),
         **options,
     }
 
@@ -168,11 +166,11 @@ def _cfg(host: str, **options) -> dict:
 _RESNET = dict(first_conv="conv1", classifier="fc")
 _MOBILE = dict(first_conv="conv_stem", classifier="classifier", crop_pct=0.875)
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
-        **{f"ela_{v}_resnet18.host_a1_in1k": _cfg("resnet18.a1_in1k", **_RESNET) for v in "tbsl"},
-        **{f"ela_{v}_resnet50.host_a1_in1k": _cfg("resnet50.a1_in1k", **_RESNET) for v in "tbsl"},
-        **{f"ela_{v}_mobilenetv2.host_ra_in1k": _cfg("mobilenetv2_100.ra_in1k", **_MOBILE) for v in "bsl"},
+        **{f"ela_{v}_resnet18.host_a1_in1k": _cfg(**_RESNET) for v in "tbsl"},
+        **{f"ela_{v}_resnet50.host_a1_in1k": _cfg(**_RESNET) for v in "tbsl"},
+        **{f"ela_{v}_mobilenetv2.host_ra_in1k": _cfg(**_MOBILE) for v in "bsl"},
     }
 )
 

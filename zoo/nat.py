@@ -17,14 +17,15 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..blocks import GlobalAttention2d, NeighborhoodAttention2d
 from ..blocks.global_attention import resize_bias_table
 from ..blocks.pyramid import Block, ConvDownsample, ConvStem
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["NAT", "IsotropicNAT"]
@@ -308,7 +309,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         key = re.sub(r"^norm(\d)\.", r"out_norms.\1.", key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
         if key.endswith(".rpb") and key in wanted and value.ndim == 3 and value.shape[1:] != wanted[key].shape[1:]:
-            value = resize_bias_table(value, wanted[key].shape[1:])
+            value = resampled(resize_bias_table(value, wanted[key].shape[1:]), value, "bicubic")
         converted[key] = value
     return converted
 
@@ -405,62 +406,52 @@ for _name in ("dinat_large", "dinat_large_384", "dinat_large_384_11x11"):
     }
 
 
-def _cfg(file: str = "", top1: float | None = None, paper: str = "2204.07143", **options) -> dict:
+def _cfg(paper: str = "2204.07143", **options) -> dict:
     return IMAGENET_CFG | {
-        "url": f"https://shi-labs.com/projects/{file}" if file else "",
         "first_conv": "stem.proj.0",
         "license": "mit",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
         "paper_ids": f"arXiv:{paper}",
-        "notes": (f"ImageNet-1k top-1 {top1} (paper)",) if top1 else (),
         **options,
     }
 
 
-def _dinat_cfg(file: str, top1: float | None = None, **options) -> dict:
-    return _cfg(f"dinat/checkpoints/{file}", top1, "2209.15001", **options)
+def _dinat_cfg(**options) -> dict:
+    return _cfg("2209.15001", **options)
 
 
 _LARGER = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
 _PATCHES = dict(first_conv="stem.proj")
 _PLAIN = dict(first_conv="stem.proj", pool_size=(14, 14))
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
         "nat_atto.untrained": _cfg(input_size=(3, 32, 32), pool_size=(1, 1)),
-        "nat_mini.shi_in1k": _cfg("nat/checkpoints/CLS/nat_mini.pth", 81.8),
-        "nat_tiny.shi_in1k": _cfg("nat/checkpoints/CLS/nat_tiny.pth", 83.2),
-        "nat_small.shi_in1k": _cfg("nat/checkpoints/CLS/nat_small.pth", 83.7),
-        "nat_base.shi_in1k": _cfg("nat/checkpoints/CLS/nat_base.pth", 84.3),
-        "dinat_mini.shi_in1k": _dinat_cfg("imagenet1k/dinat_mini_in1k_224.pth", 81.8),
-        "dinat_tiny.shi_in1k": _dinat_cfg("imagenet1k/dinat_tiny_in1k_224.pth", 82.7),
-        "dinat_small.shi_in1k": _dinat_cfg("imagenet1k/dinat_small_in1k_224.pth", 83.8),
-        "dinat_base.shi_in1k": _dinat_cfg("imagenet1k/dinat_base_in1k_224.pth", 84.4),
-        "dinat_large.shi_in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth", 86.6),
-        "dinat_large.shi_in22k": _dinat_cfg("imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
-        "dinat_large_384.shi_in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", 87.4, **_LARGER),
-        "dinat_large_384_11x11.shi_in22k_ft_in1k": _dinat_cfg(
-            "imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", 87.5, **_LARGER
-        ),
-        "dinat_large_384_11x11.shi_in22k": _dinat_cfg(
-            "imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841, **_LARGER
-        ),
-        "dinat_s_tiny.shi_in1k": _dinat_cfg("imagenet1k/dinat_s_tiny_in1k_224.pth", 81.8, **_PATCHES),
-        "dinat_s_small.shi_in1k": _dinat_cfg("imagenet1k/dinat_s_small_in1k_224.pth", 83.5, **_PATCHES),
-        "dinat_s_base.shi_in1k": _dinat_cfg("imagenet1k/dinat_s_base_in1k_224.pth", 83.8, **_PATCHES),
-        "dinat_s_large.shi_in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_s_large_in1k_224.pth", 86.5, **_PATCHES),
-        "dinat_s_large.shi_in22k": _dinat_cfg("imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841, **_PATCHES),
-        "dinat_s_large_384.shi_in22k_ft_in1k": _dinat_cfg(
-            "imagenet1k/dinat_s_large_in1k_384.pth", 87.4, **_PATCHES | _LARGER
-        ),
-        "nat_isotropic_small.shi_in1k": _dinat_cfg("isotropic/nat_isotropic_small_in1k_224.pth", 80.0, **_PLAIN),
-        "nat_isotropic_base.shi_in1k": _dinat_cfg("isotropic/nat_isotropic_base_in1k_224.pth", 81.6, **_PLAIN),
-        "dinat_isotropic_small.shi_in1k": _dinat_cfg("isotropic/dinat_isotropic_small_in1k_224.pth", 80.8, **_PLAIN),
-        "dinat_isotropic_base.shi_in1k": _dinat_cfg("isotropic/dinat_isotropic_base_in1k_224.pth", 82.1, **_PLAIN),
-        "vitrpb_small.shi_in1k": _dinat_cfg(
-            "isotropic/vitrpb_small_in1k_224.pth", 81.2, fixed_input_size=True, **_PLAIN
-        ),
-        "vitrpb_base.shi_in1k": _dinat_cfg("isotropic/vitrpb_base_in1k_224.pth", 82.5, fixed_input_size=True, **_PLAIN),
+        "nat_mini.shi_in1k": _cfg(),
+        "nat_tiny.shi_in1k": _cfg(),
+        "nat_small.shi_in1k": _cfg(),
+        "nat_base.shi_in1k": _cfg(),
+        "dinat_mini.shi_in1k": _dinat_cfg(),
+        "dinat_tiny.shi_in1k": _dinat_cfg(),
+        "dinat_small.shi_in1k": _dinat_cfg(),
+        "dinat_base.shi_in1k": _dinat_cfg(),
+        "dinat_large.shi_in22k_ft_in1k": _dinat_cfg(),
+        "dinat_large.shi_in22k": _dinat_cfg(num_classes=21841),
+        "dinat_large_384.shi_in22k_ft_in1k": _dinat_cfg(**_LARGER),
+        "dinat_large_384_11x11.shi_in22k_ft_in1k": _dinat_cfg(**_LARGER),
+        "dinat_large_384_11x11.shi_in22k": _dinat_cfg(num_classes=21841, **_LARGER),
+        "dinat_s_tiny.shi_in1k": _dinat_cfg(**_PATCHES),
+        "dinat_s_small.shi_in1k": _dinat_cfg(**_PATCHES),
+        "dinat_s_base.shi_in1k": _dinat_cfg(**_PATCHES),
+        "dinat_s_large.shi_in22k_ft_in1k": _dinat_cfg(**_PATCHES),
+        "dinat_s_large.shi_in22k": _dinat_cfg(num_classes=21841, **_PATCHES),
+        "dinat_s_large_384.shi_in22k_ft_in1k": _dinat_cfg(**_PATCHES | _LARGER),
+        "nat_isotropic_small.shi_in1k": _dinat_cfg(**_PLAIN),
+        "nat_isotropic_base.shi_in1k": _dinat_cfg(**_PLAIN),
+        "dinat_isotropic_small.shi_in1k": _dinat_cfg(**_PLAIN),
+        "dinat_isotropic_base.shi_in1k": _dinat_cfg(**_PLAIN),
+        "vitrpb_small.shi_in1k": _dinat_cfg(fixed_input_size=True, **_PLAIN),
+        "vitrpb_base.shi_in1k": _dinat_cfg(fixed_input_size=True, **_PLAIN),
     }
 )
 

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.pvt_v2 import MlpWithDepthwiseConv, OverlapPatchEmbed
 from torch import Tensor, nn
 
 from ..blocks import QuadTreeAttention2d
-from ._build import IMAGENET_CFG, build
+from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["QuadTree"]
@@ -279,92 +279,17 @@ recipes: dict[str, dict[str, dict]] = {
     f"quadtree_b{i}": {"detection": dict(_DENSE), "segmentation": dict(_DENSE)} for i in range(5)
 }
 
-_RELEASES = "https://github.com/Tangshitao/QuadTreeAttention/releases/download"
-_DRIVE = "https://drive.google.com/file/d/{}/view"
-
-# Published detectors and segmentors: file, mirror and the paper's number, by model. The detectors' configs name files
-# of an older tag, ``QuadTreeAttention/b{0..4}.pth``, as their backbones' initial weights.
-dense_weights: dict[str, dict[str, dict]] = {
-    f"quadtree_b{i}": {
-        method: {"url": f"{_RELEASES}/{folder}/b{i}{suffix}.pth", "mirror": _DRIVE.format(ids[i]), metric: numbers[i]}
-        for method, folder, suffix, metric, numbers, ids in (
-            (
-                "retinanet_1x",
-                "QuadTreeAttention_detection",
-                "",
-                "box_ap",
-                (38.4, 42.6, 46.2, 47.3, 47.9),
-                (
-                    "1EkzDVRqz6L_2ZzVkAj-byQIB4CCr3gNp",
-                    "1xqZoptlHj1nWEVvUBqSOiIlEiy1Y5gws",
-                    "1n6Zyvgdf4slhKMsG4CpckGDCNbB_48oi",
-                    "1SVIWM9JFfW9a1jIjB8gdkpOaccSgKUGc",
-                    "1nMUhg2N59FWqbIAbZcLwSe07L1OjPHiY",
-                ),
-            ),
-            (
-                "mask_rcnn_1x",
-                "QuadTreeAttention_maskrcnn",
-                "_1x",
-                "box_mask_ap",
-                ((38.8, 36.5), (43.5, 40.1), (46.7, 42.4), (48.3, 43.3), (48.6, 43.6)),
-                (
-                    "1f_NGHygQC8Y-EVLeHE5T7UjZU5n6WJJs",
-                    "1916HZGGzdfHVL2osTUHOlKKH-88NkbhE",
-                    "1KhKVbslAUw6tbSHDxb6vZXLGsY__gcQ_",
-                    "1_STW0pE1Gt-JrLdd-G1-skheb7XTHD3y",
-                    "1jebBbBhtCHw3rmHM32Kf4Z8sDlCpaGr4",
-                ),
-            ),
-            (
-                "semantic_fpn_160k",
-                "QuadTreeAttention_seg",
-                "",
-                "miou",
-                (39.9, 44.7, 48.7, 50.0, 50.6),
-                (
-                    "1qTman3_vAnEJs8g_5CeOr8wtcCK2gvJM",
-                    "1SQKe9FmpmR__Fq0bNYEvO0T_5B--zs7b",
-                    "1pyyJWvXPRxApNiCRaR4c73nVQf-yCKQ2",
-                    "1odZkr2c0Oa8jJxr3TUsgKrHaLwuMInfp",
-                    "16ZBvzR51XUk3cpnJ6D1BgIvFS9oSzzh8",
-                ),
-            ),
-        )
-    }
-    for i in range(5)
+_CFG = IMAGENET_CFG | {
+    "first_conv": "stem.proj",
+    "license": "mit",
+    "origin_url": "https://github.com/Tangshitao/QuadTreeAttention",
+    "paper_ids": "arXiv:2201.02767",
 }
 
-
-def _cfg(file: str = "", top1: float | None = None, drive: str = "", note: str = "") -> dict:
-    notes = (
-        f"ImageNet-1k top-1 {top1} (paper)" if top1 else "",
-        f"mirror: {_DRIVE.format(drive)}" if drive else "",
-        note,
-    )
-    return IMAGENET_CFG | {
-        "url": f"{_RELEASES}/QuadTreeAttention_cls/{file}" if file else "",
-        "first_conv": "stem.proj",
-        "license": "mit",
-        "origin_url": "https://github.com/Tangshitao/QuadTreeAttention",
-        "paper_ids": "arXiv:2201.02767",
-        "notes": tuple(filter(None, notes)),
-    }
-
-
-default_cfgs = generate_default_cfgs(
+default_cfgs = cfgs_with_links(
     {
-        "quadtree_b0.tang_in1k": _cfg("b0.pth", 72.0, "13hBEBXXmTc3NI0WOqNE89Yd5GZf7wCJN"),
-        "quadtree_b1.tang_in1k": _cfg(
-            "b1.pth",
-            80.0,
-            "1NB1Yu0R7QQPmo2pgQGxDbcElRx2Nc5xj",
-            "the authors' table links b2.pth here; this is the file of the same release that bears the model's name",
-        ),
-        "quadtree_b2.tang_in1k": _cfg("b2.pth", 82.7, "1MTexxhDpRE9idpxwswZOGsqAlt9q2L2h"),
-        "quadtree_b3.tang_in1k": _cfg("b3.pth", 83.8, "1Rx_JhGDKXKfOakY8n5HQgxuAyrjBA7jA"),
-        "quadtree_b4.tang_in1k": _cfg("b4.pth", 84.0, "1AiPWGJYZdqz09PZER3JpZuMJYBR___MG"),
-        "quadtree_a_b0.untrained": _cfg(note="no weights were published"),
+        **{f"quadtree_b{i}.tang_in1k": _CFG for i in range(5)},
+        "quadtree_a_b0.untrained": _CFG | {"notes": ("no weights were published",)},
     }
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
+from ...zoo.weights import locate
 from .. import TaskError
 from .data import InputRule, build_datasets
 
@@ -31,7 +32,7 @@ def create_classifier(
         num_classes: Classes; the model's own if None.
         rule: Input; gives the channels, and the size to models that need to know it. The model's own if None.
         pretrained: Whether to start from published weights.
-        checkpoint: File with weights to start from instead.
+        checkpoint: Weights to start from instead: a path, an address, or a ``model.tag`` of published ones.
         **kwargs: Options of the model.
 
     Raises:
@@ -41,7 +42,7 @@ def create_classifier(
     """
     check_name(name)
     if checkpoint is not None:
-        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(checkpoint))}}
     else:
         kwargs["pretrained"] = pretrained
     if num_classes is not None:

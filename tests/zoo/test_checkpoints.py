@@ -134,10 +134,49 @@ def test_a_fine_tuned_classifier_is_kept(tmp_path):
     assert_same(load("nat_atto", tmp_path / "tuned.pth", num_classes=7), tuned.state_dict())
 
 
-def test_another_kernel_size_resamples_the_bias(state, tmp_path):
+def test_a_file_of_other_classes_is_refused_unless_they_were_chosen(tmp_path):
+    tuned = timm.create_model("nat_atto", num_classes=10)
+    torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
+    with pytest.raises(zoo.CheckpointError, match="has 10 classes, nat_atto has 1000: give num_classes=10") as error:
+        load("nat_atto", tmp_path / "tuned.pth")
+    assert "\n" not in str(error.value)
+    for classes in (1000, 7, 0):
+        model = load("nat_atto", tmp_path / "tuned.pth", num_classes=classes)
+        assert model.num_classes == classes
+        assert torch.equal(model.state_dict()["stem.norm.weight"], tuned.state_dict()["stem.norm.weight"])
+        assert model.load_report.unexpected == ("head.fc.bias", "head.fc.weight")
+        assert model.load_report.missing == (("head.fc.weight", "head.fc.bias") if classes else ())
+    overlay = dict(file=str(tmp_path / "tuned.pth"), num_classes=10)
+    assert_same(timm.create_model("nat_atto", pretrained=True, pretrained_cfg_overlay=overlay), tuned.state_dict())
+    # Features need no classifier, whatever its classes.
+    foveate.create_backbone("nat_atto", checkpoint=tmp_path / "tuned.pth")
+    timm.models.save_for_hf(tuned, tmp_path / "hub")
+    assert_same(timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True), tuned.state_dict())
+
+
+def test_another_kernel_size_resamples_the_bias_and_says_so(state, tmp_path, caplog):
     torch.save(state, tmp_path / "nat_mini.pth")
     model = load("nat_mini", tmp_path / "nat_mini.pth", kernel_size=11)
     assert model.stages[0].blocks[0].attn.rpb.shape == (2, 21, 21)
+    assert len(model.load_report.reshaped) == 18
+    assert model.load_report.reshaped[0] == ("stages.0.blocks.0.attn.rpb", (2, 13, 13), (2, 21, 21), "bicubic")
+    assert "18 reshaped (stages.0.blocks.0.attn.rpb 2x13x13 to 2x21x21, bicubic" in caplog.text
+
+
+def test_the_report_tells_what_became_of_every_entry(state, tmp_path):
+    torch.save(state, tmp_path / "nat_mini.pth")
+    assert str(load("nat_mini", tmp_path / "nat_mini.pth").load_report) == f"{len(state)} entries matched"
+    grey = load("nat_mini", tmp_path / "nat_mini.pth", in_chans=1).load_report
+    assert grey.reshaped == (("stem.proj.0.weight", (32, 3, 3, 3), (32, 1, 3, 3), "input channels adapted"),)
+    backbone = foveate.create_backbone("nat_mini", recipe="detection", checkpoint=tmp_path / "nat_mini.pth")
+    dense = backbone.features.model.load_report
+    assert "out_norms.0.weight" in dense.missing
+    assert "norm.weight" in dense.unexpected
+    host = timm.create_model("resnet18").state_dict()
+    torch.save(host, tmp_path / "resnet18.pth")
+    report = load("ela_t_resnet18", tmp_path / "resnet18.pth").load_report
+    assert report.matched == len(host)
+    assert all(".se." in key for key in report.missing)
 
 
 def test_a_classifier_starts_a_dense_backbone(state, expected, tmp_path):

@@ -1,0 +1,192 @@
+"""Downloading large files from hosts that fail: resumed where they allow it, checked, whole or not there at all."""
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ._checkpoint import CheckpointError
+
+# Seconds without a byte after which a host counts as stuck; attempts in a row that gain nothing; seconds between them.
+TIMEOUT = 30.0
+ATTEMPTS = 4
+PAUSE = 1.0
+_CHUNK = 2**20
+_TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
+
+
+class DownloadError(CheckpointError):
+    """A file that could not be had from its address; the message is one line."""
+
+
+class _Interrupted(Exception):
+    """The transfer broke off, and may succeed when tried again."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from an encrypted address to an open one."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise DownloadError(f"redirected from https to {newurl.split(':')[0]}, which anybody could change")
+        # urllib before Python 3.11 doesn't know 308, the permanent redirect that keeps the method.
+        return super().redirect_request(req, fp, 301 if code == 308 else code, msg, headers, newurl)
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(
+    url: str,
+    path: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Download ``url`` to ``path``, which appears only when it is whole and right.
+
+    What a broken download left behind (``.part``) is continued next time, if the host allows it and says that the file
+    is still the same. Proxies are those of the environment (``https_proxy`` and so on). The caller keeps other
+    processes out.
+
+    Args:
+        url: Address, http or https.
+        path: File to write.
+        size: Size in bytes, if known.
+        sha256: Hash, if known.
+        check: Called with the finished file before it is moved to ``path``; raises a CheckpointError to refuse it.
+
+    Raises:
+        DownloadError: If the host doesn't give the file, gives it up repeatedly, or gives another one.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise DownloadError("not an http address")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}-{zlib.crc32(url.encode()):08x}.part")
+    idle, best = 0, -1
+    while True:
+        try:
+            _transfer(url, part, size)
+            break
+        except _Interrupted as interruption:
+            gained = _size_of(part) > best
+            best = max(best, _size_of(part))
+            idle = 0 if gained else idle + 1
+            if idle >= ATTEMPTS - 1:
+                raise DownloadError(f"{interruption}, {ATTEMPTS} times") from interruption
+            time.sleep(PAUSE * 2**idle)
+    try:
+        if size is not None and part.stat().st_size != size:
+            raise DownloadError(f"has {part.stat().st_size} bytes, not {size}")
+        if sha256 is not None and (actual := sha256_of(part)) != sha256:
+            raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
+        if check is not None:
+            check(part)
+        os.replace(part, path)
+    finally:
+        # Whole but wrong bytes must not be continued.
+        part.unlink(missing_ok=True)
+        _notes(part).unlink(missing_ok=True)
+
+
+def _notes(part: Path) -> Path:
+    return part.with_suffix(".json")
+
+
+def _size_of(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _transfer(url: str, part: Path, size: int | None) -> None:
+    """Fetch what ``part`` lacks, or all."""
+    start, validator = _size_of(part), None
+    if start:
+        try:
+            validator = json.loads(_notes(part).read_text())["validator"]
+        except (OSError, ValueError, KeyError):
+            start = 0
+    headers = {"User-Agent": "foveate", "Accept-Encoding": "identity"}
+    if start and validator:
+        # The host sends the rest if the file is still the same, and else all of it.
+        headers |= {"Range": f"bytes={start}-", "If-Range": validator}
+    opener = urllib.request.build_opener(_Redirects)
+    try:
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            part.unlink(missing_ok=True)
+            raise _Interrupted("the host offers no such part of the file") from error
+        if error.code in _TEMPORARY:
+            raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
+        raise DownloadError(f"the host answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Interrupted(_reason(error)) from error
+
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise DownloadError("the host answers with a web page, not with the file")
+        length = response.headers.get("Content-Length")
+        if response.status == 206:
+            begin, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+            if begin.partition("-")[0] != str(start):
+                part.unlink(missing_ok=True)
+                raise _Interrupted("the host sends another part of the file than asked for")
+            total = int(total) if total.isdigit() else None
+        else:
+            start, total = 0, int(length) if length and length.isdigit() else None
+        if size is not None and total is not None and total != size:
+            raise DownloadError(f"has {total} bytes, not {size}")
+        _check_space(part.parent, (total or size or 0) - start)
+        # Only a strong validator promises the same bytes.
+        etag = response.headers.get("ETag", "")
+        validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
+        _notes(part).write_text(json.dumps({"url": url, "validator": validator}))
+        bar = tqdm(
+            total=total,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            desc=part.name[1:-14],
+            disable=None,
+        )
+        with open(part, "ab" if start else "wb") as file, bar:
+            try:
+                while chunk := response.read1(_CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+                raise _Interrupted(_reason(error)) from error
+    if total is not None and _size_of(part) < total:
+        raise _Interrupted(f"the connection ends after {_size_of(part)} of {total} bytes")
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DownloadError(f"needs {needed} bytes, but {folder} has {free} left; set TORCH_HOME to another disk")
+
+
+def _reason(error: BaseException) -> str:
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, TimeoutError):
+        return f"the host sends nothing for {TIMEOUT:g} seconds"
+    return (str(reason) or type(reason).__name__).splitlines()[0]

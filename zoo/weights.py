@@ -1,0 +1,400 @@
+"""Published weights: which there are (``weights.json``), where they are, and how they come here.
+
+The table names every published weight file by ``model.tag``. Its sources stand in the order of trust: GitHub release,
+hub, the authors' site, a cloud share. A source's ``state`` is what was last reported of it (``reported`` says when);
+nobody has opened it for this table:
+
+* ``listed``: a direct address that the authors give, not reported dead;
+* ``derived``: a direct address made from a share page's by its host's rule;
+* ``browser``: a page for people, which no program can fetch from;
+* ``dead``: reported dead. Only ``listed`` and ``derived`` ones are tried.
+
+Files are kept where torch keeps its own (``TORCH_HOME``), those of the hub where it does (``HF_HOME``).
+``HF_HUB_OFFLINE=1`` forbids all downloads. ``FOVEATE_WEIGHTS_MIRROR``, an address or a folder that holds
+``MODEL.TAG/FILE``, is asked first. No author published hashes: what a file was on its first use is recorded, and
+compared whenever it is used again.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from ._checkpoint import CheckpointError, open_checkpoint
+from ._download import DownloadError, download, sha256_of
+
+_logger = logging.getLogger(__name__)
+
+STATES = ("listed", "derived", "browser", "dead")
+KINDS = ("release", "hub", "authors", "share", "url")
+
+
+class WeightsError(CheckpointError):
+    """Weights that cannot be had, or are not those they were; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A place where a weight file is, or was.
+
+    Attributes:
+        kind: One of `KINDS`.
+        state: One of `STATES`.
+        url: Direct address.
+        repo: Repository of the Hugging Face hub instead.
+        file: File name, as far as published.
+        size: Bytes, if known.
+        sha256: Hash, if known.
+        reported: Date of what ``state`` says, ``YYYY-MM`` or ``YYYY-MM-DD``.
+        page: Page for people.
+    """
+
+    kind: str
+    state: str
+    url: str | None = None
+    repo: str | None = None
+    file: str | None = None
+    size: int | None = None
+    sha256: str | None = None
+    reported: str | None = None
+    page: str | None = None
+
+    @property
+    def fetchable(self) -> bool:
+        """Whether there is an address to try."""
+        return self.state in ("listed", "derived")
+
+    @property
+    def name(self) -> str:
+        """The file's name in the cache."""
+        return self.file or "weights"
+
+    @property
+    def address(self) -> str:
+        """What to show of it."""
+        return f"hub: {self.repo}" if self.repo else self.url or self.page
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A published weight file.
+
+    Attributes:
+        name: ``model.tag``.
+        task: ``classify``, ``detect`` or ``segment``.
+        data: Data set of the training.
+        sources: Where it is, in the order of trust.
+        page: Page to visit when all else fails.
+        stated: The authors' numbers.
+        license: SPDX name, or None if the authors state none.
+        head: Kind of the detector or segmentor.
+        schedule: Which of several trainings.
+        note: What else one has to know.
+    """
+
+    name: str
+    task: str
+    data: str
+    sources: tuple[Source, ...]
+    page: str
+    stated: dict[str, float] = dataclasses.field(default_factory=dict)
+    license: str | None = None
+    head: str | None = None
+    schedule: str | None = None
+    note: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's registered name."""
+        return self.name.partition(".")[0]
+
+    @property
+    def state(self) -> str:
+        """The best of its sources' states."""
+        return min((source.state for source in self.sources), key=STATES.index)
+
+    @property
+    def reported(self) -> str | None:
+        """Date of that state."""
+        return next(source.reported for source in self.sources if source.state == self.state)
+
+
+@functools.cache
+def table() -> dict[str, Weights]:
+    """Return every published weight file by name."""
+    rows = json.loads(Path(__file__).with_name("weights.json").read_text(encoding="utf-8"))
+    return {
+        name: Weights(name=name, **row | {"sources": tuple(Source(**source) for source in row["sources"])})
+        for name, row in rows.items()
+    }
+
+
+def published_cfg(name: str) -> dict:
+    """Return what timm's table of a model shall say about the weights ``name``: nothing if no link is to be trusted."""
+    weights = table()[name]
+    links = [source for source in weights.sources if source.state == "listed"]
+    direct = next((source.url for source in links if source.url), None)
+    hub = next((source.repo for source in links if source.repo), None)
+    top1 = weights.stated.get("top-1")
+    notes = [f"ImageNet-1k top-1 {top1} (authors)"] if top1 else []
+    where = {"url": direct} if direct else {"hf_hub_id": hub} if hub else {}
+    return where | {"license": weights.license, "notes": (*notes, *filter(None, [weights.note]))}
+
+
+def find(name: str) -> Weights:
+    """Return the weights called ``name``, a ``model.tag``, or a model with one published classifier.
+
+    Raises:
+        WeightsError: If there are none; the message names the nearest.
+    """
+    if name in table():
+        return table()[name]
+    tags = [other for other in table() if other.partition(".")[0] == name]
+    if not tags:
+        near = difflib.get_close_matches(name, table(), n=1)
+        raise WeightsError(
+            f"no published weights are called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    classifiers = [tag for tag in tags if table()[tag].task == "classify"]
+    if len(classifiers) == 1:
+        return table()[classifiers[0]]
+    raise WeightsError(f"{name} has several published weights; name one of {', '.join(tags)}")
+
+
+def locate(reference: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """Return the file that ``reference`` means, downloaded if it has to be.
+
+    Args:
+        reference: A path; an http address, after which ``#sha256=...`` may state the hash; or a ``model.tag``.
+        cache_dir: Where downloads are kept instead of the usual place.
+
+    Raises:
+        WeightsError: If there is no such file, or it can't be had.
+    """
+    text = str(reference)
+    if Path(text).exists():
+        return Path(text)
+    if text.startswith(("http://", "https://")):
+        return fetch(_of_address(text), cache_dir)
+    if text in table():
+        return fetch(table()[text], cache_dir)
+    near = difflib.get_close_matches(text, table(), n=1, cutoff=0.8)
+    raise WeightsError(f"{text}: no such file" + (f"; did you mean the weights {near[0]!r}?" if near else ""))
+
+
+def _of_address(address: str) -> Weights:
+    url, _, fragment = address.partition("#")
+    sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise WeightsError(f"{address}: a sha256 has 64 hexadecimal digits")
+    file = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+    file = file if re.fullmatch(r"\w[\w.+-]*", file) else None
+    name = f"url-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return Weights(name, "unknown", "unknown", (Source("url", "listed", url, file=file, sha256=sha256),), url)
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of all downloads but the hub's."""
+    return Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints") / "foveate"
+
+
+def cached(weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
+    """Return the weights' file if it is here already, and is what it was when it came.
+
+    Raises:
+        WeightsError: If it has changed since.
+    """
+    for source in weights.sources:
+        path = cache_folder(cache_dir) / weights.name / source.name
+        if not path.is_file() and source.repo:
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(source.repo, source.name, cache_dir=cache_dir)
+        if isinstance(path, str | Path) and Path(path).is_file():
+            return _pinned(weights, source, Path(path), cache_dir)
+    return None
+
+
+def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = False) -> Path:
+    """Return the weights' file, from the cache, the mirror or the first source that gives it.
+
+    Args:
+        weights: Which.
+        cache_dir: Where to keep it instead of the usual place.
+        renew: Whether to fetch it again even if it is here, and to take the new file for the right one.
+
+    Raises:
+        WeightsError: If it can't be had; the message says why, and which page to visit.
+    """
+    if not renew and (path := cached(weights, cache_dir)):
+        return path
+    folder = cache_folder(cache_dir) / weights.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(
+            f"{folder} can't be written ({error.strerror}); set TORCH_HOME to a folder of yours"
+        ) from error
+    with _alone(folder / ".lock", f"{weights.name} is being fetched by another process; waiting for it"):
+        # Another process may have fetched it meanwhile.
+        if not renew and (path := cached(weights, cache_dir)):
+            return path
+        failures = []
+        for source, address in _addresses(weights):
+            try:
+                pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
+                path = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
+                return _pinned(weights, source, path, cache_dir, address, renew)
+            except DownloadError as error:
+                failures.append(f"{address}: {error}")
+    if failures:
+        changed = any("wrong file" in failure for failure in failures)
+        renewal = f", or run `foveate weights fetch --renew {weights.name}` if the new file is right" if changed else ""
+        raise WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
+    if _offline():
+        raise WeightsError(
+            f"{weights.name} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it; run "
+            f"`foveate weights fetch {weights.name}` where there is a network"
+        )
+    states = {"dead": "its links are reported dead", "browser": "it can be fetched with a browser only"}
+    when = f" ({weights.reported})" if weights.reported else ""
+    raise WeightsError(f"{weights.name} can't be had: {states[weights.state]}{when}; {_way_out(weights)}")
+
+
+def _way_out(weights: Weights) -> str:
+    if weights.sources[0].kind == "url":
+        return "check the address"
+    return f"visit {weights.page} and give the file as checkpoint=, or set FOVEATE_WEIGHTS_MIRROR"
+
+
+def _offline() -> bool:
+    settings = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(setting.upper() in ("1", "ON", "YES", "TRUE") for setting in settings)
+
+
+def _addresses(weights: Weights) -> Iterator[tuple[Source, str]]:
+    """Yield what to try, as source and address."""
+    mirror = os.environ.get("FOVEATE_WEIGHTS_MIRROR", "").rstrip("/")
+    remote = mirror.startswith(("http://", "https://"))
+    if mirror and weights.sources[0].kind != "url" and not (remote and _offline()):
+        for file in dict.fromkeys(source.name for source in weights.sources):
+            source = next(source for source in weights.sources if source.name == file)
+            yield source, f"{mirror}/{weights.name}/{file}"
+    if not _offline():
+        for source in weights.sources:
+            if source.fetchable:
+                yield source, source.address
+
+
+def _fetch_from(
+    source: Source, address: str, folder: Path, sha256: str | None, renew: bool, cache_dir: str | Path | None
+) -> Path:
+    if address.startswith("hub: "):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source.repo, source.name, cache_dir=cache_dir, force_download=renew))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise DownloadError((str(error) or type(error).__name__).splitlines()[0]) from error
+        _check(path, sha256)
+        return path
+    if not address.startswith(("http://", "https://")):
+        path = Path(address)
+        if not path.is_file():
+            raise DownloadError("no such file")
+        _check(path, sha256)
+        return path
+    path = folder / source.name
+    download(address, path, source.size, sha256, _check)
+    return path
+
+
+def _check(path: Path, sha256: str | None = None) -> None:
+    """Raise a DownloadError unless a file is a whole checkpoint that is safe to read, with the hash if one is given."""
+    if sha256 is not None and (actual := sha256_of(path)) != sha256:
+        raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.lstrip()[:1] == b"<":
+        raise DownloadError("the host answers with a web page, not with the file")
+    try:
+        open_checkpoint(path)
+    except CheckpointError as error:
+        raise DownloadError(str(error).removeprefix(f"{path}: ")) from error
+
+
+def pins(cache_dir: str | Path | None = None) -> dict[str, dict]:
+    """Return what every file was on its first use, by ``model.tag/file``: sha256, size, date and address."""
+    try:
+        return json.loads((cache_folder(cache_dir) / "pins.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _pinned(
+    weights: Weights,
+    source: Source,
+    path: Path,
+    cache_dir: str | Path | None,
+    address: str | None = None,
+    renew: bool = False,
+) -> Path:
+    """Return ``path`` if it is what it was on its first use, which is recorded if this is it."""
+    key = f"{weights.name}/{source.name}"
+    known = None if renew else pins(cache_dir).get(key)
+    status = path.stat()
+    seen = {"size": status.st_size, "changed": status.st_mtime_ns}
+    if known and all(known.get(name) == value for name, value in seen.items()):
+        return path
+    actual = sha256_of(path)
+    expected, since = (known["sha256"], f"on {known['date']}") if known else (source.sha256, "by its publisher")
+    if expected and actual != expected:
+        raise WeightsError(
+            f"{path}: has changed: its sha256 is {actual}, but {expected} was recorded {since}; run "
+            f"`foveate weights fetch --renew {weights.name}`"
+        )
+    today = known["date"] if known else datetime.date.today().isoformat()
+    record = {"sha256": actual, **seen, "date": today, "address": address or (known or {}).get("address")}
+    _write_pins(cache_dir, {key: record})
+    return path
+
+
+def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
+    folder = cache_folder(cache_dir)
+    if not os.access(folder, os.W_OK) and folder.exists():
+        _logger.info(f"{folder} is read-only: the hashes of these weights are not recorded")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
+        records = pins(cache_dir) | changes
+        temporary = folder / f".pins-{os.getpid()}.json"
+        temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        os.replace(temporary, folder / "pins.json")
+
+
+@contextlib.contextmanager
+def _alone(path: Path, message: str) -> Iterator[None]:
+    """Keep other processes out as long as the context lasts."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        _logger.warning(message)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
