@@ -9,10 +9,10 @@ from importlib.metadata import version
 
 from .zoo import create_backbone, list_models
 
-__all__ = ["__version__", "create_backbone", "create_segmenter", "list_models"]
+__all__ = ["__version__", "create_backbone", "create_detector", "create_segmenter", "list_models"]
 __version__ = version("foveate")
 
-_LAZY = {"create_segmenter": ".tasks.segment"}
+_LAZY = {"create_detector": ".tasks.detect", "create_segmenter": ".tasks.segment"}
 
 
 def __getattr__(name: str) -> object:

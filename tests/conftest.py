@@ -39,6 +39,11 @@ class Fixture:
         if "fill_override" in self.spec["notes"]:
             for name in filter(POSITION_BIAS.search, state):
                 state[name] *= 0.5 * (state[name].numel() / state[name].shape[0]) ** 0.5
+        for name, operation, *arguments in self.spec["notes"].get("post_fill_ops", ()):
+            if operation == "add_at":
+                state[name][arguments[0]] += arguments[1]
+            else:
+                state[name] = getattr(state[name], operation)(*arguments)
         return state
 
     def checkpoint(self, folder: Path) -> Path:
@@ -50,6 +55,12 @@ class Fixture:
     def input(self) -> torch.Tensor:
         spec = self.spec["inputs"].get("x", self.spec["inputs"])
         return self.golden.input_for(tuple(spec["shape"]), spec.get("seed", 0))
+
+    def levels(self) -> list[torch.Tensor]:
+        """The maps that a head gets, from the finest on."""
+        levels = sorted(name for name in self.spec["inputs"] if name.startswith("level"))
+        inputs = (self.spec["inputs"][name] for name in levels)
+        return [self.golden.input_for(tuple(spec["shape"]), spec["seed"]) for spec in inputs]
 
     def assert_output(self, name: str, output: torch.Tensor, atol: float) -> None:
         """Compare an output with the sampled values of the published one."""
