@@ -18,6 +18,17 @@ _logger = logging.getLogger(__name__)
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 
+
+class _Unread:
+    """Stands for an object of a training log, which is of no use and is never made."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state: object):
+        pass
+
+
 # What training files hold beside tensors: settings and measured numbers. These types are data, reading them runs no
 # code of the file's choice. A settings node of yacs, a dict itself, is read as a plain dict; yacs is not imported.
 _NUMPY_SCALAR = np.float64().__reduce__()[0]
@@ -28,6 +39,17 @@ _DATA_TYPES = [
     *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    # The curves that mmengine keeps beside the weights.
+    *(
+        (_Unread, name)
+        for name in (
+            "mmengine.logging.history_buffer.HistoryBuffer",
+            "numpy.ndarray",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.core.multiarray._reconstruct",
+            "builtins.getattr",
+        )
+    ),
 ]
 
 

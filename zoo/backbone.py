@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-from timm.models import is_model, model_entrypoint
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
 from .weights import locate
+
+# What lets timm's models of a fixed input size take any; each model has one of these options, or none.
+_FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
 
 
 class UnknownModelError(ValueError):
@@ -29,10 +32,13 @@ class Backbone(nn.Module):
         self.features = features
         self.channels = list(features.feature_info.channels())
         self.reductions = list(features.feature_info.reduction())
+        # timm's Swin transformers and a few others say so.
+        self._channels_last = getattr(features, "output_fmt", "NCHW") == "NHWC"
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest."""
-        return self.features(x)
+        maps = self.features(x)
+        return [level.permute(0, 3, 1, 2) for level in maps] if self._channels_last else maps
 
 
 def recipes_of(name: str) -> dict[str, dict]:
@@ -78,4 +84,16 @@ def create_backbone(
         options = dict(known[recipe])
     if checkpoint is not None:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(checkpoint))}}
-    return Backbone(timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **options | kwargs))
+    options |= kwargs
+    free = _FREE_SIZE if get_pretrained_cfg(name).fixed_input_size and "img_size" not in options else ()
+    for freedom in free:
+        try:
+            return Backbone(_features(name, out_indices, freedom | options))
+        except TypeError as error:
+            if f"unexpected keyword argument {next(iter(freedom))!r}" not in str(error):
+                raise
+    return Backbone(_features(name, out_indices, options))
+
+
+def _features(name: str, out_indices: Sequence[int], options: dict) -> nn.Module:
+    return timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **options)

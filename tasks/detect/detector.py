@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...zoo import CheckpointError, create_backbone
 from ...zoo.backbone import check_name, recipes_of
+from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..neck import FeaturePyramid
 from .anchors import AnchorGrid
@@ -402,7 +403,8 @@ def create_detector(
             ``num_classes - 1``; background is no label.
         recipe: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
             default the one for the head, where the backbone has it.
-        checkpoint: File of a whole detector: mmdet's or ours. The variant is read from it unless given: Swin-style or
+        checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
+            (`foveate weights list`). The variant is read from it unless given: Swin-style or
             default cascade, the pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the
             backbone as it is, and says so.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
@@ -430,6 +432,7 @@ def create_detector(
         known = [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
         wrong = next(iter(body_options))
         raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known)}")
+    checkpoint = None if checkpoint is None else locate(checkpoint)
     state = None if checkpoint is None else read_detector(checkpoint)
     if state is not None:
         held = head_of(state, checkpoint)
