@@ -16,6 +16,15 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
     assert (tmp_path / "models.md").read_text().splitlines()[-1] in capsys.readouterr().out
 
 
+@pytest.mark.heavy
+def test_detectors_are_timed_against_torchvision(tmp_path):
+    argv = ["bench", "detectors", "resnet10t", "--image", "64", "96", "--rounds", "1", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    ours, theirs = csv.DictReader((tmp_path / "detectors.csv").open())
+    assert ours["detections"] == theirs["detections"] == "100"
+    assert float(theirs["times torchvision's time"]) == 1.0
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_kernels_agree_before_they_are_timed(backward):
     rows = bench.bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward)
