@@ -1,10 +1,12 @@
 """What every backbone of stages shares: timm's contract, written once over ``stem``, ``stages``, ``norm``, ``head``."""
 
+import operator
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, get_device_dtype, nhwc_to, trunc_normal_
-from timm.models import checkpoint
+from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -58,6 +60,9 @@ class Pyramid(nn.Module):
     """
 
     output_fmt = "NHWC"
+    # Whether one graph of `torch.compile` may serve every size; the arithmetic of windows and token pyramids on symbols
+    # takes it minutes.
+    symbolic_size: Final[bool] = True
 
     def _assemble(
         self,
@@ -141,6 +146,8 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's normalised map, in ``output_fmt``."""
+        if not self.symbolic_size:
+            settle_size(x)
         x = self.stages(self.stem(x))
         if self.out_norms is not None:
             return self.out_norms[-1](x)
@@ -181,6 +188,8 @@ class Pyramid(nn.Module):
             raise ValueError(f"forward_intermediates returns NCHW or NHWC maps; got output_fmt {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
+        if not self.symbolic_size:
+            settle_size(x)
         x = self.stem(x)
         taps = []
         for i, stage in enumerate(stages):
@@ -220,6 +229,18 @@ class Pyramid(nn.Module):
                 self.head.norm = nn.Identity()
             self.reset_classifier(0, "")
         return take
+
+
+@torch.jit.ignore
+def settle_size(x: Tensor) -> None:
+    """Make `torch.compile` take the height and width of ``x`` ``[B, C, H, W]`` as numbers: one graph for each size."""
+    if torch.compiler.is_dynamo_compiling():
+        # An index is a number; dynamo then guards on it.
+        operator.index(x.shape[2])
+        operator.index(x.shape[3])
+
+
+register_notrace_function(settle_size)
 
 
 def _to_format(x: Tensor, source: str, target: str) -> Tensor:

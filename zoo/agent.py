@@ -13,6 +13,7 @@ as in the published dense models, which are recipes of the same networks with mo
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -273,6 +274,8 @@ class AgentSwin(Pyramid):
         Images ``[B, in_chans, H, W]`` of any size, padded as needed, to logits ``[B, num_classes]``.
     """
 
+    symbolic_size: Final[bool] = False
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -368,6 +371,8 @@ class AgentCSWin(Pyramid):
     Shape:
         Images ``[B, in_chans, H, W]`` of any size to logits ``[B, num_classes]``.
     """
+
+    symbolic_size: Final[bool] = False
 
     def __init__(
         self,

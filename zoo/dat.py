@@ -23,6 +23,7 @@ The published weights were evaluated on images squashed to a square, without reg
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 import torch
 from timm.layers import (
@@ -204,6 +205,7 @@ class DAT(Pyramid):
     """
 
     output_fmt = "NCHW"
+    symbolic_size: Final[bool] = False
 
     def __init__(
         self,

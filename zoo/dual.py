@@ -18,6 +18,7 @@ claimed for one thread, GPUs and compiled models.
 import logging
 import re
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +162,8 @@ class DaViT(Pyramid):
     Raises:
         ValueError: If an attention type is unknown.
     """
+
+    symbolic_size: Final[bool] = False
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ there are fewer than ``topk``.
 
 import re
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,8 @@ class QuadTree(Pyramid):
     Shape:
         Images ``[B, in_chans, H, W]`` of any size to logits ``[B, num_classes]``.
     """
+
+    symbolic_size: Final[bool] = False
 
     def __init__(
         self,

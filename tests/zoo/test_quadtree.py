@@ -168,6 +168,16 @@ def test_compiles_as_one_graph_forward_and_backward():
         torch.testing.assert_close(actual, parameter.grad, atol=1e-3, rtol=1e-3)
 
 
+def test_a_compiled_model_takes_another_size():
+    """A second size makes symbols of the first, and the pyramid's arithmetic on symbols never ends."""
+    model = timm.create_model("quadtree_b0", **TINIEST).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for size in ((64, 97), (96, 64)):
+            x = torch.randn(1, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["quadtree_b0", "quadtree_a_b0"])
 def test_onnx_gives_the_same_logits(name, tmp_path):
