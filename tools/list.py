@@ -43,20 +43,9 @@ def run(args: argparse.Namespace) -> None:
 def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:
     """Yield name, millions of parameters, input size, the authors' top-1 and the default tag of each model."""
     import timm
-    import torch
     from timm.models import get_pretrained_cfg
-    from torch.overrides import TorchFunctionMode
 
-    methods = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
-    draws = {getattr(torch.Tensor, method) for method in methods}
-
-    class WithoutInit(TorchFunctionMode):
-        """Initialising weights that have no storage does nothing, slowly."""
-
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func in draws and args[0].is_meta:
-                return args[0]
-            return func(*args, **(kwargs or {}))
+    from ..zoo.variants import WithoutInit
 
     for name in names:
         with WithoutInit():

@@ -142,9 +142,13 @@ def table() -> dict[str, Weights]:
 
 
 def published_cfg(name: str) -> dict:
-    """Return what timm's table of a model shall say about the weights ``name``: nothing if no link is to be trusted."""
+    """Return what timm's table of a model shall say about the weights ``name``.
+
+    Only links that the authors list, of weights whose licence they state, are given, since timm advertises such models
+    as pretrained; `fetch` tries the others all the same.
+    """
     weights = table()[name]
-    links = [source for source in weights.sources if source.state == "listed"]
+    links = [source for source in weights.sources if source.state == "listed" and weights.license]
     direct = next((source.url for source in links if source.url), None)
     hub = next((source.repo for source in links if source.repo), None)
     top1 = weights.stated.get("top-1")
@@ -240,6 +244,8 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
     """
     if not renew and (path := cached(weights, cache_dir)):
         return path
+    if weights.license is None and weights.sources[0].kind != "url":
+        _logger.warning(f"{weights.name}: its authors state no licence; ask them before you use it")
     folder = cache_folder(cache_dir) / weights.name
     try:
         folder.mkdir(parents=True, exist_ok=True)

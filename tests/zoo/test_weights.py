@@ -66,6 +66,7 @@ def test_nothing_is_advertised_whose_links_are_dead_or_need_a_browser():
     assert "nat_mini.shi_in1k" in advertised
     for name in advertised:
         assert weights.table()[name].state == "listed"
+        assert weights.table()[name].license
         cfg = get_pretrained_cfg(name)
         usable = [source for source in weights.table()[name].sources if source.state == "listed"]
         assert cfg.url in [source.url for source in usable] or cfg.hf_hub_id in [source.repo for source in usable]

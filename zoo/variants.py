@@ -1,0 +1,105 @@
+"""Which model a checkpoint is one of: every model is built without storage, and the file's names and shapes tried."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+
+import timm
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ._checkpoint import CheckpointError, LoadReport, unwrap
+from .backbone import recipes_of
+
+_METHODS = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
+_DRAWS = {getattr(Tensor, method) for method in _METHODS}
+
+
+class WithoutInit(TorchFunctionMode):
+    """Skips the initialisation of weights that have no storage, which does nothing, slowly."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _DRAWS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model that a checkpoint fits.
+
+    Attributes:
+        model: Registered name.
+        dense: Whether it fits as a backbone with the published dense settings, not as a classifier.
+        report: What would be loaded.
+    """
+
+    model: str
+    dense: bool
+    report: LoadReport
+
+
+def variants_of(checkpoint: Mapping, names: list[str]) -> list[Variant]:
+    """Return the models that a checkpoint fits, of those that it fits best: without resampling if there are any.
+
+    Several remain where models differ in what is no part of the weights, such as NAT and DiNAT in their dilations.
+
+    Args:
+        checkpoint: What `open_checkpoint` returns, of a classifier, a detector or a segmenter.
+        names: Models to try.
+    """
+    # Detectors of ours keep the backbone behind timm's wrapper for features.
+    state = {key.removeprefix("features.model."): value for key, value in unwrap(checkpoint).items()}
+    state = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+    size = sum(value.numel() for value in state.values() if value.is_floating_point())
+    fitting = []
+    with _silence():
+        for name in names:
+            # Heads, tables of another size and buffers make less difference than the next larger model.
+            if not 0.6 < size / _parameters(name) < 1.6:
+                continue
+            for dense in (False, True):
+                try:
+                    fitting.append(Variant(name, dense, _report(name, state, dense)))
+                    break
+                except (CheckpointError, LookupError, RuntimeError, TypeError, ValueError):
+                    # Another family's names and shapes may break a conversion anywhere.
+                    continue
+    exact = [variant for variant in fitting if not variant.report.reshaped]
+    return exact or fitting
+
+
+@functools.cache
+def _parameters(name: str) -> int:
+    with WithoutInit():
+        return sum(parameter.numel() for parameter in timm.create_model(name, device="meta").parameters())
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what loading a wrong model would say to itself."""
+    logger = logging.getLogger(__package__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _report(name: str, state: dict[str, Tensor], dense: bool) -> LoadReport:
+    # Classes may be any.
+    options = {"num_classes": 1000}
+    if dense:
+        recipes = recipes_of(name)
+        if not recipes:
+            raise CheckpointError(f"{name} has no dense settings")
+        options = {"features_only": True, **next(iter(recipes.values()))}
+    with WithoutInit():
+        model = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, device="meta", **options
+        )
+    return (model.model if dense else model).load_report
