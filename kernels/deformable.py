@@ -123,11 +123,11 @@ def _bags(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, w
     with torch.no_grad():
         first = torch.arange(0, batch * pixels * heads, pixels * heads, dtype=integer)[:, None, None, None]
         first = first + torch.arange(heads, dtype=integer)[:, None] + of_points(starts, integer) * heads
-        rows = torch.empty(batch, queries, heads, 4, left.shape[-1], dtype=integer)
+        rows = torch.empty(batch, queries, heads, left.shape[-1], 4, dtype=integer)
         corners = [(y, x) for y in (upper * widths, lower * widths) for x in (left, right)]
         for corner, (y, x) in enumerate(corners):
-            torch.add(first, (y + x).to(integer), alpha=heads, out=rows[..., corner, :])
-    shares = torch.stack([y * x for y in (upper_weight, lower_weight) for x in (left_weight, right_weight)], dim=3)
+            torch.add(first, (y + x).to(integer), alpha=heads, out=rows[..., corner])
+    shares = torch.stack([y * x for y in (upper_weight, lower_weight) for x in (left_weight, right_weight)], dim=-1)
     out = F.embedding_bag(
         rows.flatten(0, 2).flatten(1),
         value.reshape(-1, dim),

@@ -24,6 +24,8 @@ _MARKS = {
     "oneformer": re.compile(r"head\.predictor\.class_transformer\."),
     "mask2former": re.compile(r"head\.predictor\.query_feat\."),
 }
+# The prefix of Mask2Former's pixel decoder in its first files.
+_OLD = re.compile(r"sem_seg_head\.(?!predictor\.|pixel_decoder\.)")
 # Published prefixes and ours.
 _NAMES = (
     ("decode_head.", "head."),
@@ -32,8 +34,9 @@ _NAMES = (
     ("task_mlp.", "head.task_mlp."),
     ("sem_seg_head.", "head."),
 )
-# What the published files hold for training or normalising only.
-_EXTRAS = ("text_encoder.", "text_projector.", "prompt_ctx.", "criterion.", "pixel_mean", "pixel_std")
+# What the published files hold for training only: OneFormer's networks for text, and constants.
+_NETWORKS = ("text_encoder.", "text_projector.", "prompt_ctx.")
+_EXTRAS = (*_NETWORKS, "criterion.", "pixel_mean", "pixel_std", "data_preprocessor.")
 _CLASSIFIERS = ("head.conv_seg.", "aux_head.conv_seg.", "head.classifier.4.", "head.predictor.class_embed.")
 
 
@@ -48,24 +51,16 @@ def read_segmenter(path: str | Path) -> dict[str, Tensor]:
         if key.startswith(_EXTRAS):
             extras.append(key)
             continue
-        for published, ours in _NAMES:
-            if key.startswith(published):
-                key = ours + key.removeprefix(published)
-                break
-        if key.startswith("head."):
-            key = _renew(key, path)
-        state[key] = value
+        key = _OLD.sub("sem_seg_head.pixel_decoder.", key).replace(".static_query.", ".query_feat.")
+        published, ours = next((names for names in _NAMES if key.startswith(names[0])), ("", ""))
+        state[ours + key.removeprefix(published)] = value
     if extras:
         kinds = sorted({key.split(".")[0] for key in extras})
-        _logger.info(f"{path}: left out {len(extras)} entries that only training needs: {', '.join(kinds)}")
+        level = logging.WARNING if any(key.startswith(_NETWORKS) for key in extras) else logging.INFO
+        _logger.log(level, f"{path}: left out {len(extras)} entries that only training needs: {', '.join(kinds)}")
     if not any(key.startswith("head.") for key in state):
         raise CheckpointError(f"{path}: holds no segmenter, only {', '.join(map(repr, list(state)[:3]))}, ...")
     return state
-
-
-def _renew(key: str, path: str | Path) -> str:
-    """Return an entry of the head under the name that newer files of Mask2Former use."""
-    return key
 
 
 def head_of(state: dict[str, Tensor], path: str | Path) -> str:
@@ -77,13 +72,38 @@ def head_of(state: dict[str, Tensor], path: str | Path) -> str:
 
 
 def variant_of(head: str, state: dict[str, Tensor]) -> dict:
-    """Return the class count and the head's options that the entries' shapes tell."""
+    """Return the class count and the head's options that the entries' names and shapes tell."""
     if head == "deeplabv3":
         return {"num_classes": state["head.classifier.4.weight"].shape[0]}
+    if head in ("mask2former", "oneformer"):
+        return _transformer_variant(state)
     num_classes, channels = state["head.conv_seg.weight"].shape[:2]
     variant = {"num_classes": num_classes, "channels": channels}
     if head == "semantic_fpn":
         variant["neck_channels"] = state["head.neck.layer_blocks.0.0.weight"].shape[0]
+    return variant
+
+
+def _transformer_variant(state: dict[str, Tensor]) -> dict:
+    encoder, decoder = "head.pixel_decoder.transformer.encoder.layers.", "head.predictor.transformer_ffn_layers."
+
+    def layers(prefix: str) -> int:
+        return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+    num_queries, dim = state["head.predictor.query_embed.weight"].shape
+    variant = {
+        "num_classes": state["head.predictor.class_embed.weight"].shape[0] - 1,
+        "num_queries": num_queries,
+        "dim": dim,
+        "encoder_layers": layers(encoder),
+        "decoder_layers": layers(decoder),
+    }
+    for name, key in (
+        ("encoder_hidden", f"{encoder}0.linear1.weight"),
+        ("decoder_hidden", f"{decoder}0.linear1.weight"),
+    ):
+        if key in state:
+            variant[name] = state[key].shape[0]
     return variant
 
 

@@ -1,6 +1,6 @@
 """Inference of label maps: of whole images or in windows, at several scales, mirrored; mmseg's rules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,21 @@ def check_windows(mode: str, crop_size: Sequence[int] | int | None, stride: Sequ
     return crop_size, stride
 
 
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise a TaskError unless there are scales and all are positive."""
+    if not scales or any(scale <= 0 for scale in scales):
+        raise TaskError(f"scales are positive factors of the image's size; got {tuple(scales)}")
+
+
+def views(images: Tensor, scales: Sequence[float], flip: bool) -> Iterator[tuple[Tensor, bool]]:
+    """Yield images ``[B, C, H, W]`` at every scale (bilinear), with ``flip`` also mirrored; and whether they are."""
+    for scale in scales:
+        view = resize_to(images, [max(int(side * scale + 0.5), 1) for side in images.shape[-2:]])
+        yield view, False
+        if flip:
+            yield view.flip(-1), True
+
+
 def averaged_probabilities(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -89,16 +104,13 @@ def averaged_probabilities(
     Returns:
         Probabilities ``[B, K, *output_size]``.
     """
-    if not scales or any(scale <= 0 for scale in scales):
-        raise TaskError(f"scales are positive factors of the image's size; got {tuple(scales)}")
-    total = 0
-    for scale in scales:
-        view = resize_to(images, [max(int(side * scale + 0.5), 1) for side in images.shape[-2:]])
-        total = total + resize_to(logits_of(view), output_size).float().softmax(1)
-        if flip:
-            logits = logits_of(view.flip(-1)).flip(-1)
-            total = total + resize_to(logits, output_size).float().softmax(1)
-    return total / (len(scales) * (2 if flip else 1))
+    total, count = 0, 0
+    for view, mirrored in views(images, scales, flip):
+        logits = logits_of(view)
+        logits = logits.flip(-1) if mirrored else logits
+        total = total + resize_to(logits, output_size).float().softmax(1)
+        count += 1
+    return total / count
 
 
 @torch.inference_mode()
@@ -114,6 +126,7 @@ def predict_labels(
 ) -> Tensor:
     """Return label maps ``[B, H, W]``; arguments as for `Segmenter.predict`."""
     crop_size, stride = check_windows(mode, crop_size, stride)
+    check_scales(scales)
 
     def logits_of(view: Tensor) -> Tensor:
         return model(view) if crop_size is None else slide(model, view, crop_size, stride)

@@ -7,20 +7,29 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ...zoo import CheckpointError, create_backbone
+from ...zoo import CheckpointError, UnknownModelError, create_backbone
 from ...zoo.backbone import check_name, recipes_of
+from ...zoo.weights import locate
 from .. import TaskError, nearest
 from .checkpoint import aux_channels_of, has_backbone, head_of, is_ours, load_segmenter, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head
 from .fcn import FCNHead
 from .inference import predict_labels, resize_to
 from .losses import pixel_cross_entropy
+from .mask2former import RECIPES, Mask2Former, Mask2FormerHead, OneFormerHead
 from .semantic_fpn import SemanticFPNHead
+from .set_loss import SetCriterion
 from .upernet import UPerHead
 
 _logger = logging.getLogger(__name__)
 
-HEADS = {"semantic_fpn": SemanticFPNHead, "upernet": UPerHead, "deeplabv3": DeepLabV3Head}
+HEADS = {
+    "semantic_fpn": SemanticFPNHead,
+    "upernet": UPerHead,
+    "deeplabv3": DeepLabV3Head,
+    "mask2former": Mask2FormerHead,
+    "oneformer": OneFormerHead,
+}
 # The heads that are trained with an auxiliary one.
 _WITH_AUX = ("upernet", "deeplabv3")
 
@@ -135,28 +144,31 @@ def create_segmenter(
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
     **kwargs,
-) -> nn.Module:
+) -> Segmenter | Mask2Former:
     """Create a segmenter of any backbone.
 
     Args:
-        head: ``"semantic_fpn"``, ``"upernet"`` or ``"deeplabv3"``.
+        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"mask2former"`` or ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
             finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
-        num_classes: Classes; the checkpoint's, or else 150 (ADE20K), by default.
+        num_classes: Classes; the checkpoint's, or else the recipe's or 150 (ADE20K), by default.
         recipe: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
-            default the one for the head, where the backbone has it.
-        checkpoint: File of a whole segmenter: mmseg's, detectron2's, or ours. The variant of the head is read from it
-            unless given. A file of a head alone leaves the backbone as it is, and says so.
+            default the one for the head, where the backbone has it. Mask2Former and OneFormer have recipes of their
+            own, which include the backbone's: `mask2former.RECIPES`, such as ``"coco_panoptic"``.
+        checkpoint: Weights of a whole segmenter, a path or an address: mmseg's, detectron2's, or ours. The variant of
+            the head is read from it unless given; ``"mask2former"`` reads OneFormer's too. A file of a head alone
+            leaves the backbone as it is, and says so.
         aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet
             and DeepLabV3; the others never have one.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
-        **kwargs: Options of the head, such as ``channels``, and of the segmenter, such as ``loss_mean``.
+        **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
+            of Mask2Former's `SetCriterion`; all others are options of a named backbone.
 
     Raises:
         TaskError: If the head or an option is unknown, or the backbone does not suit the head.
         UnknownModelError: If the backbone or its recipe is unknown.
-        CheckpointError: If the checkpoint can't be read, or is of another model.
+        CheckpointError: If the checkpoint can't be had or read, or is of another model.
 
     Example:
         >>> model = create_segmenter("upernet", "nat_atto", num_classes=19, channels=32)
@@ -165,17 +177,24 @@ def create_segmenter(
     """
     if head not in HEADS:
         raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
-    head_class = HEADS[head]
-    head_options, options = _split_options(head, head_class, kwargs)
+    checkpoint = None if checkpoint is None else locate(checkpoint)
     state = None if checkpoint is None else read_segmenter(checkpoint)
+    if state is not None:
+        held = head_of(state, checkpoint)
+        if held == "oneformer" and head == "mask2former":
+            head = held
+        if held != head:
+            raise CheckpointError(f"{checkpoint}: holds a {held}, not a {head}; create it as {held!r}")
+    options = {}
+    settings = RECIPES.get(head, {}).get(recipe)
+    if settings is not None:
+        options = dict(settings)
+        recipe = options.pop("backbone")
+        published_classes = options.pop("num_classes")
+        num_classes = published_classes if num_classes is None and state is None else num_classes
     aux_options = {}
     aux = aux_head and head in _WITH_AUX
     if state is not None:
-        held = head_of(state, checkpoint)
-        if held != head:
-            raise CheckpointError(
-                f"{checkpoint}: holds a {held}, not a {head}; create_segmenter({held!r}, ...) reads it"
-            )
         variant = variant_of(head, state)
         held_classes = variant.pop("num_classes")
         if num_classes is None:
@@ -185,7 +204,7 @@ def create_segmenter(
                 f"{checkpoint}: has {held_classes} classes, not {num_classes}; leave num_classes out, or start with a "
                 "new classifier: reset_classifier=True"
             )
-        head_options = variant | head_options
+        options |= variant
         channels = aux_channels_of(state)
         if aux and channels is None:
             _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
@@ -193,19 +212,29 @@ def create_segmenter(
         aux_options = {"channels": channels}
     num_classes = 150 if num_classes is None else num_classes
 
-    published = state is not None and has_backbone(state) and not is_ours(state)
-    backbone_options = dict(backbone_kwargs or {})
+    transformer = head in ("mask2former", "oneformer")
+    kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
+    *parts, others = _split_options(options | kwargs, *kinds)
+    body_options = {**(backbone_kwargs or {}), **others}
+    if body_options and not isinstance(backbone, str):
+        known = [name for kind in kinds for name in _options_of(kind)]
+        wrong = next(iter(body_options))
+        raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known)}")
     if head == "deeplabv3" and isinstance(backbone, str):
-        backbone_options.setdefault("output_stride", 16)
-    body = _build_backbone(head, backbone, recipe, checkpoint if published else None, backbone_options)
+        body_options.setdefault("output_stride", 16)
+    published = state is not None and has_backbone(state) and not is_ours(state)
+    body = _build_backbone(head, backbone, recipe, checkpoint if published else None, body_options)
     if head == "deeplabv3":
-        head_options.setdefault("stride", body.reductions[-1])
-    model = Segmenter(
-        body,
-        head_class(body.channels, num_classes, **head_options),
-        FCNHead(body.channels, num_classes, **aux_options) if aux else None,
-        **options,
-    )
+        parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
+    if transformer:
+        criterion = SetCriterion(num_classes, **parts[2])
+        module = HEADS[head](body.channels, num_classes, **parts[0])
+        if head == "oneformer":
+            parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
+        model = Mask2Former(body, module, criterion, **parts[1])
+    else:
+        aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
+        model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
     if state is not None:
         if not has_backbone(state) and body.state_dict():
             _logger.warning(f"{checkpoint}: holds a head alone; the backbone keeps its weights")
@@ -214,17 +243,21 @@ def create_segmenter(
     return model
 
 
-def _split_options(head: str, head_class: type[nn.Module], given: dict) -> tuple[dict, dict]:
-    """Return the options of the head and those of the segmenter, or raise a TaskError for one of neither."""
-    of_head = list(inspect.signature(head_class).parameters)[2:]
-    of_segmenter = list(inspect.signature(Segmenter).parameters)[3:]
-    for name in given:
-        if name not in of_head + of_segmenter:
-            raise TaskError(f"{head} has no option {name!r}{nearest(name, of_head + of_segmenter)}")
-    return (
-        {name: value for name, value in given.items() if name in of_head},
-        {name: value for name, value in given.items() if name in of_segmenter},
-    )
+# What create_segmenter passes itself.
+_PARTS = ("in_channels", "num_classes", "backbone", "head", "aux_head", "criterion", "options")
+
+
+def _options_of(kind: type[nn.Module]) -> list[str]:
+    """Return the names of the options of a class and of those it passes them on to."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return [name for base in bases for name in inspect.signature(base).parameters if name not in _PARTS]
+
+
+def _split_options(given: dict, *kinds: type[nn.Module]) -> list[dict]:
+    """Return the options of each class, and last all others."""
+    parts = [{name: given[name] for name in _options_of(kind) if name in given} for kind in kinds]
+    known = {name for part in parts for name in part}
+    return [*parts, {name: value for name, value in given.items() if name not in known}]
 
 
 def _build_backbone(
@@ -236,7 +269,16 @@ def _build_backbone(
             raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
         return backbone
     check_name(backbone)
+    known = recipes_of(backbone)
     if recipe == "auto":
-        known = recipes_of(backbone)
         recipe = next((name for name in (head, "segmentation") if name in known), None)
-    return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+    own = RECIPES.get(head, {})
+    if recipe is not None and recipe not in known and own:
+        names = [*known, *(name for name, setting in own.items() if setting["backbone"] in known)]
+        raise UnknownModelError(f"{backbone} has no recipe {recipe!r}; it has {', '.join(map(repr, names)) or 'none'}")
+    try:
+        return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise TaskError(f"{backbone} with {head}: {str(error).split('() ')[-1]}") from error
