@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...zoo import CheckpointError
-from ...zoo._checkpoint import open_checkpoint, state_of
+from ...zoo._checkpoint import LoadReport, open_checkpoint, state_of
 from ..checkpoints import load_weights
 from ..neck import convert_pyramid
 
@@ -122,8 +122,8 @@ def has_backbone(state: dict[str, Tensor]) -> bool:
 
 def load_detector(
     model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone: bool, reset_classifier: bool
-) -> None:
-    """Load entries under our names into ``model``: all of them, and no others; log what was done.
+) -> LoadReport:
+    """Load entries under our names into ``model``: all of them, and no others; report what was done.
 
     Args:
         model: The detector.
@@ -143,14 +143,18 @@ def load_detector(
         # Batch counts play no part where the momentum is fixed; some files lack them.
         if key.endswith("num_batches_tracked") and key not in state:
             return True
-        return reset_classifier and _CLASSIFIERS.match(key) is not None
+        shared = ".bbox_pred." in key and len(wanted[key]) == 4
+        return reset_classifier and not shared and _CLASSIFIERS.match(key) is not None
 
     if not backbone:
         state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
     kept_values = {key: value for key, value in wanted.items() if kept(key)}
     load_weights(model, state | kept_values, path)
-    parts = {}
-    for key in state.keys() - kept_values.keys():
-        part = key.split(".")[0]
-        parts[part] = parts.get(part, 0) + 1
-    _logger.info(f"{path}: loaded {', '.join(f'{part} ({count} entries)' for part, count in sorted(parts.items()))}")
+    own = {key for key in wanted if backbone or not key.startswith("backbone.")}
+    report = LoadReport(
+        matched=len(own - kept_values.keys()),
+        missing=tuple(sorted(own & kept_values.keys())),
+        unexpected=tuple(sorted(state.keys() & kept_values.keys())),
+    )
+    _logger.info(f"{path}: {report}")
+    return report

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...zoo import CheckpointError, create_backbone
-from ...zoo.backbone import check_name, recipes_of
+from ...zoo._checkpoint import LoadReport
+from ...zoo.backbone import Backbone, check_name, recipes_of
 from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..neck import FeaturePyramid
@@ -40,6 +41,7 @@ class Detector(nn.Module):
         neck: The pyramid on them.
         transform: Makes the batch of images.
         num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
+        load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
 
     Args:
         backbone: See above; has ``channels``.
@@ -56,6 +58,7 @@ class Detector(nn.Module):
         self.neck = neck
         self.transform = transform
         self.num_classes = num_classes
+        self.load_report: LoadReport | None = None
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -404,9 +407,9 @@ def create_detector(
         recipe: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
             default the one for the head, where the backbone has it.
         checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
-            (`foveate weights list`). The variant is read from it unless given: Swin-style or
-            default cascade, the pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the
-            backbone as it is, and says so.
+            (`foveate weights list`). The variant is read from it unless given: Swin-style or default cascade, the
+            pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the backbone as it is,
+            and says so.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
         **kwargs: Options of the detector's class (`RetinaNet`, `MaskRCNN`, `CascadeMaskRCNN`), such as ``channels``,
@@ -429,9 +432,8 @@ def create_detector(
     options, transform, others = _split_options(kind, kwargs)
     body_options = {**(backbone_kwargs or {}), **others}
     if body_options and not isinstance(backbone, str):
-        known = [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
         wrong = next(iter(body_options))
-        raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known)}")
+        raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, _known_options(kind))}")
     checkpoint = None if checkpoint is None else locate(checkpoint)
     state = None if checkpoint is None else read_detector(checkpoint)
     if state is not None:
@@ -456,10 +458,18 @@ def create_detector(
     body = _build_backbone(head, backbone, recipe, checkpoint if published else None, body_options)
     model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
     if state is not None:
-        if not has_backbone(state) and body.state_dict():
+        given, wanted = has_backbone(state), bool(body.state_dict())
+        if wanted and not given:
             _logger.warning(f"{checkpoint}: holds neck and heads alone; the backbone keeps its weights")
-        whole = has_backbone(state) and (is_ours(state) or not isinstance(backbone, str))
-        load_detector(model, state, checkpoint, whole, reset_classifier)
+        if given and not wanted:
+            _logger.info(f"{checkpoint}: left out its backbone, since {type(body).__name__} has no weights")
+        if published and isinstance(backbone, Backbone):
+            raise CheckpointError(
+                f"{checkpoint}: is a published model, whose backbone is read if it is given by name; or read it with "
+                "create_backbone, and give here a file of neck and heads alone"
+            )
+        whole = given and wanted and (is_ours(state) or not isinstance(backbone, str))
+        model.load_report = load_detector(model, state, checkpoint, whole, reset_classifier)
     return model
 
 
@@ -471,6 +481,10 @@ def _options_of(kind: type[Detector]) -> list[str]:
             break
         names += list(inspect.signature(base).parameters)[3:]
     return [name for name in dict.fromkeys(names) if name != "options"]
+
+
+def _known_options(kind: type[Detector]) -> list[str]:
+    return [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
 
 
 def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]:
@@ -496,7 +510,14 @@ def _build_backbone(
         if recipe == "auto":
             known = recipes_of(backbone)
             recipe = next((name for name in (head, "detection") if name in known), None)
-        body = create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        try:
+            body = create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        except TypeError as error:
+            wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
+            if wrong is None:
+                raise
+            known = _known_options(DETECTORS[head])
+            raise TaskError(f"neither {head} nor {backbone} has an option {wrong!r}{nearest(wrong, known)}") from error
     strides = list(getattr(body, "reductions", _STRIDES))
     if len(body.channels) != len(_STRIDES) or strides != _STRIDES:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__

@@ -178,22 +178,25 @@ def test_multiclass_nms(open_fixture):
             fixture.assert_output("flat_inds", candidates, 0)
 
 
+@pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", names("predict_*"))
-def test_detections(name, open_fixture, tmp_path):
+def test_detections(name, images, open_fixture, tmp_path):
     fixture = open_fixture(f"dense/{name}")
     model = detector_of(fixture, tmp_path).eval()
-    image_sizes, original_sizes = sizes_of(fixture, "img_shape"), sizes_of(fixture, "ori_shape")
-    detections = model.predict_from_features(fixture.levels(), image_sizes, original_sizes)
+    features = [level[:images] for level in fixture.levels()]
+    image_sizes, original_sizes = sizes_of(fixture, "img_shape")[:images], sizes_of(fixture, "ori_shape")[:images]
+    detections = model.predict_from_features(features, image_sizes, original_sizes)
+    assert len(detections) == images
     for index, detection in enumerate(detections):
         fixture.assert_output(f"scores{index}", detection["scores"], 1e-5)
         fixture.assert_output(f"labels{index}", detection["labels"], 0)
         fixture.assert_output(f"boxes{index}", detection["boxes"], 2e-3)
-        if "masks" in detection:
+        if hasattr(model, "roi_heads"):
             assert detection["masks"].shape[1:] == original_sizes[index]
             fixture.assert_output(f"mask_area{index}", detection["masks"].sum((1, 2)), 3)
     if hasattr(model, "rpn"):
         with torch.inference_mode():
-            proposals = model.rpn.propose(*model.rpn(model.neck(fixture.levels())), image_sizes)
+            proposals = model.rpn.propose(*model.rpn(model.neck(features)), image_sizes)
         for index, (boxes, scores) in enumerate(proposals):
             assert len(boxes) == fixture.spec["notes"]["proposal_counts"][index]
             fixture.assert_output(f"proposals{index}", boxes[:100], 2e-3)
