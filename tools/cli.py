@@ -14,6 +14,8 @@ COMMANDS = {
     "predict": "name what is in images, with pictures and JSON",
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
+    "weights": "list, fetch, verify, convert and publish weights",
+    "compare": "train and time one host with every attention of the house",
     "bench": "time our kernels and models against their peers on this machine",
 }
 
@@ -24,7 +26,8 @@ examples:
   foveate eval classify/nat_atto_digits runs/digits/best.pth
   foveate predict runs/demo/heldout --checkpoint runs/demo/run/best.pth
   foveate list 'nat_*'
-  foveate info nat_atto"""
+  foveate info nat_atto
+  foveate weights list 'nat_*'"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     try:
-        return command.run(parser.parse_intermixed_args(argv[1:])) or 0
+        # argparse can't mix the arguments of a command that has actions with those of the action.
+        parse = parser.parse_args if hasattr(command, "ACTIONS") else parser.parse_intermixed_args
+        return command.run(parse(argv[1:])) or 0
     except (TaskError, CheckpointError, UnknownModelError) as error:
         return _fail(str(error))
     except SystemExit as stop:

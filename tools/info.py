@@ -14,10 +14,10 @@ def run(args: argparse.Namespace) -> None:
     import timm
     import torch
     from timm.models import get_pretrained_cfg
-    from torch.utils.flop_counter import FlopCounterMode
 
     from ..configs import list_recipes
     from ..tasks import TaskError
+    from ..tasks.cost import count_macs
     from ..zoo.backbone import check_name, recipes_of
 
     check_name(args.name)
@@ -33,11 +33,9 @@ def run(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = timm.create_model(args.name).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
-            model(torch.empty(1, channels, height, width, device="meta"))
-        cost = f"{counter.get_total_flops() / 2e9:.2f} GMACs at {height}x{width}, as executed on the CPU"
+        macs = count_macs(args.name, (channels, height, width))
+        cost = f"{macs / 1e9:.2f} GMACs at {height}x{width}, as executed on the CPU"
     except NotImplementedError as error:
         cost = f"not counted: {str(error).splitlines()[0]}"
 

@@ -1,0 +1,74 @@
+"""What a forward pass costs: multiply-adds, and the memory it adds at its peak."""
+
+import contextlib
+import multiprocessing
+import re
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(name: str, shape: tuple[int, int, int], **kwargs: Any) -> float:
+    """Return the multiply-adds of a timm model for one image of ``shape`` ``(C, H, W)``, as executed on the CPU.
+
+    Raises:
+        NotImplementedError: If an operator of the model can't run without data.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs).eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.empty(1, *shape, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+def peak_memory(name: str, batch: int, size: int, device: str, **kwargs: Any) -> int:
+    """Return by how many bytes inference on ``[batch, 3, size, size]`` raises the memory in use, at its peak.
+
+    On the CPU a fresh process measures, since a process keeps memory that earlier work has freed.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(_peak_here, name, batch, size, device, kwargs, torch.get_num_threads()).result()
+
+
+def _peak_here(name: str, batch: int, size: int, device: str, kwargs: dict, threads: int) -> int:
+    import foveate  # noqa: F401 (registers the models)
+
+    torch.set_num_threads(threads)
+    model = timm.create_model(name, **kwargs).eval().to(device)
+    images = torch.randn(batch, 3, size, size, device=device)
+    with torch.inference_mode():
+        # Libraries load, and their work spaces come, with the first call.
+        model(images[:1, :, :64, :64])
+        before = _begin(device)
+        model(images)
+    return max(0, _most_memory(device) - before)
+
+
+def _begin(device: str) -> int:
+    """Return the bytes in use, and forget how many there were at most where the system can be told to."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _most_memory(device)
+
+
+def _most_memory(device: str) -> int:
+    """Return the greatest number of bytes that were in use."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    try:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except OSError:
+        # Linux counts in kibibytes, macOS in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
