@@ -48,11 +48,11 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
+from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper, PolyLR
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
-TASKS = ("classify",)
+TASKS = ("classify", "detect", "segment")
 
 # Every key that a config of any task may have, with its default; a task adds its own.
 DEFAULTS = {
@@ -64,25 +64,42 @@ DEFAULTS = {
     "batch_size": 64,  # of each process
     "workers": 0,  # processes that load data, for each process that trains
     "epochs": 10,
+    "iterations": None,  # instead of epochs: batches to train on, rounded up to whole epochs
     "val_interval": 1,  # epochs between validations; the last epoch always has one
+    "sync_batchnorm": False,  # batch norm over the images of all processes, on CUDA
     "optimizer": {
         "name": "adamw",  # any optimizer of timm
         "lr": 1e-3,
         "weight_decay": 0.05,
+        "no_decay": None,  # parts of parameters' names without weight decay; None: biases and norms
         "layer_decay": None,  # factor of the learning rate from a layer to the one below it
+        "factors": {},  # of the learning rate, by part of parameters' names, such as {"backbone.": 0.1}
         "clip_grad": None,  # greatest norm of the gradient
         "accumulate": 1,  # batches for each step
         "kwargs": {},
     },
     "schedule": {
+        "name": "cosine",  # or "poly", "step"
         "warmup_epochs": 0,  # linear, from warmup_factor
+        "warmup_iterations": 0,  # the same, counted in batches
         "warmup_factor": 0.01,
-        "final_factor": 0.01,  # of the learning rate, at the end of the cosine
+        "final_factor": 0.01,  # of the learning rate, at the end of cosine and poly
+        "power": 1.0,  # of poly
+        "steps": (),  # epochs after which the learning rate is multiplied by gamma
+        "gamma": 0.1,
     },
     "ema": None,  # weight of the newest parameters in their running average, such as 2e-4
 }
-FREE = ("optimizer.kwargs",)  # dicts with keys of their own
-OPTIONAL = {"optimizer.layer_decay": float, "optimizer.clip_grad": float, "ema": float}  # types of what may be None
+FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
+# Types of what may be None.
+OPTIONAL = {
+    "iterations": int,
+    "optimizer.no_decay": tuple,
+    "optimizer.layer_decay": float,
+    "optimizer.clip_grad": float,
+    "ema": float,
+}
+SCHEDULES = ("cosine", "poly", "step")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What may differ between a run and its continuation.
@@ -187,7 +204,8 @@ def _assign(
         raise TaskError(f"{source}: unknown key {key!r}{hint}")
     default = known[key]
     expected, fits = _TYPES[optional.get(key, type(default))]
-    if not fits(value) and not (value is None and default is None):
+    may_be_none = default is None or key in optional
+    if not fits(value) and not (value is None and may_be_none):
         example = f", such as {default!r}" if default not in (None, {}) else " or None" if default is None else ""
         raise TaskError(f"{source}: {key} takes {expected}{example}, not {value!r}")
     node = config
@@ -203,13 +221,27 @@ def _check_values(config: dict) -> None:
         ("batch_size", config["batch_size"], config["batch_size"] > 0, "at least 1"),
         ("workers", config["workers"], config["workers"] >= 0, "at least 0"),
         ("epochs", config["epochs"], config["epochs"] > 0, "at least 1"),
+        ("iterations", config["iterations"], config["iterations"] is None or config["iterations"] > 0, "at least 1"),
         ("val_interval", config["val_interval"], config["val_interval"] > 0, "at least 1"),
         ("optimizer.accumulate", optimizer["accumulate"], optimizer["accumulate"] > 0, "at least 1"),
         (
             "schedule.warmup_epochs",
             schedule["warmup_epochs"],
-            0 <= schedule["warmup_epochs"] < config["epochs"],
+            0 <= schedule["warmup_epochs"] < (config["epochs"] if config["iterations"] is None else math.inf),
             f"from 0 to less than epochs ({config['epochs']})",
+        ),
+        (
+            "schedule.warmup_iterations",
+            schedule["warmup_iterations"],
+            schedule["warmup_iterations"] >= 0 and not (schedule["warmup_iterations"] and schedule["warmup_epochs"]),
+            "at least 0, and 0 with warmup_epochs",
+        ),
+        ("schedule.name", schedule["name"], schedule["name"] in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        (
+            "schedule.steps",
+            schedule["steps"],
+            list(schedule["steps"]) == sorted(set(schedule["steps"])) and min(schedule["steps"], default=1) > 0,
+            "ascending epochs",
         ),
     )
     for key, value, holds, rule in checks:
@@ -226,16 +258,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def main_metric(config: dict[str, Any]) -> str:
-    """Return the name of the metric by which a config's task chooses the best epoch."""
-    return _task_class(config["task"]).metric
-
-
 def train(config: dict[str, Any], output: str | Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train a model as a config of `load_config` says. Under torchrun, every process calls this.
 
     Writes to ``output``: ``config.py`` (complete), ``history.json`` (one entry an epoch), ``last.pth`` (everything a
-    continuation needs) and ``best.pth`` (the weights of the epoch with the best metric).
+    continuation needs), ``best.pth`` (the weights of the epoch with the best metric), and the task's pictures.
 
     Args:
         config: What to do.
@@ -244,7 +271,8 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         progress: Whether to show it: a bar on a terminal, else lines.
 
     Returns:
-        ``metrics`` of the best epoch, ``history``, and the paths ``best`` and ``last``.
+        ``metrics`` of the best epoch, by ``metric``, ``history``, the paths ``best`` and ``last``, and ``pictures``, a
+        list of ``(file name, what it shows)``.
 
     Raises:
         TaskError: If the run can't be done, ``output`` holds another run, or the loss ceases to be a number.
@@ -256,6 +284,9 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     checkpoint = read_checkpoint(last, config["task"]) if resume else None
     device, distributed = _launch(config["device"])
     task = _task_class(config["task"])(_without_start(config) if resume else config)
+    loader = _loader(task.train_set, config, device, shuffle=True)
+    epochs = _count_epochs(config, len(loader))
+    metric = _Metric(task)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
         _check_resumable(checkpoint, config, task, output)
@@ -270,20 +301,16 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
             device,
             scratch,
             distributed,
-            train_dataloader=_loader(task.train_set, config, device, shuffle=True),
-            train_cfg={
-                "by_epoch": True,
-                "max_epochs": config["epochs"],
-                "val_interval": config["val_interval"],
-            },
+            train_dataloader=loader,
+            train_cfg={"by_epoch": True, "max_epochs": epochs, "val_interval": config["val_interval"]},
             optim_wrapper={"type": "OptimWrapper"},
-            param_scheduler=_schedulers(config),
+            param_scheduler=_schedulers(config, epochs, len(loader)),
             val_dataloader=_loader(task.val_set, config, device, shuffle=False),
             val_cfg={},
-            val_evaluator=Evaluator([_Metric(task)]),
+            val_evaluator=Evaluator([metric]),
             custom_hooks=[
                 _SeedHook(config["seed"]),
-                _RunHook(task, config, output, history, progress),
+                run_hook := _RunHook(task, config, output, history, metric, progress),
                 *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
             ],
             load_from=str(last) if resume else None,
@@ -292,13 +319,16 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         if runner.rank == 0:
             write_whole(output / "config.py", lambda file: Path(file).write_text(format_config(config)))
         _without_worker_traceback(runner.train)
+        pictures = run_hook.draw() if runner.rank == 0 else []
     _leave(distributed)
     best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
     return {
         "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},
+        "metric": task.metric,
         "history": history,
         "best": output / "best.pth",
         "last": last,
+        "pictures": pictures,
     }
 
 
@@ -343,7 +373,8 @@ def evaluate(
 
 def _without_start(config: dict) -> dict:
     """Return a config whose model starts from nothing: its weights will come from a checkpoint of the run."""
-    return config | {"model": config["model"] | {"pretrained": False, "checkpoint": None}}
+    nothing = {"pretrained": False, "checkpoint": None, "backbone_checkpoint": None}
+    return config | {"model": config["model"] | {key: nothing[key] for key in nothing if key in config["model"]}}
 
 
 def _launch(device_name: str) -> tuple[torch.device, bool]:
@@ -416,24 +447,40 @@ def _loader(dataset, config: dict, device: torch.device, shuffle: bool) -> DataL
     )
 
 
-def _schedulers(config: dict) -> list[dict]:
-    """Return a linear warmup and a cosine, both by iterations; their ends are explicit, as resuming relies on them."""
-    warmup, schedule = config["schedule"]["warmup_epochs"], config["schedule"]
-    by_iteration = {"by_epoch": True, "convert_to_iter_based": True}
-    cosine = {
-        "type": CosineAnnealingLR,
-        "eta_min_ratio": schedule["final_factor"],
-        "T_max": config["epochs"] - warmup,
-        "begin": warmup,
-        "end": config["epochs"],
-        **by_iteration,
-    }
+def _count_epochs(config: dict, batches: int) -> int:
+    """Return for how many epochs of ``batches`` a run lasts, or raise a TaskError if its warmup doesn't fit."""
+    if batches == 0:
+        raise TaskError("the training set is empty")
+    epochs = config["epochs"] if config["iterations"] is None else -(-config["iterations"] // batches)
+    schedule = config["schedule"]
+    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    if warmup >= epochs * batches:
+        raise TaskError(f"the warmup of {warmup} batches must be shorter than the run, which has {epochs * batches}")
+    return epochs
+
+
+def _schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
+    """Return a linear warmup and the schedule, by iterations; their ends are explicit, as resuming relies on them."""
+    schedule, total = config["schedule"], epochs * batches
+    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    span = {"begin": warmup, "end": total, "by_epoch": False}
+    if schedule["name"] == "step":
+        steps = [step * batches for step in schedule["steps"]]
+        after = {"type": MultiStepLR, "milestones": steps, "gamma": schedule["gamma"], **span, "begin": 0}
+    elif schedule["name"] == "poly":
+        least = schedule["final_factor"] * config["optimizer"]["lr"]
+        after = {"type": PolyLR, "power": schedule["power"], "eta_min": least, **span}
+    else:
+        after = {
+            "type": CosineAnnealingLR,
+            "eta_min_ratio": schedule["final_factor"],
+            "T_max": total - warmup,
+            **span,
+        }
     if warmup == 0:
-        return [cosine]
-    return [
-        {"type": LinearLR, "start_factor": schedule["warmup_factor"], "begin": 0, "end": warmup, **by_iteration},
-        cosine,
-    ]
+        return [after]
+    ramp = {"type": LinearLR, "start_factor": schedule["warmup_factor"], "begin": 0, "end": warmup, "by_epoch": False}
+    return [ramp, after]
 
 
 class _Model(BaseModel):
@@ -533,6 +580,8 @@ class _Runner(Runner):
         model = model.to(self._device)
         if not self.distributed:
             return model
+        if self._config["sync_batchnorm"] and self._device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return MMDistributedDataParallel(
             model, device_ids=[self._device.index] if self._device.type == "cuda" else None, broadcast_buffers=False
         )
@@ -542,9 +591,12 @@ class _Runner(Runner):
         if isinstance(optim_wrapper, OptimWrapper):
             return optim_wrapper
         settings = self._config["optimizer"]
+        by_name = settings["no_decay"] is not None or settings["factors"]
+        if by_name and settings["layer_decay"] is not None:
+            raise TaskError("optimizer.layer_decay can't be combined with optimizer.no_decay or optimizer.factors")
         try:
             optimizer = create_optimizer_v2(
-                self.net,
+                _groups_by_name(self.net, settings) if by_name else self.net,
                 settings["name"],
                 lr=settings["lr"],
                 weight_decay=settings["weight_decay"],
@@ -599,6 +651,30 @@ class _Runner(Runner):
         return checkpoint
 
 
+def _groups_by_name(model: nn.Module, settings: dict) -> list[dict]:
+    """Return parameter groups by the parts of names in ``no_decay`` and ``factors``; the longest part wins."""
+    groups: dict[tuple[float, float], dict] = {}
+    unused = {*(settings["no_decay"] or ()), *settings["factors"]}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if settings["no_decay"] is None:
+            plain = parameter.ndim <= 1 or name.endswith(".bias")
+        else:
+            held = [part for part in settings["no_decay"] if part in name]
+            unused -= set(held)
+            plain = bool(held)
+        held = sorted((part for part in settings["factors"] if part in name), key=len)
+        unused -= set(held)
+        decay, factor = 0.0 if plain else settings["weight_decay"], settings["factors"][held[-1]] if held else 1.0
+        group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_scale": factor})
+        group["params"].append(parameter)
+    strange = sorted(unused & set(settings["factors"]))
+    if strange:
+        raise TaskError(f"optimizer.factors: no parameter's name holds {strange[0]!r}")
+    return list(groups.values())
+
+
 class _Metric(BaseMetric):
     """Gathers predictions and targets from all processes for the task's ``measure``."""
 
@@ -647,11 +723,13 @@ class _RunHook(Hook):
 
     priority = "VERY_LOW"
 
-    def __init__(self, task, config: dict, output: Path, history: list[dict], progress: bool):
+    def __init__(self, task, config: dict, output: Path, history: list[dict], metric: "_Metric", progress: bool):
         self._task, self._config, self._output = task, config, output
         self._history = history
+        self._metric = metric
         self._progress = progress
         self._bar = None
+        self._shown: tuple[int, list, list] | None = None
 
     def before_train(self, runner: Runner) -> None:
         self._speak = self._progress and runner.rank == 0
@@ -663,10 +741,14 @@ class _RunHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._losses: list[Tensor] = []
+        self._parts: dict[str, list[Tensor]] = {}
         self._epoch_began = self._last_line = time.monotonic()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         self._losses.append(outputs["loss"].detach())
+        for name, value in outputs.items():
+            if name != "loss":
+                self._parts.setdefault(name, []).append(value.detach())
         if self._bar is not None:
             self._bar.update()
         elif self._speak and time.monotonic() - self._last_line > 60:
@@ -684,8 +766,9 @@ class _RunHook(Hook):
             "epoch": epoch,
             "lr": max(group["lr"] for group in runner.optim_wrapper.param_groups),
             "train/loss": float(torch.stack(self._losses).float().mean()),
+            **{f"train/{name}": float(torch.stack(values).float().mean()) for name, values in self._parts.items()},
         }
-        if epoch % self._config["val_interval"] and epoch != self._config["epochs"]:
+        if epoch % self._config["val_interval"] and epoch != runner.max_epochs:
             self._end_epoch(runner, {})
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -701,18 +784,28 @@ class _RunHook(Hook):
         entry = self._entry | metrics | {"seconds": round(time.monotonic() - self._epoch_began, 2)}
         self._history.append(_plain(entry))
         if metrics.get(key, -math.inf) > best:
+            self._shown = (entry["epoch"], *self._metric.collected)
             runner.save_checkpoint(self._output / "best.pth", entry["epoch"], self._history, complete=False)
         runner.save_checkpoint(self._output / "last.pth", entry["epoch"], self._history, complete=True)
         if runner.rank == 0:
             text = json.dumps(self._history, indent=1)
             write_whole(self._output / "history.json", lambda file: Path(file).write_text(text))
         if self._speak:
-            measured = "".join(f"  {name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+            measured = {name.removeprefix("val/"): value for name, value in metrics.items()}
+            shown = getattr(self._task, "shown", measured)
+            measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in shown)
             line = (
-                f"epoch {entry['epoch']:>3}/{self._config['epochs']}  train loss {entry['train/loss']:.4f}"
+                f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
                 f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
             )
             tqdm.write(line) if self._bar is not None else print(line, flush=True)
+
+    def draw(self) -> list[tuple[str, str]]:
+        """Let the task draw what it predicted in the best epoch, or if that was before a continuation in the last."""
+        if not hasattr(self._task, "draw"):
+            return []
+        epoch, predictions, targets = self._shown or (self._history[-1]["epoch"], *self._metric.collected)
+        return self._task.draw(predictions, targets, self._output, epoch)
 
     def _left(self, runner: Runner) -> timedelta:
         done = max(1, runner.iter - self._from_iter)

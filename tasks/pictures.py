@@ -1,13 +1,13 @@
 """Pictures of any task: learning curves, and what a query of neighborhood attention sees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from .checkpoints import write_whole
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+# All of them, for classes; where there are more classes than colours, stripes tell those of one colour apart.
+PALETTE = (ORANGE, BLUE, "#F0E442", GREEN, "#CC79A7", "#56B4E9", RED, "#DDDDDD")
+STRIPES = (None, "////", "....", "xxxx")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -32,6 +35,26 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
+def choose_styles(labels: Iterable[int]) -> dict[int, tuple[str, str | None]]:
+    """Return a colour and a pattern of stripes, or None, for each class that a picture shows."""
+    found = sorted(set(labels))
+    return {
+        label: (PALETTE[place % len(PALETTE)], STRIPES[place // len(PALETTE) % len(STRIPES)])
+        for place, label in enumerate(found)
+    }
+
+
+def add_legend(figure: Figure, names: Sequence[str], styles: Sequence[tuple[str, str | None]]) -> None:
+    """Add a legend of classes below everything that the figure shows."""
+    handles = [
+        Patch(facecolor=colour, hatch=stripes, edgecolor="black", linewidth=0.6, label=name)
+        for name, (colour, stripes) in zip(names, styles, strict=True)
+    ]
+    if handles:
+        columns = max(1, min(len(handles), int(figure.get_figwidth() // 1.7)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
 def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
     """Draw training loss, held-out loss and a held-out metric over the epochs of a run's history."""
     figure = new_figure(8, 3.4)
@@ -39,6 +62,11 @@ def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
     epochs = [entry["epoch"] for entry in history]
     measured = [entry for entry in history if f"val/{metric}" in entry]
     losses.plot(epochs, [entry["train/loss"] for entry in history], color=BLUE, label="training")
+    parts = sorted(key for key in history[-1] if key.startswith("train/") and key != "train/loss")
+    for index, key in enumerate(parts if 1 < len(parts) <= len(PALETTE) else ()):
+        style = {"color": PALETTE[index], "linestyle": ("--", ":", "-.")[index % 3]}
+        values = [entry.get(key, np.nan) for entry in history]
+        losses.plot(epochs, values, linewidth=1, label=key.removeprefix("train/"), **style)
     if all("val/loss" in entry for entry in measured):
         losses.plot(
             [entry["epoch"] for entry in measured],

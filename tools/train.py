@@ -1,7 +1,8 @@
 """Train a model as a recipe says.
 
-Writes to the output folder: config.py (complete), history.json, curve.png, last.pth (to continue from) and best.pth
-(to evaluate and predict with). Under torchrun, every process trains on its share of the data:
+Writes to the output folder: config.py (complete), history.json, curve.png, last.pth (to continue from), best.pth (to
+evaluate and predict with), and for detection and segmentation pictures of truth and prediction. Under torchrun, every
+process trains on its share of the data:
 torchrun --nproc-per-node 2 -m foveate.tools.train RECIPE
 """
 
@@ -44,10 +45,11 @@ def run(args: argparse.Namespace) -> None:
         return
     from ..tasks.pictures import draw_curve
 
-    metric = engine.main_metric(config)
+    metric = result["metric"]
     draw_curve(result["history"], metric, output / "curve.png")
     print(f"best held-out {metric}: {result['metrics'][metric]:.4f}")
-    print(f"run: {output} (config.py, history.json, curve.png, best.pth, last.pth)")
+    pictures = ", ".join(["curve.png", *(name for name, _ in result["pictures"])])
+    print(f"run: {output} (config.py, history.json, {pictures}, best.pth, last.pth)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""Mask R-CNN on NAT-Atto finds and outlines the nuclei of the bundled micrograph, from scratch.
+
+Command: foveate train detect/mask_rcnn_nat_atto_nuclei
+Expect: TODO
+Cost: TODO
+"""
+
+_base_ = "../_base_/nuclei.py"
+
+task = "detect"
+# Nuclei are 20 pixels wide, and so are the smallest anchors.
+model = dict(
+    head="mask_rcnn",
+    backbone="nat_atto",
+    kwargs=dict(
+        channels=64,
+        hidden=256,
+        anchor_scales=(5.0,),
+        anchor_samples=128,
+        region_samples=64,
+        min_size=256,
+        max_size=512,
+        mean=(0.125,) * 3,
+        std=(0.093,) * 3,
+    ),
+)
+data = dict(
+    repeat=160,
+    augment=dict(shorts=(256,), long=512, ratio=(0.75, 1.33), crop=128, flip=0.5, flip_vertical=0.5, rotate=0.5),
+)
+epochs = 6
+val_interval = 2
+batch_size = 4
+optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, clip_grad=1.0)
+schedule = dict(warmup_iterations=20)

@@ -1,0 +1,189 @@
+"""Detection and instance segmentation as the engine sees them: data, model, losses, predictions and metrics."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...zoo import CheckpointError
+from ...zoo.backbone import UnknownModelError
+from .. import TaskError
+from ..coco import encode_mask
+from .data import build_datasets
+from .detector import DETECTORS, create_detector
+from .transform import DetectorTransform
+
+
+class Detect:
+    """Detection, described by a config.
+
+    Attributes:
+        train_set: Training images with objects.
+        val_set: Held-out images with objects.
+        metric: The metric by which the best checkpoint is chosen.
+        shown: The metrics that a line of progress names.
+    """
+
+    # Every key a config may have, with its default.
+    DEFAULTS: ClassVar[dict] = {
+        "model": {
+            "head": "mask_rcnn",  # or "retinanet", "cascade_mask_rcnn"
+            "backbone": None,  # a timm name
+            "recipe": "auto",  # its dense setting; "auto": the one for the head, where there is one
+            "pretrained": False,  # start from a backbone with published weights
+            "backbone_checkpoint": None,  # start from the weights of a file, of the backbone alone
+            "checkpoint": None,  # start from the weights of a file, of the whole detector
+            "norm_eval": False,  # keep the statistics of the backbone's batch norms
+            "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
+            "kwargs": {},  # options of create_detector, such as min_size and max_size
+        },
+        "data": {
+            "name": "coco",  # or "voc", "nuclei"
+            "root": None,  # holds images and annotations
+            "train": {"annotations": "annotations/instances_train2017.json", "images": "train2017", "split": "train"},
+            "val": {"annotations": "annotations/instances_val2017.json", "images": "val2017", "split": "val"},
+            "classes": None,  # names; checked if given
+            "num_classes": None,  # checked if given
+            "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
+            "keep_empty": True,  # train on images without objects too
+            "repeat": 1,  # how often an epoch shows each training image
+            "augment": {},  # keys of tasks.augment.SETTINGS; images that it resizes have the detector's scale
+        },
+    }
+    FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
+    OPTIONAL: ClassVar[dict] = {
+        "model.backbone": str,
+        "model.recipe": str,
+        "model.backbone_checkpoint": str,
+        "model.checkpoint": str,
+        "data.root": str,
+        "data.classes": tuple,
+        "data.num_classes": int,
+    }
+
+    def __init__(self, config: dict):
+        data = config["data"]
+        self.model = dict(config["model"])
+        if self.model["backbone"] is None:
+            raise TaskError("model.backbone is not set; `foveate list` shows what there is")
+        if self.model["head"] not in DETECTORS:
+            raise TaskError(f"model.head is {self.model['head']!r}, but must be one of {', '.join(DETECTORS)}")
+        self.with_masks = DETECTORS[self.model["head"]].needs_masks
+        self.metric = "mask_ap" if self.with_masks else "box_ap"
+        self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
+        self.train_set, self.val_set = build_datasets(data, self.with_masks)
+        self.classes = list(self.train_set.classes)
+        # Resized images need only be normalised and padded.
+        self._pad = None
+        if data["augment"].get("shorts") is not None:
+            options = {key: value for key, value in self.model["kwargs"].items() if key in ("mean", "std", "divisor")}
+            self._pad = DetectorTransform(min_size=None, **options)
+
+    def _kinds(self) -> tuple[str, ...]:
+        return ("box", "mask") if self.with_masks else ("box",)
+
+    def build_model(self) -> nn.Module:
+        """Return the detector, initialised or with the weights the config starts from."""
+        return build_detector(self.model, len(self.classes))
+
+    def loss(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the losses of a batch; the engine adds them."""
+        if self.model["norm_eval"]:
+            for module in model.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        if self._pad is None:
+            return model(images, targets)
+        batch, targets, sizes = self._pad(images, targets)
+        return model.losses_from_features(model.backbone(batch), targets, sizes)
+
+    def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Any]]:
+        """Return boxes, labels and scores of every image, best first, and its masks as run lengths."""
+        return [to_plain(found) for found in model(images)]
+
+    def measure(self, predictions: list[dict], targets: list[dict]) -> dict[str, float]:
+        """Return COCO's measures of boxes, and of masks, as fractions; those with nothing to find are left out."""
+        from .metrics import NUMBERS, measure_ap
+
+        metrics = {}
+        for kind in self._kinds():
+            measured = measure_ap(predictions, targets, kind)
+            metrics |= {f"{kind}_{name}": measured[name] for name in NUMBERS.values() if measured[name] >= 0}
+        return metrics
+
+    def draw(self, predictions: list[dict], targets: list[dict], folder: Path, epoch: int) -> list[tuple[str, str]]:
+        """Draw truths beside predictions, and precision by recall; return files and what they show."""
+        from .draw import draw_comparison, draw_precision
+        from .metrics import measure_ap
+
+        shown = range(min(4, len(targets)))
+        rows = [(self.val_set.image(index), targets[index], predictions[index]) for index in shown]
+        draw_comparison(rows, self.classes, folder / "predictions.png", f"held-out images, epoch {epoch}")
+        curves = {kind: measure_ap(predictions, targets, kind) for kind in self._kinds()}
+        draw_precision(curves, folder / "precision.png")
+        return [
+            ("predictions.png", "truth and prediction side by side"),
+            ("precision.png", "precision by recall"),
+        ]
+
+    def card(self) -> dict:
+        """Return, in plain types, what prediction needs besides the weights."""
+        keys = ("head", "backbone", "recipe", "backbone_kwargs", "kwargs")
+        return {
+            "task": "detect",
+            "model": f"{self.model['head']} on {self.model['backbone']}",
+            "classes": self.classes,
+            **{key: self.model[key] for key in keys},
+        }
+
+
+def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
+    """Return the detector that ``model`` describes, as in `Detect.DEFAULTS`.
+
+    Raises:
+        TaskError: If there is no such head or option, or no weights to start from.
+        UnknownModelError: If the backbone or its recipe is unknown.
+        CheckpointError: If a checkpoint can't be read or isn't one of this model.
+    """
+    options = dict(model["backbone_kwargs"])
+    if model.get("backbone_checkpoint") is not None:
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(model["backbone_checkpoint"])}}
+    elif model.get("pretrained"):
+        options["pretrained"] = True
+    try:
+        return create_detector(
+            model["head"],
+            model["backbone"],
+            num_classes=classes,
+            recipe=model["recipe"],
+            checkpoint=model.get("checkpoint"),
+            backbone_kwargs=options,
+            **model["kwargs"],
+        )
+    except (TaskError, CheckpointError, UnknownModelError):
+        raise
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise TaskError(
+            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the detector, and "
+            "model.backbone_kwargs those of the backbone"
+        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        if not options.get("pretrained"):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error
+
+
+def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
+    """Return a detector's answer for an image on the CPU, its masks as run lengths."""
+    plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
+    plain["labels"] = found["labels"].cpu()
+    if "masks" in found:
+        plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
+    return plain
+
+
+Task = Detect

@@ -1,0 +1,274 @@
+"""Segmentation as the engine sees it: data, model, losses, predictions and metrics."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...zoo import CheckpointError
+from ...zoo.backbone import UnknownModelError
+from .. import TaskError
+from ..coco import encode_mask
+from .data import InputRule, build_datasets
+from .segmenter import HEADS, create_segmenter
+
+TASKS = ("semantic", "instance", "panoptic")
+# The heads that predict a set of masks; the others label pixels.
+MASK_HEADS = ("mask2former", "oneformer")
+# Up to so many classes get a metric of their own.
+NAMED_CLASSES = 20
+
+
+class Segment:
+    """Segmentation, described by a config.
+
+    Attributes:
+        train_set: Training images with their truth.
+        val_set: Held-out images with their truth.
+        metric: The metric by which the best checkpoint is chosen.
+        shown: The metrics that a line of progress names.
+    """
+
+    # Every key a config may have, with its default.
+    DEFAULTS: ClassVar[dict] = {
+        "model": {
+            "head": "upernet",  # or "semantic_fpn", "deeplabv3", "mask2former", "oneformer"
+            "backbone": None,  # a timm name
+            "task": "semantic",  # or, with mask2former and oneformer, "instance", "panoptic"
+            "recipe": "auto",  # the backbone's dense setting; "auto": the one for the head, where there is one
+            "pretrained": False,  # start from a backbone with published weights
+            "backbone_checkpoint": None,  # start from the weights of a file, of the backbone alone
+            "checkpoint": None,  # start from the weights of a file, of the whole segmenter
+            "norm_eval": False,  # keep the statistics of the backbone's batch norms
+            "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
+            "kwargs": {},  # options of create_segmenter, such as channels or loss_mean
+        },
+        "data": {
+            "name": "ade20k",  # or "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc"
+            "root": None,  # holds images and annotations
+            # Of COCO's formats, and of VOC the lists of images.
+            "train": {"annotations": "", "images": "", "maps": None, "split": "train"},
+            "val": {"annotations": "", "images": "", "maps": None, "split": "val"},
+            "classes": None,  # names, for "folder"; or a file classes.txt
+            "values": None,  # values of the classes in a folder's label maps; 0, 1, 2, ... by default
+            "num_classes": None,  # checked if given
+            "broken": "refuse",  # or "drop": leave out what is broken in COCO's formats
+            "repeat": 1,  # how often an epoch shows each training image
+            "short": 512,  # evaluation resizes images to fit into short x long pixels, at the same ratio; None: not
+            "long": 2048,
+            "divisor": 1,  # and then stretches their sides to a multiple of this
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "augment": {},  # keys of tasks.augment.SETTINGS
+        },
+        "test": {
+            "mode": "whole",  # or "slide": in windows
+            "crop_size": None,  # of the windows
+            "stride": None,  # between them
+            "scales": (1.0,),  # of the images; the published multi-scale numbers use 0.5 to 1.75 by 0.25, and flip
+            "flip": False,
+        },
+    }
+    FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
+    OPTIONAL: ClassVar[dict] = {
+        "model.backbone": str,
+        "model.recipe": str,
+        "model.backbone_checkpoint": str,
+        "model.checkpoint": str,
+        "data.root": str,
+        "data.train.maps": str,
+        "data.val.maps": str,
+        "data.classes": tuple,
+        "data.values": tuple,
+        "data.num_classes": int,
+        "data.short": int,
+        "test.crop_size": int,
+        "test.stride": int,
+    }
+
+    def __init__(self, config: dict):
+        data = config["data"]
+        self.model, self.test = dict(config["model"]), dict(config["test"])
+        head, self.task = self.model["head"], self.model["task"]
+        if self.model["backbone"] is None:
+            raise TaskError("model.backbone is not set; `foveate list` shows what there is")
+        if head not in HEADS:
+            raise TaskError(f"model.head is {head!r}, but must be one of {', '.join(HEADS)}")
+        if self.task not in TASKS:
+            raise TaskError(f"model.task is {self.task!r}, but must be one of {', '.join(TASKS)}")
+        self.as_masks = head in MASK_HEADS
+        if self.task != "semantic" and not self.as_masks:
+            raise TaskError(f"{head} labels pixels; {self.task} segmentation needs {' or '.join(MASK_HEADS)}")
+        if data["augment"].get("crop") is None:
+            raise TaskError("data.augment.crop is not set; images of a batch need one size")
+        self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
+        self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks)
+        self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
+        named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
+        self.shown = {
+            "semantic": ["miou", "aacc", *named],
+            "instance": ["mask_ap", "mask_ap50"],
+            "panoptic": ["pq", "sq", "rq"],
+        }[self.task]
+        self.metric = self.shown[0]
+
+    def build_model(self) -> nn.Module:
+        """Return the segmenter, initialised or with the weights the config starts from."""
+        return build_segmenter(self.model, self.things)
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
+        """Return the losses of a batch; the engine adds them."""
+        if self.model["norm_eval"]:
+            for module in model.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        if self.model["head"] == "oneformer":
+            return model.loss(images, targets, task=self.task)
+        return model.loss(images, targets)
+
+    def predict(self, model: nn.Module, images: list[dict[str, Any]]) -> list[Any]:
+        """Return for every image what `segment_image` does."""
+        return [
+            segment_image(model, entry["image"], entry["size"], self.task, self.test, len(self.classes))
+            for entry in images
+        ]
+
+    def measure(self, predictions: list, targets: list) -> dict[str, float]:
+        """Return metrics as fractions: of labels mIoU, accuracies and Dice; of instances AP; of segments PQ."""
+        from .metrics import count_labels, measure_labels, measure_panoptic
+
+        pairs = zip(predictions, targets, strict=True)
+        if self.task == "semantic":
+            measured = measure_labels(count_labels(pairs, len(self.classes)))
+            metrics = {key: value for key, value in measured.items() if isinstance(value, float)}
+            if len(self.classes) <= NAMED_CLASSES:
+                of_class = dict(zip(self.classes, measured["iou"].tolist(), strict=True))
+                metrics |= {f"iou_{name}": value for name, value in of_class.items()}
+        elif self.task == "panoptic":
+            measured = measure_panoptic(pairs, self.things)
+            metrics = {key: value for key, value in measured.items() if isinstance(value, float)}
+        else:
+            from ..detect.metrics import NUMBERS, measure_ap
+
+            measured = measure_ap(predictions, targets, "mask")
+            metrics = {f"mask_{name}": measured[name] for name in NUMBERS.values() if measured[name] >= 0}
+        return {key: value for key, value in metrics.items() if value == value}
+
+    def draw(self, predictions: list, targets: list, folder: Path, epoch: int) -> list[tuple[str, str]]:
+        """Draw truths beside predictions; return files and what they show."""
+        rows = [
+            (self.val_set.image(index), targets[index], predictions[index]) for index in range(min(4, len(targets)))
+        ]
+        title = f"held-out images, epoch {epoch}"
+        if self.task == "instance":
+            from ..detect.draw import draw_comparison
+
+            draw_comparison(rows, self.classes, folder / "predictions.png", title)
+        else:
+            from .draw import draw_comparison
+
+            draw_comparison(rows, self.classes, folder / "predictions.png", title, self.things)
+        return [("predictions.png", "truth and prediction side by side")]
+
+    def card(self) -> dict:
+        """Return, in plain types, what prediction needs besides the weights."""
+        keys = ("head", "backbone", "recipe", "backbone_kwargs", "kwargs")
+        return {
+            "task": "segment",
+            "model": f"{self.model['head']} on {self.model['backbone']}",
+            "classes": self.classes,
+            "things": self.things,
+            "segments": self.task,
+            "input": dataclasses.asdict(self.rule),
+            "test": self.test,
+            **{key: self.model[key] for key in keys},
+        }
+
+
+def build_segmenter(model: dict[str, Any], things: list[bool]) -> nn.Module:
+    """Return the segmenter that ``model`` describes, as in `Segment.DEFAULTS`.
+
+    Args:
+        model: Its settings.
+        things: For each class whether its objects are told apart.
+
+    Raises:
+        TaskError: If there is no such head or option, or no weights to start from.
+        UnknownModelError: If the backbone or its recipe is unknown.
+        CheckpointError: If a checkpoint can't be read or isn't one of this model.
+    """
+    options = dict(model["backbone_kwargs"])
+    if model.get("backbone_checkpoint") is not None:
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(model["backbone_checkpoint"])}}
+    elif model.get("pretrained"):
+        options["pretrained"] = True
+    kwargs = dict(model["kwargs"])
+    if model["head"] in MASK_HEADS:
+        kwargs.setdefault("things", [label for label, is_thing in enumerate(things) if is_thing])
+    try:
+        return create_segmenter(
+            model["head"],
+            model["backbone"],
+            num_classes=len(things),
+            recipe=model["recipe"],
+            checkpoint=model.get("checkpoint"),
+            backbone_kwargs=options,
+            **kwargs,
+        )
+    except (TaskError, CheckpointError, UnknownModelError):
+        raise
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise TaskError(
+            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the segmenter, and "
+            "model.backbone_kwargs those of the backbone"
+        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        if not options.get("pretrained"):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error
+
+
+def segment_image(
+    model: nn.Module, image: Tensor, size: tuple[int, int], task: str, test: dict[str, Any], classes: int
+) -> Any:
+    """Segment one image.
+
+    Args:
+        model: A segmenter in evaluation mode.
+        image: Normalised, ``[3, h, w]``.
+        size: Height and width of the result.
+        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        test: As in `Segment.DEFAULTS`.
+        classes: Number of classes.
+
+    Returns:
+        On the CPU: classes ``[H, W]``, uint8; or a dict of ``boxes``, ``labels``, ``scores`` and ``masks`` (run
+        lengths); or class and number of every pixel's segment ``[H, W, 2]``, int32; void has the class after the last.
+    """
+    views = {"scales": tuple(test["scales"]), "flip": test["flip"]}
+    if not hasattr(model, "things"):
+        windows = {key: test[key] for key in ("mode", "crop_size", "stride")}
+        return model.predict([image], **windows, **views, output_size=size)[0].to(torch.uint8).cpu()
+    found = model.predict([image], task=task, **views, output_size=size)[0]
+    if task == "semantic":
+        return found.to(torch.uint8).cpu()
+    if task == "instance":
+        plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
+        return plain | {
+            "labels": found["labels"].cpu(),
+            "masks": [encode_mask(mask) for mask in found["masks"].cpu().numpy()],
+        }
+    numbers = found["segments"].cpu()
+    label_of = torch.full((len(found["segments_info"]) + 1,), classes, dtype=torch.int32)
+    for info in found["segments_info"]:
+        label_of[info["id"]] = info["category_id"]
+    return torch.stack([label_of[numbers.long()], numbers.int()], -1)
+
+
+Task = Segment
