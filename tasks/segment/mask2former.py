@@ -232,21 +232,12 @@ class Mask2Former(nn.Module):
             task: For OneFormer, which is trained without its contrastive loss here.
         """
         height, width = x.shape[-2:]
+        for index, target in enumerate(targets):
+            if target["masks"].shape[-2] > height or target["masks"].shape[-1] > width:
+                raise TaskError(f"the masks of image {index} are larger than the images, {height} x {width}")
         padded = self._pad(x)
         # Masks cover what the predictions cover: the padded images.
-        targets = [
-            {
-                "labels": target["labels"],
-                "masks": F.pad(
-                    target["masks"].to(torch.uint8),
-                    (0, padded.shape[-1] - target["masks"].shape[-1], 0, padded.shape[-2] - target["masks"].shape[-2]),
-                ),
-            }
-            for target in targets
-        ]
-        for index, target in enumerate(targets):
-            if tuple(target["masks"].shape[-2:]) != tuple(padded.shape[-2:]):
-                raise TaskError(f"the masks of image {index} are larger than the images, {height} x {width}")
+        targets = [target | {"masks": self._pad_to(target["masks"].float(), padded)} for target in targets]
         predictions = self.head.predictions(self.backbone(padded), task)
         return self.criterion.weighted(self.criterion(predictions, targets))
 
@@ -279,9 +270,7 @@ class Mask2Former(nn.Module):
             raise TaskError(f"there is no task {task!r}{nearest(task, TASKS)}")
         check_scales(scales)
         if task != "semantic" and (tuple(scales) != (1.0,) or flip):
-            raise TaskError(
-                f"scales and flip average the scores of pixels; {task} has objects, which can't be averaged"
-            )
+            raise TaskError(f"scales and flip average the scores of pixels; they don't go with the {task} task")
         if not isinstance(images, Tensor):
             return [self.predict(image[None], task, output_size, scales, flip)[0] for image in images]
         with torch.inference_mode():
@@ -334,3 +323,7 @@ class Mask2Former(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[-1] % self.divisor, 0, -x.shape[-2] % self.divisor))
+
+    @staticmethod
+    def _pad_to(x: Tensor, like: Tensor) -> Tensor:
+        return F.pad(x, (0, like.shape[-1] - x.shape[-1], 0, like.shape[-2] - x.shape[-2]))

@@ -189,7 +189,7 @@ def create_segmenter(
     settings = RECIPES.get(head, {}).get(recipe)
     if settings is not None:
         options = dict(settings)
-        recipe = options.pop("backbone")
+        del options["backbone"]
         published_classes = options.pop("num_classes")
         num_classes = published_classes if num_classes is None and state is None else num_classes
     aux_options = {}
@@ -233,6 +233,7 @@ def create_segmenter(
             parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
         model = Mask2Former(body, module, criterion, **parts[1])
     else:
+        aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
         aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
         model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
     if state is not None:
@@ -273,11 +274,12 @@ def _build_backbone(
     if recipe == "auto":
         recipe = next((name for name in (head, "segmentation") if name in known), None)
     own = RECIPES.get(head, {})
-    if recipe is not None and recipe not in known and own:
-        names = [*known, *(name for name, setting in own.items() if setting["backbone"] in known)]
+    setting = own[recipe]["backbone"] if recipe in own else recipe
+    if setting is not None and setting not in known:
+        names = [*known, *(name for name, settings in own.items() if settings["backbone"] in known)]
         raise UnknownModelError(f"{backbone} has no recipe {recipe!r}; it has {', '.join(map(repr, names)) or 'none'}")
     try:
-        return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        return create_backbone(backbone, setting, checkpoint, out_indices=(-4, -3, -2, -1), **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
