@@ -27,8 +27,8 @@ from .transform import DetectorTransform
 _logger = logging.getLogger(__name__)
 
 _STRIDES = [4, 8, 16, 32]
-# How the models of mmdet until 2.18 choose a RetinaNet's candidates; these are the families published with it.
-_CHOOSE_ANCHORS = ("foveate_davit", "davit", "biformer")
+# Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
+_CHOOSE_ANCHORS = ("foveate_davit", "biformer")
 
 Size = tuple[int, int]
 

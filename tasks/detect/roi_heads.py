@@ -66,12 +66,12 @@ class RoIExtractor:
         levels = self.levels(rois[:, 1:])
         order = levels.argsort(stable=True)
         counts = levels.bincount(minlength=len(self.strides)).tolist()
-        # Coordinates don't fit half precision, and the operator wants one dtype.
+        # Coordinates don't fit into half precision, and the operator wants one dtype.
         maps = [
             roi_align(level.float(), group, size, 1 / stride, sampling_ratio=-1, aligned=True)
             for level, stride, group in zip(pyramid, self.strides, rois[order].split(counts), strict=False)
         ]
-        return torch.cat(maps)[order.argsort()]
+        return torch.cat(maps)[order.argsort()].to(pyramid[0].dtype)
 
 
 class BoxHead(nn.Module):
@@ -274,7 +274,9 @@ class RoIHeads(nn.Module):
                 for target, box, sample in zip(targets, boxes, samples, strict=True)
             ]
         )
-        return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels)), labels], goals)
+        return F.binary_cross_entropy_with_logits(
+            logits[torch.arange(len(labels), device=labels.device), labels], goals
+        )
 
     @torch.no_grad()
     def _refine(
@@ -351,9 +353,9 @@ class RoIHeads(nn.Module):
         """Return the probabilities ``[D, 28, 28]`` of the masks of each image's detections."""
         counts, label = [len(found) for found in labels], torch.cat(list(labels))
         regions = self.extract(pyramid, boxes, 14)
-        masks = 0
+        masks, rows = 0, torch.arange(len(label), device=label.device)
         for head in self.mask_heads:
-            masks = masks + head(regions)[torch.arange(len(label)), label].float().sigmoid()
+            masks = masks + head(regions)[rows, label].float().sigmoid()
         return (masks / len(self.mask_heads)).split(counts)
 
 

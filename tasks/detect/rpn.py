@@ -120,12 +120,11 @@ class RegionProposalNetwork(nn.Module):
             objects: Boxes ``[M, 4]`` of each image's objects.
             image_sizes: ``(height, width)`` of each image, without padding.
         """
-        anchors = self.anchors(logits)
-        levels = torch.cat([torch.full((len(grid),), level) for level, grid in enumerate(anchors)])
-        anchors, levels = torch.cat(anchors), levels.to(anchors[0].device)
+        grids = self.anchors(logits)
+        anchors, count = torch.cat(grids), len(grids)
+        levels = torch.cat([torch.full((len(grid),), level, device=grid.device) for level, grid in enumerate(grids)])
         logits = torch.cat([flatten_map(level, 1).squeeze(-1) for level in logits], dim=1)
         offsets = torch.cat([flatten_map(level, 4) for level in offsets], dim=1)
-        count = int(levels[-1]) + 1
         cls, bbox, samples = logits.new_zeros(count), logits.new_zeros(count), 0
         for image, (boxes, image_size) in enumerate(zip(objects, image_sizes, strict=True)):
             inside = self._inside(anchors, image_size)
