@@ -434,27 +434,23 @@ def create_detector(
     if body_options and not isinstance(backbone, str):
         wrong = next(iter(body_options))
         raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, _known_options(kind))}")
-    checkpoint = None if checkpoint is None else locate(checkpoint)
-    state = None if checkpoint is None else read_detector(checkpoint)
-    if state is not None:
-        held = head_of(state, checkpoint)
-        if held != head:
-            raise CheckpointError(
-                f"{checkpoint}: holds a {held}, not a {head}; create_detector({held!r}, ...) reads it"
-            )
-        variant = variant_of(head, state, checkpoint)
-        classes = variant.pop("num_classes")
-        if num_classes is None:
-            num_classes = classes
-        elif num_classes != classes and not reset_classifier:
-            raise CheckpointError(
-                f"{checkpoint}: has {classes} classes, not {num_classes}; leave num_classes out, or start with new "
-                "classifiers: reset_classifier=True"
-            )
+    state, published = None, False
+    if checkpoint is not None:
+        checkpoint = locate(checkpoint)
+        state = read_detector(checkpoint)
+        variant = _variant(head, state, checkpoint, num_classes, reset_classifier)
+        num_classes = variant.pop("num_classes")
         options = variant | options
+        published = has_backbone(state) and not is_ours(state)
+        if published and isinstance(backbone, Backbone):
+            raise CheckpointError(
+                f"{checkpoint}: is a published model, whose backbone is read if it is given by name; or read it with "
+                "create_backbone, and give here a file of neck and heads alone"
+            )
+    elif reset_classifier:
+        raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
         options.setdefault("selection", "anchors")
-    published = state is not None and has_backbone(state) and not is_ours(state)
     body = _build_backbone(head, backbone, recipe, checkpoint if published else None, body_options)
     model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
     if state is not None:
@@ -463,14 +459,25 @@ def create_detector(
             _logger.warning(f"{checkpoint}: holds neck and heads alone; the backbone keeps its weights")
         if given and not wanted:
             _logger.info(f"{checkpoint}: left out its backbone, since {type(body).__name__} has no weights")
-        if published and isinstance(backbone, Backbone):
-            raise CheckpointError(
-                f"{checkpoint}: is a published model, whose backbone is read if it is given by name; or read it with "
-                "create_backbone, and give here a file of neck and heads alone"
-            )
-        whole = given and wanted and (is_ours(state) or not isinstance(backbone, str))
+        whole = given and wanted and not (published and isinstance(backbone, str))
         model.load_report = load_detector(model, state, checkpoint, whole, reset_classifier)
     return model
+
+
+def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int | None, reset_classifier: bool) -> dict:
+    """Return the class count and the options of the detector that a state dict is of, or say why it can't be that."""
+    held = head_of(state, path)
+    if held != head:
+        raise CheckpointError(f"{path}: holds a {held}, not a {head}; create_detector({held!r}, ...) reads it")
+    variant = variant_of(head, state, path)
+    if num_classes not in (None, variant["num_classes"]):
+        if not reset_classifier:
+            raise CheckpointError(
+                f"{path}: has {variant['num_classes']} classes, not {num_classes}; leave num_classes out, or start "
+                "with new classifiers: reset_classifier=True"
+            )
+        variant["num_classes"] = num_classes
+    return variant
 
 
 def _options_of(kind: type[Detector]) -> list[str]:
@@ -504,6 +511,8 @@ def _build_backbone(
     if not isinstance(backbone, str):
         if not hasattr(backbone, "channels"):
             raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
+        if recipe not in (None, "auto"):
+            raise TaskError(f"recipe {recipe!r} is for a backbone given by name; create_backbone takes it")
         body = backbone
     else:
         check_name(backbone)

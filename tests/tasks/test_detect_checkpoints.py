@@ -216,6 +216,10 @@ def test_wrong_arguments_are_one_line():
         create_detector("retinanet", StubBackbone(), selection="both")
     with pytest.raises(TaskError, match="Sequential has no `channels`"):
         create_detector("retinanet", nn.Sequential())
+    with pytest.raises(TaskError, match="recipe 'detection' is for a backbone given by name"):
+        create_detector("retinanet", StubBackbone(), recipe="detection")
+    with pytest.raises(TaskError, match="but there is none"):
+        create_detector("retinanet", StubBackbone(), reset_classifier=True)
     with pytest.raises(TaskError, match="vit_tiny_patch16_224 returns 4 maps of strides 16, 16, 16, 16"):
         create_detector("retinanet", "vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="did you mean 'nat_tiny'"):
