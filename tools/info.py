@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks import TaskError
     from ..tasks.cost import count_macs
     from ..zoo.backbone import check_name, recipes_of
+    from ..zoo.weights import table
 
     check_name(args.name)
     if args.size is not None and args.size < 1:
@@ -61,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
             ("weights", f"{name} ({weights.num_classes} classes, {weights.input_size[-1]} pixels): {source}"),
             ("", f"licence {weights.license or 'not stated'}{'; ' + notes if notes else ''}"),
         ]
-    if not tags:
+    others = [name for name, entry in table().items() if entry.model == arch and name not in tags]
+    facts += [("weights", f"{name}: `foveate weights info {name}`") for name in others]
+    if not tags and not others:
         facts.append(("weights", "none published; train it, or give a checkpoint"))
     for label, value in (("origin", cfg.origin_url), ("paper", cfg.paper_ids)):
         if value:

@@ -106,6 +106,19 @@ def is_safetensors(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
+def metadata_of(path: str | Path) -> dict[str, str]:
+    """Return what a file of safetensors says about itself; nothing for other files."""
+    if not is_safetensors(Path(path)):
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
 def open_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint file, of safetensors or anything `torch.save` wrote, without executing what it pickles.
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import timm
@@ -35,11 +36,13 @@ class Variant:
         model: Registered name.
         dense: Whether it fits as a backbone with the published dense settings, not as a classifier.
         report: What would be loaded.
+        classes: Classes of the file's classifier; None if it has none.
     """
 
     model: str
     dense: bool
     report: LoadReport
+    classes: int | None
 
 
 def variants_of(checkpoint: Mapping, names: list[str]) -> list[Variant]:
@@ -54,16 +57,17 @@ def variants_of(checkpoint: Mapping, names: list[str]) -> list[Variant]:
     # Detectors of ours keep the backbone behind timm's wrapper for features.
     state = {key.removeprefix("features.model."): value for key, value in unwrap(checkpoint).items()}
     state = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
-    size = sum(value.numel() for value in state.values() if value.is_floating_point())
+    shapes = Counter(tuple(value.shape) for value in state.values())
     fitting = []
     with _silence():
         for name in names:
-            # Heads, tables of another size and buffers make less difference than the next larger model.
-            if not 0.6 < size / _parameters(name) < 1.6:
+            # Heads, renamed parts and tables of another size leave most shapes as they are.
+            ours = _shapes(name)
+            if 2 * (ours & shapes).total() < max(ours.total(), shapes.total()):
                 continue
             for dense in (False, True):
                 try:
-                    fitting.append(Variant(name, dense, _report(name, state, dense)))
+                    fitting.append(_fitted(name, state, dense))
                     break
                 except (CheckpointError, LookupError, RuntimeError, TypeError, ValueError):
                     # Another family's names and shapes may break a conversion anywhere.
@@ -73,9 +77,10 @@ def variants_of(checkpoint: Mapping, names: list[str]) -> list[Variant]:
 
 
 @functools.cache
-def _parameters(name: str) -> int:
+def _shapes(name: str) -> Counter:
     with WithoutInit():
-        return sum(parameter.numel() for parameter in timm.create_model(name, device="meta").parameters())
+        model = timm.create_model(name, device="meta")
+    return Counter(tuple(value.shape) for value in model.state_dict().values())
 
 
 @contextlib.contextmanager
@@ -90,7 +95,7 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _report(name: str, state: dict[str, Tensor], dense: bool) -> LoadReport:
+def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:
     # Classes may be any.
     options = {"num_classes": 1000}
     if dense:
@@ -102,4 +107,7 @@ def _report(name: str, state: dict[str, Tensor], dense: bool) -> LoadReport:
         model = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, device="meta", **options
         )
-    return (model.model if dense else model).load_report
+    if dense:
+        return Variant(name, True, model.model.load_report, None)
+    # The file's count, which loading has left there.
+    return Variant(name, False, model.load_report, model.pretrained_cfg["num_classes"])

@@ -127,8 +127,10 @@ class Weights:
 
     @property
     def reported(self) -> str | None:
-        """Date of that state."""
-        return next(source.reported for source in self.sources if source.state == self.state)
+        """Date of that state, if it is known of any source."""
+        return next(
+            (source.reported for source in self.sources if source.state == self.state and source.reported), None
+        )
 
 
 @functools.cache
@@ -191,14 +193,15 @@ def locate(reference: str | Path, cache_dir: str | Path | None = None) -> Path:
     if Path(text).exists():
         return Path(text)
     if text.startswith(("http://", "https://")):
-        return fetch(_of_address(text), cache_dir)
+        return fetch(entry_of(text), cache_dir)
     if text in table():
         return fetch(table()[text], cache_dir)
     near = difflib.get_close_matches(text, table(), n=1, cutoff=0.8)
     raise WeightsError(f"{text}: no such file" + (f"; did you mean the weights {near[0]!r}?" if near else ""))
 
 
-def _of_address(address: str) -> Weights:
+def entry_of(address: str) -> Weights:
+    """Return an entry, as of the table, for the file at an address, after which ``#sha256=...`` may state the hash."""
     url, _, fragment = address.partition("#")
     sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
@@ -265,18 +268,19 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
                 return _pinned(weights, source, path, cache_dir, address, renew)
             except DownloadError as error:
                 failures.append(f"{address}: {error}")
-    if failures:
-        changed = any("wrong file" in failure for failure in failures)
-        renewal = f", or run `foveate weights fetch --renew {weights.name}` if the new file is right" if changed else ""
-        raise WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
-    if _offline():
+    if not any(source.fetchable for source in weights.sources):
+        when = f" ({weights.reported})" if weights.reported else ""
+        reason = "its links are reported dead" if weights.state == "dead" else "only a browser can fetch it"
+        failures.append(reason + when)
+    elif _offline():
+        tried = "".join(f"; {failure}" for failure in failures)
         raise WeightsError(
             f"{weights.name} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it; run "
-            f"`foveate weights fetch {weights.name}` where there is a network"
+            f"`foveate weights fetch {weights.name}` where there is a network{tried}"
         )
-    states = {"dead": "its links are reported dead", "browser": "it can be fetched with a browser only"}
-    when = f" ({weights.reported})" if weights.reported else ""
-    raise WeightsError(f"{weights.name} can't be had: {states[weights.state]}{when}; {_way_out(weights)}")
+    changed = any("wrong file" in failure for failure in failures)
+    renewal = f", or run `foveate weights fetch --renew {weights.name}` if the new file is right" if changed else ""
+    raise WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
 
 
 def _way_out(weights: Weights) -> str:
