@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# Each is a package beside this file, with ``Task`` for the engine and ``Predictor``.
+TASKS = ("classify", "detect", "segment")
+
 
 class TaskError(ValueError):
     """What was asked for cannot be done; the message says why and what can, in one line."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import TaskError, nearest
+from . import TASKS, TaskError, nearest
 from .checkpoints import load_weights, read_checkpoint, save_checkpoint, write_whole
 from .devices import choose_device
 
@@ -51,8 +51,6 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper, PolyLR
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
-
-TASKS = ("classify", "detect", "segment")
 
 # Every key that a config of any task may have, with its default; a task adds its own.
 DEFAULTS = {

@@ -35,9 +35,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
-def choose_styles(labels: Iterable[int]) -> dict[int, tuple[str, str | None]]:
-    """Return a colour and a pattern of stripes, or None, for each class that a picture shows."""
-    found = sorted(set(labels))
+def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tuple[str, str | None]]:
+    """Return a colour and a pattern of stripes, or None, for each class that a picture shows; background has none."""
+    found = sorted(label for label in set(labels) if label < len(classes) and classes[label] != "background")
     return {
         label: (PALETTE[place % len(PALETTE)], STRIPES[place // len(PALETTE) % len(STRIPES)])
         for place, label in enumerate(found)
@@ -61,7 +61,7 @@ def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
     losses, metrics = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
     measured = [entry for entry in history if f"val/{metric}" in entry]
-    losses.plot(epochs, [entry["train/loss"] for entry in history], color=BLUE, label="training")
+    losses.plot(epochs, [entry["train/loss"] for entry in history], color=BLUE, lw=2, label="training")
     parts = sorted(key for key in history[-1] if key.startswith("train/") and key != "train/loss")
     for index, key in enumerate(parts if 1 < len(parts) <= len(PALETTE) else ()):
         style = {"color": PALETTE[index], "linestyle": ("--", ":", "-.")[index % 3]}

@@ -11,7 +11,7 @@ COMMANDS = {
     "demo": "train, evaluate and predict on the bundled digits, with pictures, in about a minute",
     "train": "train a model as a recipe says",
     "eval": "measure a checkpoint on held-out data",
-    "predict": "name what is in images, with pictures and JSON",
+    "predict": "find what is in images: classes, objects, regions; with pictures and JSON",
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
     "weights": "list, fetch, verify, convert and publish weights",

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     dense = recipes_of(arch)
     if dense:
         facts.append(("dense", f"create_backbone({arch!r}, recipe=...): {', '.join(dense)}"))
-    recipes = [name for name in list_recipes() if name.rpartition("/")[2].startswith(f"{arch}_")]
+    recipes = [name for name in list_recipes() if f"_{arch}_" in f"_{name.rpartition('/')[2]}"]
     facts += [("recipe", f"foveate train {name}") for name in recipes]
     for label, fact in facts:
         print(f"{label:<11} {fact}")

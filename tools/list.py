@@ -1,4 +1,9 @@
-"""List the models: parameters, input size, published weights, and the accuracy that their authors state."""
+"""List the models: parameters, input size, published weights, and the accuracy that their authors state.
+
+With --detectors or --segmenters: the published detectors or segmenters, with the authors' numbers, the licence and the
+state of their weights: listed (a direct link), derived (a direct link made from a page), browser (a page for people
+only), dead, or none.
+"""
 
 import argparse
 import re
@@ -8,8 +13,11 @@ from collections.abc import Iterable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="glob, such as 'nat_*'; quote it")
-    parser.add_argument("--timm", action="store_true", help="list timm's own models too, by name only")
-    parser.add_argument("--markdown", action="store_true", help="print the table of README")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--timm", action="store_true", help="list timm's own models too, by name only")
+    kind.add_argument("--detectors", action="store_true", help="list the published detectors")
+    kind.add_argument("--segmenters", action="store_true", help="list the published segmenters")
+    kind.add_argument("--markdown", action="store_true", help="print the table of README")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,6 +29,9 @@ def run(args: argparse.Namespace) -> None:
 
     # A bare word means every name that holds it.
     pattern = args.pattern if any(sign in args.pattern for sign in "*?[") else f"*{args.pattern}*"
+    if args.detectors or args.segmenters:
+        _print_published("detect" if args.detectors else "segment", pattern)
+        return
     ours = list_models(pattern)
     theirs = sorted(set(timm.list_models(pattern)) - set(ours)) if args.timm else []
     if not ours and not theirs:
@@ -38,6 +49,26 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {parameters:>10}  {size:>5}  {top1:>5}  {tag}", flush=True)
     for name in theirs:
         print(name)
+
+
+def _print_published(task: str, pattern: str) -> None:
+    """Print the published models of a task whose name matches a glob."""
+    import fnmatch
+
+    from ..tasks import TaskError, nearest
+    from ..tasks.published import read_published
+
+    rows = read_published(task)
+    found = [row for row in rows if fnmatch.fnmatchcase(row["name"], pattern)]
+    if not found:
+        raise TaskError(
+            f"no published model matches {pattern!r}{nearest(pattern.strip('*'), [r['name'] for r in rows])}"
+        )
+    columns = ("name", "head", "backbone", "data", "schedule", "metrics", "licence", "state", "source")
+    titles = dict(zip(columns, columns, strict=True)) | {"metrics": "authors' metrics", "state": "weights"}
+    widths = {column: max(len(row[column]) for row in [titles, *found]) for column in columns}
+    for row in [titles, *found]:
+        print("  ".join(f"{row[column]:<{widths[column]}}" for column in columns).rstrip())
 
 
 def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:

@@ -1,4 +1,6 @@
-"""Name what is in images: writes a picture for each, and predictions.json, and prints the likeliest class.
+"""Name what is in images: writes a picture for each, and predictions.json, and prints it in a few words.
+
+What is done depends on the checkpoint: classes of the image, boxes and masks of objects, or classes of pixels.
 
 An image that can't be read is reported, and the others are done; the exit code is then 2.
 """
@@ -14,9 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run")
-    source.add_argument("--model", metavar="NAME", help="any timm model with published weights")
+    source.add_argument("--model", metavar="NAME", help="any timm model with published weights; or a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
     parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score of objects; %(default)s by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--batch-size", type=int, default=16, help="%(default)s by default")
 
@@ -28,19 +31,25 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks import TaskError
     from ..tasks.checkpoints import write_whole
     from ..tasks.classify import Predictor
-    from ..tasks.classify.draw import draw_prediction
     from ..tasks.devices import choose_device
     from ..tasks.images import find_images, read_image
+    from ..tasks.predictors import load_predictor
 
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise TaskError(f"{option} is {value}, but must be at least 1")
+    if not 0 <= args.threshold <= 1:
+        raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
     paths = find_images(args.images)
     device = choose_device(args.device)
-    if args.checkpoint:
-        predictor = Predictor.from_checkpoint(args.checkpoint, device)
+    checkpoint = args.checkpoint
+    if checkpoint is None and (Path(args.model).is_file() or Path(args.model).suffix in (".pth", ".pt")):
+        checkpoint = Path(args.model)
+    if checkpoint is not None:
+        predictor = load_predictor(checkpoint, device)
     else:
         predictor = Predictor.from_name(args.model, device)
+    predictor.top, predictor.threshold = args.top, args.threshold
 
     results, unreadable = [], []
     names = _picture_names(paths)
@@ -49,16 +58,15 @@ def run(args: argparse.Namespace) -> int:
             batch = []
             for path in paths[start : start + args.batch_size]:
                 try:
-                    batch.append((path, read_image(path, predictor.rule.channels)))
+                    batch.append((path, read_image(path, predictor.channels)))
                 except TaskError as error:
                     unreadable.append(str(error))
-            rankings = predictor([image for _, image in batch], args.top) if batch else []
-            for (path, image), ranking in zip(batch, rankings, strict=True):
+            found = predictor([image for _, image in batch]) if batch else []
+            for (path, image), result in zip(batch, found, strict=True):
                 picture = args.output / names[path]
-                draw_prediction(image, ranking, picture)
-                classes = [{"class": name, "probability": round(probability, 6)} for name, probability in ranking]
-                results.append({"image": str(path), "picture": str(picture), "classes": classes})
-                tqdm.write(f"{path}: {ranking[0][0]} ({ranking[0][1]:.1%})")
+                beside = predictor.draw(image, result, picture)
+                results.append({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})
+                tqdm.write(f"{path}: {predictor.headline(result)}")
             bar.update(min(args.batch_size, len(paths) - start))
     text = json.dumps(results, indent=1)
     write_whole(args.output / "predictions.json", lambda file: Path(file).write_text(text))

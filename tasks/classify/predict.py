@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +18,10 @@ from .task import create_classifier
 class Predictor:
     """A classifier with all it needs to name what is in an image.
 
+    Attributes:
+        top: Classes that are named, unless a call says how many.
+        channels: Channels of the images.
+
     Args:
         model: Maps ``[B, C, H, W]`` to logits ``[B, classes]``.
         rule: How an image becomes its input.
@@ -24,11 +29,14 @@ class Predictor:
         device: Where to run.
     """
 
+    top = 5
+
     def __init__(self, model: nn.Module, rule: InputRule, classes: Sequence[str], device: str | torch.device = "cpu"):
         self.model = model.eval().to(device)
         self.rule = rule
         self.classes = list(classes)
         self.device = device
+        self.channels = rule.channels
         self._transform = rule.transform()
 
     @classmethod
@@ -68,11 +76,26 @@ class Predictor:
         return cls(model, rule, classes, device)
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
+    def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
         """Return, for every image, its ``top`` classes with their probabilities, the likeliest first."""
         batch = torch.stack([self._transform(image) for image in images]).to(self.device)
-        best = self.model(batch).float().softmax(-1).topk(min(top, len(self.classes)))
+        best = self.model(batch).float().softmax(-1).topk(min(top or self.top, len(self.classes)))
         return [
             [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+
+    def describe(self, ranking: list[tuple[str, float]]) -> dict[str, Any]:
+        """Return the classes of an image in plain types."""
+        return {"classes": [{"class": name, "probability": round(probability, 6)} for name, probability in ranking]}
+
+    def headline(self, ranking: list[tuple[str, float]]) -> str:
+        """Return the likeliest class in a few words."""
+        return f"{ranking[0][0]} ({ranking[0][1]:.1%})"
+
+    def draw(self, image: Image.Image, ranking: list[tuple[str, float]], path: Path) -> dict[str, str]:
+        """Draw the image beside its classes; return what was written beside the picture: nothing."""
+        from .draw import draw_prediction
+
+        draw_prediction(image, ranking, path)
+        return {}

@@ -95,8 +95,8 @@ def draw_detections(
 ) -> None:
     """Draw an image with the objects found in it whose score is at least ``threshold``, and a legend with counts."""
     found = keep_likely(found, threshold)
-    styles = choose_styles(found["labels"].tolist())
-    width = 8.0
+    styles = choose_styles(found["labels"].tolist(), classes)
+    width = 8.0 * min(1.0, 1.2 * image.width / image.height)
     figure = new_figure(width, width * image.height / image.width + 0.9)
     draw_objects(figure.subplots(), image, found, classes, styles)
     figure.suptitle(f"{len(found['labels'])} objects with a score of {threshold:g} or more", fontsize=10)
@@ -122,7 +122,9 @@ def draw_comparison(
         threshold: Least score of a prediction that is drawn.
     """
     kept = [(image, truth, keep_likely(found, threshold)) for image, truth, found in rows]
-    styles = choose_styles(label for _, *both in kept for objects in both for label in objects["labels"].tolist())
+    styles = choose_styles(
+        (label for _, *both in kept for objects in both for label in objects["labels"].tolist()), classes
+    )
     heights = [4.6 * min(image.height / image.width, 2.0) for image, *_ in kept]
     figure = new_figure(9.6, sum(heights) + 0.5 * len(kept) + 0.9)
     figure.suptitle(f"{title}; a prediction is right if its box overlaps the true one by half (IoU)", fontsize=10)

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...zoo import CheckpointError
 from ...zoo.backbone import UnknownModelError
+from ...zoo.weights import locate
 from .. import TaskError
 from ..coco import encode_mask
 from .data import build_datasets
@@ -32,8 +33,8 @@ class Detect:
             "backbone": None,  # a timm name
             "recipe": "auto",  # its dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
-            "backbone_checkpoint": None,  # start from the weights of a file, of the backbone alone
-            "checkpoint": None,  # start from the weights of a file, of the whole detector
+            "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
+            "checkpoint": None,  # start from weights of the whole detector: a file or an address
             "norm_eval": False,  # keep the statistics of the backbone's batch norms
             "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
             "kwargs": {},  # options of create_detector, such as min_size and max_size
@@ -148,7 +149,7 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     """
     options = dict(model["backbone_kwargs"])
     if model.get("backbone_checkpoint") is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(model["backbone_checkpoint"])}}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(model["backbone_checkpoint"]))}}
     elif model.get("pretrained"):
         options["pretrained"] = True
     try:

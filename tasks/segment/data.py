@@ -128,6 +128,8 @@ class SegmentationSet(Dataset):
         repeat: How often an epoch shows each image.
     """
 
+    overlapping = False  # whether a pixel may be in several masks
+
     def __init__(
         self,
         classes: Sequence[str],
@@ -182,7 +184,14 @@ class SegmentationSet(Dataset):
             )
         masks, labels, crowd = self.segments(index)
         masks, labels = masks[~crowd], labels[~crowd]
-        pixels, _, masks, left = self.augment.instances(pixels, _boxes(masks), masks)
+        if self.overlapping:
+            pixels, _, masks, left = self.augment.instances(pixels, _boxes(masks), masks)
+        else:
+            # One picture of all masks is augmented in place of each.
+            numbers = np.einsum("nhw,n->hw", masks, np.arange(1, len(masks) + 1), dtype=np.uint16, casting="unsafe")
+            pixels, numbers = self.augment(pixels, numbers)
+            left = np.unique(numbers[numbers > 0]).astype(np.int64) - 1
+            masks = numbers == (left + 1)[:, None, None]
         image = self._padded(self.rule.normalise(pixels), 0.0)
         masks = self._padded(torch.from_numpy(np.ascontiguousarray(masks)).bool(), False)
         return image, {"labels": torch.from_numpy(labels[left]), "masks": masks}
@@ -335,6 +344,8 @@ class PanopticMaps(SegmentationSet):
 
 class InstanceMaps(SegmentationSet):
     """COCO's annotations of instances."""
+
+    overlapping = True
 
     def __init__(self, records: Sequence[Record], **settings):
         super().__init__(**settings)

@@ -77,8 +77,8 @@ def draw_segmentation(
         things: For each class whether its objects are told apart, and counted in the legend.
     """
     labels, numbers = _split(found)
-    styles = choose_styles(label for label in np.unique(labels).tolist() if label < len(classes))
-    width = 8.0
+    styles = choose_styles(np.unique(labels).tolist(), classes)
+    width = 8.0 * min(1.0, 1.2 * image.width / image.height)
     figure = new_figure(width, width * image.height / image.width + 0.6 + 0.25 * (1 + len(styles) // 4))
     draw_overlay(figure.subplots(), image, labels, styles, numbers)
     names = []
@@ -107,12 +107,8 @@ def draw_comparison(
         things: As for `draw_segmentation`.
     """
     split = [(image, _split(truth), _split(found)) for image, truth, found in rows]
-    styles = choose_styles(
-        label
-        for _, (truth, _), (found, _) in split
-        for label in np.union1d(np.unique(truth), np.unique(found)).tolist()
-        if label < len(classes)
-    )
+    maps = [labels for _, (truth, _), (found, _) in split for labels in (truth, found)]
+    styles = choose_styles((label for labels in maps for label in np.unique(labels).tolist()), classes)
     heights = [4.2 * min(image.height / image.width, 2.0) for image, *_ in split]
     figure = new_figure(12.6, sum(heights) + 0.5 * len(split) + 0.9 + 0.25 * (len(styles) // 7))
     figure.suptitle(title, fontsize=10)

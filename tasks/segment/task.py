@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...zoo import CheckpointError
 from ...zoo.backbone import UnknownModelError
+from ...zoo.weights import locate
 from .. import TaskError
 from ..coco import encode_mask
 from .data import InputRule, build_datasets
@@ -40,8 +41,8 @@ class Segment:
             "task": "semantic",  # or, with mask2former and oneformer, "instance", "panoptic"
             "recipe": "auto",  # the backbone's dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
-            "backbone_checkpoint": None,  # start from the weights of a file, of the backbone alone
-            "checkpoint": None,  # start from the weights of a file, of the whole segmenter
+            "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
+            "checkpoint": None,  # start from weights of the whole segmenter: a file or an address
             "norm_eval": False,  # keep the statistics of the backbone's batch norms
             "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
             "kwargs": {},  # options of create_segmenter, such as channels or loss_mean
@@ -202,7 +203,7 @@ def build_segmenter(model: dict[str, Any], things: list[bool]) -> nn.Module:
     """
     options = dict(model["backbone_kwargs"])
     if model.get("backbone_checkpoint") is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(model["backbone_checkpoint"])}}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(model["backbone_checkpoint"]))}}
     elif model.get("pretrained"):
         options["pretrained"] = True
     kwargs = dict(model["kwargs"])

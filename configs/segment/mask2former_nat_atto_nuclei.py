@@ -1,0 +1,38 @@
+"""Mask2Former on NAT-Atto tells the nuclei of the bundled micrograph apart: panoptic segmentation, from scratch.
+
+Command: foveate train segment/mask2former_nat_atto_nuclei
+Expect: TODO
+Cost: TODO
+"""
+
+_base_ = "../_base_/nuclei.py"
+
+task = "segment"
+model = dict(
+    head="mask2former",
+    backbone="nat_atto",
+    task="panoptic",
+    kwargs=dict(
+        num_queries=100,
+        dim=64,
+        encoder_layers=2,
+        encoder_hidden=128,
+        decoder_layers=3,
+        decoder_hidden=128,
+        num_points=1024,
+        object_threshold=0.5,
+        overlap_threshold=0.5,
+    ),
+)
+data = dict(
+    repeat=80,
+    short=None,
+    mean=(0.125,) * 3,
+    std=(0.093,) * 3,
+    augment=dict(shorts=(256,), long=512, ratio=(0.75, 1.33), crop=128, flip=0.5, flip_vertical=0.5, rotate=0.5),
+)
+epochs = 10
+val_interval = 5
+batch_size = 4
+optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, clip_grad=1.0)
+schedule = dict(warmup_iterations=20)

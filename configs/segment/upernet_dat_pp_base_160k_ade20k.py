@@ -1,0 +1,13 @@
+"""UperNet on DAT++-Base, 160k on ADE20K: the published recipe (arXiv 2309.01430).
+
+Command: foveate train segment/upernet_dat_pp_base_160k_ade20k data.root=FOLDER
+    by torchrun on 8 GPUs, as `foveate train --help` says
+Expect: the paper states 51.0 mIoU, 51.5 mIoU (multi-scale); not run by us.
+Cost: not measured by us.
+"""
+
+_base_ = ["../_base_/ade20k.py", "../_base_/schedule_160k.py"]
+
+task = "segment"
+model = dict(head="upernet", backbone="dat_pp_base", pretrained=True, backbone_kwargs=dict(drop_path_rate=0.7))
+optimizer = dict(no_decay=("norm", "rpb"))

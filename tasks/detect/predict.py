@@ -1,0 +1,82 @@
+"""From images to objects, with a trained checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..checkpoints import load_weights, read_checkpoint
+from .draw import draw_detections, keep_likely
+from .task import build_detector, to_plain
+
+
+class Predictor:
+    """A detector with all it needs to name what is in an image.
+
+    Attributes:
+        threshold: Least score of an object that is named.
+        channels: Channels of the images.
+
+    Args:
+        model: Maps a list of images ``[3, H, W]``, uint8, to dicts of ``boxes``, ``labels``, ``scores`` and perhaps
+            ``masks``.
+        classes: Names of the classes, in the order of the labels.
+        device: Where to run.
+    """
+
+    threshold = 0.5
+    channels = 3
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], device: str | torch.device = "cpu"):
+        self.model = model.eval().to(device)
+        self.classes = list(classes)
+        self.device = device
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+        """Read a checkpoint of `foveate train`.
+
+        Raises:
+            CheckpointError: If the file can't be read or is no such checkpoint.
+        """
+        checkpoint = read_checkpoint(path, "detect")
+        card = checkpoint["card"]
+        model = build_detector(card, len(card["classes"]))
+        load_weights(model, checkpoint["state_dict"], path)
+        return cls(model, card["classes"], device)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Return ``boxes`` ``[N, 4]``, ``labels``, ``scores`` and perhaps ``masks`` (run lengths) of every image."""
+        batch = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(self.device) for image in images]
+        return [to_plain(found) for found in self.model(batch)]
+
+    def describe(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Return, in plain types, the objects whose score is at least ``threshold``: masks as COCO's run lengths."""
+        kept = keep_likely(found, self.threshold)
+        objects = []
+        for index, (box, label, score) in enumerate(
+            zip(kept["boxes"].tolist(), kept["labels"].tolist(), kept["scores"].tolist(), strict=True)
+        ):
+            entry = {"class": self.classes[label], "score": round(score, 6), "box": [round(value, 2) for value in box]}
+            if "masks" in kept:
+                mask = kept["masks"][index]
+                entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
+            objects.append(entry)
+        return {"objects": objects}
+
+    def headline(self, found: dict[str, Any]) -> str:
+        """Return how many objects of which classes there are, in a few words."""
+        labels = keep_likely(found, self.threshold)["labels"].tolist()
+        counts = {self.classes[label]: labels.count(label) for label in sorted(set(labels), key=labels.index)}
+        listed = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:5])
+        return listed + (", ..." if len(counts) > 5 else "") or f"nothing with a score of {self.threshold:g} or more"
+
+    def draw(self, image: Image.Image, found: dict[str, Any], path: Path) -> dict[str, str]:
+        """Draw the objects on the image; return what was written beside the picture: nothing."""
+        draw_detections(image, found, self.classes, path, self.threshold)
+        return {}

@@ -1,0 +1,140 @@
+"""From images to classes of pixels, objects or segments, with a trained checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..checkpoints import load_weights, read_checkpoint, write_whole
+from ..detect.predict import Predictor as DetectionPredictor
+from .data import InputRule
+from .draw import draw_segmentation
+from .task import build_segmenter, segment_image
+
+
+class Predictor:
+    """A segmenter with all it needs to label an image.
+
+    Attributes:
+        channels: Channels of the images.
+
+    Args:
+        model: A segmenter.
+        rule: How an image becomes its input.
+        classes: Names of the classes, in the order of the labels.
+        things: For each class whether its objects are told apart.
+        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        test: As in `Segment.DEFAULTS`.
+        device: Where to run.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: InputRule,
+        classes: Sequence[str],
+        things: Sequence[bool],
+        task: str,
+        test: dict[str, Any],
+        device: str | torch.device = "cpu",
+    ):
+        self.model = model.eval().to(device)
+        self.rule, self.task, self.test = rule, task, dict(test)
+        self.classes, self.things = list(classes), list(things)
+        self.device = device
+        # Instances are what a detector finds.
+        self._instances = DetectionPredictor(nn.Identity(), classes)
+
+    @property
+    def threshold(self) -> float:
+        """Least score of an instance that is named."""
+        return self._instances.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._instances.threshold = value
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+        """Read a checkpoint of `foveate train`.
+
+        Raises:
+            CheckpointError: If the file can't be read or is no such checkpoint.
+        """
+        checkpoint = read_checkpoint(path, "segment")
+        card = checkpoint["card"]
+        model = build_segmenter(card, card["things"])
+        load_weights(model, checkpoint["state_dict"], path)
+        rule = InputRule(**card["input"])
+        return cls(model, rule, card["classes"], card["things"], card["segments"], card["test"], device)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[Any]:
+        """Return for every image what `segment_image` does, in the image's own size."""
+        return [
+            segment_image(
+                self.model,
+                self.rule(image.convert("RGB")).to(self.device),
+                (image.height, image.width),
+                self.task,
+                self.test,
+                len(self.classes),
+            )
+            for image in images
+        ]
+
+    def describe(self, found: Any) -> dict[str, Any]:
+        """Return, in plain types, the share of the image of every class, or its objects, or its segments."""
+        if self.task == "instance":
+            return self._instances.describe(found)
+        if self.task == "semantic":
+            return {"classes": [{"class": name, "share": round(share, 6)} for name, share in self._shares(found)]}
+        segments = []
+        for label, number in torch.unique(found.reshape(-1, 2), dim=0).tolist():
+            if label < len(self.classes):
+                area = int(((found[..., 0] == label) & (found[..., 1] == number)).sum())
+                entry = {"id": number, "class": self.classes[label], "thing": self.things[label], "area": area}
+                segments.append(entry)
+        return {"segments": sorted(segments, key=lambda segment: segment["id"])}
+
+    def headline(self, found: Any) -> str:
+        """Return the largest classes and how many objects there are, in a few words."""
+        if self.task == "instance":
+            return self._instances.headline(found)
+        labels = found if self.task == "semantic" else found[..., 0]
+        text = ", ".join(f"{name} {share:.1%}" for name, share in self._shares(labels)[:3]) or "nothing"
+        if self.task == "panoptic":
+            count = sum(segment["thing"] for segment in self.describe(found)["segments"])
+            text += f"; {count} objects"
+        return text
+
+    def draw(self, image: Image.Image, found: Any, path: Path) -> dict[str, str]:
+        """Draw the result on the image; return what was written beside the picture.
+
+        That is, but for instances, a PNG of the size of the image: of labels, 255 for none, or of the segments' ids in
+        COCO's panoptic code.
+        """
+        if self.task == "instance":
+            return self._instances.draw(image, found, path)
+        draw_segmentation(image, found, self.classes, path, self.things)
+        if self.task == "semantic":
+            name, plain = "labels", Image.fromarray(found.numpy())
+        else:
+            numbers = np.where(found[..., 0].numpy() < len(self.classes), found[..., 1].numpy(), 0)
+            colours = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65536], -1)
+            name, plain = "map", Image.fromarray(colours.astype(np.uint8))
+        beside = path.with_name(f"{path.stem}_{name}.png")
+        write_whole(beside, plain.save)
+        return {name: str(beside)}
+
+    def _shares(self, labels: torch.Tensor) -> list[tuple[str, float]]:
+        found, counts = torch.unique(labels, return_counts=True)
+        pairs = zip(found.tolist(), (counts / labels.numel()).tolist(), strict=True)
+        known = [(self.classes[label], share) for label, share in pairs if label < len(self.classes)]
+        return sorted(known, key=lambda pair: -pair[1])
