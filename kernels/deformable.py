@@ -8,9 +8,6 @@ from torch import Tensor
 
 BACKENDS = ("reference", "bags")
 
-# Below so many points the sampling's own gradient is as fast as that of the bags, which sorts (measured, one thread).
-_FEW_POINTS = 100_000
-
 
 def multi_scale_deformable_attention(
     value: Tensor,
@@ -47,7 +44,7 @@ def multi_scale_deformable_attention(
     """
     _check(value, shapes, locations, weights)
     if backend is None:
-        backend = choose_backend(value, locations, weights)
+        backend = choose_backend(value)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     function = _reference if backend == "reference" else _bags
@@ -57,12 +54,10 @@ def multi_scale_deformable_attention(
     return out.to(value.dtype)
 
 
-def choose_backend(value: Tensor, locations: Tensor, weights: Tensor) -> str:
+def choose_backend(value: Tensor) -> str:
     """Return the backend that `multi_scale_deformable_attention` takes by itself."""
-    if value.device.type != "cpu" or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return "reference"
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (value, locations, weights))
-    return "reference" if learns and weights.numel() < _FEW_POINTS else "bags"
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return "reference" if exporting or value.device.type != "cpu" else "bags"
 
 
 def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
@@ -123,10 +118,8 @@ def _bags(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, w
     with torch.no_grad():
         first = torch.arange(0, batch * pixels * heads, pixels * heads, dtype=integer)[:, None, None, None]
         first = first + torch.arange(heads, dtype=integer)[:, None] + of_points(starts, integer) * heads
-        rows = torch.empty(batch, queries, heads, left.shape[-1], 4, dtype=integer)
         corners = [(y, x) for y in (upper * widths, lower * widths) for x in (left, right)]
-        for corner, (y, x) in enumerate(corners):
-            torch.add(first, (y + x).to(integer), alpha=heads, out=rows[..., corner])
+        rows = torch.stack([torch.add(first, (y + x).to(integer), alpha=heads) for y, x in corners], dim=-1)
     shares = torch.stack([y * x for y in (upper_weight, lower_weight) for x in (left_weight, right_weight)], dim=-1)
     out = F.embedding_bag(
         rows.flatten(0, 2).flatten(1),

@@ -3,8 +3,9 @@
 ``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, against
 compiled FlexAttention with the same windows and bias and against a gather of every window. ``models`` times backbones
 against a peer. ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a
-backbone's maps of one image. Tables are printed and written as markdown and csv; kernels also as a plot of time against
-size.
+backbone's maps of one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and
+backward, against the usual formulation with grid_sample. Tables are printed and written as markdown and csv; kernels
+also as a plot of time against size.
 """
 
 import argparse
@@ -226,6 +227,43 @@ def _torchvision_twin(model: torch.nn.Module, image_size: tuple[int, int]) -> Ca
     return call
 
 
+def bench_deformable(sides: Sequence[int], rounds: int, device: str) -> list[dict]:
+    """Time multi-scale deformable attention among the pixels of 1/32, 1/16 and 1/8 of square images."""
+    from ..kernels.deformable import BACKENDS, choose_backend, multi_scale_deformable_attention
+
+    rows = []
+    for side in sides:
+        shapes = [(side // stride, side // stride) for stride in (32, 16, 8)]
+        pixels = sum(height * width for height, width in shapes)
+        value = torch.randn(1, pixels, 8, 32, device=device)
+        locations = 0.5 + 0.3 * torch.randn(1, pixels, 8, 3, 4, 2, device=device)
+        weights = torch.randn(1, pixels, 8, 12, device=device).softmax(-1).unflatten(-1, (3, 4))
+        chosen = choose_backend(value)
+        # The bags are made for CPUs.
+        names = BACKENDS if device == "cpu" else ("reference",)
+        for backward in (False, True):
+            inputs = [x.detach().requires_grad_(backward) for x in (value, locations, weights)]
+            calls = {}
+            for name in names:
+
+                def function(value, locations, weights, shapes=shapes, name=name):
+                    return multi_scale_deformable_attention(value, shapes, locations, weights, name)
+
+                calls[name] = partial(_step, function, inputs, backward)
+            times = alternate(calls, rounds, device)
+            rows += [
+                {
+                    "image": side,
+                    "pass": "forward+backward" if backward else "forward",
+                    "path": {"reference": "grid_sample"}.get(name, name) + (" (chosen)" if name == chosen else ""),
+                    "ms": round(seconds * 1e3, 2),
+                    "times grid_sample": round(times["reference"] / seconds, 2),
+                }
+                for name, seconds in times.items()
+            ]
+    return rows
+
+
 def as_markdown(rows: list[dict]) -> str:
     """Return rows as a markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
@@ -270,7 +308,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("what", choices=("kernels", "models", "detectors"))
+    parser.add_argument("what", choices=("kernels", "models", "detectors", "deformable"))
     parser.add_argument("models", nargs="*", default=["nat_tiny"], metavar="MODEL")
     parser.add_argument("--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with")
     parser.add_argument("--batch", type=int, default=4)
@@ -296,6 +334,8 @@ def run(args: argparse.Namespace) -> int:
         rows = bench_models(args.models, args.peer, args.batch, args.size, args.rounds, args.device)
     elif args.what == "detectors":
         rows = bench_detectors(args.models, tuple(args.image), args.rounds, args.device)
+    elif args.what == "deformable":
+        rows = bench_deformable((128, 256, 512), args.rounds, args.device)
     else:
         measure = (args.rounds, args.device, not args.no_flex, args.backward)
         title += f" A product of 1024 x 1024 float32 matrices runs at {matmul_rate(args.device, 15):.0f} GFLOP/s."

@@ -95,8 +95,28 @@ def test_mistakes_are_named():
         attend(value, locations, weights, "cuda")
 
 
-def test_the_fast_path_is_taken_where_it_pays():
-    value, locations, weights = problem()
-    assert choose_backend(value, locations, weights) == "reference"
-    with torch.no_grad():
-        assert choose_backend(value, locations, weights) == "bags"
+def test_export_is_built_of_operators_that_other_runtimes_know():
+    class Attend(torch.nn.Module):
+        def forward(self, *inputs):
+            return multi_scale_deformable_attention(inputs[0], SHAPES, *inputs[1:])
+
+    inputs = [x.detach() for x in problem()]
+    assert choose_backend(inputs[0]) == "bags"
+    program = torch.export.export(Attend(), tuple(inputs))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert any("grid_sampl" in name for name in names)
+    assert not any("embedding_bag" in name for name in names)
+    torch.testing.assert_close(program.module()(*inputs), Attend()(*inputs))
+
+
+@pytest.mark.heavy
+def test_compiled_is_the_same():
+    inputs = problem()
+    compiled = torch.compile(lambda *x: attend(*x, None), fullgraph=True)
+    expected = attend(*inputs, None)
+    actual = compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)

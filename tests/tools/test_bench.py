@@ -25,6 +25,13 @@ def test_detectors_are_timed_against_torchvision(tmp_path):
     assert float(theirs["times torchvision's time"]) == 1.0
 
 
+def test_deformable_attention_is_timed_against_grid_sample():
+    rows = bench.bench_deformable([64], 1, "cpu")
+    assert {row["path"] for row in rows} == {"bags (chosen)", "grid_sample"}
+    assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
+    assert all(row["ms"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_kernels_agree_before_they_are_timed(backward):
     rows = bench.bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward)
