@@ -55,14 +55,15 @@ def read_detector(path: str | Path) -> dict[str, Tensor]:
     published = state_of(open_checkpoint(path))
     convs = len({match.group(1) for key in published if (match := _CONV.fullmatch(key))})
     state = {
-        _renamed(key, convs): value for key, value in convert_pyramid(published).items() if not key.startswith(_EXTRAS)
+        renamed(key, convs): value for key, value in convert_pyramid(published).items() if not key.startswith(_EXTRAS)
     }
     if not any(key.startswith(_HEADS) for key in state):
         raise CheckpointError(f"{path}: holds no detector, only {', '.join(map(repr, list(state)[:3]))}, ...")
     return state
 
 
-def _renamed(key: str, convs: int) -> str:
+def renamed(key: str, convs: int) -> str:
+    """Return our name of a published entry of a head, whose box heads have ``convs`` convolutions; others stay."""
     if match := _HIDDEN.match(key):
         # In torchvision's tower the convolutions come first, then flattening, then layers with activations between.
         stage, layer = match.group(1) or "0", convs + 1 + 2 * int(match.group(2))

@@ -1,7 +1,7 @@
 """The head of RetinaNet (Lin et al. 2017), with the post-processing of both eras of published models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from .boxes import BoxCoder, grouped_nms, has_area, multiclass_nms, scale_of, to
 from .rpn import EPS, flatten_map
 
 SELECTIONS = ("pairs", "anchors")
+
+# Anchors [N, 4], logits [N, K] and offsets [N, 4] of every level of an image.
+_Levels = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 class RetinaHead(nn.Module):
@@ -152,13 +155,11 @@ class RetinaHead(nn.Module):
             detections.append({"boxes": boxes, "labels": labels, "scores": scores})
         return detections
 
-    def _by_pairs(self, levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_pairs(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, labels, scores = [], [], []
+        floor = torch.logit(scale.new_tensor(self.score_threshold))
         for grid, logit, offset in levels:
-            # Far fewer pairs pass than there are; the margin keeps the exact test on the sigmoid.
-            floor = (
-                math.log(self.score_threshold / (1 - self.score_threshold)) if self.score_threshold > 0 else -math.inf
-            )
+            # Few pairs pass; those that may are found by their logits, and the test is made on their sigmoids alone.
             pairs = (logit.flatten() > floor - 1e-2).nonzero().squeeze(1)
             score = logit.flatten()[pairs].sigmoid()
             above = score > self.score_threshold
@@ -175,7 +176,7 @@ class RetinaHead(nn.Module):
         kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
         return boxes[kept], labels[kept], scores[kept]
 
-    def _by_anchors(self, levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_anchors(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores = [], []
         for grid, logit, offset in levels:
             score = logit.sigmoid()
