@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,11 @@ import foveate  # noqa: F401 (registers the models)
 import numpy as np
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 # What ``notes.fill_override`` rescales to a standard deviation of 0.5, so that a misread bias shows in the output.

@@ -1,7 +1,6 @@
 """The triton path without a GPU: interpreted, and compiled for the GPUs it is meant for."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,19 +77,12 @@ def compile_for(launch, capability):
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
-def check_resources(case, capability, folder, monkeypatch):
+def check_resources(case, capability, resources_of, monkeypatch):
     monkeypatch.setattr(triton_ops, "_major", lambda device: capability // 10)
     for launch in launches(*PUBLISHED[case][:-1], **PUBLISHED[case][-1]):
-        compiled = compile_for(launch, capability)
-        assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-        spills = {name: re.search(rf"{name}:(\d+)", usage)[1] for name in ("STACK", "LOCAL")}
-        assert spills == {"STACK": "0", "LOCAL": "0"}, f"{launch.kernel} {launch.options}: {usage}"
+        resources = resources_of(compile_for, launch, capability)
+        assert resources.spilled == 0, f"{launch.kernel} {launch.options}: {resources}"
+        assert resources.shared <= SHARED_KIB[capability] * 1024, f"{launch.kernel} {launch.options}: {resources}"
 
 
 def test_interpreted_kernels_equal_the_reference():
@@ -102,15 +94,15 @@ def test_interpreted_kernels_equal_the_reference():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 
-def test_kernels_compile_without_spills(tmp_path, monkeypatch):
-    check_resources("nat, half", 90, tmp_path, monkeypatch)
+def test_kernels_compile_without_spills(resources_of, monkeypatch):
+    check_resources("nat, half", 90, resources_of, monkeypatch)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("capability", SHARED_KIB)
 @pytest.mark.parametrize("case", PUBLISHED)
-def test_kernels_of_all_shapes_compile_without_spills(case, capability, tmp_path, monkeypatch):
-    check_resources(case, capability, tmp_path, monkeypatch)
+def test_kernels_of_all_shapes_compile_without_spills(case, capability, resources_of, monkeypatch):
+    check_resources(case, capability, resources_of, monkeypatch)
 
 
 @pytest.mark.parametrize(

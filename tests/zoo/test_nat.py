@@ -99,10 +99,18 @@ def test_exported_equals_eager(name):
     torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])
-def test_onnx_equals_eager(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nat_mini", {"depths": (1, 1, 1, 1)}),
+        ("dinat_mini", {"depths": (2, 1, 1, 1), "dilations": ((1, 8), (2,), (1,), (1,))}),
+        pytest.param("nat_mini", {}, marks=pytest.mark.heavy),
+        pytest.param("dinat_mini", {}, marks=pytest.mark.heavy),
+    ],
+)
+def test_onnx_equals_eager(name, options, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, **options).eval()
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         expected = model(x)
