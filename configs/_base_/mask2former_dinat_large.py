@@ -1,7 +1,7 @@
 """Mask2Former on DiNAT-Large: 16 images a step, 2 on each of 8 GPUs; the backbone learns ten times more slowly."""
 
 task = "segment"
-model = dict(head="mask2former", backbone="dinat_large_384_11x11", pretrained=True)
+model = dict(head="mask2former", backbone="dinat_large", backbone_checkpoint="dinat_large_384_11x11.shi_in22k")
 batch_size = 2
 workers = 4
 optimizer = dict(

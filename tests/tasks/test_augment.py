@@ -1,0 +1,120 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+from foveate.tasks import TaskError
+from foveate.tasks.augment import IGNORE, Augment, PhotometricDistortion, fit_size, resize_within
+
+
+def test_sizes_are_those_of_the_published_rule(golden_folder):
+    rows = np.load(golden_folder / "dense" / "preprocess.npz")
+    for name, short, long in (("det_1333x800", 800, 1333), ("ade_2048x512", 512, 2048), ("city_2048x1024", 1024, 2048)):
+        for width, height, new_width, new_height, *_ in rows[f"{name}.value"].reshape(-1, 8).astype(int).tolist():
+            assert fit_size(height, width, short, long) == (new_height, new_width)
+
+
+def test_aligned_resize_is_two_resizes():
+    image = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    once = cv2.resize(image, (92, 64), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(resize_within(image, 64, 400), once)
+    np.testing.assert_array_equal(resize_within(image, 64, 400, 32), cv2.resize(once, (96, 64)))
+
+
+def scene():
+    """An image whose pixels say where they are, with three objects: a block, a far one and one of a single pixel."""
+    y, x = np.mgrid[:61, :90]
+    image = np.stack([x, y, x + y], -1).astype(np.uint8)
+    masks = np.zeros((3, 61, 90), np.uint8)
+    masks[0, 10:30, 5:45], masks[1, 50:60, 70:90], masks[2, 0, 0] = 1, 1, 1
+    boxes = np.array([[5, 10, 45, 30], [70, 50, 90, 60], [0, 0, 1, 1]], np.float64)
+    return image, boxes, masks
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_boxes_masks_and_pixels_move_together(seed):
+    image, boxes, masks = scene()
+    augment = Augment(
+        {"shorts": (61, 122), "long": 400, "crop": (50, 70), "flip": 0.5, "flip_vertical": 0.5, "rotate": 0.5}
+    )
+    torch.manual_seed(seed)
+    pixels, boxes, masks, left = augment.instances(image, boxes, masks)
+    assert pixels.shape[:2] == masks.shape[1:]
+    assert len(boxes) == len(masks) == len(left)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        around = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        np.testing.assert_allclose(box, around, atol=1.01)
+
+
+def test_objects_of_which_nothing_is_left_are_dropped():
+    image, boxes, masks = scene()
+    counts = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        _, kept, _, left = Augment({"crop": 30, "flip": 0.0}).instances(image, boxes, masks)
+        counts.add(len(left))
+        assert (kept[:, 2:] > kept[:, :2]).all()
+    assert {0, 1} <= counts
+    pixels, none, no_masks, left = Augment({"crop": 30}).instances(image, boxes[:0], masks[:0])
+    assert (pixels.shape, none.shape, no_masks.shape, left.shape) == ((30, 30, 3), (0, 4), (0, 30, 30), (0,))
+
+
+def test_torch_s_seed_decides_and_steps_are_independent():
+    image, boxes, _ = scene()
+    augment = Augment({"shorts": (61, 122), "crop": 40, "distortion": True})
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(augment.instances(image, boxes, None)[0])
+    np.testing.assert_array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+    both = set()
+    for seed in range(24):
+        torch.manual_seed(seed)
+        pixels = Augment({"flip": 0.5, "flip_vertical": 0.5})(image, np.zeros(image.shape[:2], np.uint8))[0]
+        both.add((bool(pixels[0, 0, 0]), bool(pixels[0, 0, 1])))
+    assert len(both) == 4
+
+
+def test_a_crop_avoids_windows_of_one_class():
+    labels = np.zeros((60, 200), np.uint8)
+    labels[:, 150:] = 1
+    image = np.zeros((60, 200, 3), np.uint8)
+    shares = []
+    for share in (1.0, 0.75):
+        mixed = 0
+        for seed in range(30):
+            torch.manual_seed(seed)
+            _, cut = Augment({"crop": 40, "max_share": share, "flip": 0.0})(image, labels)
+            mixed += 0 < (cut == 1).mean() < 1
+        shares.append(mixed)
+    assert shares[1] > 2 * shares[0]
+
+
+def test_a_label_map_keeps_its_values_when_resized():
+    image, _, _ = scene()
+    labels = np.full(image.shape[:2], IGNORE, np.int32)
+    labels[20:40, 20:60] = 149
+    pixels, resized = Augment({"shorts": (97,), "long": 1000})(image, labels)
+    assert pixels.shape[:2] == resized.shape == (97, 143)
+    assert set(np.unique(resized)) == {149, IGNORE}
+
+
+def test_distortion_changes_pixels_within_bounds():
+    image, _, _ = scene()
+    distort = PhotometricDistortion()
+    distort.set_random_seed(0)
+    seen = [distort(image=image)["image"] for _ in range(6)]
+    assert all(pixels.dtype == np.uint8 and pixels.shape == image.shape for pixels in seen)
+    assert sum(not np.array_equal(pixels, image) for pixels in seen) >= 4
+    plain = distort.apply(image, None, None, False, None, None)
+    np.testing.assert_array_equal(plain, image)
+    assert distort.apply(image, 10.0, None, False, None, None)[5, 5].tolist() == [15, 15, 20]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"corp": 3}, "did you mean 'crop'"), ({"flip": 2.0}, "data.augment")]
+)
+def test_wrong_settings_are_refused(settings, reason):
+    with pytest.raises(TaskError, match=reason):
+        Augment(settings)
