@@ -42,9 +42,8 @@ class Matcher:
         matches = torch.where(best >= self.positive, matches, unmatched)
         if self.minimum is not None:
             of_object = overlaps.amax(dim=1, keepdim=True)
-            taken = (overlaps == of_object) & (of_object >= self.minimum)
-            order = torch.arange(len(objects), device=boxes.device)[:, None]
-            last = torch.where(taken, order, -1).amax(dim=0)
+            taker, taken = ((overlaps == of_object) & (of_object >= self.minimum)).nonzero().unbind(1)
+            last = torch.full_like(matches, -1).scatter_reduce(0, taken, taker, "amax")
             matches = torch.where(last >= 0, last, matches)
         return matches
 

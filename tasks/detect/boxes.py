@@ -76,8 +76,10 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def _overlap(first: Tensor, second: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
-    overlap = sides.clamp(min=0).prod(dim=-1)
+    """Return intersections and unions of boxes; coordinate by coordinate, since there may be many pairs."""
+    width = torch.minimum(first[..., 2], second[..., 2]) - torch.maximum(first[..., 0], second[..., 0])
+    height = torch.minimum(first[..., 3], second[..., 3]) - torch.maximum(first[..., 1], second[..., 1])
+    overlap = width.clamp(min=0) * height.clamp(min=0)
     return overlap, (_area(first) + _area(second) - overlap).clamp(min=eps)
 
 
