@@ -250,43 +250,47 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
     if weights.license is None and weights.sources[0].kind != "url":
         _logger.warning(f"{weights.name}: its authors state no licence; ask them before you use it")
     folder = cache_folder(cache_dir) / weights.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(
-            f"{folder} can't be written ({error.strerror}); set TORCH_HOME to a folder of yours"
-        ) from error
+    addresses, failures = list(_addresses(weights)), []
+    if not addresses:
+        raise _failure(weights, folder, [])
     with _alone(folder / ".lock", f"{weights.name} is being fetched by another process; waiting for it"):
         # Another process may have fetched it meanwhile.
         if not renew and (path := cached(weights, cache_dir)):
             return path
-        failures = []
-        for source, address in _addresses(weights):
+        for source, address in addresses:
             try:
                 pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
                 path = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
                 return _pinned(weights, source, path, cache_dir, address, renew)
             except DownloadError as error:
                 failures.append(f"{address}: {error}")
+    raise _failure(weights, folder, failures)
+
+
+def _failure(weights: Weights, folder: Path, failures: list[str]) -> WeightsError:
+    """Return the error that says what was tried, and what to do."""
     if not any(source.fetchable for source in weights.sources):
         when = f" ({weights.reported})" if weights.reported else ""
         reason = "its links are reported dead" if weights.state == "dead" else "only a browser can fetch it"
         failures.append(reason + when)
     elif _offline():
         tried = "".join(f"; {failure}" for failure in failures)
-        raise WeightsError(
+        return WeightsError(
             f"{weights.name} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it; run "
             f"`foveate weights fetch {weights.name}` where there is a network{tried}"
         )
     changed = any("wrong file" in failure for failure in failures)
     renewal = f", or run `foveate weights fetch --renew {weights.name}` if the new file is right" if changed else ""
-    raise WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
+    return WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
 
 
 def _way_out(weights: Weights) -> str:
     if weights.sources[0].kind == "url":
         return "check the address"
-    return f"visit {weights.page} and give the file as checkpoint=, or set FOVEATE_WEIGHTS_MIRROR"
+    return (
+        f"visit {weights.page} and give the file as checkpoint= or pretrained_cfg_overlay=dict(file=...), or set "
+        "FOVEATE_WEIGHTS_MIRROR"
+    )
 
 
 def _offline() -> bool:
@@ -313,11 +317,11 @@ def _fetch_from(
 ) -> Path:
     if address.startswith("hub: "):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(source.repo, source.name, cache_dir=cache_dir, force_download=renew))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except Exception as error:
+            # The errors of the HTTP library below have no base class that it names.
             raise DownloadError((str(error) or type(error).__name__).splitlines()[0]) from error
         _check(path, sha256)
         return path
@@ -387,7 +391,6 @@ def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
     if not os.access(folder, os.W_OK) and folder.exists():
         _logger.info(f"{folder} is read-only: the hashes of these weights are not recorded")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
         records = pins(cache_dir) | changes
         temporary = folder / f".pins-{os.getpid()}.json"
@@ -398,6 +401,10 @@ def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
 @contextlib.contextmanager
 def _alone(path: Path, message: str) -> Iterator[None]:
     """Keep other processes out as long as the context lasts."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{path.parent} can't be written ({error.strerror}); set TORCH_HOME to another") from error
     lock = FileLock(path)
     try:
         lock.acquire(timeout=2)

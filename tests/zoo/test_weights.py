@@ -1,5 +1,6 @@
 """Published weights: a well-formed table, and downloads that end in the right file or in a clear error."""
 
+import functools
 import hashlib
 import http.server
 import json
@@ -241,6 +242,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def f(self, first):
         self.ok(first)
 
+    def do_HEAD(self):
+        """Answer as the hub does to what its library asks before a download."""
+        found = self.path.startswith("/hub/")
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(self.server.payload)) if found else "0")
+        self.end_headers()
+
+    def hub(self, first):
+        self.give(self.server.payload)
+
 
 @pytest.fixture
 def host(payload):
@@ -328,7 +341,7 @@ def test_what_fails_is_a_clear_error_and_no_file(path, host, home):
 
 @pytest.mark.parametrize("path", [*BAD, "evil"])
 def test_the_next_source_is_tried(path, host, home, payload):
-    host.evil = b"\x80\x04."
+    host.evil = b"\x80\x02."
     fetch(published(host.address(f"{path}/file.pth"), host.address("ok/file.pth")))
     assert (home / NAME / "file.pth").read_bytes() == payload
 
@@ -502,6 +515,21 @@ def test_the_hub_is_asked_through_its_own_library(home, payload, monkeypatch, tm
     (tmp_path / "hub.bin").write_bytes(payload + b"x")
     with pytest.raises(WeightsError, match="wrong file"):
         fetch(entry)
+
+
+def test_the_hubs_library_takes_what_it_is_given(host, home, payload, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    theirs = functools.partial(huggingface_hub.hf_hub_download, endpoint=host.address("").rstrip("/"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", theirs)
+    sources = tuple(Source("hub", "listed", repo=repo, file="file.bin") for repo in ("gone/model", "hub/model"))
+    entry = Weights(NAME, "classify", "imagenet-1k", sources, "https://example.org/page")
+    path = fetch(entry, cache_dir=tmp_path / "cache")
+    assert path.read_bytes() == payload
+    assert path.is_relative_to(tmp_path / "cache" / "models--hub--model")
+    asked = len(host.requests)
+    assert fetch(entry, cache_dir=tmp_path / "cache") == path
+    assert len(host.requests) == asked, "the second time it is in the cache"
 
 
 def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
