@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...zoo import CheckpointError
-from ...zoo._checkpoint import open_checkpoint, state_of
-from ..checkpoints import load_weights
+from ...zoo._checkpoint import LoadReport, open_checkpoint, state_of
+from ..dense import load_dense
 from ..neck import convert_pyramid
 
 _logger = logging.getLogger(__name__)
@@ -113,46 +113,24 @@ def aux_channels_of(state: dict[str, Tensor]) -> int | None:
     return None if weight is None else weight.shape[1]
 
 
-def is_ours(state: dict[str, Tensor]) -> bool:
-    """Return whether the backbone's entries have our names, as in the checkpoints of `foveate train`."""
-    return any(key.startswith("backbone.features.") for key in state)
-
-
-def has_backbone(state: dict[str, Tensor]) -> bool:
-    """Return whether there are any entries of a backbone."""
-    return any(key.startswith("backbone.") for key in state)
-
-
 def load_segmenter(
-    model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone: bool, reset_classifier: bool
-) -> None:
-    """Load entries under our names into ``model``: all of them, and no others.
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone_loaded: bool, reset_classifier: bool
+) -> LoadReport:
+    """Load entries under our names into ``model``: all of them, and no others; report what was done.
 
     Args:
         model: The segmenter.
         state: What `read_segmenter` returned.
         path: Its file, for messages.
-        backbone: Whether the backbone's entries are to be loaded too; else it has its weights already.
+        backbone_loaded: Whether the backbone has its weights already.
         reset_classifier: Whether the layers that know the classes keep their initial values.
 
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
-    wanted = model.state_dict()
-
-    def kept(key: str) -> bool:
-        if key.startswith("backbone.") and not backbone:
-            return True
-        # Batch counts play no part where the momentum is fixed; some files lack them.
-        if key.endswith("num_batches_tracked") and key not in state:
-            return True
-        return reset_classifier and key.startswith(_CLASSIFIERS)
-
-    if not model.has_aux_head:
-        dropped = [key for key in state if key.startswith("aux_head.")]
-        if dropped:
-            _logger.info(f"{path}: left out the auxiliary head, which was not asked for")
-            state = {key: value for key, value in state.items() if key not in dropped}
-    if not backbone:
-        state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
-    load_weights(model, state | {key: value for key, value in wanted.items() if kept(key)}, path)
+    if not model.has_aux_head and any(key.startswith("aux_head.") for key in state):
+        _logger.info(f"{path}: left out the auxiliary head, which was not asked for")
+        state = {key: value for key, value in state.items() if not key.startswith("aux_head.")}
+    return load_dense(
+        model, state, path, backbone_loaded, lambda key: reset_classifier and key.startswith(_CLASSIFIERS)
+    )

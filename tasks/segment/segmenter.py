@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ...zoo import CheckpointError, UnknownModelError, create_backbone
+from ...zoo import CheckpointError, UnknownModelError
 from ...zoo.backbone import check_name, recipes_of
 from ...zoo.weights import locate
 from .. import TaskError, nearest
-from .checkpoint import aux_channels_of, has_backbone, head_of, is_ours, load_segmenter, read_segmenter, variant_of
+from ..dense import build_backbone, has_backbone, is_ours
+from .checkpoint import aux_channels_of, head_of, load_segmenter, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head
 from .fcn import FCNHead
 from .inference import predict_labels, resize_to
@@ -177,53 +178,47 @@ def create_segmenter(
     """
     if head not in HEADS:
         raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
+    if reset_classifier and checkpoint is None:
+        raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     checkpoint = None if checkpoint is None else locate(checkpoint)
-    state = None if checkpoint is None else read_segmenter(checkpoint)
-    if state is not None:
-        held = head_of(state, checkpoint)
-        if held == "oneformer" and head == "mask2former":
-            head = held
-        if held != head:
-            raise CheckpointError(f"{checkpoint}: holds a {held}, not a {head}; create it as {held!r}")
-    options = {}
-    settings = RECIPES.get(head, {}).get(recipe)
-    if settings is not None:
-        options = dict(settings)
-        del options["backbone"]
-        published_classes = options.pop("num_classes")
-        num_classes = published_classes if num_classes is None and state is None else num_classes
-    aux_options = {}
+    state = None
+    if checkpoint is not None:
+        state = read_segmenter(checkpoint)
+        head = _held_head(head, state, checkpoint)
+    options, aux_options = {}, {}
     aux = aux_head and head in _WITH_AUX
+    if recipe in RECIPES.get(head, {}):
+        options = {name: value for name, value in RECIPES[head][recipe].items() if name != "backbone"}
     if state is not None:
-        variant = variant_of(head, state)
-        held_classes = variant.pop("num_classes")
-        if num_classes is None:
-            num_classes = held_classes
-        elif num_classes != held_classes and not reset_classifier:
+        options |= variant_of(head, state)
+        if num_classes not in (None, options["num_classes"]) and not reset_classifier:
             raise CheckpointError(
-                f"{checkpoint}: has {held_classes} classes, not {num_classes}; leave num_classes out, or start with a "
-                "new classifier: reset_classifier=True"
+                f"{checkpoint}: has {options['num_classes']} classes, not {num_classes}; leave num_classes out, or "
+                "start with a new classifier: reset_classifier=True"
             )
-        options |= variant
-        channels = aux_channels_of(state)
-        if aux and channels is None:
+        aux_options = {"channels": aux_channels_of(state)}
+        if aux and aux_options["channels"] is None:
             _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
-        aux = aux and channels is not None
-        aux_options = {"channels": channels}
-    num_classes = 150 if num_classes is None else num_classes
+            aux = False
+    default_classes = options.pop("num_classes", 150)
+    num_classes = default_classes if num_classes is None else num_classes
 
     transformer = head in ("mask2former", "oneformer")
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
     *parts, others = _split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
-    if body_options and not isinstance(backbone, str):
-        known = [name for kind in kinds for name in _options_of(kind)]
-        wrong = next(iter(body_options))
-        raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known)}")
     if head == "deeplabv3" and isinstance(backbone, str):
         body_options.setdefault("output_stride", 16)
     published = state is not None and has_backbone(state) and not is_ours(state)
-    body = _build_backbone(head, backbone, recipe, checkpoint if published else None, body_options)
+    body = build_backbone(
+        head,
+        backbone,
+        _backbone_recipe(head, backbone, recipe),
+        (head, "segmentation"),
+        checkpoint if published else None,
+        body_options,
+        [name for kind in kinds for name in _options_of(kind)],
+    )
     if head == "deeplabv3":
         parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
     if transformer:
@@ -237,11 +232,17 @@ def create_segmenter(
         aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
         model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
     if state is not None:
-        if not has_backbone(state) and body.state_dict():
-            _logger.warning(f"{checkpoint}: holds a head alone; the backbone keeps its weights")
-        whole = has_backbone(state) and (is_ours(state) or not isinstance(backbone, str))
-        load_segmenter(model, state, checkpoint, whole, reset_classifier)
+        loaded = published and isinstance(backbone, str)
+        model.load_report = load_segmenter(model, state, checkpoint, loaded, reset_classifier)
     return model
+
+
+def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
+    """Return the head that a state dict is of, if it is the one that was asked for."""
+    held = head_of(state, path)
+    if held != head and (head, held) != ("mask2former", "oneformer"):
+        raise CheckpointError(f"{path}: holds a {held}, not a {head}; create it as {held!r}")
+    return held
 
 
 # What create_segmenter passes itself.
@@ -261,26 +262,13 @@ def _split_options(given: dict, *kinds: type[nn.Module]) -> list[dict]:
     return [*parts, {name: value for name, value in given.items() if name not in known}]
 
 
-def _build_backbone(
-    head: str, backbone: str | nn.Module, recipe: str | None, checkpoint: str | Path | None, options: dict
-) -> nn.Module:
-    """Return the backbone: the module itself, or the named one with the four coarsest of its maps."""
-    if not isinstance(backbone, str):
-        if not hasattr(backbone, "channels"):
-            raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
-        return backbone
-    check_name(backbone)
-    known = recipes_of(backbone)
-    if recipe == "auto":
-        recipe = next((name for name in (head, "segmentation") if name in known), None)
+def _backbone_recipe(head: str, backbone: str | nn.Module, recipe: str | None) -> str | None:
+    """Return the backbone's recipe that a recipe of the segmenter includes, or the recipe itself."""
     own = RECIPES.get(head, {})
-    setting = own[recipe]["backbone"] if recipe in own else recipe
-    if setting is not None and setting not in known:
+    if recipe not in own or not isinstance(backbone, str):
+        return None if recipe in own else recipe
+    check_name(backbone)
+    if own[recipe]["backbone"] not in (known := recipes_of(backbone)):
         names = [*known, *(name for name, settings in own.items() if settings["backbone"] in known)]
         raise UnknownModelError(f"{backbone} has no recipe {recipe!r}; it has {', '.join(map(repr, names)) or 'none'}")
-    try:
-        return create_backbone(backbone, setting, checkpoint, out_indices=(-4, -3, -2, -1), **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise TaskError(f"{backbone} with {head}: {str(error).split('() ')[-1]}") from error
+    return own[recipe]["backbone"]

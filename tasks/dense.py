@@ -1,0 +1,130 @@
+"""What whole dense models have in common: how they get a backbone, and how a checkpoint's entries get into them."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..zoo import CheckpointError, create_backbone
+from ..zoo._checkpoint import LoadReport
+from ..zoo.backbone import Backbone, check_name, recipes_of
+from . import TaskError, nearest
+from .checkpoints import load_weights
+
+_logger = logging.getLogger(__name__)
+
+
+def has_backbone(state: dict[str, Tensor]) -> bool:
+    """Return whether there are any entries of a backbone."""
+    return any(key.startswith("backbone.") for key in state)
+
+
+def is_ours(state: dict[str, Tensor]) -> bool:
+    """Return whether the backbone's entries have our names, as in the checkpoints of `foveate train`."""
+    return any(key.startswith("backbone.features.") for key in state)
+
+
+def build_backbone(
+    head: str,
+    backbone: str | nn.Module,
+    recipe: str | None,
+    auto: Sequence[str],
+    checkpoint: str | Path | None,
+    options: dict,
+    known_options: Sequence[str],
+) -> nn.Module:
+    """Return a dense model's backbone: the module itself, or the named one with the four coarsest of its maps.
+
+    Args:
+        head: The dense model's name, for messages.
+        backbone: A timm name, or a module with ``channels``.
+        recipe: The named backbone's recipe, None for none, or ``"auto"``.
+        auto: The recipes from which ``"auto"`` takes the first that the backbone has; none if it has none of them.
+        checkpoint: A published dense model's file, of which the named backbone is read.
+        options: Options of the named backbone.
+        known_options: Those of the dense model, of which a wrong one may have been meant.
+
+    Raises:
+        TaskError: If the module has no ``channels``, or an option is unknown.
+        UnknownModelError: If the name or the recipe is unknown.
+        CheckpointError: If the checkpoint can't be read or isn't one of this backbone.
+    """
+    if not isinstance(backbone, str):
+        if not hasattr(backbone, "channels"):
+            raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
+        if recipe not in (None, "auto"):
+            raise TaskError(f"recipe {recipe!r} is for a backbone given by name; create_backbone takes it")
+        if options:
+            wrong = next(iter(options))
+            raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known_options)}")
+        if checkpoint is not None and isinstance(backbone, Backbone):
+            raise CheckpointError(
+                f"{checkpoint}: is a published model, whose backbone is read if it is given by name; or read it with "
+                "create_backbone, and give here a file without the backbone"
+            )
+        return backbone
+    check_name(backbone)
+    if recipe == "auto":
+        known = recipes_of(backbone)
+        recipe = next((name for name in auto if name in known), None)
+    try:
+        return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+    except TypeError as error:
+        wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
+        if wrong is None:
+            raise
+        raise TaskError(
+            f"neither {head} nor {backbone} has an option {wrong!r}{nearest(wrong, known_options)}"
+        ) from error
+
+
+def load_dense(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    path: str | Path,
+    backbone_loaded: bool,
+    fresh: Callable[[str], bool] = lambda key: False,
+) -> LoadReport:
+    """Load a whole dense model's entries, under our names: all of them, and no others; report what was done.
+
+    A file without a backbone leaves the model's as it is, and a backbone without weights needs none; both are said.
+
+    Args:
+        model: Has ``backbone``.
+        state: Entries under our names; those of the backbone may be as published if they are loaded already.
+        path: Their file, for messages.
+        backbone_loaded: Whether the backbone has its weights already.
+        fresh: Tells which entries of the model keep their initial values though the file has them.
+
+    Raises:
+        CheckpointError: If entries are missing, unexpected or of another shape.
+    """
+    given, wanted = has_backbone(state), bool(model.backbone.state_dict())
+    if wanted and not given:
+        _logger.warning(f"{path}: holds the heads alone; the backbone keeps its weights")
+    if given and not wanted:
+        _logger.info(f"{path}: left out its backbone, since {type(model.backbone).__name__} has no weights")
+    whole = given and wanted and not backbone_loaded
+    if not whole:
+        state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+
+    def kept(key: str) -> bool:
+        if key.startswith("backbone.") and not whole:
+            return True
+        # Batch counts play no part where the momentum is fixed; some files lack them.
+        if key.endswith("num_batches_tracked") and key not in state:
+            return True
+        return fresh(key)
+
+    entries = model.state_dict()
+    kept_values = {key: value for key, value in entries.items() if kept(key)}
+    load_weights(model, state | kept_values, path)
+    own = {key for key in entries if whole or not key.startswith("backbone.")}
+    report = LoadReport(
+        matched=len(own - kept_values.keys()),
+        missing=tuple(sorted(own & kept_values.keys())),
+        unexpected=tuple(sorted(state.keys() & kept_values.keys())),
+    )
+    _logger.info(f"{path}: {report}")
+    return report
