@@ -3,7 +3,6 @@
 Read are the containers of mmdet 2.x and 3.x, whose heads have the same names, and our own.
 """
 
-import logging
 import re
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 
 from ...zoo import CheckpointError
 from ...zoo._checkpoint import LoadReport, open_checkpoint, state_of
-from ..checkpoints import load_weights
+from ..dense import load_dense
 from ..neck import convert_pyramid
-
-_logger = logging.getLogger(__name__)
 
 _HEADS = ("rpn.", "roi_heads.", "head.")
 # Published prefixes and ours; the stage of a cascade is a group.
@@ -111,18 +108,8 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
     return variant
 
 
-def is_ours(state: dict[str, Tensor]) -> bool:
-    """Return whether the backbone's entries have our names, as in the checkpoints of `foveate train`."""
-    return any(key.startswith("backbone.features.") for key in state)
-
-
-def has_backbone(state: dict[str, Tensor]) -> bool:
-    """Return whether there are any entries of a backbone."""
-    return any(key.startswith("backbone.") for key in state)
-
-
 def load_detector(
-    model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone: bool, reset_classifier: bool
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone_loaded: bool, reset_classifier: bool
 ) -> LoadReport:
     """Load entries under our names into ``model``: all of them, and no others; report what was done.
 
@@ -130,7 +117,7 @@ def load_detector(
         model: The detector.
         state: What `read_detector` returned.
         path: Its file, for messages.
-        backbone: Whether the backbone's entries are to be loaded too; else it has its weights already.
+        backbone_loaded: Whether the backbone has its weights already.
         reset_classifier: Whether the layers that know the classes keep their initial values.
 
     Raises:
@@ -138,24 +125,8 @@ def load_detector(
     """
     wanted = model.state_dict()
 
-    def kept(key: str) -> bool:
-        if key.startswith("backbone.") and not backbone:
-            return True
-        # Batch counts play no part where the momentum is fixed; some files lack them.
-        if key.endswith("num_batches_tracked") and key not in state:
-            return True
+    def fresh(key: str) -> bool:
         shared = ".bbox_pred." in key and len(wanted[key]) == 4
         return reset_classifier and not shared and _CLASSIFIERS.match(key) is not None
 
-    if not backbone:
-        state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
-    kept_values = {key: value for key, value in wanted.items() if kept(key)}
-    load_weights(model, state | kept_values, path)
-    own = {key for key in wanted if backbone or not key.startswith("backbone.")}
-    report = LoadReport(
-        matched=len(own - kept_values.keys()),
-        missing=tuple(sorted(own & kept_values.keys())),
-        unexpected=tuple(sorted(state.keys() & kept_values.keys())),
-    )
-    _logger.info(f"{path}: {report}")
-    return report
+    return load_dense(model, state, path, backbone_loaded, fresh)

@@ -1,7 +1,6 @@
 """Detectors: any backbone, a published head, and how they are trained, evaluated and loaded."""
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -9,22 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...zoo import CheckpointError, create_backbone
+from ...zoo import CheckpointError
 from ...zoo._checkpoint import LoadReport
-from ...zoo.backbone import Backbone, check_name, recipes_of
 from ...zoo.weights import locate
 from .. import TaskError, nearest
+from ..dense import build_backbone, has_backbone, is_ours
 from ..neck import FeaturePyramid
 from .anchors import AnchorGrid
 from .assign import Draw, Sampler
 from .boxes import has_area
-from .checkpoint import has_backbone, head_of, is_ours, load_detector, read_detector, variant_of
+from .checkpoint import head_of, load_detector, read_detector, variant_of
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
-
-_logger = logging.getLogger(__name__)
 
 _STRIDES = [4, 8, 16, 32]
 # Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
@@ -431,9 +428,6 @@ def create_detector(
     kind = DETECTORS[head]
     options, transform, others = _split_options(kind, kwargs)
     body_options = {**(backbone_kwargs or {}), **others}
-    if body_options and not isinstance(backbone, str):
-        wrong = next(iter(body_options))
-        raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, _known_options(kind))}")
     state, published = None, False
     if checkpoint is not None:
         checkpoint = locate(checkpoint)
@@ -442,25 +436,24 @@ def create_detector(
         num_classes = variant.pop("num_classes")
         options = variant | options
         published = has_backbone(state) and not is_ours(state)
-        if published and isinstance(backbone, Backbone):
-            raise CheckpointError(
-                f"{checkpoint}: is a published model, whose backbone is read if it is given by name; or read it with "
-                "create_backbone, and give here a file of neck and heads alone"
-            )
     elif reset_classifier:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
         options.setdefault("selection", "anchors")
-    body = _build_backbone(head, backbone, recipe, checkpoint if published else None, body_options)
+    body = build_backbone(
+        head,
+        backbone,
+        recipe,
+        (head, "detection"),
+        checkpoint if published else None,
+        body_options,
+        _known_options(kind),
+    )
+    _check_maps(backbone, body)
     model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
     if state is not None:
-        given, wanted = has_backbone(state), bool(body.state_dict())
-        if wanted and not given:
-            _logger.warning(f"{checkpoint}: holds neck and heads alone; the backbone keeps its weights")
-        if given and not wanted:
-            _logger.info(f"{checkpoint}: left out its backbone, since {type(body).__name__} has no weights")
-        whole = given and wanted and not (published and isinstance(backbone, str))
-        model.load_report = load_detector(model, state, checkpoint, whole, reset_classifier)
+        loaded = published and isinstance(backbone, str)
+        model.load_report = load_detector(model, state, checkpoint, loaded, reset_classifier)
     return model
 
 
@@ -504,29 +497,8 @@ def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]
     )
 
 
-def _build_backbone(
-    head: str, backbone: str | nn.Module, recipe: str | None, checkpoint: str | Path | None, options: dict
-) -> nn.Module:
-    """Return the backbone: the module itself, or the named one with its maps of 1/4 to 1/32."""
-    if not isinstance(backbone, str):
-        if not hasattr(backbone, "channels"):
-            raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
-        if recipe not in (None, "auto"):
-            raise TaskError(f"recipe {recipe!r} is for a backbone given by name; create_backbone takes it")
-        body = backbone
-    else:
-        check_name(backbone)
-        if recipe == "auto":
-            known = recipes_of(backbone)
-            recipe = next((name for name in (head, "detection") if name in known), None)
-        try:
-            body = create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
-        except TypeError as error:
-            wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
-            if wrong is None:
-                raise
-            known = _known_options(DETECTORS[head])
-            raise TaskError(f"neither {head} nor {backbone} has an option {wrong!r}{nearest(wrong, known)}") from error
+def _check_maps(backbone: str | nn.Module, body: nn.Module) -> None:
+    """Raise a TaskError unless a backbone returns four maps of 1/4 to 1/32."""
     strides = list(getattr(body, "reductions", _STRIDES))
     if len(body.channels) != len(_STRIDES) or strides != _STRIDES:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
@@ -534,4 +506,3 @@ def _build_backbone(
             f"{name} returns {len(body.channels)} maps of strides {', '.join(map(str, strides))}; "
             f"a detector needs four, of strides {', '.join(map(str, _STRIDES))}"
         )
-    return body
