@@ -102,6 +102,22 @@ def test_images_without_objects(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_maps_of_odd_sizes(head):
+    """Maps of a backbone that pads nothing: 14 x 19, 7 x 10, 4 x 5, 2 x 3."""
+    model = small(head, StubBackbone())
+    features, sizes = features_of(batch=2, height=53, width=75), [(53, 75), (41, 70)]
+    targets = [
+        boxes_target([[3, 4, 50, 44]], [1], 53, 75),
+        boxes_target([[0, 0, 70, 41], [7, 9, 30, 33]], [0, 2], 53, 75),
+    ]
+    losses = model.losses_from_features(features, targets, sizes)
+    sum(losses.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    detections = model.eval().predict_from_features(features, sizes, [(106, 150), (41, 70)])
+    assert_detections(detections, [torch.zeros(3, 106, 150), torch.zeros(3, 41, 70)], head)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_no_detections(head):
     images, _ = a_batch()
     model = small(head, score_threshold=0.999).eval()
@@ -246,6 +262,26 @@ def test_wrong_images_and_targets_are_one_line():
         model([])
     with pytest.raises(TaskError, match="takes 4 maps, got 3"):
         model.predict_from_features(features_of()[:3], [(64, 96)])
+
+
+def test_initial_weights_are_the_published_ones():
+    torch.manual_seed(0)
+    two_stage = create_detector("cascade_mask_rcnn", StubBackbone(), channels=64, hidden=256)
+    dense = create_detector("retinanet", StubBackbone(), channels=64)
+    head, mask = two_stage.roi_heads.box_heads[1], two_stage.roi_heads.mask_heads[1]
+    for weight, std in (
+        (two_stage.rpn.head.conv[0][0].weight, 0.01),
+        (head.cls_score.weight, 0.01),
+        (head.bbox_pred.weight, 0.001),
+        (head.tower[0][0].weight, (2 / (9 * 64)) ** 0.5),
+        (mask.convs[0][0].weight, (2 / (9 * 64)) ** 0.5),
+        (two_stage.neck.layer_blocks[0][0].weight, (2 / (2 * 9 * 64)) ** 0.5),
+        (dense.head.reg_tower[0][0].weight, 0.01),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    biases = {name: value for name, value in two_stage.named_parameters() if name.endswith("bias")}
+    assert all((value == 0).all() for value in biases.values())
+    assert dense.head.cls_logits.bias.sigmoid().mean().item() == pytest.approx(0.01)
 
 
 def test_the_package_offers_it():
