@@ -329,16 +329,28 @@ def _show_classes(model, transform: Callable, classes: list[str], images: list[s
         print(f"photo      {name}: {'; '.join(f'{classes[index]} {score:.1%}' for index, score in ranking)}")
 
 
+def _dense_classes(count: int) -> list[str]:
+    """Return the names of COCO's or ADE20K's classes where there are as many."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    from ..tasks.segment.data import ADE20K_CLASSES
+
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    known = ([name for name in coco if name not in ("__background__", "N/A")], list(ADE20K_CLASSES))
+    return next((names for names in known if len(names) == count), [f"class {index}" for index in range(count)])
+
+
 def _show_dense(model, task: str, images: list[str] | None, device) -> None:
     from torchvision.transforms.functional import pil_to_tensor
 
     for name, image in _photos(images, 3):
         pixels = pil_to_tensor(image).to(device)
         if task == "detect":
-            found = model([pixels])[0]
+            found, classes = model([pixels])[0], _dense_classes(model.num_classes)
             rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
             best = [
-                f"class {label} {score:.1%} at {' '.join(f'{edge:.0f}' for edge in box)}" for label, score, box in rows
+                f"{classes[label]} {score:.1%} at {' '.join(f'{edge:.0f}' for edge in box)}"
+                for label, score, box in rows
             ]
             print(f"photo      {name}: {'; '.join(best[:5]) or 'nothing found'}")
         else:
@@ -355,13 +367,14 @@ def _areas(model, pixels) -> str:
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
     try:
-        labels = model((pixels / 255 - mean)[None] / std).argmax(1)
+        scores = model((pixels / 255 - mean)[None] / std)
+        labels, classes = scores.argmax(1), _dense_classes(scores.shape[1])
     except (AttributeError, TypeError):
         return "not run: this segmenter predicts masks; use `foveate predict`"
     counts = labels.flatten().bincount().float() / labels.numel()
     best = counts.topk(min(5, len(counts)))
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return "; ".join(f"class {index} on {share:.1%}" for index, share in rows if share > 0)
+    return "; ".join(f"{classes[index]} on {share:.1%}" for index, share in rows if share > 0)
 
 
 def _compare(model, reference: Path, device) -> bool:
