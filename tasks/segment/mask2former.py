@@ -181,6 +181,7 @@ class Mask2Former(nn.Module):
         topk: Pairs of query and class to look at for instances.
         resize_first: Whether, for label maps, the masks' logits are resized, or the scores.
         number_things: Whether instances are labelled by their index among ``things`` (OneFormer on ADE20K).
+        fusion: Whose rules make panoptic segments, ``"mask2former"`` or ``"mmdet"``; see `postprocess.postprocess`.
         divisor: Images are padded, right and below, to a multiple of it.
 
     Shape:
@@ -201,6 +202,7 @@ class Mask2Former(nn.Module):
         topk: int = 100,
         resize_first: bool = True,
         number_things: bool = False,
+        fusion: str = "mask2former",
         divisor: int = 32,
     ):
         super().__init__()
@@ -215,6 +217,7 @@ class Mask2Former(nn.Module):
         self.topk = topk
         self.resize_first = resize_first
         self.number_things = number_things
+        self.fusion = fusion
         self.divisor = divisor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -306,6 +309,7 @@ class Mask2Former(nn.Module):
             self.overlap_threshold,
             self.topk,
             self.resize_first,
+            self.fusion,
         )
         if task == "instance" and self.number_things:
             things = torch.tensor(self.things, device=result["labels"].device)

@@ -13,6 +13,7 @@ from .. import TaskError, nearest
 from .inference import resize_to
 
 TASKS = ("semantic", "instance", "panoptic")
+FUSIONS = ("mask2former", "mmdet")
 
 
 def semantic_scores(classes: Tensor, masks: Tensor) -> Tensor:
@@ -182,6 +183,7 @@ def postprocess(
     overlap_threshold: float = 0.8,
     topk: int = 100,
     resize_first: bool = True,
+    fusion: str = "mask2former",
 ) -> Tensor | dict:
     """Turn the logits of one image into a result at its own size.
 
@@ -197,13 +199,17 @@ def postprocess(
         topk: As for `instance_masks`.
         resize_first: Whether masks are resized before they are turned into scores; the published semantic models
             resize the scores instead.
+        fusion: Whose rules make panoptic segments: ``"mask2former"``, `panoptic_segments`, or ``"mmdet"``,
+            `fused_panoptic`.
 
     Returns:
         semantic: scores ``[K, H, W]``; instance: as `instance_masks`; panoptic: a dict of ``segments`` ``[H, W]`` and
-        ``segments_info``, as `panoptic_segments` returns them.
+        ``segments_info``, as `panoptic_segments` returns them (mmdet's have no ``score``).
     """
     if task not in TASKS:
         raise TaskError(f"there is no task {task!r}{nearest(task, TASKS)}")
+    if fusion not in FUSIONS:
+        raise TaskError(f"there is no fusion {fusion!r}{nearest(fusion, FUSIONS)}")
     height, width = masks.shape[-2:] if image_size is None else image_size
     size = (height, width) if output_size is None else tuple(output_size)
     masks = masks[:, :height, :width]
@@ -215,5 +221,22 @@ def postprocess(
     if task == "instance":
         return instance_masks(classes, masks, topk, things)
     things = range(classes.shape[1] - 1) if things is None else things
-    segments, info = panoptic_segments(classes, masks, things, object_threshold, overlap_threshold)
+    if fusion == "mmdet":
+        fused = fused_panoptic(classes, masks, things, object_threshold, overlap_threshold)
+        segments, info = _numbered(fused, classes.shape[1] - 1)
+    else:
+        segments, info = panoptic_segments(classes, masks, things, object_threshold, overlap_threshold)
     return {"segments": segments, "segments_info": info}
+
+
+def _numbered(fused: Tensor, num_classes: int) -> tuple[Tensor, list[dict]]:
+    """Return the segments of `fused_panoptic`, numbered as those of `panoptic_segments`."""
+    segments, info = torch.zeros_like(fused), []
+    for code in fused.unique().tolist():
+        if code == num_classes:
+            continue
+        inside = fused == code
+        segments[inside] = len(info) + 1
+        area = int(inside.sum())
+        info.append({"id": len(info) + 1, "category_id": code % 1000, "isthing": code >= 1000, "area": area})
+    return segments, info

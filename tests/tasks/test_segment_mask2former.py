@@ -171,6 +171,20 @@ def test_fusion_of_mmdet_numbers_classes_and_keeps_uncertain_winners():
     assert fused_panoptic(-classes, masks, things={1}).unique().tolist() == [2]
 
 
+def test_fusion_is_an_option_of_the_model():
+    torch.manual_seed(0)
+    model = small(things=[2], fusion="mmdet", object_threshold=0.0, overlap_threshold=0.3).eval()
+    result = model.predict(torch.randn(1, 3, 45, 70), "panoptic")[0]
+    ids = [info["id"] for info in result["segments_info"]]
+    assert ids
+    assert set(result["segments"].unique().tolist()) <= {0, *ids}
+    assert all(info["isthing"] == (info["category_id"] == 2) for info in result["segments_info"])
+    assert sum(info["area"] for info in result["segments_info"]) == (result["segments"] > 0).sum()
+    model.fusion = "mmdt"
+    with pytest.raises(TaskError, match="no fusion 'mmdt'; did you mean 'mmdet'"):
+        model.predict(torch.randn(1, 3, 45, 70), "panoptic")
+
+
 def test_boxes_of_masks():
     masks = torch.zeros(3, 5, 7, dtype=torch.bool)
     masks[0, 1:3, 2:6], masks[2] = True, True
