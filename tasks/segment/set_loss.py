@@ -30,7 +30,15 @@ def sample_at(masks: Tensor, points: Tensor) -> Tensor:
     """Read masks ``[N, H, W]`` at ``points`` ``[N, P, 2]``, (x, y) from 0 to 1, bilinear: ``[N, P]``."""
     if masks.shape[0] == 0:
         return masks.new_zeros(points.shape[:2])
-    return F.grid_sample(masks[:, None], 2.0 * points[:, None] - 1.0, align_corners=False)[:, 0, 0]
+    return F.grid_sample(masks[:, None], (2.0 * points[:, None]).sub_(1.0), align_corners=False)[:, 0, 0]
+
+
+def _sample_matched(masks: Tensor, matched: Tensor, points: Tensor) -> Tensor:
+    """Read the masks of matched objects at their points, without copying all masks into the order of the matching."""
+    order = matched.argsort()
+    if len(matched) < len(masks):
+        masks = masks[matched[order]]
+    return sample_at(masks.float(), points[order])[order.argsort()]
 
 
 class SetCriterion(nn.Module):
@@ -139,12 +147,15 @@ class SetCriterion(nn.Module):
         for image, (queries, matched) in enumerate(pairs):
             classes[image, queries] = targets[image]["labels"].long()[matched]
         found = torch.cat([image[queries] for image, (queries, _) in zip(masks, pairs, strict=True)])
-        wanted = torch.cat(
-            [target["masks"][matched].float() for target, (_, matched) in zip(targets, pairs, strict=True)]
-        )
         with torch.no_grad():
             points = self._uncertain_points(found)
-            wanted = sample_at(wanted, points)
+            pieces = points.split([len(queries) for queries, _ in pairs])
+            wanted = torch.cat(
+                [
+                    _sample_matched(target["masks"], matched, piece)
+                    for target, (_, matched), piece in zip(targets, pairs, pieces, strict=True)
+                ]
+            )
         found = sample_at(found, points)
         inside = found.sigmoid()
         dice = 1 - (2 * (inside * wanted).sum(-1) + 1) / (inside.sum(-1) + wanted.sum(-1) + 1)
@@ -161,6 +172,6 @@ class SetCriterion(nn.Module):
         count, device = len(masks), masks.device
         uncertain = int(self.importance_sample_ratio * self.num_points)
         points = torch.rand(count, int(self.num_points * self.oversample_ratio), 2, device=device)
-        nearest = sample_at(masks, points).abs().neg().topk(uncertain, dim=1).indices
+        nearest = sample_at(masks, points).abs().neg().topk(uncertain, dim=1, sorted=False).indices
         points = points.gather(1, nearest[..., None].expand(-1, -1, 2))
         return torch.cat([points, torch.rand(count, self.num_points - uncertain, 2, device=device)], dim=1)
