@@ -120,9 +120,8 @@ class SetCriterion(nn.Module):
             with torch.autocast(masks.device.type, enabled=False):
                 wanted = sample_at(target["masks"].float(), points.expand(len(target["labels"]), -1, -1))
                 found = sample_at(masks.float(), points.expand(len(masks), -1, -1))
-                positive = F.binary_cross_entropy_with_logits(found, torch.ones_like(found), reduction="none")
-                negative = F.binary_cross_entropy_with_logits(found, torch.zeros_like(found), reduction="none")
-                mask_cost = (positive @ wanted.T + negative @ (1 - wanted).T) / found.shape[1]
+                # The cross entropy's two halves, log(1 + e^x) - x inside and log(1 + e^x) outside, in one product.
+                mask_cost = (F.softplus(found).sum(-1, keepdim=True) - found @ wanted.T) / found.shape[1]
                 inside = found.sigmoid()
                 overlap = 2 * inside @ wanted.T
                 dice_cost = 1 - (overlap + 1) / (inside.sum(-1)[:, None] + wanted.sum(-1) + 1)
