@@ -101,6 +101,48 @@ def test_weights_to_start_from_are_kept_and_not_initialised_again(config_file, t
     assert_same(*(torch.load(run["last"], weights_only=True)["state_dict"] for run in (first, second)))
 
 
+def rates(config_file, output, *overrides):
+    """The learning rate after every epoch of two batches; the scheduler has by then set it for the next."""
+    history = train(config_file, output, "schedule.warmup_epochs=0", *overrides)["history"]
+    return [entry["lr"] for entry in history]
+
+
+def test_schedules_end_where_they_say(config_file, tmp_path):
+    step = ("schedule.name=step", "schedule.steps=(1,3)", "schedule.gamma=0.5")
+    assert rates(config_file, tmp_path / "step", *step) == pytest.approx([5e-4, 5e-4, 2.5e-4, 2.5e-4])
+    poly = ("schedule.name=poly", "schedule.power=2.0", "schedule.final_factor=0.0")
+    # Seven steps lie between the first of eight batches and the last.
+    expected = [1e-3 * (1 - done / 7) ** 2 for done in (2, 4, 6)]
+    assert rates(config_file, tmp_path / "poly", *poly)[:3] == pytest.approx(expected)
+    warm = ("schedule.warmup_iterations=3", "schedule.warmup_factor=0.1", *step)
+    assert rates(config_file, tmp_path / "warm", *warm)[-1] == pytest.approx(2.5e-4)
+
+
+def test_a_run_may_be_told_its_iterations(config_file, tmp_path):
+    result = train(config_file, tmp_path / "run", "iterations=5", "epochs=1", "val_interval=2")
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3]
+    assert ["val/accuracy" in entry for entry in result["history"]] == [False, True, True]
+    with pytest.raises(TaskError, match="the warmup of 6 batches must be shorter than the run, which has 6"):
+        train(
+            config_file, tmp_path / "warm", "iterations=5", "schedule.warmup_epochs=0", "schedule.warmup_iterations=6"
+        )
+
+
+def test_parameters_are_told_apart_by_their_names(config_file, tmp_path):
+    overrides = ("epochs=1", "schedule.warmup_epochs=0", "optimizer.no_decay=('norm','rpb')")
+    run = train(config_file, tmp_path / "run", *overrides, "optimizer.factors={'head.': 10.0, 'stem.': 0.1}")
+    groups = torch.load(run["last"], weights_only=True)["optimizer"]["param_groups"]
+    found = {(group["weight_decay"], group["initial_lr"]): len(group["params"]) for group in groups}
+    assert {rate for _, rate in found} == {1e-2, 1e-3, 1e-4}
+    # The head's weight and bias decay: neither name is in the list.
+    assert found[0.05, 1e-2] == 2
+    assert found[0.0, 1e-3] > 4
+    with pytest.raises(TaskError, match="no parameter's name holds 'haed'"):
+        train(config_file, tmp_path / "wrong", "optimizer.factors={'haed': 10.0}")
+    with pytest.raises(TaskError, match="layer_decay can't be combined"):
+        train(config_file, tmp_path / "both", *overrides, "optimizer.layer_decay=0.9")
+
+
 def test_lower_layers_learn_more_slowly_under_layer_decay(config_file, tmp_path):
     run = train(config_file, tmp_path / "run", "epochs=1", "schedule.warmup_epochs=0", "optimizer.layer_decay=0.5")
     groups = torch.load(run["last"], weights_only=True)["optimizer"]["param_groups"]
@@ -174,6 +216,9 @@ def test_bad_checkpoints_are_refused_with_the_reason(config_file, tmp_path):
         ("precision=half", "one of float32, bfloat16, float16"),
         ("optimizer.name=adamv", "unknown optimizer 'adamv'; did you mean"),
         ("schedule.warmup_epochs=4", "less than epochs"),
+        ("schedule.name=stairs", "one of cosine, poly, step"),
+        ("schedule.steps=(3,2)", "must be ascending epochs"),
+        ("iterations=0", "at least 1"),
         ("task=cook", "a config is about its task, which is 'classify'"),
     ],
 )

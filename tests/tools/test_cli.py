@@ -72,7 +72,9 @@ def test_the_printed_config_is_a_config_that_gives_itself(capsys, tmp_path):
 def test_every_recipe_loads_and_states_command_number_and_cost(name):
     path = TOOLS.parent / "configs" / f"{name}.py"
     config = engine.load_config(path)
-    assert path.stem.startswith(f"{config['model']['name']}_")
+    model = config["model"]
+    described = model["name"] if config["task"] == "classify" else f"{model['head']}_{model['backbone']}"
+    assert path.stem.startswith(f"{described.removeprefix('foveate_')}_")
     docstring = compile(path.read_text(), path, "exec").co_consts[0]
     assert f"foveate train {name}" in docstring
     assert all(f"\n{heading}:" in docstring for heading in ("Command", "Expect", "Cost"))

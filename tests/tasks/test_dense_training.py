@@ -1,0 +1,158 @@
+"""Short runs of detection and segmentation; the heavy ones hold the recipes to their floors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from foveate.configs import find_recipe
+from foveate.tasks import TaskError, engine
+from foveate.tasks.predictors import load_predictor
+from foveate.tools.cli import main
+from foveate.zoo import CheckpointError
+from PIL import Image
+
+MASK_RCNN, UPERNET, MASK2FORMER = (
+    "detect/mask_rcnn_nat_atto_nuclei",
+    "segment/upernet_nat_atto_nuclei",
+    "segment/mask2former_nat_atto_nuclei",
+)
+SHORT = {
+    MASK_RCNN: (
+        "epochs=2",
+        "data.repeat=8",
+        "batch_size=2",
+        "data.augment.crop=96",
+        "model.kwargs.channels=32",
+        "model.kwargs.hidden=32",
+        "model.kwargs.region_samples=32",
+        "schedule.warmup_iterations=1",
+    ),
+    UPERNET: (
+        "epochs=4",
+        "data.repeat=48",
+        "batch_size=4",
+        "data.augment.crop=96",
+        "model.kwargs.channels=16",
+        "schedule.warmup_iterations=1",
+    ),
+    MASK2FORMER: (
+        "epochs=2",
+        "data.repeat=24",
+        "batch_size=2",
+        "data.augment.crop=96",
+        "model.kwargs.num_queries=20",
+        "model.kwargs.dim=32",
+        "model.kwargs.num_points=256",
+        "schedule.warmup_iterations=1",
+    ),
+}
+METRICS = {
+    MASK_RCNN: {"box_ap", "box_ap50", "mask_ap", "mask_ap50", "mask_ar100"},
+    UPERNET: {"miou", "macc", "aacc", "mdice", "iou_nucleus"},
+    MASK2FORMER: {"pq", "sq", "rq", "pq_things", "pq_stuff"},
+}
+
+
+def train(recipe, output, *overrides, resume=False):
+    config = engine.load_config(find_recipe(recipe), (*SHORT[recipe], *overrides))
+    return config, engine.train(config, output, resume=resume, progress=False)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    from foveate.tasks.samples import load_nuclei_half
+
+    path = tmp_path_factory.mktemp("images") / "heldout.png"
+    Image.fromarray(load_nuclei_half("val")[0].astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_a_run_learns_is_drawn_measured_again_and_predicted_with(recipe, tmp_path, image):
+    config, result = train(recipe, tmp_path / "run")
+    first, last = result["history"][0], result["history"][-1]
+    assert last["train/loss"] < first["train/loss"]
+    assert METRICS[recipe] <= {key.removeprefix("val/") for key in last}
+    assert result["metric"] in METRICS[recipe]
+    for name, _ in result["pictures"]:
+        with Image.open(tmp_path / "run" / name) as picture:
+            assert min(picture.size) > 300
+    metrics, _, _ = engine.evaluate(config, result["last"], progress=False)
+    assert metrics == {key[4:]: value for key, value in last.items() if key.startswith("val/")}
+    argv = ["predict", str(image), "--model", str(result["best"]), "--output", str(tmp_path / "out")]
+    assert main([*argv, "--threshold", "0.05"]) == 0
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    with Image.open(entry["picture"]) as picture:
+        assert min(picture.size) > 300
+    if recipe == MASK_RCNN:
+        assert all(thing["class"] == "nucleus" and 0.05 <= thing["score"] <= 1 for thing in entry["objects"])
+    elif recipe == UPERNET:
+        # Background alone gives 0.41.
+        assert metrics["miou"] > 0.5
+        assert sum(part["share"] for part in entry["classes"]) == pytest.approx(1, abs=1e-5)
+        with Image.open(entry["labels"]) as labels:
+            assert labels.size == (256, 512)
+    else:
+        with Image.open(entry["map"]) as numbers:
+            assert numbers.size == (256, 512)
+
+
+def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
+    _, straight = train(UPERNET, tmp_path / "straight", "epochs=2", "data.repeat=4", "batch_size=2")
+    check = engine._RunHook._check_finite
+
+    def interrupted(self, runner):
+        if runner.epoch == 1:
+            raise KeyboardInterrupt
+        check(self, runner)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._RunHook, "_check_finite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(UPERNET, tmp_path / "broken", "epochs=2", "data.repeat=4", "batch_size=2")
+    _, resumed = train(UPERNET, tmp_path / "broken", "epochs=2", "data.repeat=4", "batch_size=2", resume=True)
+    states = [torch.load(run["last"], weights_only=True)["state_dict"] for run in (straight, resumed)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert resumed["pictures"]
+    with pytest.raises(CheckpointError, match="holds a model to segment, not to detect"):
+        engine.evaluate(engine.load_config(find_recipe(MASK_RCNN)), resumed["best"])
+    predictor = load_predictor(resumed["best"])
+    assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "reason"),
+    [
+        (MASK_RCNN, "model.backbone=nat_ato", "did you mean 'nat_atto'"),
+        (MASK_RCNN, "model.head=mask_rccn", "must be one of retinanet"),
+        (MASK_RCNN, "model.kwargs.chanels=3", "chanels"),
+        (MASK_RCNN, "data.augment.corp=3", "did you mean 'crop'"),
+        (MASK_RCNN, "model.pretrained=True", "published weights can't be loaded"),
+        (UPERNET, "model.task=panoptic", "panoptic segmentation needs mask2former"),
+        (UPERNET, "model.kwargs.chanels=3", "chanels"),
+        (UPERNET, "data.augment.crop=None", r"data\.augment\.crop is not set"),
+        (UPERNET, "model.backbone=None", r"model\.backbone is not set"),
+    ],
+)
+def test_a_setting_that_cannot_be_done_is_refused(recipe, override, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason) as caught:
+        train(recipe, tmp_path / "run", override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_coco_recipe_says_what_it_needs(tmp_path):
+    config = engine.load_config(find_recipe("detect/mask_rcnn_nat_tiny_3x_coco"), [f"data.root={tmp_path}"])
+    with pytest.raises(TaskError, match=r"train2017: no such folder \(data\.root and data\.train\.images\)"):
+        engine.train(config, tmp_path / "run", progress=False)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("recipe", "floors"),
+    [(MASK_RCNN, {"box_ap50": 0.80, "mask_ap50": 0.75}), (UPERNET, {"iou_nucleus": 0.85}), (MASK2FORMER, {"pq": 0.5})],
+)
+def test_a_recipe_reaches_its_floors(recipe, floors, tmp_path):
+    result = engine.train(engine.load_config(find_recipe(recipe)), tmp_path / "run", progress=False)
+    for name, floor in floors.items():
+        assert result["metrics"][name] >= floor
