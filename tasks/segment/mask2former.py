@@ -235,9 +235,12 @@ class Mask2Former(nn.Module):
             task: For OneFormer, which is trained without its contrastive loss here.
         """
         height, width = x.shape[-2:]
+        classes = self.criterion.num_classes
         for index, target in enumerate(targets):
             if target["masks"].shape[-2] > height or target["masks"].shape[-1] > width:
                 raise TaskError(f"the masks of image {index} are larger than the images, {height} x {width}")
+            if len(target["labels"]) and not 0 <= target["labels"].min() <= target["labels"].max() < classes:
+                raise TaskError(f"the labels of image {index} are not all from 0 to {classes - 1}")
         padded = self._pad(x)
         # Masks cover what the predictions cover: the padded images.
         targets = [target | {"masks": self._pad_to(target["masks"].float(), padded)} for target in targets]

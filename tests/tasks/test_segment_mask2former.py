@@ -81,6 +81,9 @@ def test_images_without_objects_and_masks_of_several_sizes():
     targets[1]["masks"] = torch.ones(1, 80, 47)
     with pytest.raises(TaskError, match="the masks of image 1 are larger than the images, 40 x 56"):
         model.loss(images, targets)
+    targets[1] = {"labels": torch.tensor([3]), "masks": torch.ones(1, 40, 56)}
+    with pytest.raises(TaskError, match="the labels of image 1 are not all from 0 to 2"):
+        model.loss(images, targets)
 
 
 def test_more_objects_than_queries():
