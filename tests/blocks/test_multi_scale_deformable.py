@@ -4,6 +4,7 @@ import pytest
 import torch
 from foveate.blocks import MultiScaleDeformableAttention
 from foveate.blocks.multi_scale_deformable import pixel_centres
+from torch.autograd import gradcheck
 
 
 def test_published_module_gives_published_output(open_fixture):
@@ -25,6 +26,17 @@ def test_every_parameter_learns_at_odd_sizes(shapes):
         p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in attention.parameters()
     )
     assert tokens.grad.isfinite().all()
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    shapes = [(3, 4), (2, 2)]
+    attention = MultiScaleDeformableAttention(8, num_heads=2, num_levels=2, num_points=2).double()
+    for layer in (attention.sampling_offsets, attention.attention_weights):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    tokens = torch.randn(1, 16, 8, dtype=torch.float64, requires_grad=True)
+    reference = pixel_centres(shapes, tokens)
+    assert gradcheck(lambda x: attention(x, reference, x, shapes), tokens)
 
 
 def test_references_of_each_level_and_image():

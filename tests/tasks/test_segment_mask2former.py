@@ -188,6 +188,32 @@ def test_fusion_is_an_option_of_the_model():
         model.predict(torch.randn(1, 3, 45, 70), "panoptic")
 
 
+def test_semantic_models_resize_scores_and_others_logits():
+    torch.manual_seed(0)
+    model = small().eval()
+    classes, masks = torch.randn(6, 4), 4 * torch.randn(6, 32, 64)
+    both = []
+    for model.resize_first in (True, False):
+        scores = model.postprocess(classes, masks, "semantic", (30, 50), (45, 75))
+        assert scores.shape == (3, 45, 75)
+        both.append(scores)
+    inside = torch.einsum("qc,qhw->chw", classes.softmax(-1)[:, :-1], masks[:, :30, :50].sigmoid())
+    expected = nn.functional.interpolate(inside[None], (45, 75), mode="bilinear")[0]
+    torch.testing.assert_close(both[1], expected)
+    assert (both[0] - both[1]).abs().max() > 0.01
+
+
+def test_instances_numbered_among_things():
+    torch.manual_seed(0)
+    model = small(things=[0, 2], number_things=True).eval()
+    classes, masks = torch.randn(6, 4), torch.randn(6, 32, 32)
+    numbered = model.postprocess(classes, masks, "instance")["labels"]
+    model.number_things = False
+    labels = model.postprocess(classes, masks, "instance")["labels"]
+    assert set(labels.tolist()) == {0, 2}
+    assert torch.equal(numbered, labels // 2)
+
+
 def test_boxes_of_masks():
     masks = torch.zeros(3, 5, 7, dtype=torch.bool)
     masks[0, 1:3, 2:6], masks[2] = True, True
