@@ -1,10 +1,11 @@
-"""What a forward pass costs: multiply-adds, and the memory it adds at its peak."""
+"""What a computation costs: multiply-adds of a forward pass, and the memory that is added at the peak."""
 
 import contextlib
 import multiprocessing
 import re
 import resource
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,16 @@ def _peak_here(name: str, batch: int, size: int, device: str, kwargs: dict, thre
     with torch.inference_mode():
         # Libraries load, and their work spaces come, with the first call.
         model(images[:1, :, :64, :64])
-        before = _begin(device)
-        model(images)
+        return memory_growth(lambda: model(images), device)
+
+
+def memory_growth(call: Callable[[], object], device: str) -> int:
+    """Return by how many bytes ``call`` raises the memory in use at its peak, as far as the system says.
+
+    On the CPU memory that earlier work left to the process, and that the call takes again, is not seen.
+    """
+    before = _begin(device)
+    call()
     return max(0, _most_memory(device) - before)
 
 

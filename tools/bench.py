@@ -1,11 +1,11 @@
 """``foveate bench``: our paths and their peers side by side, alternating in one process, medians and ratios.
 
 ``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, against
-compiled FlexAttention with the same windows and bias and against a gather of every window. ``models`` times backbones
-against a peer. ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a
-backbone's maps of one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and
-backward, against the usual formulation with grid_sample. Tables are printed and written as markdown and csv; kernels
-also as a plot of time against size.
+FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window. ``models`` times
+backbones against a peer. ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights,
+on a backbone's maps of one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes,
+forward and backward, against the usual formulation with grid_sample. Tables are printed and written as markdown and
+csv; kernels also as a plot of time against size.
 """
 
 import argparse
@@ -51,8 +51,11 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) 
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) -> Callable[..., Tensor]:
-    """Return compiled FlexAttention on ``[B, H, W, heads, dim]`` with neighborhood windows and bias."""
+def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor, compiled: bool) -> Callable[..., Tensor]:
+    """Return FlexAttention on ``[B, H, W, heads, dim]`` with neighborhood windows and bias.
+
+    Compiled it is the best that torch itself has; eager, with all scores in memory, it is NATTEN 0.21's path on CPUs.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     half = kernel_size // 2
@@ -70,12 +73,40 @@ def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) ->
 
     tokens = height * width
     mask = create_block_mask(visible, None, None, tokens, tokens, device=rpb.device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    # Every shape is compiled for itself, as if it were the only one.
+    torch.compiler.reset()
+    function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def run(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:  # the bias is compiled in
+    def run(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:  # the bias is in the mask's function
         flat = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
-        out = compiled(*flat, score_mod=biased, block_mask=mask)
+        out = function(*flat, score_mod=biased, block_mask=mask)
         return out.transpose(1, 2).unflatten(1, (height, width))
+
+    return run
+
+
+def gather_of(height: int, width: int, kernel_size: int, device: str) -> Callable[..., Tensor]:
+    """Return the usual formulation in plain torch: copy every window, then softmax over it; its indices made once."""
+    half = kernel_size // 2
+    offsets = torch.arange(kernel_size, device=device)
+    rows, columns = (
+        (torch.arange(length, device=device) - half).clamp(0, length - kernel_size)[:, None] + offsets
+        for length in (height, width)
+    )
+    window = (height, width, kernel_size, kernel_size)
+    tokens = (rows[:, None, :, None] * width + columns[None, :, None, :]).expand(window).flatten(2).flatten(0, 1)
+    row_entries, column_entries = (
+        keys - torch.arange(len(keys), device=device)[:, None] + kernel_size - 1 for keys in (rows, columns)
+    )
+    entries = row_entries[:, None, :, None] * (2 * kernel_size - 1) + column_entries[None, :, None, :]
+    entries = entries.expand(window).flatten(2).flatten(0, 1)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+        query, key, value = (x.flatten(1, 2) for x in (query, key, value))
+        scores = torch.einsum("bnhd,bnkhd->bnhk", query * query.shape[-1] ** -0.5, key[:, tokens])
+        scores = scores + rpb.flatten(1)[:, entries].transpose(0, 1)
+        out = torch.einsum("bnhk,bnkhd->bnhd", scores.softmax(-1), value[:, tokens])
+        return out.unflatten(1, (height, width))
 
     return run
 
@@ -83,37 +114,55 @@ def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor) ->
 def bench_kernels(
     shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool
 ) -> list[dict]:
-    """Time one call of every path at every shape; milliseconds, with relative position bias, float32."""
-    from ..kernels import neighborhood_backends
+    """Time one call of every path, and of its peers, at every shape, with relative position bias, in float32.
 
+    Memory is what one call adds at its peak, its results included. FlexAttention has no gradient on CPUs.
+    """
+    from ..kernels import neighborhood_backends
+    from ..tasks.cost import memory_growth
+
+    matmul = matmul_rate(device, 15)
     rows = []
     for batch, height, width, heads, dim, kernel_size in shapes:
         query, key, value = (torch.randn(batch, height, width, heads, dim, device=device) for _ in range(3))
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device)
         report = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
-        names = [name for name, answer in report.items() if answer in ("chosen", "can run")]
+        names = [name for name, answer in report.items() if answer in ("chosen", "can run") and name != "reference"]
         functions = {name: partial(_neighborhood, kernel_size, name) for name in names}
-        expected = functions[names[0]](query, key, value, rpb)
+        expected = _neighborhood(kernel_size, "reference", query, key, value, rpb)
         inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb)]
+        peers = {"gather": gather_of(height, width, kernel_size, device)}
         if flex and not backward:
-            functions["flex (compiled)"] = flex_attention_of(height, width, kernel_size, rpb)
-        calls = {}
+            peers["flex (compiled)"] = flex_attention_of(height, width, kernel_size, rpb, compiled=True)
+            if batch * heads * (height * width) ** 2 <= 2**27:  # all scores, some times over
+                peers["flex (eager)"] = flex_attention_of(height, width, kernel_size, rpb, compiled=False)
+        functions |= peers
+        calls, memory = {}, {}
         for name, function in functions.items():
-            with torch.no_grad():
-                torch.testing.assert_close(function(*inputs), expected, atol=1e-4, rtol=1e-4)
             calls[name] = partial(_step, function, inputs, backward)
+            with torch.inference_mode():
+                torch.testing.assert_close(function(*inputs), expected, atol=1e-4, rtol=1e-4)
+            calls[name]()
+            memory[name] = memory_growth(calls[name], device)
         times = alternate(calls, rounds, device)
         # Useful work: a query-key pair costs a multiply-add per channel, for the score and again for the value.
         useful = batch * height * width * heads * kernel_size**2 * dim * 4 * (3.5 if backward else 1)
         for name, seconds in times.items():
+            rate = useful / seconds / 1e9
             rows.append(
                 {
                     "shape": f"{batch}x{height}x{width}x{heads}x{dim} k{kernel_size}",
                     "pass": "forward+backward" if backward else "forward",
                     "path": name,
                     "ms": round(seconds * 1e3, 3),
-                    "useful GFLOP/s": round(useful / seconds / 1e9, 1),
-                    "times the slowest": round(max(times.values()) / seconds, 1),
+                    "useful GFLOP/s": round(rate, 1),
+                    "of matmul": f"{rate / matmul:.0%}",
+                    "peak MB": round(memory[name] / 2**20, 1),
+                    **{
+                        f"times {peer}": round(times[peer] / seconds, 1) if peer in times else "-"
+                        for peer in ("gather", "flex (compiled)", "flex (eager)")
+                        if peer == "gather" or (flex and not backward)
+                    },
                 }
             )
     return rows
@@ -338,7 +387,6 @@ def run(args: argparse.Namespace) -> int:
         rows = bench_deformable((128, 256, 512), args.rounds, args.device)
     else:
         measure = (args.rounds, args.device, not args.no_flex, args.backward)
-        title += f" A product of 1024 x 1024 float32 matrices runs at {matmul_rate(args.device, 15):.0f} GFLOP/s."
         rows = bench_kernels(SHAPES, *measure)
         sweep = bench_kernels([(1, side, side, 2, 32, 7) for side in SIDES], *measure)
     save(rows, args.output, args.what, title)
