@@ -89,9 +89,18 @@ class Segmenter(nn.Module):
 
         Returns:
             ``decode.loss_ce`` and, with an auxiliary head, ``aux.loss_ce``, as mmseg calls them.
+
+        Raises:
+            TaskError: If UperNet or DeepLabV3 is trained on a single image, whose pooled pixel has no variance.
         """
         features = self.backbone(x)
-        losses = {"decode.loss_ce": self._cross_entropy(self.head(features), labels)}
+        try:
+            logits = self.head(features)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TaskError("the batch norm of a map pooled to one pixel needs at least 2 images in a batch") from error
+        losses = {"decode.loss_ce": self._cross_entropy(logits, labels)}
         if self.aux_head is not None:
             losses["aux.loss_ce"] = self.aux_weight * self._cross_entropy(self.aux_head(features), labels)
         return losses
@@ -172,7 +181,7 @@ def create_segmenter(
         CheckpointError: If the checkpoint can't be had or read, or is of another model.
 
     Example:
-        >>> model = create_segmenter("upernet", "nat_atto", num_classes=19, channels=32)
+        >>> model = create_segmenter("upernet", "nat_atto", num_classes=19, channels=32).eval()
         >>> model(torch.randn(1, 3, 65, 97)).shape
         torch.Size([1, 19, 65, 97])
     """

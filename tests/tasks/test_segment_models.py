@@ -92,6 +92,13 @@ def test_deeplab_on_the_stride_it_was_published_with():
         foveate.create_segmenter("deeplabv3", "nat_atto")
 
 
+def test_a_batch_of_one_is_too_small_to_train_upernet():
+    images, labels = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.long)
+    with pytest.raises(TaskError, match="needs at least 2 images in a batch"):
+        small(backbone=Maps()).loss(images, labels)
+    assert small("semantic_fpn", Maps()).loss(images, labels)["decode.loss_ce"].isfinite()
+
+
 def test_the_two_means_of_the_cross_entropy():
     """mmseg divides by all pixels, others by those that count."""
     torch.manual_seed(0)
