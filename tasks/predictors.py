@@ -1,4 +1,4 @@
-"""The predictor that a checkpoint of any task asks for."""
+"""The predictor that a checkpoint of any task, or a published model's name, asks for."""
 
 import importlib
 from pathlib import Path
@@ -7,8 +7,14 @@ from typing import Any
 import torch
 
 from ..zoo import CheckpointError
-from . import TASKS
+from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
+from .published import read_published
+
+# ImageNet's statistics, with which all published detectors and segmenters were trained.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Short and long side to which the published evaluations of Mask2Former and OneFormer resize images.
+_SIDES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
 
 
 def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -24,3 +30,71 @@ def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
     if task not in TASKS:
         raise CheckpointError(f"{path}: holds a model to {task}; this version predicts to {', '.join(TASKS)}")
     return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(path, device)
+
+
+def is_published(name: str) -> bool:
+    """Return whether a published detector or segmenter is called ``name``."""
+    return any(row["name"] == name for task in ("detect", "segment") for row in read_published(task))
+
+
+def load_published(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Any:
+    """Return the predictor of a published detector or segmenter, such as ``"nat_tiny.shi_mask_rcnn_coco_3x"``.
+
+    Args:
+        name: As `foveate list --detectors` and ``--segmenters`` show it.
+        device: Where to run.
+        weights: File of its weights; they are fetched if None.
+
+    Raises:
+        TaskError: If there is no such model, or none of its weights were published.
+        CheckpointError: If the weights can't be had, or don't fit.
+    """
+    rows = {row["name"]: row for task in ("detect", "segment") for row in read_published(task)}
+    if name not in rows:
+        raise TaskError(f"no published model is called {name!r}; `foveate list --detectors` and --segmenters show them")
+    row = rows[name]
+    if row["state"] == "none" and weights is None:
+        raise TaskError(f"{name}: no weights were published; train it: foveate train {row['config']}")
+    weights = name if weights is None else weights
+    if row["head"] in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
+        from .detect import Predictor, create_detector
+
+        model = create_detector(row["head"], row["backbone"], checkpoint=weights)
+        return Predictor(model, class_names("coco", model.num_classes), device)
+    from .segment import Predictor, create_segmenter
+    from .segment.data import InputRule
+
+    test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
+    if row["head"] not in ("mask2former", "oneformer"):
+        model = create_segmenter(row["head"], row["backbone"], checkpoint=weights)
+        stretched = row["backbone"].startswith(("biformer", "quadtree"))
+        rule = InputRule(512, 2048, 32 if stretched else 1, _MEAN, _STD)
+        classes = class_names("ade20k", model.num_classes if hasattr(model, "num_classes") else 150)
+        return Predictor(model, rule, classes, [False] * len(classes), "semantic", test, device)
+    from .segment.mask2former import RECIPES
+
+    # What follows the head in the name: the data set, and the task or the training's size.
+    variant = name.partition(f"{row['head']}_")[2]
+    recipe = next(known for known in sorted(RECIPES[row["head"]], key=len, reverse=True) if variant.startswith(known))
+    model = create_segmenter(row["head"], row["backbone"], recipe=recipe, checkpoint=weights)
+    task = next((task for task in ("semantic", "instance") if task in variant), "panoptic")
+    count = model.criterion.num_classes
+    classes = class_names(row["data"], count)
+    things = [label in model.things for label in range(count)]
+    return Predictor(model, InputRule(*_SIDES[row["data"]], 1, _MEAN, _STD), classes, things, task, test, device)
+
+
+def class_names(data: str, count: int) -> list[str]:
+    """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here."""
+    from .segment.data import ADE20K_CLASSES, CITYSCAPES_IDS
+
+    if data == "coco":
+        from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+        names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+        known = [name for name in names if name not in ("__background__", "N/A")]
+    else:
+        known = {"ade20k": ADE20K_CLASSES, "cityscapes": list(CITYSCAPES_IDS.values())}.get(data, [])
+        # Fewer are those of instances, in an order of their own.
+        known = known if len(known) == count else []
+    return [*known[:count], *(f"class {label}" for label in range(len(known), count))]

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run")
-    source.add_argument("--model", metavar="NAME", help="any timm model with published weights; or a checkpoint")
+    source.add_argument(
+        "--model", metavar="NAME", help="a timm model or a detector or segmenter with published weights; or a file"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
     parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of objects; %(default)s by default")
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.classify import Predictor
     from ..tasks.devices import choose_device
     from ..tasks.images import find_images, read_image
-    from ..tasks.predictors import load_predictor
+    from ..tasks.predictors import is_published, load_predictor, load_published
 
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = Path(args.model)
     if checkpoint is not None:
         predictor = load_predictor(checkpoint, device)
+    elif is_published(args.model):
+        predictor = load_published(args.model, device)
     else:
         predictor = Predictor.from_name(args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold

@@ -13,27 +13,28 @@ model = dict(
     backbone="nat_atto",
     task="panoptic",
     kwargs=dict(
-        num_queries=100,
+        num_queries=40,
         dim=64,
         encoder_layers=2,
         encoder_hidden=128,
         decoder_layers=3,
         decoder_hidden=128,
-        num_points=8192,
+        num_points=2048,
         object_threshold=0.5,
         overlap_threshold=0.5,
     ),
 )
+# Queries know where they look relative to the image: what is held out has the size of the crops that train.
 data = dict(
-    repeat=40,
+    repeat=160,
+    tile=128,
     short=None,
     mean=(0.125,) * 3,
     std=(0.093,) * 3,
-    # Positions are relative to the image: crops much smaller than it would teach nothing about its objects.
-    augment=dict(shorts=(256,), long=512, ratio=(0.8, 1.25), crop=(512, 256), flip=0.5, flip_vertical=0.5),
+    augment=dict(shorts=(256,), long=512, ratio=(0.75, 1.33), crop=128, flip=0.5, flip_vertical=0.5, rotate=0.5),
 )
-epochs = 16
-val_interval = 4
-batch_size = 2
+epochs = 20
+val_interval = 5
+batch_size = 8
 optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.05, clip_grad=1.0)
 schedule = dict(warmup_iterations=20)

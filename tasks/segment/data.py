@@ -372,32 +372,44 @@ class Nuclei(SegmentationSet):
     """A half of the bundled micrograph: background is stuff, nuclei are things.
 
     For instances the only class is the nucleus; else there are background and nucleus.
+
+    Args:
+        split: ``"train"`` for the left half, else the right one.
+        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        tile: Side of the tiles that the half is cut into, row by row; None: one image.
+        **settings: As for `SegmentationSet`.
     """
 
-    def __init__(self, split: str, task: str, **settings):
+    def __init__(self, split: str, task: str, tile: int | None = None, **settings):
         names = ["nucleus"] if task == "instance" else ["background", "nucleus"]
         super().__init__(classes=names, things=[name == "nucleus" for name in names], task=task, **settings)
-        pixels, self.numbers = load_nuclei_half(split)
-        self.pixels = pixels.astype(np.uint8)
+        pixels, numbers = load_nuclei_half(split)
+        height, width = numbers.shape
+        down, across = (height, width) if tile is None else (tile, tile)
+        if tile is not None and not 0 < tile <= width:
+            raise TaskError(f"data.tile is {tile}, but must be from 1 to {width}")
+        corners = [(y, x) for y in range(0, height, down) for x in range(0, width, across)]
+        self.tiles = [tuple(half[y : y + down, x : x + across] for half in (pixels, numbers)) for y, x in corners]
 
     @property
     def images(self) -> int:
         """Number of different images."""
-        return 1
+        return len(self.tiles)
 
     def image(self, index: int) -> Image.Image:
-        """Return the half as RGB."""
-        return Image.fromarray(self.pixels).convert("RGB")
+        """Return the half, or a tile of it, as RGB."""
+        return Image.fromarray(self.tiles[index][0].astype(np.uint8)).convert("RGB")
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return background, unless instances are asked for, and nuclei; for semantic masks all nuclei as one."""
+        numbers = self.tiles[index][1]
         if self.task == "semantic":
-            masks, labels = np.stack([self.numbers == 0, self.numbers > 0]), np.arange(2)
+            masks, labels = np.stack([numbers == 0, numbers > 0]), np.arange(2)
         else:
-            found = np.unique(self.numbers)
+            found = np.unique(numbers)
             found = found[found > 0] if self.task == "instance" else found
-            masks = self.numbers == found[:, None, None]
-            labels = np.minimum(found, len(self.classes) - 1)
+            masks = numbers == found[:, None, None]
+            labels = np.minimum(found, 1) if self.task == "panoptic" else np.zeros_like(found)
         return masks.astype(np.uint8), labels.astype(np.int64), np.zeros(len(labels), bool)
 
 
@@ -437,7 +449,7 @@ def build_datasets(
     to_train = {"augment": Augment(data["augment"]), "pad": pad, "repeat": data["repeat"]}
     if name == "nuclei":
         shared.pop("task")
-        sets = Nuclei("train", task, **shared, **to_train), Nuclei("val", task, **shared)
+        sets = Nuclei("train", task, **shared, **to_train), Nuclei("val", task, data["tile"], **shared)
     else:
         if data["root"] is None:
             raise TaskError("data.root is not set; name the folder that holds images and annotations")

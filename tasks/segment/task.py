@@ -58,6 +58,7 @@ class Segment:
             "num_classes": None,  # checked if given
             "broken": "refuse",  # or "drop": leave out what is broken in COCO's formats
             "repeat": 1,  # how often an epoch shows each training image
+            "tile": None,  # side of the tiles that the held-out half of the nuclei is cut into; None: it stays whole
             "short": 512,  # evaluation resizes images to fit into short x long pixels, at the same ratio; None: not
             "long": 2048,
             "divisor": 1,  # and then stretches their sides to a multiple of this
@@ -85,6 +86,7 @@ class Segment:
         "data.classes": tuple,
         "data.values": tuple,
         "data.num_classes": int,
+        "data.tile": int,
         "data.short": int,
         "test.crop_size": int,
         "test.stride": int,
