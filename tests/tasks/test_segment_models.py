@@ -10,7 +10,10 @@ from foveate.tasks import TaskError
 from foveate.tasks.segment.fcn import FCNHead
 from foveate.tasks.segment.inference import slide
 from foveate.tasks.segment.losses import pixel_accuracy, pixel_cross_entropy
+from foveate.tasks.segment.mask2former import RECIPES
+from foveate.tasks.segment.segmenter import HEADS
 from foveate.zoo import CheckpointError, UnknownModelError
+from foveate.zoo.backbone import recipes_of
 from torch import nn
 
 SMALL = {"upernet": {"channels": 16}, "semantic_fpn": {"channels": 16, "neck_channels": 24}}
@@ -189,6 +192,21 @@ def test_impossible_inference_is_refused(options, message):
 def test_wrong_names_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         foveate.create_segmenter(*arguments)
+
+
+def test_the_table_of_published_segmenters_names_recipes_that_exist():
+    """Every row's head, backbone and recipe can be created; the recipe's classes are the data's."""
+    from foveate.tasks.published import read_published
+
+    sizes = {"ade20k": {150, 100}, "coco": {133, 80}, "cityscapes": {19, 8}, "mapillary": {65}}
+    for row in read_published("segment"):
+        assert row["head"] in HEADS, row
+        own = RECIPES.get(row["head"], {})
+        if own:
+            assert row["recipe"] in own, row
+            assert own[row["recipe"]]["num_classes"] in sizes[row["data"]], row
+        setting = own[row["recipe"]]["backbone"] if own else row["recipe"]
+        assert not row["recipe"] or setting in recipes_of(row["backbone"]), row
 
 
 def test_wrong_options_are_named():
