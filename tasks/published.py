@@ -2,8 +2,8 @@
 
 A row is a trained model: its ``name`` (that of its weights, where there is a file), ``head``, ``backbone``, the dense
 setting as `create_detector` and `create_segmenter` take it (``recipe``), ``data``, ``schedule``, the authors'
-``metrics``, the ``licence`` of the weights, their ``url`` as the authors give it, the ``source`` and the ``config`` that
-trains it here. Nothing of it was measured by us.
+``metrics``, the ``licence`` of the weights, their ``url`` as the authors give it, the ``source`` and the ``config``
+that trains it here. Nothing of it was measured by us.
 """
 
 import csv
