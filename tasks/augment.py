@@ -3,16 +3,21 @@
 Everything random is drawn from torch's generator, which the engine seeds for every epoch.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-import albumentations
 import cv2
 import numpy as np
 import torch
-from albumentations.core.type_definitions import Targets
 
 from . import TaskError, nearest
+
+# Otherwise it asks the network for a newer version when it is imported.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations
+from albumentations.core.type_definitions import Targets
 
 IGNORE = 255  # the label of pixels that belong to no class
 

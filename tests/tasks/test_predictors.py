@@ -1,0 +1,67 @@
+"""Predictors of published detectors and segmenters, from files that hold random weights in their place."""
+
+import pytest
+import torch
+from foveate.tasks import TaskError
+from foveate.tasks.detect import create_detector
+from foveate.tasks.predictors import class_names, is_published, load_published
+from foveate.tasks.segment import create_segmenter
+from foveate.zoo import CheckpointError
+from PIL import Image
+
+
+def save(model, path):
+    torch.save({"state_dict": model.state_dict()}, path)
+    return path
+
+
+def test_a_published_detector_knows_its_classes(tmp_path):
+    path = save(create_detector("retinanet", "foveate_davit_tiny"), tmp_path / "weights.pth")
+    predictor = load_published("foveate_davit_tiny.dingmyu_retinanet_coco_1x", weights=path)
+    assert (predictor.classes[0], predictor.classes[79]) == ("person", "toothbrush")
+    assert predictor.model.head.selection == "anchors"
+    assert predictor.model.transform.min_size == (800,)
+    with pytest.raises(CheckpointError, match="holds a retinanet, not a mask_rcnn"):
+        load_published("foveate_davit_tiny.dingmyu_mask_rcnn_coco_1x", weights=path)
+
+
+def test_a_published_segmenter_resizes_as_published(tmp_path):
+    path = save(create_segmenter("semantic_fpn", "quadtree_b0"), tmp_path / "weights.pth")
+    predictor = load_published("quadtree_b0.tang_semantic_fpn_ade20k_160k", weights=path)
+    assert predictor.classes[:2] == ["wall", "building"]
+    assert predictor.rule(Image.new("RGB", (100, 60))).shape == (3, 512, 864)
+    assert predictor.task == "semantic"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("name", "task", "things"),
+    [
+        ("dinat_large.shi_mask2former_ade20k_panoptic", "panoptic", 100),
+        ("dinat_large.shi_mask2former_cityscapes_semantic", "semantic", None),
+        ("dinat_large.shi_oneformer_cityscapes", "panoptic", 8),
+    ],
+)
+def test_a_published_mask_transformer_knows_its_task(name, task, things, tmp_path):
+    head = "oneformer" if "oneformer" in name else "mask2former"
+    recipe = name.partition(f"{head}_")[2]
+    path = save(create_segmenter(head, "dinat_large", recipe=recipe), tmp_path / "weights.pth")
+    predictor = load_published(name, weights=path)
+    assert predictor.task == task
+    assert things is None or sum(predictor.things) == things
+
+
+def test_what_was_not_published_is_said_so():
+    assert is_published("nat_tiny.shi_mask_rcnn_coco_3x")
+    assert not is_published("nat_tiny")
+    with pytest.raises(TaskError, match="foveate list --detectors"):
+        load_published("nat_tiny.mask_rcnn")
+    with pytest.raises(TaskError, match="no weights were published; train it: foveate train detect/mask_rcnn_biformer"):
+        load_published("biformer_small.mask_rcnn_coco_1x")
+
+
+def test_class_names_are_as_many_as_the_classes():
+    assert len(class_names("coco", 80)) == 80
+    assert class_names("coco", 133)[79:81] == ["toothbrush", "class 80"]
+    assert class_names("ade20k", 100)[0] == "class 0"
+    assert class_names("cityscapes", 19)[18] == "bicycle"
