@@ -36,6 +36,11 @@ class Problem(NamedTuple):
 class _Backend(NamedTuple):
     obstacle: Callable[[Problem], str | None]  # why it cannot run, or None
     run: Callable[..., tuple[Tensor, Tensor | None]]
+    drawback: Callable[[Problem], str | None] = lambda problem: None  # why it is not chosen unless asked for, or None
+
+
+def _off_gpu(problem: Problem) -> str | None:
+    return None if problem.query.is_cuda else "off the GPU it is interpreted"
 
 
 def _reference(*problem) -> tuple[Tensor, Tensor]:
@@ -48,7 +53,7 @@ def _reference(*problem) -> tuple[Tensor, Tensor]:
 _BACKENDS: dict[str, _Backend] = {
     "native": _Backend(lambda problem: can_run(problem.query), neighborhood_native),
     "triton": _Backend(
-        lambda problem: triton_ops.can_run(problem.query, problem.value), triton_ops.neighborhood_triton
+        lambda problem: triton_ops.can_run(problem.query, problem.value), triton_ops.neighborhood_triton, _off_gpu
     ),
     "tiled": _Backend(lambda problem: None, neighborhood_tiled),
     "reference": _Backend(lambda problem: None, _reference),
@@ -245,9 +250,7 @@ def _choose(operator: str, problem: Problem, requested: str | None) -> str:
             raise ValueError(f"{operator}'s backend {requested!r} cannot run here: {reason}")
         return requested
     for name, backend in _BACKENDS.items():
-        reason = backend.obstacle(problem)
-        if reason is None and name == "triton" and not problem.query.is_cuda:
-            reason = "off the GPU it is interpreted: on request only"
+        reason = backend.obstacle(problem) or backend.drawback(problem)
         if reason is None:
             return name
         _logger.debug("%s: not %s: %s", operator, name, reason)
