@@ -1,37 +1,161 @@
 """Checkpoints of `foveate train`: plain tensors and types, written whole or not at all, loaded completely or not."""
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from ..zoo import CheckpointError
 from ..zoo._checkpoint import open_checkpoint
+from . import TaskError
+
+# Of files that are being written; a process that is killed leaves one.
+_PARTIAL = ".partial-"
 
 
-def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path`` and move it there; on any error nothing is left."""
+def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = False) -> None:
+    """Let ``write`` fill a temporary file beside ``path`` and move it there; on any error nothing is left.
+
+    Args:
+        path: File to write; its folder is made if there is none.
+        write: Gets the temporary file's name.
+        durable: Whether the file must outlast a crash of the machine once this returns.
+
+    Raises:
+        TaskError: If the folder can't be written to, or the disk is full; what was there before is intact.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix)
+        os.close(handle)
         write(temporary)
         # mkstemp's files are private; the result gets the permissions any new file would.
         os.umask(mask := os.umask(0))
         os.chmod(temporary, 0o666 & ~mask)
+        if durable:
+            _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary = None
+        if durable:
+            _flush(path.parent)
+    except OSError as error:
+        kept = "; the file that was there before is intact" if path.exists() else ""
+        raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{kept}") from error
+    finally:
+        if temporary is not None:
+            os.unlink(temporary)
+
+
+def _flush(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems have no fsync of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    """Return what is wrong, and what to do about it."""
+    reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0]
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(folder).free
+        return f"{reason} ({free / 1e6:,.0f} MB are free); free space or choose another folder"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{reason}; make the folder writable or choose another one"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{reason}: a part of the path is a file; choose another folder"
+    return f"{reason}; choose another folder"
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process had begun to write in a folder."""
+    for file in folder.glob(f"{_PARTIAL}*"):
+        file.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, needed: int) -> None:
+    """Make a folder and see that files can be written there, and that ``needed`` bytes would fit.
+
+    Raises:
+        TaskError: If not.
+    """
+    write_whole(folder / "probe", lambda file: Path(file).write_text("probe"))
+    (folder / "probe").unlink()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TaskError(
+            f"{folder}: {free / 1e9:.2f} GB are free, but the checkpoints of this run need about "
+            f"{needed / 1e9:.2f} GB; free space, choose another --output, or lower checkpoint.keep"
+        )
 
 
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Write a checkpoint of tensors and plain types."""
-    write_whole(path, lambda file: torch.save(checkpoint, file))
+    """Write a checkpoint of tensors and plain types; when this returns, it is on the disk.
+
+    Raises:
+        TaskError: If it can't be written.
+    """
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            watched = _Watched(file)
+            try:
+                torch.save(checkpoint, watched)
+            except RuntimeError:
+                # torch reports its own failure after that of the file, which is the cause.
+                if watched.error is None:
+                    raise
+                raise watched.error from None
+
+    write_whole(path, write, durable=True)
+
+
+class _Watched:
+    """A file to write to that remembers why a write failed."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.error = file, None
+
+    def write(self, data) -> int:
+        """Write, or keep the error and raise it."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Hand over what is buffered."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Keep a checkpoint under a second name: without copying it, where the file system can."""
+    temporary = copy.with_name(f"{_PARTIAL}{copy.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        write_whole(copy, lambda file: shutil.copyfile(path, file), durable=True)
+    else:
+        os.replace(temporary, copy)
 
 
 def read_checkpoint(path: str | Path, task: str | None = None) -> dict:

@@ -12,6 +12,10 @@ from . import TaskError
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
+class DamagedImageError(TaskError):
+    """An image that is missing, or can't be read; the message names it."""
+
+
 def find_images(sources: Iterable[str | Path]) -> list[Path]:
     """Expand files, folders (searched in depth) and globs into image files, in order and without repetition.
 
@@ -47,7 +51,8 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
         channels: 1 for grey (mode ``L``), 3 for ``RGB``.
 
     Raises:
-        TaskError: If the file is missing, not an image or damaged, or ``channels`` is neither 1 nor 3.
+        DamagedImageError: If the file is missing, not an image or damaged.
+        TaskError: If ``channels`` is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise TaskError(f"{path}: images are read with 1 or 3 channels, but the model takes {channels}")
@@ -56,17 +61,17 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
             file.load()
             image = ImageOps.exif_transpose(file)
     except FileNotFoundError:
-        raise TaskError(f"{path}: no such file") from None
+        raise DamagedImageError(f"{path}: no such file") from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{path}: not an image, or damaged ({reason})") from error
+        raise DamagedImageError(f"{path}: not an image, or damaged ({reason})") from error
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise TaskError(f"{path}: holds 32-bit integers; save it with 8 or 16 bits")
+            raise DamagedImageError(f"{path}: holds 32-bit integers; save it with 8 or 16 bits")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
-        raise TaskError(f"{path}: holds floating-point numbers of unknown range; save it with 8 or 16 bits")
+        raise DamagedImageError(f"{path}: holds floating-point numbers of unknown range; save it with 8 or 16 bits")
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,8 +1,8 @@
 """Train a model as a recipe says.
 
-Writes to the output folder: config.py (complete), history.json, curve.png, last.pth (to continue from), best.pth (to
-evaluate and predict with), and for detection and segmentation pictures of truth and prediction. Under torchrun, every
-process trains on its share of the data:
+Writes to the output folder: config.py (complete), environment.json (versions, revision, the command that does it
+again), log.txt, history.json and history.csv, last.pth (to continue from), best.pth (to evaluate and predict with),
+curves.png, and pictures of predictions. Under torchrun, every process trains on its share of the data:
 torchrun --nproc-per-node 2 -m foveate.tools.train RECIPE
 """
 
@@ -43,13 +43,10 @@ def run(args: argparse.Namespace) -> None:
     result = engine.train(config, output, resume=args.resume)
     if not engine.is_main_process():
         return
-    from ..tasks.pictures import draw_curve
-
     metric = result["metric"]
-    draw_curve(result["history"], metric, output / "curve.png")
     print(f"best held-out {metric}: {result['metrics'][metric]:.4f}")
-    pictures = ", ".join(["curve.png", *(name for name, _ in result["pictures"])])
-    print(f"run: {output} (config.py, history.json, {pictures}, best.pth, last.pth)")
+    pictures = ", ".join(name for name, _ in result["pictures"])
+    print(f"run: {output} (config.py, environment.json, log.txt, history.json, {pictures}, best.pth, last.pth)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Labelled images: the bundled digits, and folders laid out as ImageNet's."""
+"""Labelled images: the bundled digits, folders laid out as ImageNet's, and lists of files."""
 
+import csv
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,8 @@ from torchvision.transforms import Compose, InterpolationMode, RandomAffine, Res
 from .. import TaskError, nearest
 from ..images import EXTENSIONS, read_image
 from ..samples import DIGITS_TRAIN, load_digits
+
+DATA_SETS = ("csv", "digits", "folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +52,9 @@ class InputRule:
         """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random.
 
         Args:
-            augment: Arguments of timm's ``create_transform``; and ``affine``, those of torchvision's ``RandomAffine``,
-                which then comes first, on the resized image. None for the transform of evaluation.
+            augment: Arguments of timm's ``create_transform``, of which ``interpolation`` may be ``"random"``; and
+                ``affine``, those of torchvision's ``RandomAffine``, which then comes first, on the resized image. None
+                for the transform of evaluation.
         """
         augment = None if augment is None else dict(augment)
         affine = (augment or {}).pop("affine", None)
@@ -58,9 +63,8 @@ class InputRule:
             is_training=augment is not None,
             mean=self.mean,
             std=self.std,
-            interpolation=self.interpolation,
             crop_pct=self.crop_pct,
-            **(augment or {}),
+            **{"interpolation": self.interpolation, **(augment or {})},
         )
         if affine is None:
             return transform
@@ -104,6 +108,10 @@ class LabelledFolder(ImageFolder):
         except FileNotFoundError as error:
             raise TaskError(f"{root}: {str(error).splitlines()[0]}") from error
 
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is in its file."""
+        return self.loader(self.samples[index][0])
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the class folders, in the expected order where there is one."""
         folders = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
@@ -117,6 +125,96 @@ class LabelledFolder(ImageFolder):
         classes = folders if self._expected is None else list(self._expected)
         # Only folders that exist: torchvision takes a class without images for an error.
         return classes, {name: index for index, name in enumerate(classes) if name in folders}
+
+
+class LabelledList(Dataset):
+    """Images listed in a CSV file, with at least the columns ``path`` and ``label``.
+
+    Attributes:
+        classes: Names of the classes: all labels in order, numbers by their value.
+        samples: ``(file, index of its class)`` of every image.
+
+    Args:
+        listing: The CSV file, with a header, in UTF-8.
+        root: Folder from which paths count that are not absolute.
+        transform: Applied to the image.
+        channels: 1 for grey, 3 for RGB.
+        classes: Fixes the order, and then any other label is an error.
+
+    Raises:
+        TaskError: If the list is missing or empty, or a line of it is wrong; the message names file and line.
+    """
+
+    def __init__(self, listing: Path, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
+        entries = _read_list(listing, root)
+        if classes is None:
+            labels = {label for _, label, _ in entries}
+            numbers = all(label.isascii() and label.isdigit() for label in labels)
+            classes = sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
+        self.classes = list(classes)
+        indices = {label: index for index, label in enumerate(self.classes)}
+        for _, label, line in entries:
+            if label not in indices:
+                raise TaskError(
+                    f"{listing}, line {line}: no training image has the label {label!r}{nearest(label, indices)}"
+                )
+        self.samples = [(path, indices[label]) for path, label, _ in entries]
+        self.targets = [label for _, label in self.samples]
+        self.transform = transform
+        self.channels = channels
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is in its file."""
+        return read_image(self.samples[index][0], self.channels)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(read_image(path, self.channels)), label
+
+
+def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
+    """Return path, label and number of the line of every entry."""
+    if not listing.is_file():
+        raise TaskError(f"{listing}: no such list; it is a CSV file with the columns path and label")
+    entries: list[tuple[str, str, int]] = []
+    seen: dict[str, tuple[str, int]] = {}
+    try:
+        with open(listing, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            for column in ("path", "label"):
+                if column not in columns:
+                    raise TaskError(
+                        f"{listing}, line 1: has no column {column!r}, but {', '.join(map(repr, columns)) or 'nothing'}"
+                    )
+            for row in rows:
+                line = rows.line_num
+                name, label = ((row[column] or "").strip() for column in ("path", "label"))
+                if not name or not label:
+                    raise TaskError(f"{listing}, line {line}: has no {'label' if name else 'path'}")
+                path = os.path.join(root, os.path.expanduser(name))
+                if not os.path.isfile(path):
+                    raise TaskError(
+                        f"{listing}, line {line}: {path}: no such file; paths count from data.root ({root})"
+                    )
+                if not _has_image_name(path):
+                    raise TaskError(f"{listing}, line {line}: {path}: is no image; known are {', '.join(EXTENSIONS)}")
+                other, where = seen.setdefault(path, (label, line))
+                if other != label:
+                    raise TaskError(
+                        f"{listing}, line {line}: {name} is labelled {label!r} here and {other!r} in line {where}"
+                    )
+                entries.append((path, label, line))
+    except UnicodeDecodeError:
+        raise TaskError(f"{listing}: is not text in UTF-8; save the table as CSV UTF-8") from None
+    except csv.Error as error:
+        raise TaskError(f"{listing}: is no CSV table ({error})") from error
+    if not entries:
+        raise TaskError(f"{listing}: lists no image")
+    return entries
 
 
 def _has_image_name(path: str | Path) -> bool:
@@ -135,17 +233,24 @@ def build_datasets(data: dict, rule: InputRule) -> tuple[Dataset, Dataset]:
         if rule.channels != 1:
             raise TaskError(f"the digits are grey: data.channels must be 1, not {rule.channels}")
         train, val = Digits("train", rule.transform(augment)), Digits("val", rule.transform())
-    elif data["name"] == "folder":
+    elif data["name"] in ("folder", "csv"):
+        listed = data["name"] == "csv"
+        layout = "train.csv and val.csv" if listed else "train/CLASS/*.jpg and val/CLASS/*.jpg"
         if data["root"] is None:
-            raise TaskError("data.root is not set; name a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+            raise TaskError(f"data.root is not set; name a folder with {layout}")
         root = Path(data["root"]).expanduser()
-        for folder in (root, root / "train", root / "val"):
+        parts = [root / (data.get(split) or (f"{split}.csv" if listed else split)) for split in ("train", "val")]
+        for folder in (root,) if listed else (root, *parts):
             if not folder.is_dir():
-                raise TaskError(f"{folder}: no such folder; data.root needs train/CLASS/*.jpg and val/CLASS/*.jpg")
-        train = LabelledFolder(root / "train", rule.transform(augment), rule.channels)
-        val = LabelledFolder(root / "val", rule.transform(), rule.channels, train.classes)
+                raise TaskError(f"{folder}: no such folder; data.root needs {layout}")
+        if listed:
+            train = LabelledList(parts[0], root, rule.transform(augment), rule.channels)
+            val = LabelledList(parts[1], root, rule.transform(), rule.channels, train.classes)
+        else:
+            train = LabelledFolder(parts[0], rule.transform(augment), rule.channels)
+            val = LabelledFolder(parts[1], rule.transform(), rule.channels, train.classes)
     else:
-        raise TaskError(f"unknown data set {data['name']!r}{nearest(data['name'], ('digits', 'folder'))}")
+        raise TaskError(f"unknown data set {data['name']!r}{nearest(data['name'], DATA_SETS)}")
     if data["num_classes"] not in (None, len(train.classes)):
         raise TaskError(
             f"data.num_classes is {data['num_classes']}, but {data['root'] or data['name']} has {len(train.classes)} "

@@ -44,6 +44,32 @@ def draw_gallery(
     save_figure(figure, path)
 
 
+def draw_inputs(
+    images: Sequence[np.ndarray], labels: Sequence[str], path: str | Path, title: str, columns: int = 6
+) -> None:
+    """Draw images with the names of their classes.
+
+    Args:
+        images: Pixels of 0 to 1, ``[H, W, channels]``.
+        labels: What is written above each.
+        path: PNG to write.
+        title: What is shown.
+        columns: Images in a row.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = new_figure(max(5.0, 1.9 * columns), 2.2 * rows + 0.6)
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, label in zip(panels, images, labels, strict=False):
+        interpolation = "nearest" if max(image.shape[:2]) < 64 else "antialiased"
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
+        axes.set_title(label, fontsize=8)
+    save_figure(figure, path)
+
+
 def draw_confusion(truths: Sequence[int], guesses: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
     """Draw how often each class was taken for each other; numbers are written where they can be read."""
     count = len(classes)

@@ -1,6 +1,7 @@
 """Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar
 
 import timm
@@ -15,6 +16,9 @@ from ...zoo.backbone import check_name
 from ...zoo.weights import locate
 from .. import TaskError
 from .data import InputRule, build_datasets
+
+# Images of a gallery.
+SHOWN = 30
 
 
 def create_classifier(
@@ -84,8 +88,10 @@ class Classify:
             "kwargs": {},  # options of the model, such as drop_path_rate
         },
         "data": {
-            "name": "folder",  # "digits" or "folder"
-            "root": None,  # of a folder: holds train/CLASS/* and val/CLASS/*
+            "name": "folder",  # or "csv": lists with the columns path and label; "digits": the bundled ones
+            "root": None,  # of a folder: holds train/CLASS/* and val/CLASS/*; of lists: paths count from here
+            "train": None,  # folder or list in root, or elsewhere; train or train.csv if None
+            "val": None,  # the same of the held-out images
             "num_classes": None,  # checked if given
             "size": 224,
             "channels": 3,
@@ -102,7 +108,14 @@ class Classify:
         },
     }
     FREE = ("model.kwargs", "data.augment")  # dicts with keys of their own
-    OPTIONAL: ClassVar[dict] = {"model.name": str, "model.checkpoint": str, "data.root": str, "data.num_classes": int}
+    OPTIONAL: ClassVar[dict] = {
+        "model.name": str,
+        "model.checkpoint": str,
+        "data.root": str,
+        "data.train": str,
+        "data.val": str,
+        "data.num_classes": int,
+    }
     metric = "accuracy"
 
     def __init__(self, config: dict):
@@ -160,6 +173,64 @@ class Classify:
         if count > 5:
             metrics["accuracy_top5"] = multiclass_accuracy(logits, labels, count, average="micro", top_k=5)
         return {name: float(value) for name, value in metrics.items()}
+
+    def draw_inputs(self, items: list[tuple[Tensor, int]], path: Path, title: str, train: bool) -> None:
+        """Draw items of a data set as the model sees them.
+
+        Args:
+            items: Normalised images ``[C, H, W]`` with their classes.
+            path: PNG to write.
+            title: What is shown.
+            train: Whether they are to train on; then they are mixed as the config says, if they are even in number.
+        """
+        from .draw import draw_inputs
+
+        images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+        if train and self.mixup is not None and len(items) % 2 == 0:
+            images, shares = self.mixup(images, labels)
+            # Smoothing gives every class a little.
+            names = [
+                " + ".join(
+                    f"{self.classes[label]} {value:.0%}" for value, label in zip(*row, strict=True) if value > 0.05
+                )
+                for row in zip(*(found.tolist() for found in shares.topk(2)), strict=True)
+            ]
+        else:
+            names = [self.classes[label] for label in labels.tolist()]
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.rule.mean, self.rule.std))
+        pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        draw_inputs(pixels, [name if len(name) < 30 else f"{name[:28]}…" for name in names], path, title)
+
+    def draw(
+        self, predictions: list[Tensor], targets: list[int], folder: Path, epoch: int, indices: list[int]
+    ) -> list[tuple[str, str]]:
+        """Draw the best and the worst predictions and what is taken for what; return files and what they show.
+
+        Args:
+            predictions: Logits ``[classes]`` of held-out images.
+            targets: Their classes.
+            folder: Where pictures go.
+            epoch: After which the predictions were made.
+            indices: Which of the held-out images they are.
+        """
+        from .draw import draw_confusion, draw_gallery
+
+        shares = torch.stack(predictions).softmax(-1)
+        labels = torch.as_tensor(targets)
+        order = shares[torch.arange(len(labels)), labels].argsort(stable=True).tolist()
+        pictures = []
+        for name, share, chosen in (("worst", "least", order[:SHOWN]), ("best", "greatest", order[::-1][:SHOWN])):
+            ranked = [shares[i].topk(1) for i in chosen]
+            draw_gallery(
+                [self.val_set.image(indices[i]) for i in chosen],
+                [self.classes[targets[i]] for i in chosen],
+                [[(self.classes[top.indices.item()], top.values.item())] for top in ranked],
+                folder / f"{name}.png",
+                f"held-out images whose class got the {share} probability, epoch {epoch}",
+            )
+            pictures.append((f"{name}.png", f"the {name} predictions"))
+        draw_confusion(targets, shares.argmax(-1).tolist(), self.classes, folder / "confusion.png")
+        return [*pictures, ("confusion.png", "which classes are taken for which")]
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""

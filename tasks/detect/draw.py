@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
+from torch import Tensor
 from torchvision.ops import box_iou
 
-from ..coco import decode_masks
+from ..coco import decode_masks, encode_mask
 from ..pictures import BLUE, GREEN, ORANGE, add_legend, choose_styles, new_figure, save_figure
 
 # More objects than this get no text of their own: the legend says what they are.
@@ -137,6 +138,37 @@ def draw_comparison(
         right.set_title(
             f"predicted, score from {threshold:g}: {len(hits)}, of which {(~hits).sum()} wrong (dashed)", fontsize=9
         )
+    add_legend(figure, [classes[label] for label in styles], list(styles.values()))
+    save_figure(figure, path)
+
+
+def draw_inputs(
+    items: Sequence[tuple[Tensor, Mapping[str, Any]]], classes: Sequence[str], path: str | Path, title: str
+) -> None:
+    """Draw images as a detector gets them, with their objects.
+
+    Args:
+        items: Images ``[3, H, W]``, uint8, with ``boxes``, ``labels`` and perhaps ``masks``, of a `DetectionSet`.
+        classes: Names of the classes.
+        path: PNG to write.
+        title: What is shown.
+    """
+    styles = choose_styles((label for _, target in items for label in target["labels"].tolist()), classes)
+    columns = min(4, len(items))
+    rows = -(-len(items) // columns)
+    ratio = max(image.shape[1] / image.shape[2] for image, _ in items)
+    figure = new_figure(max(5.0, 3.4 * columns), min(3.4 * ratio, 6.8) * rows + 0.9)
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, (image, target) in zip(panels, items, strict=False):
+        objects = dict(target)
+        if isinstance(target.get("masks"), Tensor):
+            objects["masks"] = [encode_mask(mask) for mask in target["masks"].numpy()]
+        draw_objects(axes, Image.fromarray(image.permute(1, 2, 0).numpy()), objects, classes, styles)
+        height, width = image.shape[1:]
+        axes.set_title(f"{height}x{width} pixels, {len(target['labels'])} objects", fontsize=8)
     add_legend(figure, [classes[label] for label in styles], list(styles.values()))
     save_figure(figure, path)
 

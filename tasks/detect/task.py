@@ -113,13 +113,23 @@ class Detect:
             metrics |= {f"{kind}_{name}": measured[name] for name in NUMBERS.values() if measured[name] >= 0}
         return metrics
 
-    def draw(self, predictions: list[dict], targets: list[dict], folder: Path, epoch: int) -> list[tuple[str, str]]:
-        """Draw truths beside predictions, and precision by recall; return files and what they show."""
+    def draw(
+        self, predictions: list[dict], targets: list[dict], folder: Path, epoch: int, indices: list[int]
+    ) -> list[tuple[str, str]]:
+        """Draw truths beside predictions, and precision by recall; return files and what they show.
+
+        Args:
+            predictions: Of held-out images.
+            targets: Their truths.
+            folder: Where pictures go.
+            epoch: After which the predictions were made.
+            indices: Which of the held-out images they are.
+        """
         from .draw import draw_comparison, draw_precision
         from .metrics import measure_ap
 
-        shown = range(min(4, len(targets)))
-        rows = [(self.val_set.image(index), targets[index], predictions[index]) for index in shown]
+        shown = list(zip(indices, targets, predictions, strict=True))[:4]
+        rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
         draw_comparison(rows, self.classes, folder / "predictions.png", f"held-out images, epoch {epoch}")
         curves = {kind: measure_ap(predictions, targets, kind) for kind in self._kinds()}
         draw_precision(curves, folder / "precision.png")
@@ -127,6 +137,12 @@ class Detect:
             ("predictions.png", "truth and prediction side by side"),
             ("precision.png", "precision by recall"),
         ]
+
+    def draw_inputs(self, items: list[tuple[Tensor, dict]], path: Path, title: str, train: bool) -> None:
+        """Draw items of a data set, of training or not, with their boxes and masks; ``title`` says what is shown."""
+        from .draw import draw_inputs
+
+        draw_inputs(items, self.classes, path, title)
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""

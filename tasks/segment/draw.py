@@ -3,6 +3,7 @@
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..augment import IGNORE
+from ..coco import decode_masks
 from ..pictures import GREY, add_legend, choose_styles, new_figure, save_figure
 
 Styles = Mapping[int, tuple[str, str | None]]
@@ -88,6 +90,53 @@ def draw_segmentation(
         names.append(f"{classes[label]} ({count}{inside.mean():.1%})")
     add_legend(figure, names, list(styles.values()))
     save_figure(figure, path)
+
+
+def draw_inputs(
+    images: Sequence[Image.Image], truths: Sequence[Any], classes: Sequence[str], path: str | Path, title: str
+) -> None:
+    """Draw images as a segmenter gets them, under their truth; pixels that don't count are grey.
+
+    Args:
+        images: RGB images.
+        truths: Of each, as `SegmentationSet` has it: classes ``[H, W]``, classes and numbers of segments ``[H, W, 2]``,
+            or a dict of ``labels`` ``[N]`` and ``masks``, ``[N, H, W]`` or run lengths.
+        classes: Names of the classes.
+        path: PNG to write.
+        title: What is shown.
+    """
+    split = [
+        _paint(truth, image) if isinstance(truth, Mapping) else _split(truth)
+        for truth, image in zip(truths, images, strict=True)
+    ]
+    styles = choose_styles((label for labels, _ in split for label in np.unique(labels).tolist()), classes)
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    ratio = max(image.height / image.width for image in images)
+    figure = new_figure(max(5.0, 3.4 * columns), min(3.4 * ratio, 6.8) * rows + 0.9 + 0.25 * (len(styles) // 7))
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, (labels, numbers) in zip(panels, images, split, strict=False):
+        draw_overlay(axes, image, labels, styles, numbers)
+        hidden = np.zeros((*labels.shape, 4), np.float32)
+        hidden[labels >= len(classes)] = (*to_rgb(GREY), 0.7)
+        axes.imshow(hidden, interpolation="nearest")
+        axes.set_title(f"{image.height}x{image.width} pixels", fontsize=8)
+    add_legend(figure, [classes[label] for label in styles], list(styles.values()))
+    save_figure(figure, path)
+
+
+def _paint(truth: Mapping[str, Any], image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class and the number of the mask of every pixel; later masks lie over earlier ones."""
+    masks = truth["masks"]
+    masks = masks.numpy() if isinstance(masks, Tensor) else decode_masks(masks, image.height, image.width)
+    labels = np.full((image.height, image.width), IGNORE, np.int32)
+    numbers = np.zeros_like(labels)
+    for number, (mask, label) in enumerate(zip(masks, truth["labels"].tolist(), strict=True), start=1):
+        labels[mask > 0], numbers[mask > 0] = label, number
+    return labels, numbers
 
 
 def draw_comparison(

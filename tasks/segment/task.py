@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -160,11 +161,20 @@ class Segment:
             metrics = {f"mask_{name}": measured[name] for name in NUMBERS.values() if measured[name] >= 0}
         return {key: value for key, value in metrics.items() if value == value}
 
-    def draw(self, predictions: list, targets: list, folder: Path, epoch: int) -> list[tuple[str, str]]:
-        """Draw truths beside predictions; return files and what they show."""
-        rows = [
-            (self.val_set.image(index), targets[index], predictions[index]) for index in range(min(4, len(targets)))
-        ]
+    def draw(
+        self, predictions: list, targets: list, folder: Path, epoch: int, indices: list[int]
+    ) -> list[tuple[str, str]]:
+        """Draw truths beside predictions; return files and what they show.
+
+        Args:
+            predictions: Of held-out images.
+            targets: Their truths.
+            folder: Where pictures go.
+            epoch: After which the predictions were made.
+            indices: Which of the held-out images they are.
+        """
+        shown = list(zip(indices, targets, predictions, strict=True))[:4]
+        rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
         title = f"held-out images, epoch {epoch}"
         if self.task == "instance":
             from ..detect.draw import draw_comparison
@@ -175,6 +185,20 @@ class Segment:
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title, self.things)
         return [("predictions.png", "truth and prediction side by side")]
+
+    def draw_inputs(self, items: list[Any], path: Path, title: str, train: bool) -> None:
+        """Draw items of a data set, of training or not, under their classes or segments; ``title`` says what it is."""
+        from .draw import draw_inputs
+
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.rule.mean, self.rule.std))
+        images, truths = [], []
+        for inputs, truth in items:
+            pixels = (inputs if train else inputs["image"]) * std + mean
+            image = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+            # Truth to be measured by has the size that the image had.
+            images.append(image if train else image.resize(inputs["size"][::-1]))
+            truths.append(truth)
+        draw_inputs(images, truths, self.classes, path, title)
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""

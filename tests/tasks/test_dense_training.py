@@ -7,6 +7,7 @@ import pytest
 import torch
 from foveate.configs import find_recipe
 from foveate.tasks import TaskError, engine
+from foveate.tasks.engine.hooks import RunHook
 from foveate.tasks.config import load_config
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
@@ -101,7 +102,7 @@ def test_a_run_learns_is_drawn_measured_again_and_predicted_with(recipe, tmp_pat
 
 def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     _, straight = train(UPERNET, tmp_path / "straight", "epochs=2", "data.repeat=4", "batch_size=2")
-    check = engine._RunHook._check_finite
+    check = RunHook._check_finite
 
     def interrupted(self, runner):
         if runner.epoch == 1:
@@ -109,7 +110,7 @@ def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
         check(self, runner)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._RunHook, "_check_finite", interrupted)
+        patch.setattr(RunHook, "_check_finite", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(UPERNET, tmp_path / "broken", "epochs=2", "data.repeat=4", "batch_size=2")
     _, resumed = train(UPERNET, tmp_path / "broken", "epochs=2", "data.repeat=4", "batch_size=2", resume=True)

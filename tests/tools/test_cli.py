@@ -83,7 +83,7 @@ def test_every_recipe_loads_and_states_command_number_and_cost(name):
 def test_training_on_the_digits_learns_them(digits_run):
     history = json.loads((digits_run / "history.json").read_text())
     assert history[-1]["val/accuracy"] >= 0.88
-    assert (digits_run / "curve.png").stat().st_size > 10_000
+    assert (digits_run / "curves.png").stat().st_size > 10_000
 
 
 def test_evaluation_reproduces_the_number_of_training(digits_run, capsys, tmp_path):

@@ -1,0 +1,300 @@
+"""Training and evaluation of any task; the only room that knows mmengine.
+
+What mmengine 0.10.7 does not do with a current torch is done here: checkpoints without pickled objects, mixed
+precision on any device, processes on CPU, resuming that is exact, between epochs and inside them, or refused.
+"""
+
+import math
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ...zoo import CheckpointError
+from .. import TaskError
+from ..checkpoints import check_folder, load_weights, read_checkpoint, remove_partial
+from ..devices import choose_device
+
+try:
+    # mmengine's Runner imports it, and the wheel with a window system needs libraries that slim containers lack.
+    import cv2  # noqa: F401
+except ImportError as error:
+    raise TaskError(
+        f"OpenCV can't be imported ({str(error).splitlines()[0]}); cure: "
+        "pip install --force-reinstall --no-deps opencv-python-headless"
+    ) from error
+
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import EMAHook
+from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, PolyLR
+
+from .config import DEFAULTS, FREE, format_config, leaves, load_config, plain, task_class_of
+from .hooks import Metric, RunHook, SeedHook, TestProgressHook
+from .loading import build_loader
+from .run_folder import RunFolder
+from .runner import TaskRunner, TrainLoop
+
+__all__ = ["DEFAULTS", "evaluate", "format_config", "is_main_process", "load_config", "train"]
+
+# What may differ between a run and its continuation.
+_RESUME_FREE = ("device", "workers", "log", "checkpoint.interval", "checkpoint.keep")
+
+
+def is_main_process() -> bool:
+    """Return whether this process is the one that reports; under torchrun there are others."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def train(config: dict[str, Any], output: str | Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train a model as a config of `load_config` says. Under torchrun, every process calls this.
+
+    Before the first epoch, in seconds, it is checked that the output folder can be written to and has space, and that
+    a batch goes forward and backward and a held-out one forward.
+
+    Writes to ``output``: ``config.py`` (complete), ``environment.json``, ``log.txt``, ``history.json`` and
+    ``history.csv`` (one entry an epoch), ``last.pth`` (everything a continuation needs), ``best.pth`` (the weights of
+    the epoch with the best metric), ``epoch_*.pth`` if asked for, ``curves.png``, and the task's pictures.
+
+    Args:
+        config: What to do.
+        output: Folder of the run.
+        resume: Continue from ``output/last.pth``, to the same result as if there had been no interruption.
+        progress: Whether to show it: a bar on a terminal, else lines.
+
+    Returns:
+        ``metrics`` of the best epoch, by ``metric``, ``history``, the paths ``best`` and ``last``, and ``pictures``, a
+        list of ``(file name, what it shows)``.
+
+    Raises:
+        TaskError: If the run can't be done, ``output`` holds another run or can't be written to, or the loss ceases to
+            be a number.
+        CheckpointError: If there is no checkpoint to continue from, or one can't be read or doesn't fit.
+    """
+    output = Path(output)
+    last = output / "last.pth"
+    if last.exists() and not resume:
+        raise TaskError(f"{output}: already holds a run; continue it with --resume, or choose another --output")
+    if resume and not last.exists():
+        raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
+    checkpoint = read_checkpoint(last, config["task"]) if resume else None
+    device, distributed = _launch(config["device"])
+    if is_main_process():
+        check_folder(output, needed=0)
+        remove_partial(output)
+    task = task_class_of(config["task"])(_without_start(config) if resume else config)
+    loader = _loader(task.train_set, config, device, seed=config["seed"])
+    val_loader = _loader(task.val_set, config, device, seed=None)
+    epochs = _count_epochs(config, len(loader))
+    metric = Metric(task, val_loader.dataset)
+    history: list[dict[str, Any]] = []
+    if checkpoint is not None:
+        _check_resumable(checkpoint, config, task, output)
+        history = checkpoint["history"]
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        # The schedule counts batches, and with accumulation the first step comes later.
+        warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
+        warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")
+        runner = TaskRunner(
+            task,
+            config,
+            device,
+            scratch,
+            distributed,
+            train_dataloader=loader,
+            train_cfg={"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"]},
+            optim_wrapper={"type": "OptimWrapper"},
+            param_scheduler=_schedulers(config, epochs, len(loader)),
+            val_dataloader=val_loader,
+            val_cfg={},
+            val_evaluator=Evaluator([metric]),
+            custom_hooks=[
+                SeedHook(config["seed"]),
+                run_hook := RunHook(task, config, history, metric, progress),
+                *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+            ],
+            load_from=str(last) if resume else None,
+            resume=resume,
+        )
+        if runner.rank == 0:
+            check_folder(output, runner.estimate_space())
+            run_hook.folder = RunFolder(output, config, device, speak=progress)
+            run_hook.introduce(runner, resume)
+        run_hook.output = output
+        _without_worker_traceback(runner.train)
+        pictures = run_hook.finish() if runner.rank == 0 else []
+    _leave(distributed)
+    best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
+    return {
+        "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},
+        "metric": task.metric,
+        "history": history,
+        "best": output / "best.pth",
+        "last": last,
+        "pictures": pictures,
+    }
+
+
+def evaluate(
+    config: dict[str, Any], checkpoint_path: str | Path, progress: bool = True
+) -> tuple[dict[str, float], list, list]:
+    """Measure a checkpoint of `train` on the validation set of a config.
+
+    Returns:
+        The metrics, and for every image, in the order of the set, the task's prediction and the target; without
+        damaged images, if they are to be skipped.
+
+    Raises:
+        TaskError: If the evaluation can't be done.
+        CheckpointError: If the checkpoint can't be read or doesn't hold the config's model.
+    """
+    checkpoint = read_checkpoint(checkpoint_path, config["task"])
+    device, distributed = _launch(config["device"])
+    task = task_class_of(config["task"])(_without_start(config))
+    card, expected = checkpoint["card"], task.card()
+    for key in ("model", "classes"):
+        if card[key] != expected[key]:
+            raise TaskError(f"{checkpoint_path}: its {key} is {card[key]}, but the config's is {expected[key]}")
+    loader = _loader(task.val_set, config, device, seed=None)
+    metric = Metric(task, loader.dataset)
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")
+        runner = TaskRunner(
+            task,
+            config,
+            device,
+            scratch,
+            distributed,
+            test_dataloader=loader,
+            test_cfg={},
+            test_evaluator=Evaluator([metric]),
+            custom_hooks=[TestProgressHook()] if progress else [],
+        )
+        load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
+        metrics = _without_worker_traceback(runner.test)
+    _leave(distributed)
+    return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected
+
+
+def _without_start(config: dict) -> dict:
+    """Return a config whose model starts from nothing: its weights will come from a checkpoint of the run."""
+    nothing = {"pretrained": False, "checkpoint": None, "backbone_checkpoint": None}
+    return config | {"model": config["model"] | {key: nothing[key] for key in nothing if key in config["model"]}}
+
+
+def _launch(device_name: str) -> tuple[torch.device, bool]:
+    """Return the device of this process, and whether torchrun started several, after joining them."""
+    device = choose_device(device_name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device, False
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        # mmengine's own launch calls CUDA even where there is none.
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, True
+
+
+def _leave(distributed: bool) -> None:
+    """Wait for the other processes, so that what one of them wrote is there, and part from them."""
+    if distributed:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _without_worker_traceback(run):
+    """Call ``run``; a `TaskError` from a process that loads data comes wrapped in its traceback, of which none is."""
+    try:
+        return run()
+    except TaskError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise TaskError(re.sub(r"^[\w.]+Error: ", "", last)) from error
+
+
+def _check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
+    last = output / "last.pth"
+    if "optimizer" not in checkpoint:
+        raise TaskError(f"{last}: holds no state of the optimizer to continue with")
+    free = FREE + tuple(task.FREE)
+    # What a run of an older version could not yet set, it had at its default.
+    before = dict(leaves(plain(DEFAULTS), free)) | dict(leaves(checkpoint["config"], free))
+    now = dict(leaves(plain(config), free))
+    for key in now:
+        if key in _RESUME_FREE or before.get(key) == now[key]:
+            continue
+        reason = ""
+        if key in ("epochs", "iterations"):
+            if config["schedule"]["name"] == "step":
+                # Steps are where they are, however long the run goes on.
+                continue
+            reason = " (its learning rate has been scheduled for that; only schedule.name=step can be extended)"
+        raise TaskError(
+            f"{output}: was begun with {key}={before.get(key)!r}{reason}, not {now[key]!r}; resume with the same "
+            f"settings, or begin a new run from its weights: model.checkpoint={last}"
+        )
+    if checkpoint["card"]["classes"] != task.card()["classes"]:
+        raise TaskError(f"{output}: was begun with the classes {checkpoint['card']['classes']}; the data set changed")
+    meta, processes = checkpoint["meta"], int(os.environ.get("WORLD_SIZE", "1"))
+    if meta["processes"] != processes:
+        raise TaskError(f"{output}: was begun by {meta['processes']} processes, not {processes}")
+    if meta.get("samples", len(task.train_set)) != len(task.train_set):
+        raise TaskError(
+            f"{output}: was begun with {meta['samples']} training samples, now there are {len(task.train_set)}; the "
+            f"data set changed; begin a new run from its weights: model.checkpoint={last}"
+        )
+
+
+def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> DataLoader:
+    """Return this process's loader, for training with ``seed``, for evaluation without."""
+    return build_loader(
+        dataset,
+        config["batch_size"],
+        config["workers"],
+        seed,
+        rank=int(os.environ.get("RANK", "0")),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        skip_damaged=config["damaged_images"] == "skip",
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _count_epochs(config: dict, batches: int) -> int:
+    """Return for how many epochs of ``batches`` a run lasts, or raise a TaskError if its warmup doesn't fit."""
+    if batches == 0:
+        raise TaskError("the training set is empty")
+    epochs = config["epochs"] if config["iterations"] is None else math.ceil(config["iterations"] / batches)
+    schedule = config["schedule"]
+    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    if warmup >= epochs * batches:
+        raise TaskError(f"the warmup of {warmup} batches must be shorter than the run, which has {epochs * batches}")
+    return epochs
+
+
+def _schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
+    """Return a linear warmup and the schedule, by iterations."""
+    schedule, total = config["schedule"], epochs * batches
+    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    span = {"begin": warmup, "end": total, "by_epoch": False}
+    if schedule["name"] == "step":
+        steps = [step * batches for step in schedule["steps"]]
+        # Without an end: a run with steps can be extended.
+        after = {"type": MultiStepLR, "milestones": steps, "gamma": schedule["gamma"], "by_epoch": False}
+    elif schedule["name"] == "poly":
+        least = schedule["final_factor"] * config["optimizer"]["lr"]
+        after = {"type": PolyLR, "power": schedule["power"], "eta_min": least, **span}
+    else:
+        after = {
+            "type": CosineAnnealingLR,
+            "eta_min_ratio": schedule["final_factor"],
+            "T_max": total - warmup,
+            **span,
+        }
+    if warmup == 0:
+        return [after]
+    ramp = {"type": LinearLR, "start_factor": schedule["warmup_factor"], "begin": 0, "end": warmup, "by_epoch": False}
+    return [ramp, after]

@@ -1,0 +1,246 @@
+"""Configs: Python files that set some of the keys of `DEFAULTS` and of their task's, and may inherit by ``_base_``."""
+
+import ast
+import copy
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from timm.optim import list_optimizers
+
+from .. import TASKS, TaskError, nearest
+
+# Every key that a config of any task may have, with its default; a task adds its own.
+DEFAULTS = {
+    "task": None,
+    "seed": 0,
+    "deterministic": False,  # refuse nondeterministic CUDA kernels
+    "device": "auto",  # "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "mps"
+    "precision": "float32",  # or "bfloat16", "float16": autocast
+    "batch_size": 64,  # of each process
+    "workers": 0,  # processes that load data, for each process that trains
+    "epochs": 10,
+    "iterations": None,  # instead of epochs: batches to train on, rounded up to whole epochs
+    "val_interval": 1,  # epochs between validations; the last epoch always has one
+    "sync_batchnorm": False,  # batch norm over the images of all processes, on CUDA
+    "grad_checkpointing": False,  # compute activations twice instead of keeping them
+    "channels_last": False,  # memory order of images and weights
+    "compile": False,  # by torch.compile: the model, or the backbone of a detector or segmenter
+    "damaged_images": "refuse",  # or "skip": take the next one instead, count them, leave them out of measurements
+    "log": (),  # "tensorboard", "wandb": also report there
+    "checkpoint": {
+        "interval": None,  # batches between checkpoints inside an epoch; each epoch ends with one
+        "keep": 0,  # so many of the latest epochs keep theirs, as epoch_0012.pth
+    },
+    "optimizer": {
+        "name": "adamw",  # any optimizer of timm
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "no_decay": None,  # parts of parameters' names without weight decay; None: biases and norms
+        "layer_decay": None,  # factor of the learning rate from a layer to the one below it
+        "factors": {},  # of the learning rate, by part of parameters' names, such as {"backbone.": 0.1}
+        "clip_grad": None,  # greatest norm of the gradient
+        "accumulate": 1,  # batches for each step
+        "kwargs": {},
+    },
+    "schedule": {
+        "name": "cosine",  # or "poly", "step"
+        "warmup_epochs": 0,  # linear, from warmup_factor
+        "warmup_iterations": 0,  # the same, counted in batches
+        "warmup_factor": 0.01,
+        "final_factor": 0.01,  # of the learning rate, at the end of cosine and poly
+        "power": 1.0,  # of poly
+        "steps": (),  # epochs after which the learning rate is multiplied by gamma
+        "gamma": 0.1,
+    },
+    "ema": None,  # weight of the newest parameters in their running average, such as 2e-4
+}
+FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
+# Types of what may be None.
+OPTIONAL = {
+    "iterations": int,
+    "checkpoint.interval": int,
+    "optimizer.no_decay": tuple,
+    "optimizer.layer_decay": float,
+    "optimizer.clip_grad": float,
+    "ema": float,
+}
+SCHEDULES = ("cosine", "poly", "step")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = ("tensorboard", "wandb")
+
+_TYPES = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    str: ("a name", lambda value: isinstance(value, str)),
+    tuple: ("a list", lambda value: isinstance(value, list | tuple)),
+    dict: ("a dict", lambda value: isinstance(value, dict)),
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a config and complete it with the defaults.
+
+    Args:
+        path: Python file.
+        overrides: Assignments such as ``"optimizer.lr=1e-3"``; values are Python literals, or else strings.
+
+    Returns:
+        Nested dict with a value for every key.
+
+    Raises:
+        TaskError: If the file can't be read, a key is unknown or a value is of another type than its default.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TaskError(f"{path}: no such config")
+    if path.suffix != ".py":
+        raise TaskError(f"{path}: a config is a Python file")
+    try:
+        given = Config.fromfile(path, lazy_import=False).to_dict()
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise TaskError(f"{path}: {type(error).__name__}: {reason}") from error
+    defaults = copy.deepcopy(DEFAULTS)
+    task = given.get("task")
+    if task not in TASKS:
+        raise TaskError(f"{path}: task is {task!r}{nearest(str(task), TASKS)}")
+    task_class = task_class_of(task)
+    defaults |= copy.deepcopy(task_class.DEFAULTS)
+    free = FREE + tuple(task_class.FREE)
+    optional = OPTIONAL | {"task": str} | task_class.OPTIONAL
+    config = copy.deepcopy(defaults)
+    for key, value in leaves(given, free):
+        _assign(config, defaults, free, optional, key, value, str(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise TaskError(f"{override!r}: an override is key=value, such as optimizer.lr=1e-3")
+        if key == "task":
+            raise TaskError(f"{override}: a config is about its task, which is {task!r}; take another config")
+        _assign(config, defaults, free, optional, key, _parse(text), override)
+    _check_values(config)
+    return config
+
+
+def format_config(config: dict[str, Any]) -> str:
+    """Return a config as the Python file that gives it."""
+    return Config(config).pretty_text
+
+
+def task_class_of(name: str):
+    """Return the class of a task by its name."""
+    return importlib.import_module(f"..{name}", __package__).Task
+
+
+def leaves(tree: dict, free: Sequence[str], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield ``(dotted key, value)`` of a nested dict; a dict under a free key, or an empty one, is a value."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in free:
+            yield from leaves(value, free, f"{key}.")
+        else:
+            yield key, value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+
+
+def _assign(
+    config: dict, defaults: dict, free: Sequence[str], optional: dict[str, type], key: str, value: Any, source: str
+) -> None:
+    """Set ``config[key]`` if the defaults know the key and a value of this type."""
+    *parents, name = key.split(".")
+    if any(".".join(parents[:depth]) in free for depth in range(1, len(parents) + 1)):
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+        return
+    known = dict(leaves(defaults, free))
+    if key not in known:
+        own = [leaf for leaf in known if leaf.startswith(f"{key}.")]
+        hint = f"; set one of its own keys: {', '.join(own)}" if own else nearest(key, known)
+        raise TaskError(f"{source}: unknown key {key!r}{hint}")
+    default = known[key]
+    expected, fits = _TYPES[optional.get(key, type(default))]
+    may_be_none = default is None or key in optional
+    if not fits(value) and not (value is None and may_be_none):
+        example = f", such as {default!r}" if default not in (None, {}) else " or None" if default is None else ""
+        raise TaskError(f"{source}: {key} takes {expected}{example}, not {value!r}")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[name] = value
+
+
+def _check_values(config: dict) -> None:
+    optimizer, schedule, saving = config["optimizer"], config["schedule"], config["checkpoint"]
+    checks = (
+        ("precision", config["precision"], config["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        ("batch_size", config["batch_size"], config["batch_size"] > 0, "at least 1"),
+        ("workers", config["workers"], config["workers"] >= 0, "at least 0"),
+        ("epochs", config["epochs"], config["epochs"] > 0, "at least 1"),
+        ("iterations", config["iterations"], config["iterations"] is None or config["iterations"] > 0, "at least 1"),
+        ("val_interval", config["val_interval"], config["val_interval"] > 0, "at least 1"),
+        (
+            "damaged_images",
+            config["damaged_images"],
+            config["damaged_images"] in ("refuse", "skip"),
+            "refuse or skip",
+        ),
+        ("log", config["log"], set(config["log"]) <= set(BACKENDS), f"a list of {', '.join(BACKENDS)}"),
+        (
+            "checkpoint.interval",
+            saving["interval"],
+            saving["interval"] is None or saving["interval"] > 0,
+            "at least 1, or None",
+        ),
+        ("checkpoint.keep", saving["keep"], saving["keep"] >= 0, "at least 0"),
+        ("optimizer.accumulate", optimizer["accumulate"], optimizer["accumulate"] > 0, "at least 1"),
+        (
+            "schedule.warmup_epochs",
+            schedule["warmup_epochs"],
+            0 <= schedule["warmup_epochs"] < (config["epochs"] if config["iterations"] is None else math.inf),
+            f"from 0 to less than epochs ({config['epochs']})",
+        ),
+        (
+            "schedule.warmup_iterations",
+            schedule["warmup_iterations"],
+            schedule["warmup_iterations"] >= 0 and not (schedule["warmup_iterations"] and schedule["warmup_epochs"]),
+            "at least 0, and 0 with warmup_epochs",
+        ),
+        ("schedule.name", schedule["name"], schedule["name"] in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        (
+            "schedule.steps",
+            schedule["steps"],
+            list(schedule["steps"]) == sorted(set(schedule["steps"])) and min(schedule["steps"], default=1) > 0,
+            "ascending epochs",
+        ),
+    )
+    for key, value, holds, rule in checks:
+        if not holds:
+            raise TaskError(f"{key} is {value!r}, but must be {rule}")
+    if optimizer["name"] not in list_optimizers():
+        raise TaskError(
+            f"optimizer.name: unknown optimizer {optimizer['name']!r}{nearest(optimizer['name'], list_optimizers())}"
+        )
+
+
+def plain(value: Any) -> Any:
+    """Return nested containers as dicts and lists, as they come back from a file."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,277 @@
+"""What happens beside training: seeds, measurements, progress, the history, and when checkpoints are written."""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import TaskError
+from ..checkpoints import keep_copy
+from .config import plain
+from .loading import Samples, derive_seed, share_damaged
+from .run_folder import RunFolder
+from .runner import TaskRunner
+
+
+class Metric(BaseMetric):
+    """Gathers predictions and targets from all processes, each sample's once, for the task's ``measure``."""
+
+    def __init__(self, task, samples: Samples):
+        super().__init__(collect_device="gpu", prefix="val")
+        self._task, self._samples = task, samples
+        self.collected: tuple[list, list] = ([], [])
+        self.indices: list[int] = []
+
+    def process(self, data_batch: Sequence, data_samples: Sequence) -> None:
+        """Keep a batch's predictions, on the CPU, with its targets."""
+        targets = data_batch[1]
+        self.results.extend((_cpu(sample), _cpu(target)) for sample, target in zip(data_samples, targets, strict=True))
+
+    def evaluate(self, size: int) -> dict:
+        """Learn which samples other processes found damaged, and measure."""
+        share_damaged(self._samples)
+        return super().evaluate(size)
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Return the task's metrics; another sample stood in for each that is damaged, and doesn't count."""
+        self.indices = (~self._samples.damaged).nonzero().flatten().tolist()
+        predictions, targets = (list(column) for column in zip(*(results[i] for i in self.indices), strict=True))
+        self.collected = (predictions, targets)
+        return self._task.measure(predictions, targets)
+
+
+def _cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _cpu(item) for key, item in value.items()}
+    return value
+
+
+class SeedHook(Hook):
+    """Seeds every batch by its number: a continued run then draws what an uninterrupted one would."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Seed."""
+        seed = derive_seed(self._seed, runner.iter, runner.rank, 1)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+class RunHook(Hook):
+    """Reports progress, keeps the history and writes the checkpoints, after everything else that is done.
+
+    Attributes:
+        output: Folder of the run.
+        folder: What writes there, in the main process.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, task, config: dict, history: list[dict], metric: Metric, progress: bool):
+        self._task, self._config = task, config
+        self._history = history
+        self._metric = metric
+        self._progress = progress
+        self._bar = None
+        self._shown: tuple[int, list, list, list[int]] | None = None
+        self.output = Path()
+        self.folder: RunFolder | None = None
+
+    def introduce(self, runner: TaskRunner, resume: bool) -> None:
+        """Say what is about to be done."""
+        environment = self.folder.environment
+        self.folder.say(
+            f"{len(self._task.train_set)} training and {len(self._task.val_set)} held-out samples, "
+            f"{len(self._task.classes)} classes; {runner.tried}; {environment['device']}, "
+            f"{environment['processes']} process{'es' if environment['processes'] > 1 else ''}"
+        )
+        if resume:
+            self.folder.say("continued")
+
+    def before_train(self, runner: Runner) -> None:
+        """Note the time, and show a bar on a terminal."""
+        if self._config["compile"]:
+            # After the EMA's copy, which stays as it is.
+            getattr(runner.net, "backbone", runner.net).compile()
+        self._speak = self._progress and runner.rank == 0
+        self._began, self._from_iter = time.monotonic(), runner.iter
+        if self._speak and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=runner.max_iters, initial=runner.iter, unit="batch", dynamic_ncols=True, desc="training"
+            )
+
+    def before_train_epoch(self, runner: TaskRunner) -> None:
+        """Begin an epoch's measurements, or go on with those of one that was interrupted."""
+        begun, runner.begun = runner.begun or {"seconds": 0.0, "losses": {}}, None
+        self._losses: dict[str, list[Tensor]] = {
+            name: list(values.to(next(runner.net.parameters()).device)) for name, values in begun["losses"].items()
+        }
+        self._checked = len(self._losses.get("loss", ()))
+        self._epoch_began = time.monotonic() - begun["seconds"]
+        self._last_line = time.monotonic()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Note the losses; write a checkpoint where one is due."""
+        for name, value in outputs.items():
+            self._losses.setdefault(name, []).append(value.detach().float())
+        batches = len(runner.train_dataloader)
+        if self._bar is not None:
+            self._bar.update()
+        elif self.folder is not None and time.monotonic() - self._last_line > 60:
+            # Long epochs without a terminal still show that they move.
+            self._last_line = time.monotonic()
+            self.folder.say(f"epoch {runner.epoch + 1}, batch {batch_idx + 1}/{batches}, {self._left(runner)} left")
+        if len(self._losses["loss"]) - self._checked >= 100:
+            self._check_finite(runner)
+        interval = self._config["checkpoint"]["interval"]
+        if interval is not None and (runner.iter + 1) % interval == 0 and batch_idx + 1 < batches:
+            self._check_finite(runner)
+            begun = {
+                "seconds": time.monotonic() - self._epoch_began,
+                "losses": {name: torch.stack(values).cpu() for name, values in self._losses.items()},
+            }
+            share_damaged(runner.train_dataloader.dataset)
+            runner.save_checkpoint(self.output / "last.pth", self._history, runner.iter + 1, begun)
+
+    def after_train_epoch(self, runner: TaskRunner) -> None:
+        """Average the losses; without a validation to come, complete the epoch."""
+        self._check_finite(runner)
+        runner.average_statistics()
+        epoch = runner.epoch + 1
+        means = {name: float(torch.stack(values).mean()) for name, values in self._losses.items()}
+        self._entry = {
+            "epoch": epoch,
+            "lr": max(group["lr"] for group in runner.optim_wrapper.param_groups),
+            "train/loss": means.pop("loss"),
+            **{f"train/{name}": value for name, value in means.items()},
+        }
+        if epoch % self._config["val_interval"] and epoch != runner.max_epochs:
+            self._end_epoch(runner, {})
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Complete the epoch."""
+        self._end_epoch(runner, metrics or {})
+
+    def after_train(self, runner: Runner) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _end_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        key = f"val/{self._task.metric}"
+        best = max((entry[key] for entry in self._history if key in entry), default=-math.inf)
+        entry = self._entry | metrics
+        if self._config["damaged_images"] == "skip":
+            entry |= self._count_damaged(runner, bool(metrics))
+        entry["seconds"] = round(time.monotonic() - self._epoch_began, 2)
+        self._history.append(plain(entry))
+        done = entry["epoch"] * len(runner.train_dataloader)
+        if metrics.get(key, -math.inf) > best:
+            self._shown = (entry["epoch"], *self._metric.collected, self._metric.indices)
+            runner.save_checkpoint(self.output / "best.pth", self._history, done, complete=False)
+        runner.save_checkpoint(self.output / "last.pth", self._history, done)
+        if self.folder is None:
+            return
+        self._keep(entry["epoch"])
+        self.folder.write_scalars(self._history)
+        measured = {name.removeprefix("val/"): value for name, value in metrics.items()}
+        shown = getattr(self._task, "shown", measured)
+        measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in shown)
+        self.folder.say(
+            f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
+            f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
+        )
+
+    def _count_damaged(self, runner: Runner, measured: bool) -> dict[str, int]:
+        """Return how many images were skipped so far; those that weren't known before are named."""
+        share_damaged(runner.train_dataloader.dataset)
+        counts = {}
+        for name, loader in (("train", runner.train_dataloader), ("val", runner.val_dataloader)):
+            if name == "val" and not measured:
+                continue
+            key = f"{name}/damaged"
+            counts[key] = int(loader.dataset.damaged.sum())
+            before = max((entry.get(key, 0) for entry in self._history), default=0)
+            if self.folder is not None and counts[key] > before:
+                messages = loader.dataset.describe_damaged()
+                self.folder.say(
+                    f"skipped {counts[key]} damaged: {'; '.join(messages[:5])}{' ...' * (len(messages) > 5)}"
+                )
+        return counts
+
+    def _keep(self, epoch: int) -> None:
+        """Keep the checkpoint of this epoch under its number, and remove those that are too old."""
+        keep = self._config["checkpoint"]["keep"]
+        if keep:
+            keep_copy(self.output / "last.pth", self.output / f"epoch_{epoch:04d}.pth")
+        for file in sorted(self.output.glob("epoch_[0-9]*.pth"))[: -keep or None]:
+            file.unlink()
+
+    def finish(self) -> list[tuple[str, str]]:
+        """Draw the curves, and let the task draw what it predicted in the best epoch.
+
+        A continued run that had its best epoch before shows the last one, and one that was complete draws nothing new.
+        """
+        from ..pictures import draw_curve
+
+        draw_curve(self._history, self._task.metric, self.output / "curves.png")
+        pictures = [("curves.png", "loss and metric over the epochs")]
+        collected = (self._history[-1]["epoch"], *self._metric.collected, self._metric.indices)
+        epoch, predictions, targets, indices = self._shown or collected
+        if hasattr(self._task, "draw") and targets:
+            pictures += self._task.draw(predictions, targets, self.output, epoch, indices)
+        self.folder.say(f"complete; the same again: {self.folder.environment['again']}")
+        self.folder.close()
+        return pictures
+
+    def _left(self, runner: Runner) -> timedelta:
+        done = max(1, runner.iter - self._from_iter)
+        seconds = (time.monotonic() - self._began) / done * (runner.max_iters - runner.iter)
+        return timedelta(seconds=round(seconds))
+
+    def _check_finite(self, runner: Runner) -> None:
+        losses, self._checked = self._losses["loss"][self._checked :], len(self._losses["loss"])
+        if losses and not torch.isfinite(torch.stack(losses)).all():
+            if self._bar is not None:
+                self._bar.close()
+            raise TaskError(
+                f"the loss ceased to be a number in epoch {runner.epoch + 1}; lower optimizer.lr (now "
+                f"{self._config['optimizer']['lr']}), set optimizer.clip_grad=1.0, or use precision=float32; the last "
+                f"checkpoint is from before"
+            )
+
+
+class TestProgressHook(Hook):
+    """A bar over the batches of an evaluation, on a terminal."""
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Show the bar."""
+        silent = runner.rank != 0 or not sys.stderr.isatty()
+        self._bar = tqdm(total=len(runner.test_dataloader), unit="batch", desc="evaluating", disable=silent)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Move it."""
+        self._bar.update()
+
+    def after_test_epoch(self, runner: Runner, metrics=None) -> None:
+        """Remove it."""
+        self._bar.close()

@@ -1,0 +1,384 @@
+"""mmengine's Runner with a task's model, timm's optimizers, any device, and safe and complete checkpoints."""
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.visualization import Visualizer
+from timm.optim import create_optimizer_v2
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, default_collate
+
+from .. import TaskError
+from ..checkpoints import load_weights, read_checkpoint, save_checkpoint
+from .config import PRECISIONS, plain
+
+# Images of the batch that is tried before the first epoch, where a whole one would take long.
+_TRIED = 2
+
+
+class TaskModel(BaseModel):
+    """A task's model and losses in the form that the Runner calls, under autocast."""
+
+    def __init__(self, task, config: dict, device: torch.device):
+        super().__init__()
+        self.net = task.build_model()
+        if config["grad_checkpointing"]:
+            _checkpoint_gradients(self.net)
+        self._order = torch.channels_last if config["channels_last"] else torch.preserve_format
+        dtype = PRECISIONS[config["precision"]]
+        # In functions, which the EMA's deep copy shares, so that the data sets are not copied.
+        self._loss = lambda *batch: task.loss(*batch)
+        self._predict = lambda *batch: task.predict(*batch)
+        self._autocast = {
+            "device_type": device.type,
+            "dtype": dtype,
+            "enabled": dtype is not None,
+        }
+
+    def init_weights(self) -> None:
+        """Keep the weights: mmengine would initialise the model again, published weights included."""
+
+    def forward(self, inputs: Tensor, targets: Any, mode: str = "predict"):
+        """Return the losses of a batch in mode ``"loss"``, else a prediction for every image."""
+        if isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = inputs.to(memory_format=self._order)
+        with torch.autocast(**self._autocast):
+            if mode == "loss":
+                return self._loss(self.net, inputs, targets)
+            return self._predict(self.net, inputs)
+
+
+def _checkpoint_gradients(net: nn.Module) -> None:
+    """Let a model, or the backbone of a detector or segmenter, compute activations twice instead of keeping them."""
+    body = getattr(net, "backbone", net)
+    enable = getattr(body, "set_grad_checkpointing", None)
+    try:
+        if enable is None:
+            raise AttributeError
+        enable(True)
+    except (AttributeError, AssertionError):
+        raise TaskError(f"{type(body).__name__} can't recompute activations; set grad_checkpointing=False") from None
+
+
+class ScaledOptimWrapper(OptimWrapper):
+    """Steps with scaled gradients under float16, on any device; mmengine's own only knows CUDA."""
+
+    def __init__(self, optimizer, device: torch.device, scaled: bool, **kwargs):
+        super().__init__(optimizer, **kwargs)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+    def backward(self, loss: Tensor, **kwargs) -> None:
+        """Compute gradients of the scaled loss."""
+        super().backward(self.scaler.scale(loss), **kwargs)
+
+    def step(self, **kwargs) -> None:
+        """Step with gradients as they are without the scale, clipped if asked for."""
+        if self.clip_grad_kwargs:
+            self.scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.scaler.step(self.optimizer, **kwargs)
+        self.scaler.update()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether batches were accumulated since the last step."""
+        return self._inner_count % self._accumulative_counts != 0 and self._inner_count != self._max_counts
+
+    def state_dict(self) -> dict:
+        """Return the optimizer's state and the scale."""
+        return super().state_dict() | {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take both."""
+        self.scaler.load_state_dict(state_dict.pop("scaler"))
+        super().load_state_dict(state_dict)
+
+
+class TaskRunner(Runner):
+    """mmengine's Runner, silent at the start, on the device it is told, with safe and complete checkpoints.
+
+    Its own log folder lands in ``scratch``; what a run leaves, `RunHook` writes.
+
+    Attributes:
+        tried: What was found out before the first epoch.
+        begun: Of a continued run, what the epoch that was interrupted had measured.
+    """
+
+    def __init__(self, task, config: dict, device: torch.device, scratch: str, distributed: bool, **kwargs):
+        self._task = task
+        self._config = config
+        self._device = device
+        self.tried = ""
+        self.begun: dict[str, Any] | None = None
+        super().__init__(
+            # As a dict, the model is built after the seed is set.
+            model={"type": TaskModel, "task": task, "config": config, "device": device},
+            work_dir=scratch,
+            default_hooks=dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint", "sampler_seed")),
+            launcher="pytorch" if distributed else "none",
+            log_level="ERROR",
+            randomness={"seed": config["seed"], "deterministic": config["deterministic"]},
+            experiment_name=f"foveate-{uuid.uuid4().hex}",
+            **kwargs,
+        )
+
+    @property
+    def net(self) -> nn.Module:
+        """The task's model, unwrapped."""
+        return getattr(self.model, "module", self.model).net
+
+    def build_logger(self, log_level="ERROR", **kwargs) -> MMLogger:
+        """Return a logger without a file: the run has its history."""
+        return MMLogger.get_instance(self.experiment_name, log_level=log_level)
+
+    def build_visualizer(self, visualizer=None) -> Visualizer:
+        """Return a visualizer that writes nothing."""
+        return Visualizer.get_instance(self.experiment_name)
+
+    def _log_env(self, env_cfg: dict) -> None:
+        """Skip the environment report: it starts compilers to ask their versions."""
+
+    def dump_config(self) -> None:
+        """Write nothing: `train` writes the config."""
+
+    def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
+        """Move the model to the run's device, try it, and under torchrun wrap it for several processes."""
+        order = torch.channels_last if self._config["channels_last"] else torch.preserve_format
+        model = model.to(self._device, memory_format=order)
+        unused = self._try(model) if self._train_dataloader is not None else False
+        if not self.distributed:
+            return model
+        if self._config["sync_batchnorm"] and self._device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return MMDistributedDataParallel(
+            model,
+            device_ids=[self._device.index] if self._device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=unused,
+        )
+
+    def _try(self, model: TaskModel) -> bool:
+        """Train on a batch without a step, and predict on a held-out one: what can't work is said now, in seconds.
+
+        Returns:
+            Whether there are parameters that this batch had no use for.
+        """
+        began = time.monotonic()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        # Only accelerators run out of memory soon, and only on them is a whole batch fast.
+        count = self._config["batch_size"] if self._device.type == "cuda" else _TRIED
+        count = min(count, self._config["batch_size"])
+        try:
+            model.train()
+            batch = _first_batch(self._train_dataloader, count)
+            loss, _ = model.parse_losses(model(*model.data_preprocessor(batch, training=True), mode="loss"))
+            if not torch.isfinite(loss):
+                raise TaskError(
+                    f"the loss of the first batch is {loss.item()}; look at the weights that are started from"
+                )
+            loss.backward()
+            unused = any(weight.grad is None for weight in model.parameters() if weight.requires_grad)
+            model.zero_grad(set_to_none=True)
+            model.eval()
+            with torch.no_grad():
+                inputs, _ = model.data_preprocessor(_first_batch(self._val_dataloader, 1))
+                model(inputs, None, mode="predict")
+        except TaskError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise TaskError(
+                f"a batch of {count} does not fit into the memory of {self._device}; lower batch_size, with a higher "
+                "optimizer.accumulate instead, or set precision=bfloat16 or grad_checkpointing=True"
+            ) from error
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise TaskError(
+                f"a first batch of {count} fails ({type(error).__name__}: {reason}); look at data.* and model.*"
+            ) from error
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.tried = f"a batch of {count} forward and backward in {time.monotonic() - began:.1f} s"
+        return unused
+
+    def estimate_space(self) -> int:
+        """Return about how many bytes the checkpoints of the run will need."""
+        weights = sum(value.nbytes for value in self.net.state_dict().values())
+        # Most optimizers keep two numbers a weight.
+        complete = weights * (3 if self._config["ema"] is None else 4)
+        # One more is being written while the last is still there.
+        return complete * (2 + self._config["checkpoint"]["keep"]) + 2 * weights
+
+    def average_statistics(self) -> None:
+        """Give all processes the mean of their batch norms' statistics: each saw other images."""
+        if not self.distributed or not any(isinstance(module, _BatchNorm) for module in self.net.modules()):
+            return
+        averaged = [hook.ema_model.module.net for hook in self.hooks if isinstance(hook, EMAHook)]
+        for net in (self.net, *averaged):
+            distribute_bn(net, self.world_size, reduce=True)
+
+    def build_optim_wrapper(self, optim_wrapper) -> OptimWrapper:
+        """Return the config's optimizer, with timm's parameter groups; built once."""
+        if isinstance(optim_wrapper, OptimWrapper):
+            return optim_wrapper
+        settings = self._config["optimizer"]
+        by_name = settings["no_decay"] is not None or settings["factors"]
+        if by_name and settings["layer_decay"] is not None:
+            raise TaskError("optimizer.layer_decay can't be combined with optimizer.no_decay or optimizer.factors")
+        try:
+            optimizer = create_optimizer_v2(
+                _groups_by_name(self.net, settings) if by_name else self.net,
+                settings["name"],
+                lr=settings["lr"],
+                weight_decay=settings["weight_decay"],
+                layer_decay=settings["layer_decay"],
+                **settings["kwargs"],
+            )
+        except TypeError as error:
+            raise TaskError(f"optimizer.kwargs: {str(error).split('() ')[-1]}") from error
+        for group in optimizer.param_groups:
+            # timm leaves this to its own schedulers.
+            group["lr"] *= group.pop("lr_scale", 1.0)
+        return ScaledOptimWrapper(
+            optimizer,
+            self._device,
+            scaled=self._config["precision"] == "float16",
+            accumulative_counts=settings["accumulate"],
+            clip_grad={"max_norm": settings["clip_grad"]} if settings["clip_grad"] is not None else None,
+        )
+
+    def save_checkpoint(
+        self, path: Path, history: list[dict], iteration: int, begun: dict | None = None, complete: bool = True
+    ) -> None:
+        """Write tensors and plain types only.
+
+        Args:
+            path: File.
+            history: Entries of the epochs so far.
+            iteration: How many batches were trained on.
+            begun: What the epoch that isn't complete has measured so far.
+            complete: Whether to add what a continuation needs.
+        """
+        batches = len(self.train_dataloader)
+        self.average_statistics()
+        gradients = self._pending_gradients() if complete else {}
+        checkpoint = {
+            "card": self._task.card()
+            | {"epoch": iteration // batches, "metrics": history[-1] if history else {"epoch": 0}},
+            "config": plain(self._config),
+            "meta": {
+                "epoch": iteration // batches,
+                "iter": iteration,
+                "processes": self.world_size,
+                "samples": len(self.train_dataloader.dataset),
+            },
+            "state_dict": {f"net.{key}": value for key, value in self.net.state_dict().items()},
+        }
+        if complete:
+            checkpoint |= {
+                "history": history,
+                "begun": begun,
+                "damaged": [
+                    loader.dataset.damaged.nonzero().flatten().tolist()
+                    for loader in (self.train_dataloader, self.val_dataloader)
+                ],
+                "gradients": gradients,
+                "optimizer": self.optim_wrapper.state_dict(),
+                "param_schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers],
+            }
+        # The EMA hook exchanges the weights for the averaged ones here, and adds the others.
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        checkpoint["state_dict"] = {
+            key.removeprefix("net."): value.cpu() for key, value in checkpoint["state_dict"].items()
+        }
+        if not complete:
+            checkpoint.pop("ema_state_dict", None)
+        if self.rank == 0:
+            save_checkpoint(checkpoint, path)
+
+    def _pending_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients that wait for the next step, the mean of all processes'."""
+        if not self.optim_wrapper.has_gradients:
+            return {}
+        gradients = {name: weight.grad for name, weight in self.net.named_parameters() if weight.grad is not None}
+        if self.distributed:
+            # The processes exchange them at the step only; a continued one starts from one process's file.
+            for gradient in gradients.values():
+                torch.distributed.all_reduce(gradient)
+                gradient /= self.world_size
+        return gradients
+
+    def load_checkpoint(self, filename: str, map_location="cpu", **kwargs) -> dict:
+        """Read a checkpoint of `save_checkpoint` and load its weights, all of them, and what else is ours in it."""
+        checkpoint = read_checkpoint(filename)
+        checkpoint["state_dict"] = {f"net.{key}": value for key, value in checkpoint["state_dict"].items()}
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        state = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
+        load_weights(self.net, state, filename)
+        gradients = checkpoint.get("gradients", {})
+        for name, weight in self.net.named_parameters():
+            weight.grad = gradients[name].to(weight.device) if name in gradients else None
+        self.begun = checkpoint.get("begun")
+        loaders = (self.train_dataloader, self.val_dataloader)
+        for loader, damaged in zip(loaders, checkpoint.get("damaged", ()), strict=False):
+            loader.dataset.damaged[damaged] = True
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
+        return checkpoint
+
+
+def _first_batch(loader: DataLoader, count: int) -> Any:
+    """Return the first samples of a data set as a batch."""
+    samples = loader.dataset
+    batch = [samples[0, place, place] for place in range(min(count, len(samples)))]
+    return (loader.collate_fn or default_collate)(batch)
+
+
+class TrainLoop(EpochBasedTrainLoop):
+    """Epochs that may begin in the middle, with a seed of their own for every batch."""
+
+    def run_epoch(self) -> None:
+        """Train on the rest of an epoch."""
+        done = self._iter - self._epoch * len(self.dataloader)
+        order = self.dataloader.sampler
+        order.epoch, order.start = self._epoch, done * self.dataloader.batch_size
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        for batch_index, batch in enumerate(self.dataloader, done):
+            self.run_iter(batch_index, batch)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+
+def _groups_by_name(model: nn.Module, settings: dict) -> list[dict]:
+    """Return parameter groups by the parts of names in ``no_decay`` and ``factors``; the longest part wins."""
+    groups: dict[tuple[float, float], dict] = {}
+    unused = {*(settings["no_decay"] or ()), *settings["factors"]}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if settings["no_decay"] is None:
+            plain = parameter.ndim <= 1 or name.endswith(".bias")
+        else:
+            held = [part for part in settings["no_decay"] if part in name]
+            unused -= set(held)
+            plain = bool(held)
+        held = sorted((part for part in settings["factors"] if part in name), key=len)
+        unused -= set(held)
+        decay, factor = 0.0 if plain else settings["weight_decay"], settings["factors"][held[-1]] if held else 1.0
+        group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_scale": factor})
+        group["params"].append(parameter)
+    strange = sorted(unused & set(settings["factors"]))
+    if strange:
+        raise TaskError(f"optimizer.factors: no parameter's name holds {strange[0]!r}")
+    return list(groups.values())
