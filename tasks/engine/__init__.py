@@ -7,6 +7,7 @@ precision on any device, processes on CPU, resuming that is exact, between epoch
 import math
 import os
 import re
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -282,8 +283,9 @@ def _schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
     span = {"begin": warmup, "end": total, "by_epoch": False}
     if schedule["name"] == "step":
         steps = [step * batches for step in schedule["steps"]]
-        # Without an end: a run with steps can be extended.
-        after = {"type": MultiStepLR, "milestones": steps, "gamma": schedule["gamma"], "by_epoch": False}
+        # Without an end, so that a run with steps can be extended.
+        span = {"begin": 0, "end": sys.maxsize, "by_epoch": False}
+        after = {"type": MultiStepLR, "milestones": steps, "gamma": schedule["gamma"], **span}
     elif schedule["name"] == "poly":
         least = schedule["final_factor"] * config["optimizer"]["lr"]
         after = {"type": PolyLR, "power": schedule["power"], "eta_min": least, **span}
