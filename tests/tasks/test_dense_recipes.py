@@ -8,7 +8,7 @@ import torch
 from foveate.configs import find_recipe, list_recipes
 from foveate.tasks import engine
 from foveate.tasks.coco import encode_mask
-from foveate.tasks.config import load_config, task_class_of
+from foveate.tasks.engine.runner import _groups_by_name
 from foveate.tasks.published import read_published
 from foveate.tools.cli import main
 from PIL import Image
@@ -73,8 +73,8 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("name", DATA)
 def test_a_recipe_s_data_can_be_read_and_augmented(name, root):
-    config = load_config(find_recipe(name), [f"data.root={root}"])
-    task = task_class_of(config["task"])(config)
+    config = engine.load_config(find_recipe(name), [f"data.root={root}"])
+    task = engine.task_class_of(config["task"])(config)
     assert len(task.classes) == config["data"]["num_classes"] or "cityscapes" in name
     torch.manual_seed(0)
     items = [task.train_set[0], task.train_set[0]]
@@ -92,7 +92,7 @@ def test_a_recipe_s_data_can_be_read_and_augmented(name, root):
 
 
 def build(name):
-    config = engine._without_start(load_config(find_recipe(name), ["data.root=nowhere"]))
+    config = engine._without_start(engine.load_config(find_recipe(name), ["data.root=nowhere"]))
     model, classes = dict(config["model"]), config["data"]["num_classes"]
     with torch.device("meta"):
         if config["task"] == "detect":
@@ -110,7 +110,7 @@ def build(name):
 def test_a_recipe_s_model_and_parameter_groups_can_be_built(name):
     config, model = build(name)
     settings = config["optimizer"]
-    groups = engine._groups_by_name(model, settings)
+    groups = _groups_by_name(model, settings)
     assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
     listed = {parameter for group in groups if group["weight_decay"] == 0 for parameter in group["params"]}
     names = dict(model.named_parameters())

@@ -8,7 +8,6 @@ import torch
 from foveate.configs import find_recipe
 from foveate.tasks import TaskError, engine
 from foveate.tasks.engine.hooks import RunHook
-from foveate.tasks.config import load_config
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
@@ -22,7 +21,7 @@ MASK_RCNN, UPERNET, MASK2FORMER = (
 SHORT = {
     MASK_RCNN: (
         "epochs=2",
-        "data.repeat=8",
+        "data.repeat=24",
         "batch_size=2",
         "data.augment.crop=96",
         "model.kwargs.channels=32",
@@ -57,7 +56,7 @@ METRICS = {
 
 
 def train(recipe, output, *overrides, resume=False):
-    config = load_config(find_recipe(recipe), (*SHORT[recipe], *overrides))
+    config = engine.load_config(find_recipe(recipe), (*SHORT[recipe], *overrides))
     return config, engine.train(config, output, resume=resume, progress=False)
 
 
@@ -118,7 +117,7 @@ def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert resumed["pictures"]
     with pytest.raises(CheckpointError, match="holds a model to segment, not to detect"):
-        engine.evaluate(load_config(find_recipe(MASK_RCNN)), resumed["best"])
+        engine.evaluate(engine.load_config(find_recipe(MASK_RCNN)), resumed["best"])
     predictor = load_predictor(resumed["best"])
     assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
 
@@ -144,7 +143,7 @@ def test_a_setting_that_cannot_be_done_is_refused(recipe, override, reason, tmp_
 
 
 def test_a_coco_recipe_says_what_it_needs(tmp_path):
-    config = load_config(find_recipe("detect/mask_rcnn_nat_tiny_3x_coco"), [f"data.root={tmp_path}"])
+    config = engine.load_config(find_recipe("detect/mask_rcnn_nat_tiny_3x_coco"), [f"data.root={tmp_path}"])
     with pytest.raises(TaskError, match=r"train2017: no such folder \(data\.root and data\.train\.images\)"):
         engine.train(config, tmp_path / "run", progress=False)
 
@@ -155,6 +154,6 @@ def test_a_coco_recipe_says_what_it_needs(tmp_path):
     [(MASK_RCNN, {"box_ap50": 0.80, "mask_ap50": 0.75}), (UPERNET, {"iou_nucleus": 0.85}), (MASK2FORMER, {"pq": 0.5})],
 )
 def test_a_recipe_reaches_its_floors(recipe, floors, tmp_path):
-    result = engine.train(load_config(find_recipe(recipe)), tmp_path / "run", progress=False)
+    result = engine.train(engine.load_config(find_recipe(recipe)), tmp_path / "run", progress=False)
     for name, floor in floors.items():
         assert result["metrics"][name] >= floor
