@@ -21,6 +21,8 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7
 # All of them, for classes; where there are more classes than colours, stripes tell those of one colour apart.
 PALETTE = (ORANGE, BLUE, "#F0E442", GREEN, "#CC79A7", "#56B4E9", RED, "#DDDDDD")
 STRIPES = (None, "////", "....", "xxxx")
+# Those that are dark enough for thin lines, without the blue of the line in bold.
+_THIN = (ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", GREY, "black")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -63,8 +65,8 @@ def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
     measured = [entry for entry in history if f"val/{metric}" in entry]
     losses.plot(epochs, [entry["train/loss"] for entry in history], color=BLUE, lw=2, label="training")
     parts = sorted(key for key in history[-1] if key.startswith("train/") and key != "train/loss")
-    for index, key in enumerate(parts if 1 < len(parts) <= len(PALETTE) else ()):
-        style = {"color": PALETTE[index], "linestyle": ("--", ":", "-.")[index % 3]}
+    for index, key in enumerate(parts if 1 < len(parts) <= len(_THIN) else ()):
+        style = {"color": _THIN[index], "linestyle": ("--", ":", "-.")[index % 3]}
         values = [entry.get(key, np.nan) for entry in history]
         losses.plot(epochs, values, linewidth=1, label=key.removeprefix("train/"), **style)
     if all("val/loss" in entry for entry in measured):
