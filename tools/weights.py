@@ -505,6 +505,7 @@ def _push(args: argparse.Namespace) -> None:
         std=rule.std,
         interpolation=rule.interpolation,
         crop_pct=rule.crop_pct,
+        crop_mode=rule.crop_mode,
     )
     labels = {"label_names": loaded.predictor.classes} if loaded.predictor else None
     args.output.parent.mkdir(parents=True, exist_ok=True)

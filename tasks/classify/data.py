@@ -20,6 +20,7 @@ from ..images import EXTENSIONS, read_image
 from ..samples import DIGITS_TRAIN, load_digits
 
 DATA_SETS = ("csv", "digits", "folder")
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class InputRule:
         std: Divides the difference, for each channel.
         interpolation: Of the resize, such as ``"bicubic"``.
         crop_pct: Part of the resized image's side that the central crop keeps.
+        crop_mode: How an image that isn't square is fitted, as timm names it: ``"center"`` resizes the shorter side,
+            ``"squash"`` both, ``"border"`` the longer one.
     """
 
     size: int
@@ -41,12 +44,15 @@ class InputRule:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     def __post_init__(self):
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != self.channels:
                 raise TaskError(f"data.{name} needs one number for each of the {self.channels} channels")
+        if self.crop_mode not in CROP_MODES:
+            raise TaskError(f"data.crop_mode is {self.crop_mode!r}{nearest(self.crop_mode, CROP_MODES)}")
 
     def transform(self, augment: dict | None = None):
         """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random.
@@ -64,6 +70,7 @@ class InputRule:
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
             **{"interpolation": self.interpolation, **(augment or {})},
         )
         if affine is None:

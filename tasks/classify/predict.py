@@ -65,7 +65,8 @@ class Predictor:
         channels, height, width = cfg["input_size"]
         if height != width:
             raise TaskError(f"{name}: takes {height}x{width} images; only square inputs are predicted from")
-        rule = InputRule(height, channels, cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+        how = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        rule = InputRule(height, channels, **how, crop_mode=cfg.get("crop_mode") or "center")
         if cfg.get("label_names"):
             classes = list(cfg["label_names"])
         elif model.num_classes == 1000:

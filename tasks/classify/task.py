@@ -99,6 +99,7 @@ class Classify:
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
             "crop_pct": 0.875,
+            "crop_mode": "center",
             "augment": {},  # arguments of timm.data.create_transform; and affine, a dict for RandomAffine
         },
         "loss": {
@@ -123,7 +124,7 @@ class Classify:
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
         self.rule = InputRule(
-            **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct")}
+            **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
         try:
             self.train_set, self.val_set = build_datasets(data, self.rule)

@@ -1,9 +1,11 @@
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.classify import Digits, InputRule, build_datasets
+from PIL import Image
 
 RULE = InputRule(32, 3, (0.5,) * 3, (0.5,) * 3)
 DATA = {"name": "folder", "num_classes": None, "augment": {}}
@@ -73,3 +75,13 @@ def test_the_affine_augmentation_moves_digits_and_evaluation_does_not():
     assert torch.equal(still(digit), still(digit))
     assert not torch.allclose(moving(digit), moving(digit))
     assert moving(digit).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize(("crop_mode", "visible"), [("center", False), ("squash", True)])
+def test_squashing_keeps_what_a_crop_cuts_off(crop_mode, visible):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :10] = 255  # a bright left end
+    rule = InputRule(20, 3, (0.0,) * 3, (1.0,) * 3, crop_mode=crop_mode)
+    assert bool(rule.transform()(Image.fromarray(wide)).max() > 0.5) == visible
+    with pytest.raises(TaskError, match=r"data.crop_mode is 'squish'; did you mean 'squash'\?"):
+        InputRule(20, 3, (0.0,) * 3, (1.0,) * 3, crop_mode="squish")

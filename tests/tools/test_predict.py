@@ -1,5 +1,4 @@
 import json
-import urllib.error
 
 import numpy as np
 import pytest
@@ -7,6 +6,7 @@ import timm
 import torch
 from foveate.tasks.classify import Digits
 from foveate.tools.cli import main
+from foveate.zoo._download import DownloadError
 from PIL import Image
 
 
@@ -69,12 +69,12 @@ def test_what_has_no_weights_is_refused(refused, tmp_path, monkeypatch):
     assert "did you mean 'nat_tiny'" in refused("predict", image, "--model", "nat_tinny")
 
     def offline(*args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
+        raise DownloadError("Name or service not known")
 
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("foveate.zoo.weights._fetch_from", offline)
     message = refused("predict", image, "--model", "nat_mini")
-    assert "nat_mini: its published weights can't be loaded" in message
+    assert "nat_mini.shi_in1k can't be had" in message
     assert "Name or service not known" in message
 
 
