@@ -1,11 +1,10 @@
 """Mask R-CNN on NAT-Atto finds and outlines the nuclei of the bundled micrograph, from scratch.
 
 Command: foveate train detect/mask_rcnn_nat_atto_nuclei
-Expect: on the held-out half box AP50 0.91 and mask AP50 0.90 after the last epoch (box AP 0.59, mask AP 0.61; a second
-    run with seed 0 had 0.91 and 0.92, as threads add in another order). The halves are of one image, and the settings
-    were chosen by looking at the held-out one: it shows that training works, not how well it generalises.
-Cost: 134 s of processor time, so about a minute and a half on two idle CPU cores; 5 minutes on two cores with three
-    times as much other work.
+Expect: on the held-out half box AP50 0.90 and mask AP50 0.92 after the last epoch (box AP 0.59, mask AP 0.62); 0.91 and
+    0.90 with other random draws. The halves are of one image, and the settings were chosen by looking at the held-out
+    one: it shows that training works, not how well it generalises.
+Cost: 135 s of processor time; 5 minutes on two CPU cores with as much other work beside it.
 """
 
 _base_ = "../_base_/nuclei.py"
