@@ -4,8 +4,9 @@
 FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window. ``models`` times
 backbones against a peer. ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights,
 on a backbone's maps of one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes,
-forward and backward, against the usual formulation with grid_sample. Tables are printed and written as markdown and
-csv; kernels also as a plot of time against size.
+forward and backward, against the usual formulation with grid_sample. ``loader`` times epochs of labelled JPEGs by our
+loader and by timm's, with the same augmentation. Tables are printed and written as markdown and csv; kernels also as a
+plot of time against size.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -313,6 +314,86 @@ def bench_deformable(sides: Sequence[int], rounds: int, device: str) -> list[dic
     return rows
 
 
+def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds: int) -> list[dict]:
+    """Time epochs of our loader of labelled folders and of timm's, with the same augmentation.
+
+    Args:
+        data: One folder a class; made-up JPEGs of 500x375 pixels if None.
+        size: Of the input.
+        batch: Images in a batch.
+        workers: Processes that load.
+        rounds: Epochs of each loader.
+    """
+    import tempfile
+
+    from timm.data import ImageDataset, create_loader
+
+    from ..tasks.classify.data import InputRule, LabelledFolder
+    from ..tasks.engine.loading import build_loader
+
+    settings = {
+        "crop and flip": {},
+        "RandAugment, erasing": {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"},
+        "evaluation": None,
+    }
+    rule = InputRule(size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_pct=0.875)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = data if data is not None else _draw_photos(Path(scratch), 128)
+        for name, augment in settings.items():
+            ours = LabelledFolder(folder, rule.transform(augment), 3)
+            seed = None if augment is None else 0
+            theirs = create_loader(
+                ImageDataset(str(folder)),
+                (3, size, size),
+                batch,
+                is_training=augment is not None,
+                use_prefetcher=False,
+                mean=rule.mean,
+                std=rule.std,
+                interpolation=rule.interpolation,
+                crop_pct=rule.crop_pct,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                **{"color_jitter": 0.4, **(augment or {})},
+            )
+            loaders = {"ours": build_loader(ours, batch, workers, seed), "timm": theirs}
+            calls = {who: partial(_exhaust, loader) for who, loader in loaders.items()}
+            times = alternate(calls, rounds, "cpu")
+            counts = {who: _exhaust(loader) for who, loader in loaders.items()}
+            rates = {who: counts[who] / times[who] for who in times}
+            rows.append(
+                {
+                    "augmentation": name,
+                    "workers": workers,
+                    "images/s": round(rates["ours"], 1),
+                    "timm images/s": round(rates["timm"], 1),
+                    "times timm": round(rates["ours"] / rates["timm"], 3),
+                }
+            )
+    return rows
+
+
+def _exhaust(loader: Iterable) -> int:
+    """Load an epoch; return its number of images."""
+    return sum(len(images) for images, _ in loader)
+
+
+def _draw_photos(folder: Path, count: int) -> Path:
+    """Write JPEGs that are about as detailed as photos, in two classes."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / str(index % 2) / f"{index}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.BICUBIC)
+        pixels = np.asarray(coarse) + draw.normal(0, 12, (375, 500, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return folder
+
+
 def as_markdown(rows: list[dict]) -> str:
     """Return rows as a markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
@@ -357,7 +438,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("what", choices=("kernels", "models", "detectors", "deformable"))
+    parser.add_argument("what", choices=("kernels", "models", "detectors", "deformable", "loader"))
     parser.add_argument("models", nargs="*", default=["nat_tiny"], metavar="MODEL")
     parser.add_argument("--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with")
     parser.add_argument("--batch", type=int, default=4)
@@ -367,6 +448,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=15, help="medians are over this many alternating calls")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, help="loader: one folder of images a class; made-up JPEGs by default")
+    parser.add_argument("--workers", type=int, default=2, help="loader: processes; %(default)s by default")
     parser.add_argument("--backward", action="store_true", help="kernels: forward and backward, without FlexAttention")
     parser.add_argument("--no-flex", action="store_true", help="kernels: leave compiled FlexAttention out")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
@@ -383,6 +466,8 @@ def run(args: argparse.Namespace) -> int:
         rows = bench_models(args.models, args.peer, args.batch, args.size, args.rounds, args.device)
     elif args.what == "detectors":
         rows = bench_detectors(args.models, tuple(args.image), args.rounds, args.device)
+    elif args.what == "loader":
+        rows = bench_loader(args.data, args.size, args.batch, args.workers, args.rounds)
     elif args.what == "deformable":
         rows = bench_deformable((128, 256, 512), args.rounds, args.device)
     else:

@@ -33,6 +33,8 @@ def describe_environment(device: torch.device, output: Path) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
+    # With the build, such as +cu126, which the package's own record lacks.
+    packages["torch"] = torch.__version__
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     again = ["foveate", "train", str(output / "config.py"), "--output", f"{output}-again"]
     if processes > 1:
