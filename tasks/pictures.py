@@ -1,12 +1,13 @@
 """Pictures of any task: learning curves, and what a query of neighborhood attention sees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor, nn
@@ -90,6 +91,41 @@ def draw_curve(history: list[dict], metric: str, path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
+
+
+def draw_curves(histories: Mapping[str, Sequence[dict]], scalars: Sequence[str], path: str | Path) -> None:
+    """Draw scalars of several runs over their epochs, a panel for each scalar and a line for each run.
+
+    Args:
+        histories: For the name of each run, its entries with ``epoch`` and scalars; not every entry need have them all.
+        scalars: What to draw.
+        path: PNG to write.
+    """
+    columns = min(3, len(scalars))
+    rows = -(-len(scalars) // columns)
+    figure = new_figure(4.2 * columns, 3.1 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    colours = (BLUE, *_THIN)
+    styles = {
+        name: {"color": colours[place % len(colours)], "linestyle": ("-", "--", ":")[place // len(colours) % 3]}
+        for place, name in enumerate(histories)
+    }
+    for axes, scalar in zip(panels, scalars, strict=False):
+        for name, history in histories.items():
+            points = [(entry["epoch"], entry[scalar]) for entry in history if entry.get(scalar) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), lw=1.8, marker="." if len(points) < 30 else None, **styles[name])
+        axes.set(xlabel="epoch", ylabel=scalar.replace("train/", "training ").replace("val/", "held-out "))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if scalar.endswith("loss"):
+            axes.set_ylim(bottom=0)
+    for axes in panels[len(scalars) :]:
+        axes.axis("off")
+    handles = [Line2D([], [], lw=2, label=name, **style) for name, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

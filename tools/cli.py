@@ -12,22 +12,26 @@ COMMANDS = {
     "train": "train a model as a recipe says",
     "eval": "measure a checkpoint on held-out data",
     "predict": "find what is in images: classes, objects, regions; with pictures and JSON",
+    "curves": "draw and compare the learning curves of runs",
+    "browse": "look at the training data as the model sees it, after augmentation",
+    "config": "print a recipe with every setting, overrides applied",
+    "export": "write a model for use elsewhere: ONNX, torch.export, safetensors",
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
     "weights": "list, fetch, verify, convert and publish weights",
     "compare": "train and time one host with every attention of the house",
     "bench": "time our kernels and models against their peers on this machine",
+    "run": "run a script of timm's, such as its train.py, with our models registered",
 }
 
 EXAMPLES = """\
-examples:
+examples, each on the bundled data; the later ones use what the first ones left:
   foveate demo --output runs/demo
   foveate train classify/nat_atto_digits epochs=3 --output runs/digits
   foveate eval classify/nat_atto_digits runs/digits/best.pth
-  foveate predict runs/demo/heldout --checkpoint runs/demo/run/best.pth
-  foveate list 'nat_*'
-  foveate info nat_atto
-  foveate weights list 'nat_*'"""
+  foveate predict runs/demo/heldout --checkpoint runs/digits/best.pth
+  foveate curves runs/demo/run runs/digits
+  foveate export runs/digits/best.pth runs/digits/model.pt2"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     try:
-        # argparse can't mix the arguments of a command that has actions with those of the action.
-        parse = parser.parse_args if hasattr(command, "ACTIONS") else parser.parse_intermixed_args
+        # argparse can't mix the arguments of a command with those of its action, or of a script.
+        mixed = not hasattr(command, "ACTIONS") and name != "run"
+        parse = parser.parse_intermixed_args if mixed else parser.parse_args
         return command.run(parse(argv[1:])) or 0
     except (TaskError, CheckpointError, UnknownModelError) as error:
         return _fail(str(error))

@@ -1,0 +1,128 @@
+"""Write a trained or published model for use elsewhere; the ending of OUTPUT says how.
+
+  .onnx         ONNX, run by onnxruntime and compared with the model; needs pip install 'foveate[export]'
+  .pt2          torch.export, read again and compared; torch.export.load reads it
+  .safetensors  the weights alone, read again and compared bit for bit
+
+Classifiers give logits [B, classes]; segmenters that label pixels logits [B, classes, H, W]. Detectors and Mask2Former
+can't be exported whole; --features writes their backbone and neck, with maps [B, C, H, W]. The input is a batch of
+normalised images [B, channels, H, W], float32. The metadata has, under "foveate" and as JSON, what a user needs
+to know: the classes, and the mean and std of pixels 0..1.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="best.pth or last.pth of a run, its folder, or a timm name with weights"
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="file.onnx, file.pt2 or file.safetensors")
+    parser.add_argument("--features", action="store_true", help="export the feature maps instead of the answer")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side, or height and width, of the images; the model's own",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images at once; %(default)s by default")
+    parser.add_argument("--dynamic-batch", action="store_true", help="take any number of images at once")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="greatest difference from the model, as a share of the largest output; %(default)s by default",
+    )
+    parser.add_argument("--untrained", action="store_true", help="of a name: random weights, such as to time it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export."""
+    import torch
+
+    from ..tasks import TaskError
+    from ..tasks.export import FORMATS, Pyramid, check_exportable, export_model
+
+    if args.batch < 1:
+        raise TaskError(f"--batch is {args.batch}, but must be at least 1")
+    if not args.tolerance >= 0:
+        raise TaskError(f"--tolerance is {args.tolerance}, but must be 0 or more")
+    if args.size is not None and (len(args.size) > 2 or min(args.size) < 1):
+        raise TaskError(f"--size is {' '.join(map(str, args.size))}, but must be one or two numbers of at least 1")
+    model, card, (channels, height, width) = _open(args.source, args.untrained)
+    if args.size is not None:
+        height, width = args.size[0], args.size[-1]
+    if args.features:
+        model = Pyramid(model) if args.output.suffix != ".safetensors" else model
+        card["output"] = "feature maps"
+    check_exportable(model, args.output)
+    card |= {"shape": [args.batch, channels, height, width], "dynamic_batch": args.dynamic_batch}
+    example = torch.randn(card["shape"], generator=torch.Generator().manual_seed(0))
+    try:
+        facts = export_model(model, example, args.output, card, args.tolerance, args.dynamic_batch)
+    except (AssertionError, RuntimeError) as error:
+        # The model itself refused the example.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TaskError(f"{args.source}: does not take images of {height}x{width} pixels: {reason}") from error
+    kind, megabytes = FORMATS[args.output.suffix], args.output.stat().st_size / 1e6
+    print(f"{args.output}: {kind}, {megabytes:.1f} MB")
+    if args.output.suffix == ".safetensors":
+        print(f"{len(model.state_dict())} tensors, read again and equal")
+        return
+    batch = "any number" if args.dynamic_batch else args.batch
+    print(f"input: {batch} x {channels}x{height}x{width}; outputs: {', '.join(map(str, facts['outputs']))}")
+    print(
+        f"greatest difference from the model: {facts['difference']:.1e} of the largest output, {facts['largest']:.3g}; "
+        f"allowed: {args.tolerance:g}"
+    )
+    if facts["operators"]:
+        print(f"needs `import foveate` where it is loaded, for the operators {', '.join(facts['operators'])}")
+
+
+def _open(source: str, untrained: bool):
+    """Return the model of a checkpoint or a name, its card, and the shape ``(channels, height, width)`` of an image."""
+    from ..tasks import TaskError
+    from ..tasks.checkpoints import read_checkpoint
+    from ..tasks.classify import Predictor, create_classifier
+    from ..tasks.predictors import load_predictor
+    from ..zoo.backbone import check_name
+
+    path = Path(source)
+    if path.is_dir():
+        path /= "best.pth"
+    if path.is_file() or path.suffix in (".pth", ".pt"):
+        if untrained:
+            raise TaskError(f"{source}: --untrained is for a model's name")
+        model = load_predictor(path).model
+        card = {key: value for key, value in read_checkpoint(path)["card"].items() if key != "metrics"}
+        rule = card.get("input", {})
+        side = rule.get("size") or rule.get("short") or card.get("kwargs", {}).get("min_size") or 512
+        if card["task"] == "detect":
+            # The backbone takes what the transform pads to.
+            side = -(-side // 32) * 32
+        return model.eval(), card, (rule.get("channels", 3), side, side)
+    check_name(source)
+    card = {"task": "classify", "model": source}
+    if untrained:
+        model = create_classifier(source).eval()
+        cfg = model.pretrained_cfg
+        card["input"] = {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
+        return model, card | {"weights": "random"}, tuple(cfg["input_size"])
+    try:
+        predictor = Predictor.from_name(source)
+    except TaskError as error:
+        raise TaskError(f"{error}; --untrained exports random weights") from error
+    rule = predictor.rule
+    card |= {"classes": predictor.classes, "input": {"mean": list(rule.mean), "std": list(rule.std)}}
+    return predictor.model, card, (rule.channels, rule.size, rule.size)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from foveate.tools.cli import main
+
+    sys.exit(main(["export", *sys.argv[1:]]))
