@@ -85,3 +85,55 @@ def test_squashing_keeps_what_a_crop_cuts_off(crop_mode, visible):
     assert bool(rule.transform()(Image.fromarray(wide)).max() > 0.5) == visible
     with pytest.raises(TaskError, match=r"data.crop_mode is 'squish'; did you mean 'squash'\?"):
         InputRule(20, 3, (0.0,) * 3, (1.0,) * 3, crop_mode="squish")
+
+
+def write_lists(folder, train="label,path\n10,train/bright/0.png\n2,train/dark/1.png\n", val="path,label\n"):
+    (folder / "train.csv").write_text(train)
+    (folder / "val.csv").write_text(val if "\n" in val.strip() else val + f"{folder}/val/dark/2.png,2\n")
+    return DATA | {"name": "csv", "root": str(folder)}
+
+
+def test_a_list_gives_images_with_the_index_of_their_label(folder):
+    train, val = build_datasets(write_lists(folder), RULE)
+    # Labels that are all numbers are ordered as such; paths may be absolute, and columns in any order.
+    assert (train.classes, val.classes) == (["2", "10"], ["2", "10"])
+    assert [label for _, label in train.samples] == [1, 0]
+    image, label = val[0]
+    assert image.shape == (3, 32, 32)
+    assert (label, len(val)) == (0, 1)
+    lists = write_lists(folder) | {"train": "other.csv", "val": str(folder / "val.csv")}
+    (folder / "other.csv").write_text("\ufeffpath,label,note\r\ntrain/bright/0.png,2,x\r\n", encoding="utf-8")
+    assert build_datasets(lists, RULE)[0].classes == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"train": "path;label\na.png;1\n"}, r"train\.csv, line 1: has no column 'path', but 'path;label'"),
+        ({"train": ""}, r"train\.csv, line 1: has no column 'path', but nothing"),
+        ({"train": "path,label\n"}, r"train\.csv: lists no image"),
+        ({"train": "path,label\ntrain/dark/0.png,\n"}, r"train\.csv, line 2: has no label"),
+        ({"train": "path,label\ntrain/dark/0.png,a\ntrain/dark/9.png,a\n"}, r"line 3: .*9\.png: no such file; paths"),
+        ({"train": "path,label\ntrain.csv,a\n"}, r"train\.csv, line 2: .*train\.csv: is no image"),
+        (
+            {"train": "path,label\ntrain/dark/0.png,a\n\ntrain/dark/0.png,b\n"},
+            r"line 4: train/dark/0\.png is labelled 'b' here and 'a' in line 2",
+        ),
+        (
+            {"train": "path,label\ntrain/dark/0.png,cat\n", "val": "path,label\nval/dark/0.png,cta\n"},
+            r"val\.csv, line 2: no training image has the label 'cta'; did you mean 'cat'",
+        ),
+    ],
+)
+def test_a_wrong_line_of_a_list_is_named(folder, change, reason):
+    with pytest.raises(TaskError, match=reason):
+        build_datasets(write_lists(folder, **change), RULE)
+
+
+def test_a_missing_list_is_named(folder):
+    data = DATA | {"name": "csv", "root": str(folder)}
+    with pytest.raises(TaskError, match=r"train\.csv: no such list; it is a CSV file with the columns path and label"):
+        build_datasets(data, RULE)
+    (folder / "train.csv").write_bytes("path,label\ntrain/dark/0.png,grün\n".encode("latin-1"))
+    with pytest.raises(TaskError, match=r"train\.csv: is not text in UTF-8"):
+        build_datasets(data, RULE)
