@@ -1,14 +1,16 @@
 """What whole dense models have in common: how they get a backbone, and how a checkpoint's entries get into them."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..zoo import CheckpointError, create_backbone
 from ..zoo._checkpoint import LoadReport
-from ..zoo.backbone import Backbone, check_name, recipes_of
+from ..zoo.backbone import Backbone, UnknownModelError, check_name, recipes_of
+from ..zoo.weights import locate
 from . import TaskError, nearest
 from .checkpoints import load_weights
 
@@ -128,3 +130,50 @@ def load_dense(
     )
     _logger.info(f"{path}: {report}")
     return report
+
+
+def build_described(
+    create: Callable[..., nn.Module], model: Mapping[str, Any], classes: int, kwargs: Mapping
+) -> nn.Module:
+    """Return the dense model that a config's or a checkpoint's card's ``model`` describes.
+
+    Args:
+        create: `create_detector` or `create_segmenter`.
+        model: ``head``, ``backbone``, ``recipe``, ``backbone_kwargs``, and in a config what to start from.
+        classes: Number of classes.
+        kwargs: Further options of ``create``.
+
+    Raises:
+        TaskError: If there is no such head or option, or no weights to start from.
+        UnknownModelError: If the backbone or its recipe is unknown.
+        CheckpointError: If a checkpoint can't be read or isn't one of this model.
+    """
+    options = dict(model["backbone_kwargs"])
+    if model.get("backbone_checkpoint") is not None:
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(model["backbone_checkpoint"]))}}
+    elif model.get("pretrained"):
+        options["pretrained"] = True
+    try:
+        return create(
+            model["head"],
+            model["backbone"],
+            num_classes=classes,
+            recipe=model["recipe"],
+            checkpoint=model.get("checkpoint"),
+            backbone_kwargs=options,
+            **kwargs,
+        )
+    except (TaskError, CheckpointError, UnknownModelError):
+        raise
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise TaskError(
+            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the head, and "
+            "model.backbone_kwargs those of the backbone"
+        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        if not options.get("pretrained"):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error

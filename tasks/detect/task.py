@@ -6,11 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...zoo import CheckpointError
-from ...zoo.backbone import UnknownModelError
-from ...zoo.weights import locate
 from .. import TaskError
 from ..coco import encode_mask
+from ..dense import build_described
 from .data import build_datasets
 from .detector import DETECTORS, create_detector
 from .transform import DetectorTransform
@@ -163,35 +161,7 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
         UnknownModelError: If the backbone or its recipe is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
-    options = dict(model["backbone_kwargs"])
-    if model.get("backbone_checkpoint") is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(model["backbone_checkpoint"]))}}
-    elif model.get("pretrained"):
-        options["pretrained"] = True
-    try:
-        return create_detector(
-            model["head"],
-            model["backbone"],
-            num_classes=classes,
-            recipe=model["recipe"],
-            checkpoint=model.get("checkpoint"),
-            backbone_kwargs=options,
-            **model["kwargs"],
-        )
-    except (TaskError, CheckpointError, UnknownModelError):
-        raise
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise TaskError(
-            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the detector, and "
-            "model.backbone_kwargs those of the backbone"
-        ) from error
-    except (RuntimeError, OSError, ValueError) as error:
-        if not options.get("pretrained"):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error
+    return build_described(create_detector, model, classes, model["kwargs"])
 
 
 def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:

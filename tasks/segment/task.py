@@ -9,11 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...zoo import CheckpointError
-from ...zoo.backbone import UnknownModelError
-from ...zoo.weights import locate
 from .. import TaskError
-from ..coco import encode_mask
+from ..dense import build_described
+from ..detect.task import to_plain
 from .data import InputRule, build_datasets
 from .segmenter import HEADS, create_segmenter
 
@@ -227,38 +225,10 @@ def build_segmenter(model: dict[str, Any], things: list[bool]) -> nn.Module:
         UnknownModelError: If the backbone or its recipe is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
-    options = dict(model["backbone_kwargs"])
-    if model.get("backbone_checkpoint") is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(model["backbone_checkpoint"]))}}
-    elif model.get("pretrained"):
-        options["pretrained"] = True
     kwargs = dict(model["kwargs"])
     if model["head"] in MASK_HEADS:
         kwargs.setdefault("things", [label for label, is_thing in enumerate(things) if is_thing])
-    try:
-        return create_segmenter(
-            model["head"],
-            model["backbone"],
-            num_classes=len(things),
-            recipe=model["recipe"],
-            checkpoint=model.get("checkpoint"),
-            backbone_kwargs=options,
-            **kwargs,
-        )
-    except (TaskError, CheckpointError, UnknownModelError):
-        raise
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise TaskError(
-            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the segmenter, and "
-            "model.backbone_kwargs those of the backbone"
-        ) from error
-    except (RuntimeError, OSError, ValueError) as error:
-        if not options.get("pretrained"):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error
+    return build_described(create_segmenter, model, len(things), kwargs)
 
 
 def segment_image(
@@ -286,11 +256,7 @@ def segment_image(
     if task == "semantic":
         return found.to(torch.uint8).cpu()
     if task == "instance":
-        plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
-        return plain | {
-            "labels": found["labels"].cpu(),
-            "masks": [encode_mask(mask) for mask in found["masks"].cpu().numpy()],
-        }
+        return to_plain(found)
     numbers = found["segments"].cpu()
     label_of = torch.full((len(found["segments_info"]) + 1,), classes, dtype=torch.int32)
     for info in found["segments_info"]:

@@ -20,8 +20,8 @@ MASK_RCNN, UPERNET, MASK2FORMER = (
 )
 SHORT = {
     MASK_RCNN: (
-        "epochs=2",
-        "data.repeat=24",
+        "epochs=3",
+        "data.repeat=32",
         "batch_size=2",
         "data.augment.crop=96",
         "model.kwargs.channels=32",
