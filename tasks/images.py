@@ -57,9 +57,10 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     if channels not in (1, 3):
         raise TaskError(f"{path}: images are read with 1 or 3 channels, but the model takes {channels}")
     try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
+        with Image.open(path) as image:
+            image.load()
+            # In place, an upright image isn't copied.
+            ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise DamagedImageError(f"{path}: no such file") from None
     except Exception as error:

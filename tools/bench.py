@@ -328,7 +328,7 @@ def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds:
 
     from timm.data import ImageDataset, create_loader
 
-    from ..tasks.classify.data import InputRule, LabelledFolder
+    from ..tasks.classify.data import InputRule, LabelledFolder, keep_posterize_total
     from ..tasks.engine.loading import build_loader
 
     settings = {
@@ -357,6 +357,7 @@ def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds:
                 persistent_workers=workers > 0,
                 **{"color_jitter": 0.4, **(augment or {})},
             )
+            keep_posterize_total(theirs.dataset.transform)
             loaders = {"ours": build_loader(ours, batch, workers, seed), "timm": theirs}
             calls = {who: partial(_exhaust, loader) for who, loader in loaders.items()}
             times = alternate(calls, rounds, "cpu")

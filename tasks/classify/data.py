@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
@@ -73,10 +74,27 @@ class InputRule:
             crop_mode=self.crop_mode,
             **{"interpolation": self.interpolation, **(augment or {})},
         )
+        keep_posterize_total(transform)
         if affine is None:
             return transform
         resize = Resize(self.size, InterpolationMode(self.interpolation))
         return Compose([resize, RandomAffine(interpolation=InterpolationMode.BILINEAR, **affine), transform])
+
+
+def keep_posterize_total(transform: Compose) -> None:
+    """Let timm's augmentation posterize to no bits at all, a black image, as published training did.
+
+    At the greatest magnitude, which noise on the magnitude reaches now and then, timm asks for 0 bits; Pillow now
+    refuses that.
+    """
+    for step in transform.transforms:
+        chains = [getattr(step, "ops", ()), *getattr(step, "policy", ())]
+        for op in (op for chain in chains for op in chain if op.aug_fn is posterize):
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    return posterize(image, bits, **kwargs) if bits >= 1 else image.point(lambda value: 0)
 
 
 class Digits(Dataset):

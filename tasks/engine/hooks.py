@@ -145,6 +145,7 @@ class RunHook(Hook):
         interval = self._config["checkpoint"]["interval"]
         if interval is not None and (runner.iter + 1) % interval == 0 and batch_idx + 1 < batches:
             self._check_finite(runner)
+            self._average_losses(runner)
             begun = {
                 "seconds": time.monotonic() - self._epoch_began,
                 "losses": {name: torch.stack(values).cpu() for name, values in self._losses.items()},
@@ -156,6 +157,7 @@ class RunHook(Hook):
         """Average the losses; without a validation to come, complete the epoch."""
         self._check_finite(runner)
         runner.average_statistics()
+        self._average_losses(runner)
         epoch = runner.epoch + 1
         means = {name: float(torch.stack(values).mean()) for name, values in self._losses.items()}
         self._entry = {
@@ -200,6 +202,14 @@ class RunHook(Hook):
             f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
             f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
         )
+
+    def _average_losses(self, runner: Runner) -> None:
+        """Let all processes have the mean of their losses."""
+        if runner.distributed:
+            for name, values in self._losses.items():
+                means = torch.stack(values)
+                torch.distributed.all_reduce(means)
+                self._losses[name] = list(means / runner.world_size)
 
     def _count_damaged(self, runner: Runner, measured: bool) -> dict[str, int]:
         """Return how many images were skipped so far; those that weren't known before are named."""

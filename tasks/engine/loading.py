@@ -146,6 +146,6 @@ def build_loader(
         num_workers=workers,
         drop_last=seed is not None and len(dataset) >= batch_size * processes,
         pin_memory=pin_memory,
-        persistent_workers=seed is not None and workers > 0,
+        persistent_workers=workers > 0,
         collate_fn=getattr(dataset, "collate", None),
     )
