@@ -146,7 +146,7 @@ def test_a_compiled_run_learns_the_same_and_its_checkpoint_is_like_any_other(con
     compiled = train(config_file, tmp_path / "compiled", *base, "compile=True")
     for before, after in zip(plain["history"], compiled["history"], strict=True):
         assert after["train/loss"] == pytest.approx(before["train/loss"], abs=1e-3)
-    config = engine.load_config(config_file, base)
+    config = engine.load_config(config_file, (*QUICK, *base))
     metrics, _, _ = engine.evaluate(config, compiled["last"], progress=False)
     assert metrics["loss"] == pytest.approx(compiled["history"][-1]["val/loss"], abs=1e-4)
 
