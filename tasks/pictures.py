@@ -116,7 +116,8 @@ def draw_curves(histories: Mapping[str, Sequence[dict]], scalars: Sequence[str],
             points = [(entry["epoch"], entry[scalar]) for entry in history if entry.get(scalar) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), lw=1.8, marker="." if len(points) < 30 else None, **styles[name])
-        axes.set(xlabel="epoch", ylabel=scalar.replace("train/", "training ").replace("val/", "held-out "))
+        words = {"lr": "learning rate"}.get(scalar, scalar.replace("train/", "training ").replace("val/", "held-out "))
+        axes.set(xlabel="epoch", ylabel=words)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)

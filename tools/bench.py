@@ -439,21 +439,34 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("what", choices=("kernels", "models", "detectors", "deformable", "loader"))
-    parser.add_argument("models", nargs="*", default=["nat_tiny"], metavar="MODEL")
-    parser.add_argument("--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--size", type=int, default=224)
     parser.add_argument(
-        "--image", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="detectors: size of the image"
+        "what", choices=("kernels", "models", "detectors", "deformable", "loader"), help="what to measure; see above"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="medians are over this many alternating calls")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "models", nargs="*", default=["nat_tiny"], metavar="MODEL", help="timm names; nat_tiny by default"
+    )
+    parser.add_argument(
+        "--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with; %(default)s by default"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="images at once; %(default)s by default")
+    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels; %(default)s by default")
+    parser.add_argument(
+        "--image",
+        type=int,
+        nargs=2,
+        default=(800, 1344),
+        metavar=("H", "W"),
+        help="detectors: size of the image, in pixels; 800 1344 by default",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="medians are over this many alternating calls; %(default)s by default"
+    )
+    parser.add_argument("--device", default="cpu", help="where to measure; %(default)s by default")
     parser.add_argument("--data", type=Path, help="loader: one folder of images a class; made-up JPEGs by default")
     parser.add_argument("--workers", type=int, default=2, help="loader: processes; %(default)s by default")
     parser.add_argument("--backward", action="store_true", help="kernels: forward and backward, without FlexAttention")
     parser.add_argument("--no-flex", action="store_true", help="kernels: leave compiled FlexAttention out")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder; %(default)s by default")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,10 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("attentions", nargs="*", metavar="ATTENTION", help="all by default")
     parser.add_argument("--epochs", type=int, help="the recipe's by default; 0 compares the cost alone")
     parser.add_argument("--seed", type=int, default=0, help="of the training; %(default)s by default")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512], help="sides of the images for the cost")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[224, 512],
+        help="sides of the images for the cost, in pixels; 224 512 by default",
+    )
     parser.add_argument("--batch", type=int, default=4, help="images at once, for the cost; %(default)s by default")
-    parser.add_argument("--rounds", type=int, default=5, help="times are medians over so many alternating calls")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="times are medians over so many alternating calls; %(default)s by default"
+    )
+    parser.add_argument("--device", default="cpu", help="where to train and time; %(default)s by default")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder; %(default)s by default")
 
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="side, or height and width, of the images; the model's own",
+        help="side, or height and width, of the images, in pixels; the model's own by default",
     )
     parser.add_argument("--batch", type=int, default=1, help="images at once; %(default)s by default")
     parser.add_argument("--dynamic-batch", action="store_true", help="take any number of images at once")

@@ -21,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
     parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score of objects; %(default)s by default")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--batch-size", type=int, default=16, help="%(default)s by default")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score of objects, 0 to 1; %(default)s by default"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="images at once; %(default)s by default")
 
 
 def run(args: argparse.Namespace) -> int:

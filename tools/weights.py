@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--images", nargs="+", metavar="IMAGE", help="photos instead of the one that is at hand")
     verify.add_argument("--data", type=Path, metavar="FOLDER", help="ImageNet's val folder: measure the accuracy")
     verify.add_argument("--reference", type=Path, metavar="JSON", help="outputs recorded as in tests/golden")
-    verify.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    verify.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
+    )
     verify.add_argument("--batch-size", type=int, default=32, help="of --data; %(default)s by default")
     verify.add_argument("--workers", type=int, default=4, help="of --data; %(default)s by default")
     parsers["convert"].add_argument("output", metavar="OUTPUT", type=Path, help="file.safetensors")

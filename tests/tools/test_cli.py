@@ -1,3 +1,5 @@
+import argparse
+import importlib
 import json
 import os
 import re
@@ -30,6 +32,25 @@ def test_every_command_says_how_it_is_used(capsys):
     for name in cli.COMMANDS:
         assert main([name, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: foveate {name}")
+
+
+def options(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from options(sub)
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_states_every_default(name):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"foveate.tools.{name}").add_arguments(parser)
+    for action in options(parser):
+        given = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        if given and "by default" not in (action.help or ""):
+            pytest.fail(f"{name} {action.option_strings[0]}: the help does not state the default, {action.default!r}")
 
 
 def test_version(capsys):

@@ -96,16 +96,25 @@ def test_nan_is_no_agreement(tmp_path):
         export_model(Random(), torch.randn(1, 3, 8, 8), tmp_path / "model.pt2", {})
 
 
+@pytest.mark.heavy
 def test_segmenters_are_exported_whole(tmp_path):
     segmenter = create_segmenter("semantic_fpn", "nat_atto", num_classes=3).eval()
     facts = export_model(segmenter, torch.randn(1, 3, 50, 70), tmp_path / "segmenter.pt2", {})
     assert facts["outputs"] == [[1, 3, 50, 70]]
 
 
-def test_detectors_are_exported_up_to_their_heads(tmp_path):
-    detector = create_detector("retinanet", "nat_atto", num_classes=2, channels=16).eval()
+@pytest.fixture
+def detector():
+    return create_detector("retinanet", "nat_atto", num_classes=2, channels=16).eval()
+
+
+def test_a_whole_detector_is_refused_with_what_can_be_exported(detector, tmp_path):
     with pytest.raises(TaskError, match=r"a whole RetinaNet can't be exported: .*--features exports its backbone"):
         export_model(detector, torch.randn(1, 3, 64, 96), tmp_path / "detector.pt2", {})
+
+
+@pytest.mark.heavy
+def test_detectors_are_exported_up_to_their_heads(detector, tmp_path):
     facts = export_model(Pyramid(detector), torch.randn(1, 3, 64, 96), tmp_path / "maps.pt2", {})
     assert facts["outputs"][0] == [1, 16, 8, 12]
     assert len(facts["outputs"]) == 5
