@@ -137,7 +137,7 @@ def test_info_counts_the_operator_and_states_source_and_licence(capsys):
     # The paper states 2.7 GMACs; tiles compute some scores that the window hides.
     assert 2.6 <= float(re.search(r"([\d.]+) GMACs at 224x224", text)[1]) <= 3.2
     assert "licence mit" in text
-    assert "81.8 (paper)" in text
+    assert "top-1 81.8 (authors)" in text
     assert main(["info", "nat_atto", "--size", "64"]) == 0
     text = capsys.readouterr().out
     assert "at 64x64" in text
