@@ -65,7 +65,11 @@ def find_revision() -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+            ["git", "--no-optional-locks", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         )
         return done.stdout.strip()
 
