@@ -4,10 +4,10 @@
   .pt2          torch.export, read again and compared; torch.export.load reads it
   .safetensors  the weights alone, read again and compared bit for bit
 
-Classifiers give logits [B, classes]; segmenters, Mask2Former too, logits of pixels [B, classes, H, W]. Detectors can't be
-exported whole; --features writes their backbone and neck, with maps [B, C, H, W]. The input is a batch of normalised
-images [B, channels, H, W], float32. The metadata has, under "foveate" and as JSON, what a user needs to know: the
-classes, and the mean and std of pixels 0..1.
+Classifiers give logits [B, classes], segmenters (Mask2Former too) logits [B, classes, H, W] of pixels. Detectors can
+not be exported whole; --features writes their backbone and neck, with maps [B, C, H, W]. The input is a batch of
+normalised images [B, channels, H, W], float32. The metadata has, under "foveate" and as JSON, what a user needs:
+the classes, and the mean and std of pixels 0..1.
 """
 
 import argparse
