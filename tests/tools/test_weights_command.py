@@ -190,8 +190,7 @@ def test_a_failing_conversion_leaves_nothing(quadtree, tmp_path, monkeypatch, re
 
     monkeypatch.setattr(safetensors.torch, "save_file", half)
     (tmp_path / "out").mkdir()
-    with pytest.raises(OSError, match="disk full"):
-        main(["weights", "convert", str(quadtree), str(tmp_path / "out" / "b0.safetensors")])
+    assert "disk full" in refused("weights", "convert", str(quadtree), str(tmp_path / "out" / "b0.safetensors"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
