@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..zoo import CheckpointError, create_backbone
 from ..zoo._checkpoint import LoadReport
@@ -130,6 +131,19 @@ def load_dense(
     )
     _logger.info(f"{path}: {report}")
     return report
+
+
+def freeze_statistics(backbone: nn.Module) -> None:
+    """Let a backbone's batch norms use the statistics that they have, until it is put into training mode again."""
+    for module in backbone.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a config's ``model``, in plain types, what `build_described` needs to build it again."""
+    keys = ("head", "backbone", "recipe", "backbone_kwargs", "kwargs")
+    return {"model": f"{model['head']} on {model['backbone']}", **{key: model[key] for key in keys}}
 
 
 def build_described(

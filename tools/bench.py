@@ -11,6 +11,7 @@ plot of time against size.
 
 import argparse
 import csv
+import functools
 import platform
 import statistics
 import sys
@@ -189,6 +190,7 @@ def _step(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool)
             function(*inputs)
 
 
+@functools.cache
 def matmul_rate(device: str, rounds: int) -> float:
     """Return the GFLOP/s of a float32 product of two 1024 x 1024 matrices: what the machine can do."""
     a = torch.randn(1024, 1024, device=device)

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
         for name in names:
             rows[name] |= _train(name, args)
     models = {name: timm.create_model(HOST, attention=name).eval().to(args.device) for name in names}
+    with torch.device("meta"):
+        on_meta = {name: timm.create_model(HOST, attention=name).eval() for name in names}
     for name, model in models.items():
         rows[name]["M parameters"] = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
     for size in args.sizes:
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             times = alternate(calls, args.rounds, args.device)
         for name in names:
             rows[name] |= {
-                f"GMACs at {size}": round(count_macs(HOST, (3, size, size), attention=name) / 1e9, 2),
+                f"GMACs at {size}": round(count_macs(on_meta[name], (3, size, size)) / 1e9, 2),
                 f"images/s at {size}": round(args.batch / times[name], 1),
                 f"peak MB at {size}": round(
                     peak_memory(HOST, args.batch, size, args.device, attention=name) / 2**20, 1

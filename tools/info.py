@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         model = timm.create_model(args.name).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        macs = count_macs(args.name, (channels, height, width))
+        macs = count_macs(model, (channels, height, width))
         cost = f"{macs / 1e9:.2f} GMACs at {height}x{width}, as executed on the CPU"
     except NotImplementedError as error:
         cost = f"not counted: {str(error).splitlines()[0]}"

@@ -7,7 +7,7 @@ only), dead, or none.
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from .. import list_models
     from ..tasks import TaskError, nearest
 
-    # A bare word means every name that holds it.
-    pattern = args.pattern if any(sign in args.pattern for sign in "*?[") else f"*{args.pattern}*"
+    pattern = as_glob(args.pattern)
     if args.detectors or args.segmenters:
         _print_published("detect" if args.detectors else "segment", pattern)
         return
@@ -51,6 +50,18 @@ def run(args: argparse.Namespace) -> None:
         print(name)
 
 
+def as_glob(pattern: str) -> str:
+    """Return a glob as it is, and for a bare word the one of every name that holds it."""
+    return pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells, aligned in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def _print_published(task: str, pattern: str) -> None:
     """Print the published models of a task whose name matches a glob."""
     import fnmatch
@@ -66,9 +77,7 @@ def _print_published(task: str, pattern: str) -> None:
         )
     columns = ("name", "head", "backbone", "data", "schedule", "metrics", "licence", "state", "source")
     titles = dict(zip(columns, columns, strict=True)) | {"metrics": "authors' metrics", "state": "weights"}
-    widths = {column: max(len(row[column]) for row in [titles, *found]) for column in columns}
-    for row in [titles, *found]:
-        print("  ".join(f"{row[column]:<{widths[column]}}" for column in columns).rstrip())
+    print_table([[row[column] for column in columns] for row in (titles, *found)])
 
 
 def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:

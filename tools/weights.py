@@ -68,8 +68,9 @@ def _list(args: argparse.Namespace) -> None:
 
     from ..tasks import TaskError, nearest
     from ..zoo import weights
+    from .list import as_glob, print_table
 
-    pattern = args.pattern if any(sign in args.pattern for sign in "*?[") else f"*{args.pattern}*"
+    pattern = as_glob(args.pattern)
     chosen = [
         entry for name, entry in weights.table().items() if fnmatch(name, pattern) and args.task in (None, entry.task)
     ]
@@ -88,9 +89,7 @@ def _list(args: argparse.Namespace) -> None:
         rows.append(
             (entry.name, stated or "-", licence, entry.state, entry.reported or "-", max(good, default="-"), here)
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)
     print(
         f"\n{len(chosen)} files. Links as last reported: listed by the authors; derived from a share page; browser: "
         "for people only; dead.\nLast good: when the file was first fetched here."
@@ -294,16 +293,14 @@ def _verify(args: argparse.Namespace) -> int | None:
 
 def _inputs(loaded: _Loaded) -> tuple[Callable, list[str]]:
     """Return a classifier's transform of images and the names of its classes."""
-    from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+    from timm.data import create_transform, resolve_model_data_config
+
+    from ..tasks.classify.predict import class_names
 
     if loaded.predictor:
         return loaded.predictor.rule.transform(), loaded.predictor.classes
     transform = create_transform(**resolve_model_data_config(loaded.model), is_training=False)
-    count = loaded.model.num_classes
-    if count == 1000:
-        info = ImageNetInfo("imagenet-1k")
-        return transform, [info.index_to_description(index) for index in range(count)]
-    return transform, [f"class {index}" for index in range(count)]
+    return transform, class_names(loaded.model.num_classes)
 
 
 def _photos(images: list[str] | None, channels: int) -> list[tuple[str, object]]:

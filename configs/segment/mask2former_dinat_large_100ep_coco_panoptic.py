@@ -6,7 +6,7 @@ Expect: the paper states 58.5 PQ, 49.2 mask AP, 68.3 mIoU; not run by us.
 Cost: not measured by us.
 """
 
-_base_ = "../_base_/mask2former_dinat_large.py"
+_base_ = ["../_base_/mask2former_dinat_large.py", "../_base_/mask2former_coco.py"]
 
 model = dict(task="panoptic", recipe="coco_panoptic")
 data = dict(
@@ -14,12 +14,4 @@ data = dict(
     train=dict(annotations="annotations/panoptic_train2017.json", images="train2017"),
     val=dict(annotations="annotations/panoptic_val2017.json", images="val2017"),
     num_classes=133,
-    broken="drop",
-    short=800,
-    long=1333,
-    augment=dict(shorts=(1024,), long=1024, ratio=(0.1, 2.0), crop=1024, flip=0.5),
 )
-# 737,500 steps; the learning rate falls after 655,556 and 710,184 of them.
-iterations = 737_500
-val_interval = 10
-schedule = dict(name="step", steps=(89, 96))

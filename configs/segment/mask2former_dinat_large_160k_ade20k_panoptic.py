@@ -6,7 +6,7 @@ Expect: the paper states 49.4 PQ, 35.0 mask AP, 56.3 mIoU; not run by us.
 Cost: not measured by us.
 """
 
-_base_ = "../_base_/mask2former_dinat_large.py"
+_base_ = ["../_base_/mask2former_dinat_large.py", "../_base_/mask2former_ade20k.py"]
 
 model = dict(task="panoptic", recipe="ade20k_panoptic")
 data = dict(
@@ -14,11 +14,4 @@ data = dict(
     # Of Mask2Former's prepare_ade20k_pan_seg.py.
     train=dict(annotations="ade20k_panoptic_train.json", images="images/training", maps="ade20k_panoptic_train"),
     val=dict(annotations="ade20k_panoptic_val.json", images="images/validation", maps="ade20k_panoptic_val"),
-    num_classes=150,
-    short=640,
-    long=2560,
-    augment=dict(shorts=tuple(range(320, 1281, 64)), long=2560, crop=640, flip=0.5, distortion=True),
 )
-iterations = 160_000
-val_interval = 4
-schedule = dict(name="poly", power=0.9, final_factor=0.0)

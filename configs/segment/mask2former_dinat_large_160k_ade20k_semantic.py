@@ -6,16 +6,9 @@ Expect: the paper states 58.1 mIoU (multi-scale); not run by us.
 Cost: not measured by us.
 """
 
-_base_ = "../_base_/mask2former_dinat_large.py"
+_base_ = ["../_base_/mask2former_dinat_large.py", "../_base_/mask2former_ade20k.py"]
 
 model = dict(task="semantic", recipe="ade20k_semantic")
 data = dict(
     name="ade20k",
-    num_classes=150,
-    short=640,
-    long=2560,
-    augment=dict(shorts=tuple(range(320, 1281, 64)), long=2560, crop=640, flip=0.5, distortion=True),
 )
-iterations = 160_000
-val_interval = 4
-schedule = dict(name="poly", power=0.9, final_factor=0.0)

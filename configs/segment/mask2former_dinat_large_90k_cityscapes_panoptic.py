@@ -6,7 +6,7 @@ Expect: the paper states 67.2 PQ, 44.5 mask AP, 83.4 mIoU; not run by us.
 Cost: not measured by us.
 """
 
-_base_ = "../_base_/mask2former_dinat_large.py"
+_base_ = ["../_base_/mask2former_dinat_large.py", "../_base_/mask2former_cityscapes.py"]
 
 model = dict(task="panoptic", recipe="cityscapes_panoptic")
 data = dict(
@@ -14,11 +14,4 @@ data = dict(
     # Of cityscapesscripts' createPanopticImgs.py, with train ids.
     train=dict(annotations="gtFine/cityscapes_panoptic_train_trainId.json", images="leftImg8bit/train"),
     val=dict(annotations="gtFine/cityscapes_panoptic_val_trainId.json", images="leftImg8bit/val"),
-    num_classes=19,
-    short=1024,
-    long=2048,
-    augment=dict(shorts=tuple(range(512, 2049, 102)), long=4096, crop=(512, 1024), flip=0.5, distortion=True),
 )
-iterations = 90_000
-val_interval = 25
-schedule = dict(name="poly", power=0.9, final_factor=0.0)

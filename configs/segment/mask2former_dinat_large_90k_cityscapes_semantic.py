@@ -6,16 +6,9 @@ Expect: the paper states 84.5 mIoU (multi-scale); not run by us.
 Cost: not measured by us.
 """
 
-_base_ = "../_base_/mask2former_dinat_large.py"
+_base_ = ["../_base_/mask2former_dinat_large.py", "../_base_/mask2former_cityscapes.py"]
 
 model = dict(task="semantic", recipe="cityscapes_semantic")
 data = dict(
     name="cityscapes",
-    num_classes=19,
-    short=1024,
-    long=2048,
-    augment=dict(shorts=tuple(range(512, 2049, 102)), long=4096, crop=(512, 1024), flip=0.5, distortion=True),
 )
-iterations = 90_000
-val_interval = 25
-schedule = dict(name="poly", power=0.9, final_factor=0.0)

@@ -144,7 +144,11 @@ def kernel_shape(
         for tile in _factorings(m, lengths)
         for box in _factorings(n, lengths)
     ]
-    return min(shapes, key=cost)
+    shape = min(shapes, key=cost)
+    if major == 10 and not biased and row_bytes <= 64:
+        # For narrow heads without bias on sm_100, ptxas spills to reach an occupancy that a further stage rules out.
+        shape = shape._replace(stages=shape.stages + 1)
+    return shape
 
 
 def _three(values: Sequence[int]) -> tuple[int, ...]:
@@ -194,10 +198,7 @@ def _common(
     row_bytes = _power_of_two(max(dim, dim_v)) * query.element_size()
     target = "float32" if query.dtype == torch.float32 else "half"
     target = "interpreted" if _interpreted() else target
-    major = _major(query.device)
-    shape = kernel_shape(pass_name, axes, row_bytes, rpb is not None, target, major)
-    # For narrow heads without bias on sm_100, ptxas spills to reach an occupancy that a further stage rules out.
-    narrow = rpb is None and row_bytes <= 64 and major == 10
+    shape = kernel_shape(pass_name, axes, row_bytes, rpb is not None, target, _major(query.device))
     arguments = {
         "query": query,
         "key": key,
@@ -225,7 +226,7 @@ def _common(
         "BIAS": rpb is not None,
         "PRECISION": _precision(),
         "num_warps": shape.warps,
-        "num_stages": shape.stages + narrow,
+        "num_stages": shape.stages,
     }
     return arguments, options, shape
 

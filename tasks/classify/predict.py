@@ -15,6 +15,14 @@ from .data import InputRule
 from .task import create_classifier
 
 
+def class_names(count: int) -> list[str]:
+    """Return the names of so many classes: ImageNet-1k's of 1000, else numbers."""
+    if count == 1000:
+        names = ImageNetInfo("imagenet-1k")
+        return [names.index_to_description(index) for index in range(count)]
+    return [f"class {index}" for index in range(count)]
+
+
 class Predictor:
     """A classifier with all it needs to name what is in an image.
 
@@ -67,14 +75,7 @@ class Predictor:
             raise TaskError(f"{name}: takes {height}x{width} images; only square inputs are predicted from")
         how = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         rule = InputRule(height, channels, **how, crop_mode=cfg.get("crop_mode") or "center")
-        if cfg.get("label_names"):
-            classes = list(cfg["label_names"])
-        elif model.num_classes == 1000:
-            names = ImageNetInfo("imagenet-1k")
-            classes = [names.index_to_description(index) for index in range(1000)]
-        else:
-            classes = [f"class {index}" for index in range(model.num_classes)]
-        return cls(model, rule, classes, device)
+        return cls(model, rule, cfg.get("label_names") or class_names(model.num_classes), device)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:

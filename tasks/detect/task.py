@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import TaskError
 from ..coco import encode_mask
-from ..dense import build_described
+from ..dense import build_described, describe_model, freeze_statistics
 from .data import build_datasets
 from .detector import DETECTORS, create_detector
 from .transform import DetectorTransform
@@ -89,9 +88,7 @@ class Detect:
     def loss(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
-            for module in model.backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            freeze_statistics(model.backbone)
         if self._pad is None:
             return model(images, targets)
         batch, targets, sizes = self._pad(images, targets)
@@ -144,12 +141,10 @@ class Detect:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        keys = ("head", "backbone", "recipe", "backbone_kwargs", "kwargs")
         return {
             "task": "detect",
-            "model": f"{self.model['head']} on {self.model['backbone']}",
             "classes": self.classes,
-            **{key: self.model[key] for key in keys},
+            **describe_model(self.model),
         }
 
 

@@ -34,7 +34,7 @@ class TaskModel(BaseModel):
         self.net = task.build_model()
         if config["grad_checkpointing"]:
             _checkpoint_gradients(self.net)
-        self._order = torch.channels_last if config["channels_last"] else torch.preserve_format
+        self.memory_format = torch.channels_last if config["channels_last"] else torch.preserve_format
         dtype = PRECISIONS[config["precision"]]
         # In functions, which the EMA's deep copy shares, so that the data sets are not copied.
         self._loss = lambda *batch: task.loss(*batch)
@@ -51,7 +51,7 @@ class TaskModel(BaseModel):
     def forward(self, inputs: Tensor, targets: Any, mode: str = "predict"):
         """Return the losses of a batch in mode ``"loss"``, else a prediction for every image."""
         if isinstance(inputs, Tensor) and inputs.ndim == 4:
-            inputs = inputs.to(memory_format=self._order)
+            inputs = inputs.to(memory_format=self.memory_format)
         with torch.autocast(**self._autocast):
             if mode == "loss":
                 return self._loss(self.net, inputs, targets)
@@ -153,8 +153,7 @@ class TaskRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg, model: nn.Module) -> nn.Module:
         """Move the model to the run's device, try it, and under torchrun wrap it for several processes."""
-        order = torch.channels_last if self._config["channels_last"] else torch.preserve_format
-        model = model.to(self._device, memory_format=order)
+        model = model.to(self._device, memory_format=model.memory_format)
         unused = self._try(model) if self._train_dataloader is not None else False
         if not self.distributed:
             return model

@@ -310,10 +310,10 @@ class LabelMaps(SegmentationSet):
         faults.refuse("correct them")
 
 
-class PanopticMaps(SegmentationSet):
-    """COCO's panoptic annotations."""
+class CocoMaps(SegmentationSet):
+    """Images with COCO's annotations, a record for each; what these are is for the subclasses."""
 
-    def __init__(self, records: Sequence[PanopticRecord], **settings):
+    def __init__(self, records: Sequence[PanopticRecord | Record], **settings):
         super().__init__(**settings)
         self.records = list(records)
 
@@ -325,6 +325,10 @@ class PanopticMaps(SegmentationSet):
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
         return read_image(self.records[index].file)
+
+
+class PanopticMaps(CocoMaps):
+    """COCO's panoptic annotations."""
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the segments' masks, labels and whether they are crowds."""
@@ -342,23 +346,10 @@ class PanopticMaps(SegmentationSet):
         return (numbers == record.ids[:, None, None]).astype(np.uint8), record.labels, record.crowd
 
 
-class InstanceMaps(SegmentationSet):
+class InstanceMaps(CocoMaps):
     """COCO's annotations of instances."""
 
     overlapping = True
-
-    def __init__(self, records: Sequence[Record], **settings):
-        super().__init__(**settings)
-        self.records = list(records)
-
-    @property
-    def images(self) -> int:
-        """Number of different images."""
-        return len(self.records)
-
-    def image(self, index: int) -> Image.Image:
-        """Return an image as it is, RGB."""
-        return read_image(self.records[index].file)
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the objects' masks, labels and whether they are crowds."""

@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import TaskError
-from ..dense import build_described
+from ..dense import build_described, describe_model, freeze_statistics
 from ..detect.task import to_plain
 from .data import InputRule, build_datasets
 from .segmenter import HEADS, create_segmenter
@@ -124,9 +123,7 @@ class Segment:
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
-            for module in model.backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            freeze_statistics(model.backbone)
         if self.model["head"] == "oneformer":
             return model.loss(images, targets, task=self.task)
         return model.loss(images, targets)
@@ -200,16 +197,14 @@ class Segment:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        keys = ("head", "backbone", "recipe", "backbone_kwargs", "kwargs")
         return {
             "task": "segment",
-            "model": f"{self.model['head']} on {self.model['backbone']}",
             "classes": self.classes,
             "things": self.things,
             "segments": self.task,
             "input": dataclasses.asdict(self.rule),
             "test": self.test,
-            **{key: self.model[key] for key in keys},
+            **describe_model(self.model),
         }
 
 
