@@ -15,10 +15,39 @@ ACTIONS = {
     "list": "list published weights: the authors' numbers, and what is known of the links",
     "info": "say all about published weights",
     "fetch": "download weights into the cache",
-    "verify": "load a file strictly, run it on a photo, compare it with what its authors state",
+    "verify": "load a file strictly, run it on a photo, measure it beside what its authors state",
     "convert": "write any published file as safetensors",
     "push": "make a folder for the Hugging Face hub, and upload it if --repo is given",
 }
+# What --data may be.
+_FOLDERS = """\
+FOLDER, by what the file was trained for; only held-out images need to be there:
+  ImageNet    val/CLASS/*, the metric is top-1
+  COCO        annotations/instances_val2017.json and val2017/: box AP, mask AP
+  COCO        annotations/panoptic_val2017.json and its pictures, and val2017/: PQ
+  ADE20K      images/validation/ and annotations/validation/: mIoU
+  Cityscapes  leftImg8bit/val/ and gtFine/val/: mIoU
+  otherwise as data.val of the published recipe says, see `foveate config RECIPE`
+Images are resized as in the published tests; where the authors state only a multi-scale mIoU, several views are taken.
+"""
+
+# The authors' names of metrics, and the engine's.
+_METRICS = {
+    "box AP": "box_ap",
+    "mask AP": "mask_ap",
+    "AP": "mask_ap",
+    "PQ": "pq",
+    "PQ things": "pq_things",
+    "PQ stuff": "pq_stuff",
+    "mIoU": "miou",
+    "mIoU multi-scale": "miou",
+    "mAcc": "macc",
+}
+# Those that are shown where the authors' are not known.
+_SHOWN = ("box AP", "mask AP", "PQ", "mIoU")
+_MULTI_SCALE = "mIoU multi-scale"
+# Of each image, for the multi-scale numbers.
+_VIEWS = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("verify", "convert"):
         parsers[name].add_argument("--recipe", help="dense setting of a backbone alone; the model's first by default")
     verify = parsers["verify"]
+    verify.epilog, verify.formatter_class = _FOLDERS, argparse.RawDescriptionHelpFormatter
     verify.add_argument("--images", nargs="+", metavar="IMAGE", help="photos instead of the one that is at hand")
-    verify.add_argument("--data", type=Path, metavar="FOLDER", help="ImageNet's val folder: measure the accuracy")
+    verify.add_argument("--data", type=Path, metavar="FOLDER", help="data set to measure it on, see below")
     verify.add_argument("--reference", type=Path, metavar="JSON", help="outputs recorded as in tests/golden")
     verify.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
     )
-    verify.add_argument("--batch-size", type=int, default=32, help="of --data; %(default)s by default")
+    verify.add_argument("--batch-size", type=int, help="of --data; 32 by default, 1 for detectors and segmenters")
     verify.add_argument("--workers", type=int, default=4, help="of --data; %(default)s by default")
     parsers["convert"].add_argument("output", metavar="OUTPUT", type=Path, help="file.safetensors")
     push = parsers["push"]
@@ -83,7 +113,7 @@ def _list(args: argparse.Namespace) -> None:
     rows = [("weights", "stated by the authors", "licence", "link", "reported", "last good", "here")]
     for entry in chosen:
         good = [pins[key]["date"] for key in (f"{entry.name}/{source.name}" for source in entry.sources) if key in pins]
-        stated = ", ".join(f"{name} {value:g}" for name, value in entry.stated.items())
+        stated = _numbers(entry.stated)
         here = "yes" if _cached(entry) else "-"
         licence = entry.license or "none"
         rows.append(
@@ -113,7 +143,7 @@ def _info(args: argparse.Namespace) -> None:
     facts = [
         ("weights", entry.name),
         ("task", f"{entry.task}{f' ({kind})' if kind else ''}, trained on {entry.data}"),
-        ("stated", ", ".join(f"{name} {value:g}" for name, value in entry.stated.items()) or "nothing"),
+        ("stated", _numbers(entry.stated) or "nothing"),
         ("licence", entry.license or "none is stated by the authors; ask them"),
         ("page", entry.page),
     ]
@@ -197,11 +227,15 @@ class _Loaded:
 
     def _build(self, recipe: str | None):
         from ..tasks.classify import Predictor, create_classifier
+        from ..tasks.predictors import is_published, load_published
         from ..zoo import CheckpointError, create_backbone, list_models
         from ..zoo.backbone import recipes_of
         from ..zoo.variants import variants_of
 
         try:
+            if self.head and self.entry and is_published(self.entry.name) and self.entry.model == self.name:
+                self.predictor = load_published(self.entry.name, weights=self.path)
+                return self.predictor.model
             if self.head:
                 return _dense_model(*self.head, self.name, self.path)
             if self._model_of_card():
@@ -270,8 +304,8 @@ def _verify(args: argparse.Namespace) -> int | None:
     head = f", {loaded.head[1]}" if loaded.head else ""
     print(f"model      {loaded.name}{head}")
     print(f"loaded     {loaded.describe()}")
-    if args.data and loaded.task != "classify":
-        raise TaskError("--data measures classifiers; `foveate eval` measures detectors and segmenters")
+    if args.data and loaded.task == "backbone":
+        raise TaskError("--data measures classifiers, detectors and segmenters; a backbone alone gives maps")
     model = loaded.model.to(device)
     wrong = False
     with torch.inference_mode():
@@ -280,14 +314,17 @@ def _verify(args: argparse.Namespace) -> int | None:
         if loaded.task == "backbone":
             print("photo      not run: a backbone alone gives maps, no classes")
         elif loaded.head:
-            _show_dense(model, loaded.task, args.images, device)
+            _show_dense(loaded, args.images, device)
         else:
             transform, classes = _inputs(loaded)
             _show_classes(model, transform, classes, args.images, device)
             if args.data:
                 _measure(model, transform, classes, loaded.entry, args, device)
-            elif loaded.entry and loaded.entry.stated:
-                print(f"stated     top-1 {loaded.entry.stated['top-1']:g}; give --data FOLDER to measure it")
+    if args.data and loaded.head:
+        _measure_dense(loaded, args)
+    stated = loaded.entry.stated if loaded.entry and loaded.task != "backbone" else {}
+    if stated and not args.data:
+        print(f"stated     {_numbers(stated)}; give --data FOLDER to measure it")
     return 2 if wrong else None
 
 
@@ -339,12 +376,16 @@ def _dense_classes(count: int) -> list[str]:
     return next((names for names in known if len(names) == count), [f"class {index}" for index in range(count)])
 
 
-def _show_dense(model, task: str, images: list[str] | None, device) -> None:
+def _show_dense(loaded: _Loaded, images: list[str] | None, device) -> None:
     from torchvision.transforms.functional import pil_to_tensor
 
+    model, predictor = loaded.model, loaded.predictor
     for name, image in _photos(images, 3):
         pixels = pil_to_tensor(image).to(device)
-        if task == "detect":
+        if loaded.task == "segment" and predictor:
+            predictor.device = device
+            print(f"photo      {name}: {predictor.headline(predictor([image])[0])}")
+        elif loaded.task == "detect":
             found, classes = model([pixels])[0], _dense_classes(model.num_classes)
             rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
             best = [
@@ -421,21 +462,96 @@ def _measure(model, transform: Callable, classes: list[str], entry, args: argpar
 
     if not args.data.is_dir():
         raise TaskError(f"{args.data}: no such folder; --data needs CLASS/*.jpg")
-    if args.batch_size < 1 or args.workers < 0:
-        raise TaskError("--batch-size must be at least 1, --workers at least 0")
+    batch_size = _batch_size(args, 32)
     folder = args.data / "val" if (args.data / "val").is_dir() else args.data
     # ImageNet's folders are named after its synsets; other folders after the checkpoint's own classes.
     names = ImageNetInfo("imagenet-1k").label_names() if len(classes) == 1000 else classes
     images = LabelledFolder(folder, transform, getattr(model, "in_chans", 3), names)
     right = 0
     for batch, labels in tqdm(
-        DataLoader(images, args.batch_size, num_workers=args.workers), unit="batch", desc="measuring", disable=None
+        DataLoader(images, batch_size, num_workers=args.workers), unit="batch", desc="measuring", disable=None
     ):
         right += (model(batch.to(device)).argmax(-1).cpu() == labels).sum().item()
     accuracy = 100 * right / len(images)
-    stated = entry and entry.stated.get("top-1")
-    beside = f"; its authors state {stated:g}, {accuracy - stated:+.2f}" if stated else ""
-    print(f"accuracy   top-1 {accuracy:.2f} on {len(images)} images of {folder}{beside}")
+    print(f"accuracy   top-1 {accuracy:.2f} on {len(images)} images of {folder}{_beside(entry, 'top-1', accuracy)}")
+
+
+def _batch_size(args: argparse.Namespace, default: int) -> int:
+    """Return the batch size to measure with, if it and the workers can be had."""
+    from ..tasks import TaskError
+
+    size = default if args.batch_size is None else args.batch_size
+    if size < 1 or args.workers < 0:
+        raise TaskError("--batch-size must be at least 1, --workers at least 0")
+    return size
+
+
+def _numbers(stated: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in stated.items())
+
+
+def _beside(entry, name: str, value: float) -> str:
+    """Return what the authors state of a measured number, and by how much it differs."""
+    stated = entry and entry.stated.get(name)
+    return f"; its authors state {stated:g}, {value - stated:+.2f}" if stated else ""
+
+
+def _measure_dense(loaded: _Loaded, args: argparse.Namespace) -> None:
+    """Print the metrics of a detector or segmenter on the held-out part of a data set, beside the stated ones."""
+    from ..tasks import engine
+
+    stated = loaded.entry.stated if loaded.entry else {}
+    config = _test_config(loaded, args)
+    multi_scale = list(stated) == [_MULTI_SCALE]
+    if multi_scale:
+        config["test"] |= _VIEWS
+    metrics, _, targets = engine.evaluate(config)
+    names = [name for name in stated or _SHOWN if _METRICS[name] in metrics and (multi_scale or name != _MULTI_SCALE)]
+    for name in names:
+        value = 100 * metrics[_METRICS[name]]
+        beside = _beside(loaded.entry, name, value)
+        print(f"measured   {name} {value:.2f} on {len(targets)} images of {args.data}{beside}")
+    others = {name: value for name, value in stated.items() if name not in names}
+    if others:
+        print(f"stated     {_numbers(others)}; not measured: of another task, or of several views of each image")
+
+
+def _test_config(loaded: _Loaded, args: argparse.Namespace) -> dict:
+    """Return the config that tests a detector's or segmenter's file on a folder as its recipe does."""
+    from ..tasks import engine
+    from .train import find_config
+
+    config = engine.load_config(find_config(_recipe_of(loaded)))
+    config |= {"device": args.device, "workers": args.workers, "precision": "float32"}
+    # Detectors pad the images of a batch to one size; the published numbers are of batches of one.
+    config["batch_size"] = _batch_size(args, 1)
+    config["model"] |= {"checkpoint": str(loaded.path), "pretrained": False, "backbone_checkpoint": None}
+    # Nothing is trained, so that the held-out part may stand for the other.
+    config["data"] |= {"root": str(args.data), "train": config["data"]["val"]}
+    return config
+
+
+def _recipe_of(loaded: _Loaded) -> str:
+    """Return the recipe of a published detector or segmenter; one of the same head and backbone has the same tests."""
+    from ..tasks import TaskError
+    from ..tasks.published import read_published
+
+    kind = (loaded.head[1], loaded.name)
+    rows = [row for row in read_published(loaded.task) if (row["head"], row["backbone"]) == kind]
+    if loaded.entry:
+        rows = [row for row in rows if row["name"] == loaded.entry.name]
+    recipes = {(row["data"], row["recipe"]): row["config"] for row in rows}
+    if len(recipes) > 1:
+        names = " or ".join(row["name"] for row in rows)
+        raise TaskError(
+            f"{loaded.path}: may be any of {names}, which are tested on other data; verify it by its name, with the "
+            "file in FOVEATE_WEIGHTS_MIRROR"
+        )
+    recipe = next(iter(recipes.values()), "")
+    if not recipe:
+        name = loaded.entry.name if loaded.entry else " on ".join(kind)
+        raise TaskError(f"no recipe tells how {name} is tested, so that --data can't measure it; leave it out")
+    return recipe
 
 
 def _convert(args: argparse.Namespace) -> None:

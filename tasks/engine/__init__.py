@@ -141,9 +141,14 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
 
 
 def evaluate(
-    config: dict[str, Any], checkpoint_path: str | Path, progress: bool = True
+    config: dict[str, Any], checkpoint_path: str | Path | None = None, progress: bool = True
 ) -> tuple[dict[str, float], list, list]:
-    """Measure a checkpoint of `train` on the validation set of a config.
+    """Measure a model on the validation set of a config.
+
+    Args:
+        config: What to measure on, and how.
+        checkpoint_path: Checkpoint of `train`; None for the weights that the config starts from.
+        progress: Whether to show it on a terminal.
 
     Returns:
         The metrics, and for every image, in the order of the set, the task's prediction and the target; without
@@ -153,13 +158,11 @@ def evaluate(
         TaskError: If the evaluation can't be done.
         CheckpointError: If the checkpoint can't be read or doesn't hold the config's model.
     """
-    checkpoint = read_checkpoint(checkpoint_path, config["task"])
+    checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(_without_start(config))
-    card, expected = checkpoint["card"], task.card()
-    for key in ("model", "classes"):
-        if card[key] != expected[key]:
-            raise TaskError(f"{checkpoint_path}: its {key} is {card[key]}, but the config's is {expected[key]}")
+    task = task_class_of(config["task"])(config if checkpoint is None else _without_start(config))
+    if checkpoint is not None:
+        _check_card(checkpoint["card"], task.card(), checkpoint_path)
     loader = _loader(task.val_set, config, device, seed=None)
     metric = Metric(task, loader.dataset)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
@@ -175,10 +178,18 @@ def evaluate(
             test_evaluator=Evaluator([metric]),
             custom_hooks=[TestProgressHook()] if progress else [],
         )
-        load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
+        if checkpoint is not None:
+            load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
         metrics = _without_worker_traceback(runner.test)
     _leave(distributed)
     return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected
+
+
+def _check_card(card: dict, expected: dict, path: str | Path) -> None:
+    """Raise a TaskError unless a checkpoint is of the model and the classes that are expected."""
+    for key in ("model", "classes"):
+        if card[key] != expected[key]:
+            raise TaskError(f"{path}: its {key} is {card[key]}, but the config's is {expected[key]}")
 
 
 def _without_start(config: dict) -> dict:

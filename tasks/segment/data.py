@@ -510,17 +510,17 @@ def _values(labels: dict[int, int]) -> np.ndarray:
 
 def _ade20k(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
     """Return ADE20K's files (the release of SceneParse150): 0 is unlabelled, classes count from 1."""
-    part = "training" if split == "train" else "validation"
+    part = "training" if data[split]["split"] == "train" else "validation"
     files = [(image, root / "annotations" / part / f"{image.stem}.png") for image in _images_in(root / "images" / part)]
     return files, ADE20K_CLASSES, _values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
 
 
 def _cityscapes(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
     """Return Cityscapes' files: of the ids 0 to 33, 19 are classes."""
-    files = []
-    for image in _images_in(root / "leftImg8bit" / split):
+    files, part = [], data[split]["split"]
+    for image in _images_in(root / "leftImg8bit" / part):
         name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-        files.append((image, root / "gtFine" / split / image.parent.name / name))
+        files.append((image, root / "gtFine" / part / image.parent.name / name))
     values = dict.fromkeys((*range(34), 255), IGNORE)
     return files, list(CITYSCAPES_IDS.values()), _values(values | {v: k for k, v in enumerate(CITYSCAPES_IDS)})
 
