@@ -32,30 +32,32 @@ SHAPES = (
 )
 SIDES = (28, 56, 84, 112)
 
+SAMPLE_SECONDS = 0.02
+
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Call everything in turn, ``rounds`` times over, and return the median seconds of each.
+    """Call everything in turn, ``rounds`` times over, and return the median seconds of a call of each.
 
-    Whatever is timed is called once before, so that nobody pays for the caches that the one before it has filled.
+    Whatever is timed is called once before, so that nobody pays for the caches that the one before it has filled, and
+    a short call is repeated until it has taken ``SAMPLE_SECONDS``, as timeit does.
     """
 
-    def run(call: Callable[[], object]) -> None:
-        call()
+    def seconds(call: Callable[[], object], number: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
         if device != "cpu":
             torch.accelerator.synchronize()
-
-    def seconds(call: Callable[[], object]) -> float:
-        run(call)
-        start = time.perf_counter()
-        run(call)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / number
 
     for call in calls.values():  # compile, plan, warm up
         seconds(call)
+    numbers = {name: max(1, round(SAMPLE_SECONDS / seconds(call))) for name, call in calls.items()}
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            seconds(call)
+            times[name].append(seconds(call, numbers[name]))
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 

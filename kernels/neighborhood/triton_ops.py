@@ -227,6 +227,7 @@ def _common(
         "PRECISION": _precision(),
         "num_warps": shape.warps,
         "num_stages": shape.stages,
+        "enable_fp_fusion": True,  # Triton 3.10 no longer does so by default
     }
     return arguments, options, shape
 

@@ -24,6 +24,7 @@ def _launch(kernel: str, first: Tensor, second: Tensor, chosen: Tensor, out: Ten
                 K=count,
                 D=dim,
                 **triton_kernels.blocks(dim, count),
+                enable_fp_fusion=True,  # Triton 3.10 no longer does so by default
             )
     return out
 

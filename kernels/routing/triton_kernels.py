@@ -299,6 +299,7 @@ def launch_options(tokens: int, keys: int, dim: int, dtype: torch.dtype) -> dict
         "BLOCK_N": min(longest, max(16, triton.next_power_of_2(keys))),
         "PRECISION": "ieee" if exact else "tf32",
         "num_warps": 8 if exact and block_dim > 32 else 4,
+        "enable_fp_fusion": True,  # Triton 3.10 no longer does so by default
     }
 
 

@@ -40,7 +40,8 @@ def test_kernels_compile_without_spills(kernel, capability, resources_of):
         types = [f"*{first}", f"*{dtype}", "*i64", f"*{out}", "i32", "i32"]
         signature = dict(zip(function.arg_names, types + ["constexpr"] * len(constants), strict=True))
         source = ASTSource(fn=function, signature=signature, constexprs=constants)
-        resources = resources_of(triton.compile, source, GPUTarget("cuda", capability, 32))
+        target, options = GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True}
+        resources = resources_of(triton.compile, source, target, options)
         assert resources.spilled == 0, resources
         assert resources.shared <= 48 * 1024, resources
 

@@ -120,7 +120,7 @@ def compile_for(kernel, dim, dtype, capability):
     # A stage of an image of 800x1344 in 16x16 regions.
     lengths = (4096, 273) if kernel == "backward_key_value_kernel" else (273, 4096)
     options = triton_kernels.launch_options(*lengths, dim, dtype)
-    warps = options.pop("num_warps")
+    compile_options = {name: options.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
     types = {"routes": "*i64", "choosers": "*i64", "starts": "*i64", "lse": "*fp32", "delta": "*fp32"}
     small = {"heads", "regions", "columns", "region_height", "region_width", "topk"}
@@ -138,7 +138,7 @@ def compile_for(kernel, dim, dtype, capability):
         if signature[name] not in ("constexpr", "fp32") and name not in small:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=options, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
 
 
 # Shared memory of a block, per compute capability.

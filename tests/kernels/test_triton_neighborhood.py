@@ -72,7 +72,7 @@ def compile_for(launch, capability):
             signature[name] = type_of(launch.arguments[name], (i,))
         else:
             signature[name], constants[(i,)] = "constexpr", launch.options[name]
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages")}
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
