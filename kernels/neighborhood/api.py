@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_ops
+from . import flex, tiled, triton_ops
 from .native import can_run, neighborhood_native
 from .reference import neighborhood_reference
-from .tiled import neighborhood_tiled
 from .window import Axis
 
 _logger = logging.getLogger(__name__)
@@ -49,13 +48,18 @@ def _reference(*problem) -> tuple[Tensor, Tensor]:
     return neighborhood_reference(*arguments)
 
 
-# In order of preference; the reference runs on request only.
+# In order of preference; flex and the reference run on request only.
 _BACKENDS: dict[str, _Backend] = {
     "native": _Backend(lambda problem: can_run(problem.query), neighborhood_native),
     "triton": _Backend(
         lambda problem: triton_ops.can_run(problem.query, problem.value), triton_ops.neighborhood_triton, _off_gpu
     ),
-    "tiled": _Backend(lambda problem: None, neighborhood_tiled),
+    "tiled": _Backend(lambda problem: None, tiled.neighborhood_tiled),
+    "flex": _Backend(
+        lambda problem: flex.can_run([x for x in problem if isinstance(x, Tensor)], problem.with_lse),
+        flex.neighborhood_flex,
+        lambda problem: "every shape is compiled, in seconds to minutes, to no more speed than tiled's",
+    ),
     "reference": _Backend(lambda problem: None, _reference),
 }
 
@@ -181,6 +185,12 @@ def na3d(
         scale=scale,
         rpb=rpb,
     )
+
+
+def clear_plans() -> None:
+    """Forget how maps are cut by the tiled path, and the masks of the flex path."""
+    tiled.clear_plans()
+    flex.clear_masks()
 
 
 _preferred: str | None = os.environ.get("FOVEATE_NEIGHBORHOOD_BACKEND") or None
