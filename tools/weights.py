@@ -306,6 +306,8 @@ def _verify(args: argparse.Namespace) -> int | None:
     print(f"loaded     {loaded.describe()}")
     if args.data and loaded.task == "backbone":
         raise TaskError("--data measures classifiers, detectors and segmenters; a backbone alone gives maps")
+    if args.data and loaded.head:
+        _measure_dense(loaded, args)
     model = loaded.model.to(device)
     wrong = False
     with torch.inference_mode():
@@ -320,8 +322,6 @@ def _verify(args: argparse.Namespace) -> int | None:
             _show_classes(model, transform, classes, args.images, device)
             if args.data:
                 _measure(model, transform, classes, loaded.entry, args, device)
-    if args.data and loaded.head:
-        _measure_dense(loaded, args)
     stated = loaded.entry.stated if loaded.entry and loaded.task != "backbone" else {}
     if stated and not args.data:
         print(f"stated     {_numbers(stated)}; give --data FOLDER to measure it")

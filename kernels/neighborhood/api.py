@@ -58,7 +58,7 @@ _BACKENDS: dict[str, _Backend] = {
     "flex": _Backend(
         lambda problem: flex.can_run([x for x in problem if isinstance(x, Tensor)], problem.with_lse),
         flex.neighborhood_flex,
-        lambda problem: "every shape is compiled, in seconds to minutes, to no more speed than tiled's",
+        lambda problem: "every shape is compiled, for some ten seconds, and on CPUs is slower than tiled then",
     ),
     "reference": _Backend(lambda problem: None, _reference),
 }
@@ -133,7 +133,9 @@ def na2d(
         rpb: Relative position bias ``[heads, 2 * Kh - 1, 2 * Kw - 1]``, added to the scaled scores. Its middle entry
             belongs to the query's own position, the last ones to keys below and to the right. In float32 or in the
             dtype of ``query``; not defined with stride or on a causal axis.
-        backend: A path by name, obeyed or refused with the reason; by default the fastest that can run.
+        backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"triton"`` (on GPUs),
+            ``"tiled"`` (plain torch), ``"flex"`` (torch's FlexAttention, compiled for every shape; on CPUs without
+            gradients) or ``"reference"``. By default the fastest that can run; the last two run on request only.
         return_lse: Whether to return the log-sum-exp of the scores too.
 
     Returns:

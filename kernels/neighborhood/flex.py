@@ -100,7 +100,9 @@ def _visible(axes: Sequence[Axis], tables: Sequence[Sequence[Tensor]]) -> Callab
         queries, keys = _positions(query, axes), _positions(key, axes)
         for axis, (first, count, _), q, k in zip(axes, tables, queries, keys, strict=True):
             step = k - first[q]
-            seen = seen & (step >= 0) & (step < axis.dilation * count[q]) & (step % axis.dilation == 0)
+            seen = seen & (step >= 0) & (step < axis.dilation * count[q])
+            if axis.dilation > 1:
+                seen = seen & (step % axis.dilation == 0)
         return seen | (key >= tokens)
 
     return visible

@@ -9,6 +9,8 @@ one scaled_dot_product_attention. Two choices keep the rest cheap:
 * Tiles are small: work grows with the box of keys, not with the window.
 
 A dilation is a permutation of each axis by group; tiles are cut within the groups.
+
+Nothing but the operands is kept for the backward pass, which computes the scores again, a row of tiles at a time.
 """
 
 import functools
@@ -51,6 +53,8 @@ class _Plan(NamedTuple):
     tiles: int  # on the last axis, its dilation groups counted in
     masks: list[tuple[np.ndarray, ...]]  # distinct masks: entries of each axis before the last, [T, S]
     column_entries: np.ndarray  # [tiles, Tx, Sx]
+    columns: tuple[np.ndarray, np.ndarray]  # [Tx * tiles] and [Sx * tiles]: those of the tiles' queries and keys
+    repeated: np.ndarray | None  # [Tx * tiles], whether a query is there again to fill its tile; None if none is
 
 
 def _axis_order(axis: Axis) -> np.ndarray:
@@ -145,6 +149,7 @@ def _plan(axes: tuple[Axis, ...], biased: bool) -> _Plan:
     output = np.concatenate(outputs)
     output_index = np.empty(math.prod(axis.length for axis in axes), dtype=np.int64)
     output_index[output] = np.arange(output.size)
+    own = np.diff(columns.queries, axis=1, prepend=-1).T.ravel() != 0
     return _Plan(
         rows=rows,
         query_index=query_index.ravel(),
@@ -153,6 +158,8 @@ def _plan(axes: tuple[Axis, ...], biased: bool) -> _Plan:
         tiles=tiles,
         masks=[entries for _, entries in masks.values()],
         column_entries=columns.entries,
+        columns=(column_order[columns.queries.T].ravel(), column_order[columns.keys.T].ravel()),
+        repeated=None if own.all() else ~own,
     )
 
 
@@ -194,6 +201,185 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _table(rpb: Tensor | None, query: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Return the bias by entry, ``[heads, ...]``, with one more entry on every axis, -inf: of keys out of the window."""
+    heads = query.shape[-2]
+    table = query.new_zeros(heads, *(2 * axis.kernel_size - 1 for axis in axes)) if rpb is None else rpb
+    return F.pad(table.to(query.dtype), (0, 1) * len(axes), value=float("-inf"))
+
+
+def _masks(plan: _Plan, table: Tensor, more: int) -> list[Tensor]:
+    """Return the distinct masks of the rows of tiles, with so many more keys that every query sees."""
+    return [F.pad(_mask(entries, plan.column_entries, table), (0, more)) for entries in plan.masks]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    axes: tuple[Axis, ...],
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with as many heads of keys as of queries, on two axes or more."""
+    spatial, heads = query.shape[1:-2], query.shape[-2]
+    plan = _plan(axes, rpb is not None)
+    lead = [axis.length for axis in axes[:-1]]
+    query_index, key_index, output_index = (
+        torch.from_numpy(index).to(query.device) for index in (plan.query_index, plan.key_index, plan.output_index)
+    )
+
+    def cut(x: Tensor, index: Tensor) -> Tensor:  # to [B, *lead, column in tile, tiles * heads, dim]
+        x = x.flatten(-2).flatten(1, -2).index_select(1, index)
+        return x.unflatten(2, (heads, -1)).unflatten(1, (*lead, -1, plan.tiles)).flatten(-3, -2)
+
+    masks = _masks(plan, _table(rpb, query, axes), 0 if additional_keys is None else additional_keys.shape[1])
+    query, key, value = cut(query, query_index), cut(key, key_index), cut(value, key_index)
+    outputs, lses = [], []
+    for row in plan.rows:
+        tokens = [
+            x[(slice(None), *part)].flatten(1, -3).transpose(1, 2)
+            for x, part in ((query, row.queries), (key, row.keys), (value, row.keys))
+        ]
+        if additional_keys is not None:
+            more = (x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in (additional_keys, additional_values))
+            tokens[1:] = (torch.cat(parts, 2) for parts in zip(tokens[1:], more, strict=True))
+        output, lse = _attend(*tokens, masks[row.mask], scale, with_lse)
+        outputs.append(output.transpose(1, 2))
+        lses.append(lse)
+
+    def join(parts: list[Tensor]) -> Tensor:  # from [B, tokens in tile, tiles * heads, ...] a row to [B, *spatial, ...]
+        x = torch.cat(parts, 1).unflatten(2, (plan.tiles, heads)).flatten(1, 2)
+        return x.flatten(2).index_select(1, output_index).unflatten(2, x.shape[2:]).unflatten(1, spatial)
+
+    return join(outputs), join([lse.transpose(1, 2) for lse in lses]) if with_lse else None
+
+
+class _Rows:
+    """Takes rows of tiles out of a map in the order of its dilation groups, and adds rows to such a map."""
+
+    def __init__(self, plan: _Plan, columns: np.ndarray, heads: int, device: torch.device):
+        self._columns, self._tiles, self._heads = torch.from_numpy(columns).to(device), plan.tiles, heads
+
+    def take(self, x: Tensor, part: tuple[slice, ...], unseen: Tensor | None = None) -> Tensor:
+        """Return ``[B, tiles * heads, tokens, dim]`` of ``[B, *spatial, heads, dim]``, zero in columns ``unseen``."""
+        x = x[(slice(None), *part)].index_select(-3, self._columns)
+        if unseen is not None:
+            x = x.masked_fill(unseen[:, None, None], 0)
+        return x.unflatten(-3, (-1, self._tiles)).flatten(-3, -2).flatten(1, -3).transpose(1, 2)
+
+    def add(self, total: Tensor, part: tuple[slice, ...], x: Tensor) -> None:
+        """Add what `take` would return to where it would take it from."""
+        total = total[(slice(None), *part)]
+        x = x.transpose(1, 2).unflatten(-2, (self._tiles, self._heads))
+        total.index_add_(-3, self._columns, x.unflatten(1, (*total.shape[1:-3], -1)).flatten(-4, -3).to(total.dtype))
+
+
+def _by_group(x: Tensor, axes: Sequence[Axis], back: bool = False) -> Tensor:
+    """Order the axes of ``[B, *spatial, ...]`` before the last by dilation group, or put them back."""
+    for i, axis in enumerate(axes[:-1]):
+        if axis.dilation > 1:
+            order = _axis_order(axis)
+            x = x.index_select(i + 1, torch.from_numpy(np.argsort(order) if back else order).to(x.device))
+    return x
+
+
+def _bias_gradient(entries: Sequence[np.ndarray], column_entries: np.ndarray, grad: Tensor, table: Tensor) -> Tensor:
+    """Add up the gradient of a `_mask` by entry of the table: the transpose of what makes the mask of the table."""
+    heads, tiles = table.shape[0], len(column_entries)
+    queries = [*(index.shape[0] for index in entries), column_entries.shape[1]]
+    keys = [*(index.shape[1] for index in entries), column_entries.shape[2]]
+    rank = len(queries)
+    grad = grad.reshape(tiles, heads, *queries, *keys)
+    pairs = [axis for i in range(rank - 1) for axis in (2 + i, 2 + rank + i)]
+    grad = grad.permute(1, *pairs, 0, 1 + rank, 1 + 2 * rank)
+    for i, index in enumerate((*entries, column_entries)):
+        grad = grad.flatten(i + 1, i + index.ndim)
+        total = grad.new_zeros(*grad.shape[: i + 1], table.shape[i + 1], *grad.shape[i + 2 :])
+        grad = total.index_add_(i + 1, torch.from_numpy(index.ravel()).to(grad.device), grad)
+    return grad
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    axes: tuple[Axis, ...],
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `_forward`'s tensors; made of differentiable operators."""
+    heads, extra = query.shape[-2], 0 if additional_keys is None else additional_keys.shape[1]
+    plan = _plan(axes, rpb is not None)
+    table = _table(rpb, query, axes)
+    masks = _masks(plan, table, extra)
+    of_queries, of_keys = (_Rows(plan, columns, heads, query.device) for columns in plan.columns)
+    repeated = None if plan.repeated is None else torch.from_numpy(plan.repeated).to(query.device)
+    operands = [query, key, value, additional_keys, additional_values]
+    query, key, value, grad_out = (_by_group(x, axes) for x in (query, key, value, grad_out))
+    grad_lse = None if grad_lse is None else _by_group(grad_lse.unsqueeze(-1), axes)
+    grads, mask_grads = None, [None] * len(masks)
+    for row in plan.rows:
+        q, k, v = of_queries.take(query, row.queries), of_keys.take(key, row.keys), of_keys.take(value, row.keys)
+        grad = of_queries.take(grad_out, row.queries, repeated)
+        if extra:
+            more = (x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in (additional_keys, additional_values))
+            k, v = (torch.cat(parts, 2) for parts in zip((k, v), more, strict=True))
+        weights = ((q * scale @ k.transpose(-1, -2)).to(_lse_dtype(q)) + masks[row.mask]).softmax(-1)
+        score_grad = weights * (grad @ v.transpose(-1, -2)).to(weights.dtype)
+        share = score_grad.sum(-1, keepdim=True)
+        if grad_lse is not None:
+            share = share - of_queries.take(grad_lse, row.queries, repeated)
+        score_grad = score_grad - weights * share
+        if rpb is not None:
+            own = score_grad[..., : score_grad.shape[-1] - extra].sum(0)
+            mask_grads[row.mask] = own if mask_grads[row.mask] is None else mask_grads[row.mask] + own
+        if grads is None:  # of a tensor that depends on all operands, for vmap
+            grads = [None if x is None else score_grad.new_zeros(x.shape) for x in operands]
+        scores = (score_grad * scale).to(q.dtype)
+        of_queries.add(grads[0], row.queries, scores @ k)
+        for i, x in ((1, scores.transpose(-1, -2) @ q), (2, weights.to(q.dtype).transpose(-1, -2) @ grad)):
+            of_keys.add(grads[i], row.keys, x[:, :, : x.shape[2] - extra])
+            if extra:
+                grads[i + 2] += x[:, :, x.shape[2] - extra :].unflatten(1, (-1, heads)).sum(1).transpose(1, 2)
+    bias_grad = None
+    if rpb is not None:
+        parts = zip(plan.masks, mask_grads, strict=True)
+        bias_grad = sum(_bias_gradient(entries, plan.column_entries, grad, table) for entries, grad in parts)
+        bias_grad = bias_grad[(slice(None), *(slice(-1),) * len(axes))].to(rpb.dtype)
+    grads[:3] = (_by_group(x, axes, back=True) for x in grads[:3])
+    grads = [None if x is None else grad.to(x.dtype) for grad, x in zip(grads, operands, strict=True)]
+    return *grads[:3], bias_grad, *grads[3:]
+
+
+class _Tiled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments) -> tuple[Tensor, Tensor | None]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.axes, ctx.scale, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+        query, _, value, *_ = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        return *_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.axes, ctx.scale), None, None, None
+
+
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.
 @torch.compiler.allow_in_graph
 def neighborhood_tiled(
@@ -209,51 +395,18 @@ def neighborhood_tiled(
 ) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention by tiles; see `api.na2d` for the arguments."""
     axes = tuple(Axis(*axis) for axis in axes)
-    spatial, heads = query.shape[1:-2], query.shape[-2]
+    heads, line = query.shape[-2], len(axes) == 1
+    more = (additional_keys, additional_values)
     if heads != key.shape[-2]:
         group = heads // key.shape[-2]
-        key, value = key.repeat_interleave(group, dim=-2), value.repeat_interleave(group, dim=-2)
-        if additional_keys is not None:
-            additional_keys = additional_keys.repeat_interleave(group, dim=-2)
-            additional_values = additional_values.repeat_interleave(group, dim=-2)
-    table = rpb if rpb is not None else query.new_zeros(heads, *(2 * axis.kernel_size - 1 for axis in axes))
-    if len(axes) == 1:  # a line is a map of one row
+        key, value, *more = (None if x is None else x.repeat_interleave(group, dim=-2) for x in (key, value, *more))
+    if line:  # a map of one row
         axes = (Axis(1, 1), *axes)
-        table = table.unsqueeze(1)
-    plan = _plan(axes, rpb is not None)
-    lead = [axis.length for axis in axes[:-1]]
-    query_index, key_index, output_index = (
-        torch.from_numpy(index).to(query.device) for index in (plan.query_index, plan.key_index, plan.output_index)
-    )
-
-    def cut(x: Tensor, index: Tensor) -> Tensor:  # to [B, *lead, column in tile, tiles * heads, dim]
-        x = x.flatten(-2).flatten(1, -2).index_select(1, index)
-        return x.unflatten(2, (heads, -1)).unflatten(1, (*lead, -1, plan.tiles)).flatten(-3, -2)
-
-    query, key, value = cut(query, query_index), cut(key, key_index), cut(value, key_index)
-
-    # One more entry on every axis, which the index of a key out of the window points to.
-    table = F.pad(table.to(query.dtype), (0, 1) * len(axes), value=float("-inf"))
-    masks = [_mask(entries, plan.column_entries, table) for entries in plan.masks]
-    more = []
-    if additional_keys is not None:
-        masks = [F.pad(mask, (0, additional_keys.shape[1])) for mask in masks]
-        more = [x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in (additional_keys, additional_values)]
-
-    outputs, lses = [], []
-    for row in plan.rows:
-        tokens = [
-            x[(slice(None), *part)].flatten(1, -3).transpose(1, 2)
-            for x, part in ((query, row.queries), (key, row.keys), (value, row.keys))
-        ]
-        if more:
-            tokens[1:] = (torch.cat([x, extra], 2) for x, extra in zip(tokens[1:], more, strict=True))
-        output, lse = _attend(*tokens, masks[row.mask], scale, with_lse)
-        outputs.append(output.transpose(1, 2))
-        lses.append(lse)
-
-    def join(parts: list[Tensor]) -> Tensor:  # from [B, tokens in tile, tiles * heads, ...] a row to [B, *spatial, ...]
-        x = torch.cat(parts, 1).unflatten(2, (plan.tiles, heads)).flatten(1, 2)
-        return x.flatten(2).index_select(1, output_index).unflatten(2, x.shape[2:]).unflatten(1, spatial)
-
-    return join(outputs), join([lse.transpose(1, 2) for lse in lses]) if with_lse else None
+        query, key, value, rpb = (None if x is None else x.unsqueeze(1) for x in (query, key, value, rpb))
+    # An exported graph must consist of torch's own operators.
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    attend = _forward if exported or not torch.is_grad_enabled() else _Tiled.apply
+    out, lse = attend(query, key, value, rpb, *more, axes, scale, with_lse)
+    if line:
+        out, lse = out.squeeze(1), None if lse is None else lse.squeeze(1)
+    return out, lse
