@@ -202,7 +202,7 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
 
 
 def _table(rpb: Tensor | None, query: Tensor, axes: Sequence[Axis]) -> Tensor:
-    """Return the bias by entry, ``[heads, ...]``, with one more entry on every axis, -inf: of keys out of the window."""
+    """Return the bias by entry, ``[heads, ...]``, with one more entry on every axis, -inf: for keys outside."""
     heads = query.shape[-2]
     table = query.new_zeros(heads, *(2 * axis.kernel_size - 1 for axis in axes)) if rpb is None else rpb
     return F.pad(table.to(query.dtype), (0, 1) * len(axes), value=float("-inf"))

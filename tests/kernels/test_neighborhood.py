@@ -231,3 +231,31 @@ def test_checkpointing_gives_the_same_gradients():
     )
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mapped", ["query", "rpb"])
+def test_tiled_gradients_can_be_mapped(mapped):
+    q, k, v, rpb = tensors((2, 5, 7, 2, 3), (3, 3), dtype=torch.float64)
+    many = torch.stack([q, 2 * q]) if mapped == "query" else torch.stack([rpb, 2 * rpb])
+
+    def gradients(x):
+        operands = (x, k, v, rpb) if mapped == "query" else (q, k, v, x)
+        call = lambda q, k, v, rpb: na2d(q, k, v, 3, rpb=rpb, backend="tiled").pow(2).sum()  # noqa: E731
+        return torch.func.grad(call, argnums=(0, 1, 2, 3))(*operands)
+
+    for together, apart in zip(torch.vmap(gradients)(many), zip(*map(gradients, many), strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(apart))
+
+
+def test_tiled_has_second_derivatives():
+    q, k, v, rpb = (x.requires_grad_() for x in tensors((1, 4, 7, 1, 2), (3, 3), dtype=torch.float64))
+    call = lambda *x: na2d(*x[:3], 3, rpb=x[3], backend="tiled", return_lse=True)  # noqa: E731
+    torch.autograd.gradgradcheck(call, (q, k, v, rpb))
+
+
+def test_tiled_keeps_only_its_operands_for_the_backward_pass():
+    operands = [x.requires_grad_() for x in tensors((1, 12, 12, 2, 4), (5, 5))]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        na2d(*operands[:3], 5, rpb=operands[3], backend="tiled")
+    assert set(kept) == {x.data_ptr() for x in operands}

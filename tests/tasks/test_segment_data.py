@@ -103,6 +103,16 @@ def test_cityscapes_has_19_of_34_ids(tmp_path):
     assert row[0] == row[29] == IGNORE
 
 
+def test_what_is_measured_may_stand_for_what_is_trained_on(tmp_path):
+    write(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_0_1_leftImg8bit.png", np.zeros((21, 34, 3)))
+    write(tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of(range(34)))
+    data = DATA | {"name": "cityscapes", "root": str(tmp_path), "augment": {"crop": 16}}
+    with pytest.raises(TaskError, match="leftImg8bit/train: no such folder"):
+        build_datasets(data, RULE)
+    train, val = build_datasets(data | {"train": data["val"]}, RULE)
+    assert train.files == val.files
+
+
 def test_voc_masks_have_a_background(tmp_path):
     for part in ("train", "val"):
         (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)

@@ -142,42 +142,36 @@ def test_a_detector_s_ap_is_coco_s(publish, tmp_path, capsys, refused):
 def test_a_segmenter_s_miou_is_that_of_its_labels(publish, tmp_path, capsys, refused):
     file = publish(SEGMENTER, "dense/semfpn_a_150")
     root = tmp_path / "ADEChallengeData2016"
-    paths = noise(root / "images" / "validation", (5, 170), (4, 131))
+    (path,) = noise(root / "images" / "validation", (5, 170))
     predictor = load_published(SEGMENTER, weights=file)
-    found = [predictor([Image.open(path)])[0].numpy() for path in paths]
-    truths = [labels.copy() for labels in found]
-    for truth in truths:
-        # A part is another class, a part unlabelled: in the files, classes count from 1.
-        truth[:, :40], truth[:1] = 7, 255
+    found = predictor([Image.open(path)])[0].numpy()
+    # A part is another class, a part unlabelled: in the files, classes count from 1.
+    truth = found.copy()
+    truth[:, :40], truth[:1] = 7, 255
     folder = root / "annotations" / "validation"
     folder.mkdir(parents=True)
-    for path, truth in zip(paths, truths, strict=True):
-        Image.fromarray(np.where(truth == 255, 0, truth + 1).astype(np.uint8)).save(folder / path.name)
-    right, either = np.zeros(150), np.zeros(150)
-    for labels, truth in zip(found, truths, strict=True):
-        known = truth != 255
-        for label in range(150):
-            right[label] += ((labels == label) & (truth == label) & known).sum()
-            either[label] += (((labels == label) | (truth == label)) & known).sum()
-    expected = 100 * (right[either > 0] / either[either > 0]).mean()
+    Image.fromarray(np.where(truth == 255, 0, truth + 1).astype(np.uint8)).save(folder / path.name)
+    labels, known = np.union1d(found[1:], truth[1:]), truth != 255
+    shares = [
+        ((found == label) & (truth == label)).sum() / (((found == label) | (truth == label)) & known).sum()
+        for label in labels
+    ]
+    expected = 100 * np.mean(shares)
     assert 1 < expected < 99
 
-    options = ["--images", str(paths[0]), "--workers", "0", "--data", str(root)]
+    options = ["--images", str(path), "--workers", "0", "--data", str(root)]
     capsys.readouterr()
     assert main(["weights", "verify", SEGMENTER, *options]) == 0
     text = capsys.readouterr().out
     assert measured(text) == {"mIoU": pytest.approx((expected, 39.9, expected - 39.9), abs=0.011)}
-    assert f"photo      0.png: {predictor.headline(torch.from_numpy(found[0]))}" in text
+    assert f"photo      0.png: {predictor.headline(torch.from_numpy(found))}" in text
 
     # The file alone, without a name in the table, is measured too, but nothing is known of its authors' number.
     assert main(["weights", "verify", str(file), "--model", "quadtree_b0", *options]) == 0
-    assert re.search(rf"^measured   mIoU {expected:.2f} on 2 images of \S+$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(rf"^measured   mIoU {expected:.2f} on 1 images of \S+$", capsys.readouterr().out, re.MULTILINE)
 
     folder.rename(root / "annotations" / "training")
-    assert "images without a label map" in refused("weights", "verify", SEGMENTER, *options)
-    assert f"{root / 'images' / 'images' / 'validation'}: no such folder" in refused(
-        "weights", "verify", SEGMENTER, *options[:-1], str(root / "images")
-    )
+    assert "1 image without a label map" in refused("weights", "verify", SEGMENTER, *options)
 
 
 def test_a_file_of_other_classes_is_not_measured(publish, tmp_path, refused):
