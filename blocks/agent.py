@@ -148,6 +148,13 @@ class AgentAttention2d(nn.Module):
         for bias in self.parameters(recurse=False):
             trunc_normal_(bias, std=0.02)
 
+    def _apply(self, fn, recurse=True):
+        # `Module.to` would give the biases of five axes a layout for four, or refuse.
+        def apply(x: Tensor) -> Tensor:
+            return fn(x[0])[None] if x.ndim == 5 else fn(x)
+
+        return super()._apply(apply, recurse)
+
     def extra_repr(self) -> str:
         """Return the settings that `print(model)` shows."""
         text = f"num_heads={self.num_heads}, agents={self.agents_height}x{self.agents_width}"

@@ -9,7 +9,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from ..kernels import quadtree_scores, quadtree_values
-from ..kernels.quadtree.api import full_precision
+from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
 
 # Of one chunk of the coarsest level's scores, which are the only ones that grow with the square of the map.

@@ -2,6 +2,9 @@
 
 import argparse
 
+# By timm's name of how an image that isn't square is fitted.
+_CROPS = {"squash": "to a square whatever the shape, central crop", "border": "padded, central crop"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         ("forward", cost),
         ("input", f"{channels}x{cfg.input_size[1]}x{cfg.input_size[2]}, {_size_rule(cfg)}"),
         ("", f"mean {_numbers(cfg.mean)}, std {_numbers(cfg.std)} of pixels 0..1"),
-        ("", f"{cfg.interpolation} resize, central crop of {cfg.crop_pct:.1%}"),
+        ("", f"{cfg.interpolation} resize, {_CROPS.get(cfg.crop_mode, 'central crop')} of {cfg.crop_pct:.1%}"),
     ]
     maps = getattr(model, "feature_info", None)
     if maps:

@@ -58,7 +58,7 @@ def check_holds_patch(height: int, width: int, kernel_size: int) -> None:
     if height < kernel_size or width < kernel_size:
         raise ValueError(
             f"the image is too small: a map of {height}x{width} holds no patch of {kernel_size}x{kernel_size}; "
-            "Agent-PVT takes images of at least 32x32 pixels"
+            "images of at least 32x32 pixels are large enough"
         )
 
 
@@ -309,7 +309,7 @@ class AgentSwin(Pyramid):
         def attention(i: int, j: int) -> nn.Module:
             options = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd)
             if j < agent_blocks[i]:
-                map_size = _map_size(img_size, 4 * 2**i)
+                map_size = _map_size(img_size if out_norms else _tile(img_size), 4 * 2**i)
                 return agent_attention(channels[i], num_heads[i], agents[i], map_size, agent_shapes[i], **options)
             return WindowAttention2d(
                 channels[i],
@@ -686,6 +686,13 @@ class AgentDeiT(Pyramid):
 def _map_size(img_size: int | tuple[int, int], reduction: int) -> tuple[int, int]:
     height, width = to_2tuple(img_size)
     return -(-height // reduction), -(-width // reduction)
+
+
+def _tile(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return the square that an image is made of side by side, else the image."""
+    height, width = to_2tuple(img_size)
+    side = min(height, width)
+    return (height, width) if height % side or width % side else (side, side)
 
 
 def _agent_shapes(

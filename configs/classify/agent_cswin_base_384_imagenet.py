@@ -12,7 +12,7 @@ _base_ = "../_base_/finetune_384.py"
 
 task = "classify"
 model = dict(name="agent_cswin_base_384")
-data = dict(crop_pct=0.875)
+data = dict(crop_mode="squash", crop_pct=0.875)
 batch_size = 32
 epochs = 20
 optimizer = dict(name="adamw", lr=5e-6, weight_decay=1e-8)

@@ -14,5 +14,6 @@ _base_ = ["../_base_/imagenet.py", "../_base_/schedule_300ep.py"]
 
 task = "classify"
 model = dict(name="agent_cswin_tiny")
+data = dict(crop_mode="squash")
 schedule = dict(final_factor=1e-2)
 ema = 1.6e-4

@@ -12,5 +12,6 @@ _base_ = ["../_base_/imagenet.py", "../_base_/schedule_300ep.py"]
 
 task = "classify"
 model = dict(name="agent_deit_small")
+data = dict(crop_mode="squash")
 optimizer = dict(clip_grad=5.0)
 schedule = dict(final_factor=1e-2)

@@ -14,5 +14,6 @@ _base_ = ["../_base_/imagenet.py", "../_base_/schedule_300ep.py"]
 
 task = "classify"
 model = dict(name="agent_pvt_small")
+data = dict(crop_mode="squash")
 # To 1e-5.
 schedule = dict(warmup_epochs=5, final_factor=1e-2)

@@ -12,6 +12,7 @@ _base_ = "../_base_/finetune_384.py"
 
 task = "classify"
 model = dict(name="agent_swin_base_384")
+data = dict(crop_mode="squash")
 batch_size = 32
 # 2e-5 for 512 images; 32 on each of 8 GPUs are 256.
 optimizer = dict(name="adamw", lr=1e-5, weight_decay=1e-8, clip_grad=5.0)

@@ -12,6 +12,6 @@ _base_ = "../_base_/finetune_384.py"
 
 task = "classify"
 model = dict(name="dat_base_384")
-data = dict(crop_pct=0.877)
+data = dict(crop_mode="squash", crop_pct=0.8767)
 # 2e-6 for 512 images.
 optimizer = dict(name="adamw", lr=2e-6, weight_decay=1e-8, clip_grad=1.0)

@@ -10,6 +10,7 @@ _base_ = "dat_tiny_imagenet.py"
 
 task = "classify"
 model = dict(name="dat_base")
+data = dict(crop_mode="squash")
 # 4e-4 for 512 images.
 optimizer = dict(lr=8e-4, clip_grad=1.0)
 schedule = dict(warmup_epochs=50)

@@ -12,6 +12,7 @@ _base_ = "../_base_/finetune_384.py"
 
 task = "classify"
 model = dict(name="dat_pp_base_384")
+data = dict(crop_mode="squash")
 batch_size = 24
 # 2e-5 for 512 images; 24 on each of 8 GPUs are 192.
 optimizer = dict(name="adamw", lr=7.5e-6, weight_decay=1e-8, clip_grad=5.0)

@@ -11,3 +11,4 @@ _base_ = "dat_tiny_imagenet.py"
 
 task = "classify"
 model = dict(name="dat_pp_tiny")
+data = dict(crop_mode="squash")

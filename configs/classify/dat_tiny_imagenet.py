@@ -11,6 +11,7 @@ _base_ = ["../_base_/imagenet.py", "../_base_/schedule_300ep.py"]
 
 task = "classify"
 model = dict(name="dat_tiny")
+data = dict(crop_mode="squash")
 # From 1e-6 to 1e-5.
 optimizer = dict(clip_grad=5.0)
 schedule = dict(final_factor=1e-2)

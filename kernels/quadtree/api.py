@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from .chunked import scores_chunked, values_chunked
 from .reference import scores_reference, values_reference
 from .triton_ops import scores_triton, values_triton
@@ -82,14 +82,6 @@ def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: 
         )
     with full_precision(value):
         return BACKENDS[_choose("quadtree_values", backend, value)][1](weights, value, chosen)
-
-
-def full_precision(x: Tensor) -> AbstractContextManager:
-    """Return a context in which autocast leaves the precision of operations on ``x``'s device alone."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor, chosen: Tensor) -> None:

@@ -37,7 +37,7 @@ def routed_attention(
         scale: Factor on the scores; ``dim ** -0.5`` by default.
         backend: ``"triton"`` (GPU; reads the regions in place), ``"chunked"`` (plain torch, a few regions at a time)
             or ``"reference"`` (gathers all regions at once). By default triton where it runs, else chunked; graphs
-            for export are built from the reference, whose operators other runtimes know.
+            for export, and traced ones, are built from the reference, whose operators other runtimes know.
 
     Returns:
         ``[B, H, W, heads, dim_v]``. Gradients of the first order flow to query, key and value.
@@ -52,7 +52,9 @@ def routed_attention(
         >>> routed_attention(q, k, v, routes, (4, 6)).shape
         torch.Size([1, 8, 12, 2, 16])
     """
-    region_size = (region_size, region_size) if isinstance(region_size, int) else tuple(region_size)
+    # While a graph is traced, sizes are tensors.
+    sizes = (region_size, region_size) if isinstance(region_size, int) else region_size
+    region_size = tuple(int(size) if isinstance(size, Tensor) else size for size in sizes)
     _check(query, key, value, routes, region_size)
     if backend is None:
         backend = _choose(query, value)
@@ -67,7 +69,7 @@ def routed_attention(
 
 
 def _choose(query: Tensor, value: Tensor) -> str:
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return "reference"
     return "chunked" if _why_not_triton(query, value) else "triton"
 

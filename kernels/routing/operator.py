@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from .chunked import chunked_backward, chunked_forward
 
 
@@ -46,7 +47,8 @@ def routed_attention_backward_op(
         from .triton_kernels import triton_backward
 
         return triton_backward(grad, query, key, value, routes, out, lse, (height, width), scale)
-    return chunked_backward(grad, query, key, value, routes, (height, width), scale)
+    with full_precision(query):
+        return chunked_backward(grad, query, key, value, routes, (height, width), scale)
 
 
 @routed_attention_backward_op.register_fake

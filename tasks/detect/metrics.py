@@ -52,6 +52,7 @@ def measure_ap(
         rec_thresholds=RECALL_THRESHOLDS,
         extended_summary=True,
         backend="faster_coco_eval",
+        sync_on_compute=False,  # of several processes only the first measures
     )
     metric.warn_on_many_detections = False
     for prediction, target in zip(predictions, targets, strict=True):

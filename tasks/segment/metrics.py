@@ -18,7 +18,8 @@ def count_labels(pairs: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor
         pairs: Predicted and true labels ``[H, W]`` of every image; pixels whose truth is ``IGNORE`` don't count.
         classes: Number of classes.
     """
-    metric = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
+    # Of several processes only the first measures.
+    metric = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False, sync_on_compute=False)
     metric.set_dtype(torch.int64)
     for predicted, truth in pairs:
         metric.update(predicted.long()[None], truth.long()[None])
@@ -64,7 +65,8 @@ def measure_panoptic(pairs: Iterable[tuple[Tensor, Tensor]], things: Sequence[bo
     of_stuff = [label for label in range(void) if not things[label]]
     # torchmetrics doesn't count what a prediction leaves void; panopticapi does. So predicted void is a class of stuff
     # of its own, and true void the class after it, which torchmetrics takes for void.
-    metric = PanopticQuality(of_things, [*of_stuff, void], return_sq_and_rq=True, return_per_class=True)
+    options = dict(return_sq_and_rq=True, return_per_class=True, sync_on_compute=False)
+    metric = PanopticQuality(of_things, [*of_stuff, void], **options)
     for predicted, truth in pairs:
         truth = truth.long()
         truth = torch.where(truth[..., :1] == void, truth.new_tensor([void + 1, 0]), truth)

@@ -216,18 +216,26 @@ def create_segmenter(
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
     *parts, others = _split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
-    if head == "deeplabv3" and isinstance(backbone, str):
-        body_options.setdefault("output_stride", 16)
     published = state is not None and has_backbone(state) and not is_ours(state)
-    body = build_backbone(
-        head,
-        backbone,
-        _backbone_recipe(head, backbone, recipe),
-        (head, "segmentation"),
-        checkpoint if published else None,
-        body_options,
-        [name for kind in kinds for name in _options_of(kind)],
-    )
+
+    def build(**more: int) -> nn.Module:
+        return build_backbone(
+            head,
+            backbone,
+            _backbone_recipe(head, backbone, recipe),
+            (head, "segmentation"),
+            checkpoint if published else None,
+            body_options | more,
+            [name for kind in kinds for name in _options_of(kind)],
+        )
+
+    if head == "deeplabv3" and isinstance(backbone, str) and "output_stride" not in body_options:
+        try:
+            body = build(output_stride=16)
+        except TaskError:  # most transformers can't trade stride for dilation
+            body = build()
+    else:
+        body = build()
     if head == "deeplabv3":
         parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
     if transformer:

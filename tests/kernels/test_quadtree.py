@@ -70,6 +70,22 @@ def test_autocast_does_not_lower_the_scores():
     torch.testing.assert_close(lowered, quadtree_scores(query, key, index, backend="reference"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_gradients(dtype):
+    query, key, weights, index = inputs()
+    operands = [x.requires_grad_() for x in (query, key, weights)]
+
+    def gradients():
+        loss = quadtree_scores(query, key, index).square().sum() + quadtree_values(weights, key, index).square().sum()
+        return torch.autograd.grad(loss, operands)
+
+    expected = gradients()
+    with torch.autocast("cpu", dtype):
+        inside = gradients()
+    for a, b in zip(inside, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_strided_inputs():
     query, key, weights, index = inputs()
     wide = key.repeat_interleave(2, -1)[..., ::2]

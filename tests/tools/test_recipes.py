@@ -61,7 +61,8 @@ def test_images_of_imagenet_have_the_size_that_the_model_was_published_for(name)
     cfg = timm.get_pretrained_cfg(config["model"]["name"])
     data = config["data"]
     assert cfg.input_size == (data["channels"], data["size"], data["size"])
-    assert data["crop_pct"] == pytest.approx(cfg.crop_pct, abs=2e-3)
+    assert data["crop_pct"] == cfg.crop_pct
+    assert data["crop_mode"] == (cfg.crop_mode or "center")
     assert data["num_classes"] == 1000
 
 

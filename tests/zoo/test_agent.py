@@ -364,3 +364,21 @@ def test_export_and_onnx(host, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_channels_last_gives_the_same(host):
+    cls, options = HOSTS[host]
+    model = cls(img_size=64, num_classes=3, **options).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    assert model(x.contiguous(memory_format=torch.channels_last)).allclose(expected, atol=1e-5)
+
+
+def test_squares_side_by_side_have_the_shapes_and_the_function_of_one():
+    cls, options = HOSTS["swin"]
+    square, wide = (cls(img_size=size, num_classes=3, **options).eval() for size in (48, (48, 96)))
+    wide.load_state_dict(square.state_dict())
+    x = torch.randn(1, 3, 48, 96)
+    assert torch.equal(wide(x), square(x))

@@ -219,6 +219,21 @@ def test_whole_graph_compiles(name):
         assert compiled(x).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_inside_autocast(dtype):
+    model = timm.create_model("biformer_tiny", **SMALL)
+    with torch.autocast("cpu", dtype):
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
+def test_traced_graph_gives_the_same(name):
+    model = timm.create_model(name, **SMALL).eval()
+    x = torch.randn(2, 3, 70, 96)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
 def test_exported_program_gives_the_same(name):
     model = timm.create_model(name, **SMALL).eval()

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+from functools import partial
 
 import foveate
 import numpy as np
@@ -127,6 +128,17 @@ def test_other_classes_and_channels_are_adapted(state, expected, tmp_path):
     torch.testing.assert_close(model.stem.proj[0].weight, expected["stem.proj.0.weight"].sum(1, keepdim=True))
 
 
+def test_a_classifier_is_started_where_the_file_has_none(state, tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save({key: value for key, value in state.items() if not key.startswith("head.")}, path)
+    build = partial(timm.create_model, "nat_mini", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    model = build(num_classes=7)
+    assert model.num_classes == 7
+    assert set(model.load_report.missing) == {"head.fc.weight", "head.fc.bias"}
+    with pytest.raises(zoo.CheckpointError, match="give num_classes to start a new classifier"):
+        build()
+
+
 def test_a_fine_tuned_classifier_is_kept(tmp_path):
     """timm would drop a classifier whose class count differs from the table's; the file's own count decides."""
     tuned = timm.create_model("nat_atto", num_classes=7)
@@ -185,6 +197,17 @@ def test_a_classifier_starts_a_dense_backbone(state, expected, tmp_path):
     model = backbone.features.model
     assert torch.equal(model.stages[2].blocks[1].mlp.fc1.weight, expected["stages.2.blocks.1.mlp.fc1.weight"])
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in model.out_norms)
+
+
+@pytest.mark.parametrize(
+    "create", [partial(foveate.create_segmenter, "upernet"), partial(foveate.create_detector, "mask_rcnn")]
+)
+def test_the_backbone_of_our_own_dense_models_is_read(create, tmp_path):
+    whole = create("nat_atto", num_classes=3)
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    recipe = "segmentation" if hasattr(whole, "predict") else "detection"
+    backbone = foveate.create_backbone("nat_atto", recipe=recipe, checkpoint=tmp_path / "whole.pth")
+    assert_same(backbone, whole.backbone.state_dict())
 
 
 def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
