@@ -440,6 +440,8 @@ def create_detector(
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
         options.setdefault("selection", "anchors")
+    if head == "mask_rcnn" and isinstance(backbone, str) and backbone.startswith("dat_pp"):
+        options.setdefault("extra_convs", "on_input")  # as published, for this head of theirs alone
     body = build_backbone(
         head,
         backbone,

@@ -1,6 +1,9 @@
 """Short runs of detection and segmentation; the heavy ones hold the recipes to their floors."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,3 +160,26 @@ def test_a_recipe_reaches_its_floors(recipe, floors, tmp_path):
     result = engine.train(engine.load_config(find_recipe(recipe)), tmp_path / "run", progress=False)
     for name, floor in floors.items():
         assert result["metrics"][name] >= floor
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_two_processes_measure_what_one_does(recipe, tmp_path):
+    """Only the first measures; a measure that waited for the other would wait for ever."""
+    options = (*SHORT[recipe], "epochs=1", "schedule.warmup_iterations=0", "data.repeat=8", "device=cpu")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "foveate.tools.train", recipe, *options, "--output", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "two" / "history.json").read_text())[-1]
+    metrics, *_ = engine.evaluate(
+        engine.load_config(find_recipe(recipe), options), tmp_path / "two" / "last.pth", progress=False
+    )
+    assert METRICS[recipe] <= metrics.keys()
+    for name in METRICS[recipe]:
+        assert measured[f"val/{name}"] == pytest.approx(metrics[name], abs=1e-5, nan_ok=True)
