@@ -168,8 +168,8 @@ def state_of(checkpoint: Mapping) -> dict[str, Tensor]:
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     """Return the state dict inside a checkpoint, or of a dense model's the backbone's part."""
     state = state_of(checkpoint)
-    # The last two are those of our own detectors and segmenters.
-    for prefix in ("backbone.", "features.", "model."):
+    # The second is that of our own detectors and segmenters.
+    for prefix in ("backbone.", "features.model."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state

@@ -92,7 +92,9 @@ def test_deeplab_on_the_stride_it_was_published_with():
         assert model(images).shape == (1, 21, 65, 97)
         assert model.head(model.backbone(images)).shape == (1, 21, 5, 7)
     with pytest.raises(TaskError, match="neither deeplabv3 nor nat_atto has an option 'output_stride'"):
-        foveate.create_segmenter("deeplabv3", "nat_atto")
+        foveate.create_segmenter("deeplabv3", "nat_atto", output_stride=16)
+    transformer = foveate.create_segmenter("deeplabv3", "nat_atto", 3).eval()
+    assert transformer(torch.randn(1, 3, 64, 96)).shape == (1, 3, 64, 96)
 
 
 def test_a_batch_of_one_is_too_small_to_train_upernet():
