@@ -180,10 +180,9 @@ def fit(
 ) -> dict[str, Tensor]:
     """Return ``state`` if it fits ``model``, whose parameter names it uses, or say why not.
 
-    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, which may have other
-    classes or not be there if the caller named a number, and the input channels of the first convolution. A dense model
-    (``out_norms``) may start from a classifier's weights: its output norms keep their initial values. The model gets
-    the `LoadReport`.
+    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, if other classes were
+    asked for, and the input channels of the first convolution. A dense model (``out_norms``) may start from a
+    classifier's weights: its output norms keep their initial values. The model gets the `LoadReport`.
 
     Args:
         state: State dict with the model's parameter names.
@@ -203,8 +202,7 @@ def fit(
     classifier = {f"{layer}.{leaf}" for layer in classifiers for leaf in ("weight", "bias")}
     wanted = model.state_dict()
     dense = any(key.startswith("out_norms.") for key in wanted)
-    started = classes_chosen and not classifier & state.keys()
-    optional = classifier if dense or features or started else set()
+    optional = classifier if dense or features else set()
     report_missing: list[str] = []
     unused: list[str] = []
     if dense and not any(key.startswith("out_norms.") for key in state):
@@ -229,13 +227,9 @@ def fit(
             for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
             if keys
         ]
-        if classifier.issuperset(missing) and not (unexpected or misshapen):
-            faults.append("give num_classes to start a new classifier")
         raise CheckpointError(
             f"the checkpoint is not one of {name}: {matched} of {len(wanted)} entries match, {'; '.join(faults)}"
         )
-    if started and not (dense or features):
-        state = state | {key: wanted[key] for key in classifier & wanted.keys()}
     heads = [state[key] for key in state if key in classifier and key.endswith(".weight")]
     if heads:
         classes = heads[0].shape[0]
