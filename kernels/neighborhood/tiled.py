@@ -213,6 +213,11 @@ def _masks(plan: _Plan, table: Tensor, more: int) -> list[Tensor]:
     return [F.pad(_mask(entries, plan.column_entries, table), (0, more)) for entries in plan.masks]
 
 
+def _of_all_tiles(plan: _Plan, *additional: Tensor | None) -> list[Tensor]:
+    """Return additional keys and values as every row of tiles takes them, ``[B, tiles * heads, N, dim]``."""
+    return [x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in additional if x is not None]
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -238,14 +243,14 @@ def _forward(
 
     masks = _masks(plan, _table(rpb, query, axes), 0 if additional_keys is None else additional_keys.shape[1])
     query, key, value = cut(query, query_index), cut(key, key_index), cut(value, key_index)
+    more = _of_all_tiles(plan, additional_keys, additional_values)
     outputs, lses = [], []
     for row in plan.rows:
         tokens = [
             x[(slice(None), *part)].flatten(1, -3).transpose(1, 2)
             for x, part in ((query, row.queries), (key, row.keys), (value, row.keys))
         ]
-        if additional_keys is not None:
-            more = (x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in (additional_keys, additional_values))
+        if more:
             tokens[1:] = (torch.cat(parts, 2) for parts in zip(tokens[1:], more, strict=True))
         output, lse = _attend(*tokens, masks[row.mask], scale, with_lse)
         outputs.append(output.transpose(1, 2))
@@ -325,12 +330,12 @@ def _backward(
     operands = [query, key, value, additional_keys, additional_values]
     query, key, value, grad_out = (_by_group(x, axes) for x in (query, key, value, grad_out))
     grad_lse = None if grad_lse is None else _by_group(grad_lse.unsqueeze(-1), axes)
+    more = _of_all_tiles(plan, additional_keys, additional_values)
     grads, mask_grads = None, [None] * len(masks)
     for row in plan.rows:
         q, k, v = of_queries.take(query, row.queries), of_keys.take(key, row.keys), of_keys.take(value, row.keys)
         grad = of_queries.take(grad_out, row.queries, repeated)
-        if extra:
-            more = (x.transpose(1, 2).repeat(1, plan.tiles, 1, 1) for x in (additional_keys, additional_values))
+        if more:
             k, v = (torch.cat(parts, 2) for parts in zip((k, v), more, strict=True))
         weights = ((q * scale @ k.transpose(-1, -2)).to(_lse_dtype(q)) + masks[row.mask]).softmax(-1)
         score_grad = weights * (grad @ v.transpose(-1, -2)).to(weights.dtype)
