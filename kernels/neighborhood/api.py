@@ -265,7 +265,8 @@ def _choose(operator: str, problem: Problem, requested: str | None) -> str:
         reason = backend.obstacle(problem) or backend.drawback(problem)
         if reason is None:
             return name
-        _logger.debug("%s: not %s: %s", operator, name, reason)
+        if not torch.compiler.is_compiling():  # some versions of torch can't trace a logger
+            _logger.debug("%s: not %s: %s", operator, name, reason)
     raise AssertionError("the reference runs everywhere")
 
 

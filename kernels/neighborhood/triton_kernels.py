@@ -378,11 +378,12 @@ def backward_query_kernel(
             else:
                 row = (row_entry0 + base0) * (2 * KERNEL[1] - 1) + row_entry1 + base1
                 # Rows out of the window hold zeros, wherever they point.
-                chosen = tl.where(tl.arange(0, ROWS)[:, None] == row[None, :], 1.0, 0.0)
+                chosen = tl.arange(0, ROWS)[:, None] == row[None, :]
                 if QUERY_ROWS * KEY_ROWS < 16:
-                    table += tl.sum(chosen[:, :, None] * rows[None, :, :], 1)
+                    # A sum of products would be compiled to a product of matrices, in tf32, and wrong below 8 rows.
+                    table += tl.sum(tl.where(chosen[:, :, None], rows[None, :, :], 0.0), 1)
                 else:
-                    table += tl.dot(chosen, rows, input_precision="ieee")
+                    table += tl.dot(tl.where(chosen, 1.0, 0.0), rows, input_precision="ieee")
     at = _address(p0, p1, p2, groups, dilation, grad_query_strides)
     at += image * grad_query_strides[0] + head * grad_query_strides[4]
     _store_rows(grad_query, at, exists, acc * scale, DIM, BLOCK_DIM)

@@ -81,16 +81,16 @@ def forward_kernel(
         inside = n < topk * tokens
         source = tl.load(chosen + n // tokens, mask=inside, other=0)
         there = inside[:, None] & (d < DIM)[None, :]
-        at = _offsets(source, n % tokens, columns, region_height, region_width, k_y, k_x)
-        k = tl.load(keys + at[:, None] + d[None, :], mask=there, other=0.0)
+        to = _offsets(source, n % tokens, columns, region_height, region_width, k_y, k_x)
+        k = tl.load(keys + to[:, None] + d[None, :], mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        at = _offsets(source, n % tokens, columns, region_height, region_width, v_y, v_x)
-        v = tl.load(values + at[:, None] + d[None, :], mask=there, other=0.0)
+        to = _offsets(source, n % tokens, columns, region_height, region_width, v_y, v_x)
+        v = tl.load(values + to[:, None] + d[None, :], mask=there, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
 
@@ -259,10 +259,10 @@ def backward_key_value_kernel(
         inside = m < count
         chooser = tl.load(choosers + first + m // tokens, mask=inside, other=0)
         there = inside[:, None] & (d < DIM)[None, :]
-        at = _offsets(chooser, m % tokens, columns, region_height, region_width, q_y, q_x)
-        q = tl.load(queries + at[:, None] + d[None, :], mask=there, other=0.0)
-        at = _offsets(chooser, m % tokens, columns, region_height, region_width, g_y, g_x)
-        g = tl.load(grads + at[:, None] + d[None, :], mask=there, other=0.0)
+        to = _offsets(chooser, m % tokens, columns, region_height, region_width, q_y, q_x)
+        q = tl.load(queries + to[:, None] + d[None, :], mask=there, other=0.0)
+        to = _offsets(chooser, m % tokens, columns, region_height, region_width, g_y, g_x)
+        g = tl.load(grads + to[:, None] + d[None, :], mask=there, other=0.0)
         row = rows + chooser.to(tl.int64) * tokens + m % tokens
         log_sum = tl.load(lse + row, mask=inside, other=0.0)
         mean = tl.load(delta + row, mask=inside, other=0.0)

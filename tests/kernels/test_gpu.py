@@ -66,9 +66,7 @@ def test_neighborhoods_equal_the_reference(case, dtype):
 
     def run(backend, *leaves):
         named = dict(zip(shapes, leaves, strict=True))
-        return OPERATORS[len(spatial) - 1](
-            **named, kernel_size=kernel, **options, backend=backend, return_lse=True
-        )
+        return OPERATORS[len(spatial) - 1](**named, kernel_size=kernel, **options, backend=backend, return_lse=True)
 
     expected = gradients(lambda *leaves: run("reference", *leaves), [x.double() for x in tensors])
     actual = gradients(lambda *leaves: run("triton", *leaves), tensors)

@@ -110,18 +110,22 @@ def test_interpreted_kernels():
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= len(CASES) + 3
 
 
-def compile_for(kernel, dim, dtype, capability):
+# Tokens of a region, and keys of its queries: a stage of an image of 800x1344 in 16x16 regions, and 224x224 in 7x7,
+# where blocks of queries and of keys differ.
+LONG, SHORT = (273, 4096), (4, 64)
+
+
+def compile_for(kernel, dim, dtype, capability, lengths=LONG):
     """Compile a kernel for a GPU that is not here."""
     from foveate.kernels.routing import triton_kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = getattr(triton_kernels, kernel)
-    # A stage of an image of 800x1344 in 16x16 regions.
-    lengths = (4096, 273) if kernel == "backward_key_value_kernel" else (273, 4096)
+    lengths = lengths[::-1] if kernel == "backward_key_value_kernel" else lengths
     options = triton_kernels.launch_options(*lengths, dim, dtype)
     compile_options = {name: options.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     types = {"routes": "*i64", "choosers": "*i64", "starts": "*i64", "lse": "*fp32", "delta": "*fp32"}
     small = {"heads", "regions", "columns", "region_height", "region_width", "topk"}
     signature, attributes = {}, {}
@@ -166,3 +170,9 @@ def test_compiled_kernels_spill_nothing_and_fit(kernel, dim, dtype, capability, 
     assert resources.spilled == 0, resources
     assert resources.registers <= 255, resources
     assert resources.shared <= SHARED[capability], resources
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_query_kernel", "backward_key_value_kernel"])
+def test_blocks_of_different_lengths_compile(kernel):
+    assert compile_for(kernel, 32, torch.float16, 90, SHORT).asm["ptx"]

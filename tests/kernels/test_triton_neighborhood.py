@@ -1,6 +1,7 @@
 """The triton path without a GPU: interpreted, and compiled for the GPUs it is meant for."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ PUBLISHED = {
     "k 13": ((64, 64), 13, 4, 64, torch.float16, {}),
     "no bias": ((56, 56), 7, 2, 32, torch.bfloat16, {"rpb": False}),
     "float32": ((56, 56), 7, 2, 32, torch.float32, {}),
+    "float32, isotropic": ((14, 14), 7, 6, 64, torch.float32, {}),
     "line": ((32768,), 511, 2, 128, torch.bfloat16, {"rpb": False}),
     "large window": ((256, 256), 80, 24, 128, torch.bfloat16, {"rpb": False}),
     "video": ((30, 48, 80), (18, 24, 24), 24, 128, torch.bfloat16, {"rpb": False, "stride": (16, 8, 8)}),
@@ -96,6 +98,17 @@ def test_interpreted_kernels_equal_the_reference():
 
 def test_kernels_compile_without_spills(resources_of, monkeypatch):
     check_resources("nat, half", 90, resources_of, monkeypatch)
+
+
+@pytest.mark.parametrize("case", ["float32", "float32, isotropic"])
+def test_the_compiler_adds_no_product_of_matrices(case):
+    """Triton turns some sums of products into products in tf32, which are wrong where they add up fewer than 8."""
+    for launch in launches(*PUBLISHED[case][:-1], **PUBLISHED[case][-1]):
+        code = compile_for(launch, 90).asm["ttir"]
+        inner = [int(size) for size in re.findall(r"tt\.dot .*: tensor<\d+x(\d+)xf32> \* ", code)]
+        assert inner, code
+        assert min(inner) >= 16, f"{launch.kernel} {launch.options}"
+        assert "tf32" not in code, f"{launch.kernel} {launch.options}"
 
 
 @pytest.mark.heavy
