@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from foveate.blocks import CrossShapedAttention2d
 
 
-def reference(block, x):
+def reference(block, x, stripe):
     """Attention over the whole map in which a mask hides other stripes, and a convolution run stripe by stripe."""
     height, width, dim = x.shape[1:]
     rows, columns = torch.arange(height), torch.arange(width)
     outs = []
-    branches = len(block.stripes)
-    for i, (stripe_height, stripe_width) in enumerate(block.stripes):
-        stripe_height, stripe_width = stripe_height or height, stripe_width or width
-        stripe = (rows[:, None] // stripe_height * width + columns[None] // stripe_width).flatten()
-        mask = stripe[:, None] == stripe[None]
+    # The first half of the channels sees vertical stripes, the second horizontal ones.
+    stripes = [(height, width)] if stripe is None else [(height, stripe), (stripe, width)]
+    branches = len(stripes)
+    for i, (stripe_height, stripe_width) in enumerate(stripes):
+        number = (rows[:, None] // stripe_height * width + columns[None] // stripe_width).flatten()
+        mask = number[:, None] == number[None]
         part = slice(i * dim // branches, (i + 1) * dim // branches)
         q, k, v = [tokens[..., part] for tokens in block.qkv(x).chunk(3, -1)]
 
@@ -39,7 +40,7 @@ def test_positions_see_their_stripes(stripe, size):
     x = torch.randn(2, *size, 16)
     with torch.no_grad():
         block.qkv.weight.normal_()
-        torch.testing.assert_close(block(x), reference(block, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block(x), reference(block, x, stripe), rtol=1e-4, atol=1e-5)
 
 
 def test_ragged_map_is_padded_on_all_sides_after_the_projection():

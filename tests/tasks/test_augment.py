@@ -118,3 +118,23 @@ def test_distortion_changes_pixels_within_bounds():
 def test_wrong_settings_are_refused(settings, reason):
     with pytest.raises(TaskError, match=reason):
         Augment(settings)
+
+
+def test_contrast_comes_before_or_after_saturation_by_a_coin():
+    """SSD's two orders differ where colours are clipped or rounded between them."""
+    image = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
+    fixed = {"shift": None, "contrast": 1.4, "saturation": 0.6, "hue": None}
+    scale = lambda x, factor: np.clip(x.astype(np.float32) * factor, 0, 255).astype(np.uint8)  # noqa: E731
+
+    def saturated(x):
+        hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
+        hsv[..., 1] = scale(hsv[..., 1], 0.6)
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+    first, last = saturated(scale(image, 1.4)), scale(saturated(image), 1.4)
+    assert (first != last).any()
+    distortion = PhotometricDistortion()
+    np.testing.assert_array_equal(distortion.apply(image, contrast_last=False, **fixed), first)
+    np.testing.assert_array_equal(distortion.apply(image, contrast_last=True, **fixed), last)
+    distortion.set_random_seed(0)
+    assert {distortion.get_params()["contrast_last"] for _ in range(20)} == {False, True}

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from foveate.tasks.detect.anchors import AnchorGrid
 from foveate.tasks.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, draw_evenly
 from foveate.tasks.detect.boxes import BoxCoder, giou_loss, grouped_nms, pairwise_iou, top_k
 from foveate.tasks.detect.masks import crop_masks, paste_masks
 from foveate.tasks.detect.roi_heads import RoIExtractor
+from foveate.tasks.detect.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, generalized_box_iou, nms
 
 
@@ -137,3 +139,17 @@ def test_a_pasted_crop_is_the_mask_again():
     pasted = paste_masks(torch.ones(3, 28, 28), odd, (70, 90))
     assert pasted[0, :10, :10].all()
     assert not pasted[2].any()
+
+
+@pytest.mark.parametrize(("training", "considered", "most"), [(False, 1000, 1000), (True, 2000, 1500)])
+def test_training_considers_more_regions(training, considered, most):
+    """Anchors of one pixel that don't overlap: what is considered is proposed, up to the most of an image."""
+    rpn = RegionProposalNetwork(1, AnchorGrid((4, 8), (0.25,), (1.0,)), most_in_training=1500)
+    logits = [torch.rand(1, 1, 50, 50, generator=torch.Generator().manual_seed(0)), torch.full((1, 1, 3, 3), -1.0)]
+    offsets = [torch.zeros(1, 4, *level.shape[2:]) for level in logits]
+    [(boxes, scores)] = rpn.propose(logits, offsets, [(200, 200)], training=training)
+    rpn.most = (10_000, 10_000)
+    [(unlimited, _)] = rpn.propose(logits, offsets, [(200, 200)], training=training)
+    assert len(unlimited) == considered + 9
+    assert len(boxes) == len(scores) == most
+    assert torch.equal(scores, logits[0].sigmoid().flatten().sort(descending=True).values[:most])
