@@ -161,10 +161,29 @@ def clear_masks() -> None:
     _mask.cache_clear()
 
 
-# To torch.compile the mask is constant, and only tensors can be.
-@torch.compiler.assume_constant_result
-def _mask_tensor(axes: tuple[tuple, ...], more: int, device: torch.device, index: int) -> Tensor:
-    return _mask(axes, more, device)[index]
+# In a compiled caller's graph the mask is a node: torch's own constants can be one of a function only.
+@torch.library.custom_op("foveate::neighborhood_flex_mask", mutates_args=())
+def _mask_operator(axes: Sequence[int], more: int, device: torch.device) -> list[Tensor]:
+    # Compiled code may write into what an operator returned.
+    return [table.clone() for table in _mask(_unflatten(axes), more, device)]
+
+
+@_mask_operator.register_fake
+def _(axes, more, device):
+    lengths = axes[::5]
+    tokens = math.prod(lengths)
+    queries, keys = -(-tokens // _BLOCK), -(-(tokens + more) // _BLOCK)
+    shapes = [shape for n, m in ((queries, keys), (keys, queries)) for shape in [(1, 1, n), (1, 1, n, m)] * 2]
+    shapes += [(length,) for length in lengths for _ in range(3)]
+    return [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+
+
+def _flatten(axes: Sequence[tuple]) -> list[int]:
+    return [int(number) for axis in axes for number in axis]
+
+
+def _unflatten(numbers: Sequence[int]) -> tuple[tuple, ...]:
+    return tuple((*numbers[i : i + 4], bool(numbers[i + 4])) for i in range(0, len(numbers), 5))
 
 
 @functools.cache
@@ -199,8 +218,10 @@ def _attention(
     # Where a compiled caller has symbols, the length of a range is a plain number.
     axes = tuple((len(range(length)), *windows) for length, *windows in axes)
     more = 0 if additional_keys is None else len(range(additional_keys.shape[1]))
-    count = len(_BLOCK_LISTS) + 3 * len(axes)
-    tensors = [_mask_tensor(axes, more, query.device, i) for i in range(count)]
+    if torch.compiler.is_compiling():
+        tensors = _mask_operator(_flatten(axes), more, query.device)
+    else:
+        tensors = _mask(axes, more, query.device)
     lists, tables = tensors[: len(_BLOCK_LISTS)], tensors[len(_BLOCK_LISTS) :]
     tables = [tables[i : i + 3] for i in range(0, len(tables), 3)]
 
@@ -237,7 +258,7 @@ def _operator(
     axes: Sequence[int],
     scale: float,
 ) -> Tensor:
-    axes = tuple((*axes[i : i + 4], bool(axes[i + 4])) for i in range(0, len(axes), 5))
+    axes = _unflatten(axes)
     tensors = (query, key, value, rpb, additional_keys, additional_values)
     # FlexAttention refuses tensors that could have gradients even where none are taken.
     query, key, value, *others = (x if x is None else x.detach() for x in tensors)
@@ -275,5 +296,4 @@ def neighborhood_flex(
     others = (rpb, additional_keys, additional_values)
     if query.device.type != "cpu":
         return _attention(query, key, value, axes, scale, *others, with_lse)
-    numbers = [int(number) for axis in axes for number in axis]
-    return _operator(query, key, value, *others, numbers, scale), None
+    return _operator(query, key, value, *others, _flatten(axes), scale), None
