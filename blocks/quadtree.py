@@ -420,6 +420,9 @@ def _coarsest(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
     batch, heads, tokens, _ = query.shape
+    if torch.compiler.is_compiling():
+        # The compiler's idea of a small convolution's strides can be wrong, and products rely on them.
+        value = value.clone(memory_format=torch.contiguous_format)
     # An exported graph must not depend on the number of tokens.
     rows = tokens if torch.compiler.is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
     chunks = []
