@@ -1,33 +1,22 @@
-"""Average precision of boxes and masks: pycocotools' numbers, by torchmetrics and faster-coco-eval."""
+"""Average precision of boxes and masks: pycocotools' numbers, by faster-coco-eval."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle_codec
 
-from ..coco import decode_masks
+from ..coco import to_run_lengths
 
-# torchmetrics draws its thresholds in float32; COCO's are these.
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
-RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101).tolist()
-# COCO's twelve numbers, by torchmetrics' names and ours.
-NUMBERS = {
-    "map": "ap",
-    "map_50": "ap50",
-    "map_75": "ap75",
-    "map_small": "ap_small",
-    "map_medium": "ap_medium",
-    "map_large": "ap_large",
-    "mar_1": "ar1",
-    "mar_10": "ar10",
-    "mar_100": "ar100",
-    "mar_small": "ar_small",
-    "mar_medium": "ar_medium",
-    "mar_large": "ar_large",
-}
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+# COCO's twelve numbers, in its order.
+NUMBERS = (
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
 
 
 def measure_ap(
@@ -46,31 +35,57 @@ def measure_ap(
         The values of `NUMBERS`, as fractions, -1 where there is nothing to find; ``classes``, the labels that occur;
         and for each of them ``class_ap``, and ``precision`` ``[10, 101, classes]`` by IoU and recall, -1 for none.
     """
-    metric = MeanAveragePrecision(
-        iou_type="bbox" if kind == "box" else "segm",
-        iou_thresholds=IOU_THRESHOLDS,
-        rec_thresholds=RECALL_THRESHOLDS,
-        extended_summary=True,
-        backend="faster_coco_eval",
-        sync_on_compute=False,  # of several processes only the first measures
+    with_masks = kind == "mask"
+    labels = sorted({int(label) for entry in (*predictions, *targets) for label in entry["labels"]})
+    images = [{"id": i, "height": target["size"][0], "width": target["size"][1]} for i, target in enumerate(targets)]
+    truth, found = (
+        COCO(
+            {
+                "images": images,
+                "categories": [{"id": label} for label in labels],
+                "annotations": _annotations(entries, images, with_masks),
+            }
+        )
+        for entries in (targets, predictions)
     )
-    metric.warn_on_many_detections = False
-    for prediction, target in zip(predictions, targets, strict=True):
-        found = {"scores": prediction["scores"].double(), "labels": prediction["labels"]}
-        truth = {key: target[key] for key in ("labels", "iscrowd", "area")}
-        for entry, source in ((found, prediction), (truth, target)):
-            if kind == "box":
-                # In float32 a box would move by what decides between two thresholds.
-                entry["boxes"] = source["boxes"].double()
-            else:
-                entry["masks"] = torch.from_numpy(decode_masks(source["masks"], *target["size"])).bool()
-        metric.update([found], [truth])
-    result = metric.compute()
-    precision: Tensor = result["precision"][..., 0, -1]
-    of_class = [values[values > -1].mean().item() if (values > -1).any() else -1.0 for values in precision.unbind(-1)]
+    evaluation = COCOeval_faster(truth, found, "segm" if with_masks else "bbox", print_function=lambda text: None)
+    evaluation.params.iouThrs, evaluation.params.recThrs = IOU_THRESHOLDS, RECALL_THRESHOLDS
+    if not labels:
+        return dict.fromkeys(NUMBERS, -1.0) | {"classes": [], "class_ap": [], "precision": np.zeros((10, 101, 0))}
+    evaluation.run()
+    precision = evaluation.eval["precision"][..., 0, -1]
+    of_class = [float(values[values > -1].mean()) if (values > -1).any() else -1.0 for values in precision.T]
     return {
-        **{ours: float(result[theirs]) for theirs, ours in NUMBERS.items()},
-        "classes": result["classes"].reshape(-1).tolist(),
+        **dict(zip(NUMBERS, map(float, evaluation.stats), strict=False)),
+        "classes": labels,
         "class_ap": of_class,
-        "precision": precision.numpy(),
+        "precision": precision,
     }
+
+
+def _annotations(entries: Sequence[dict[str, Any]], images: Sequence[dict], with_masks: bool) -> list[dict[str, Any]]:
+    """Return all images' truths, or detections, which have scores, in COCO's form."""
+    annotations = []
+    for image, entry in zip(images, entries, strict=True):
+        labels = entry["labels"].tolist()
+        if with_masks:
+            shapes = [to_run_lengths(mask, image["height"], image["width"]) for mask in entry["masks"]]
+            areas = [float(rle_codec.area(shape)) for shape in shapes]
+        else:
+            # In float32 a box would move by what decides between two thresholds.
+            corners = entry["boxes"].double().reshape(-1, 4)
+            shapes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+            areas = [width * height for *_, width, height in shapes]
+        for index, (label, shape, area) in enumerate(zip(labels, shapes, areas, strict=True)):
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image["id"],
+                "category_id": label,
+                "segmentation" if with_masks else "bbox": shape,
+            }
+            if "scores" in entry:
+                annotation |= {"score": float(entry["scores"][index]), "area": area, "iscrowd": 0}
+            else:
+                annotation |= {"area": float(entry["area"][index]), "iscrowd": int(entry["iscrowd"][index])}
+            annotations.append(annotation)
+    return annotations

@@ -105,7 +105,7 @@ class Detect:
         metrics = {}
         for kind in self._kinds():
             measured = measure_ap(predictions, targets, kind)
-            metrics |= {f"{kind}_{name}": measured[name] for name in NUMBERS.values() if measured[name] >= 0}
+            metrics |= {f"{kind}_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
         return metrics
 
     def draw(

@@ -153,7 +153,7 @@ class Segment:
             from ..detect.metrics import NUMBERS, measure_ap
 
             measured = measure_ap(predictions, targets, "mask")
-            metrics = {f"mask_{name}": measured[name] for name in NUMBERS.values() if measured[name] >= 0}
+            metrics = {f"mask_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
         return {key: value for key, value in metrics.items() if value == value}
 
     def draw(
