@@ -70,9 +70,9 @@ class Detector(nn.Module):
                 image without objects has tensors of length 0.
 
         Returns:
-            In training a dict of scalar losses, whose sum is to be minimised. In evaluation, for each image, a dict of
-            ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and, with a mask head, ``masks``
-            ``[D, H, W]`` (bool), best first, in pixels of the image as it was given.
+            In training a dict of scalar losses, whose sum is to be minimised. In evaluation, for each image, whatever
+            the others are, a dict of ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and, with a mask
+            head, ``masks`` ``[D, H, W]`` (bool), best first, in pixels of the image as it was given.
 
         Raises:
             TaskError: If images or targets are none of these.
@@ -80,14 +80,25 @@ class Detector(nn.Module):
         if not len(images):
             raise TaskError("the list of images is empty")
         if not self.training:
-            batch, _, image_sizes = self.transform(images)
-            originals = [tuple(image.shape[-2:]) for image in images]
-            return self.predict_from_features(self.backbone(batch), image_sizes, originals)
+            return self._detect(images)
         if targets is None:
             raise TaskError("training needs targets; for detections, put the model into evaluation mode: model.eval()")
         self._check(targets, images)
         batch, targets, image_sizes = self.transform(images, targets)
         return self.losses_from_features(self.backbone(batch), targets, image_sizes)
+
+    def _detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Return what each image gets alone: only those that are padded to the same size share a batch."""
+        groups: dict[Size, list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(self.transform.padded_size(image), []).append(index)
+        detections: dict[int, dict[str, Tensor]] = {}
+        for members in groups.values():
+            batch, _, image_sizes = self.transform([images[index] for index in members])
+            originals = [tuple(images[index].shape[-2:]) for index in members]
+            found = self.predict_from_features(self.backbone(batch), image_sizes, originals)
+            detections |= dict(zip(members, found, strict=True))
+        return [detections[index] for index in range(len(images))]
 
     def predict_from_features(
         self, features: Sequence[Tensor], image_sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None

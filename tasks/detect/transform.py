@@ -81,7 +81,7 @@ class DetectorTransform(nn.Module):
         originals = [tuple(image.shape[-2:]) for image in images]
         sizes = [self._size(original) for original in originals]
         images = [self.normalize(resize(image, size)) for image, size in zip(images, sizes, strict=True)]
-        canvas = tuple(-(-max(sides) // self.divisor) * self.divisor for sides in zip(*sizes, strict=True))
+        canvas = self._canvas(sizes)
         batch = torch.stack([_pad(image, canvas) for image in images])
         if targets is not None:
             targets = [
@@ -89,6 +89,18 @@ class DetectorTransform(nn.Module):
                 for target, original, size in zip(targets, originals, sizes, strict=True)
             ]
         return batch, targets, sizes
+
+    def padded_size(self, image: Tensor) -> tuple[int, int]:
+        """Return the ``(height, width)`` of a batch of an image ``[C, H, W]`` alone, in evaluation.
+
+        Raises:
+            TaskError: As `forward` does.
+        """
+        self._check(image)
+        return self._canvas([self._size(tuple(image.shape[-2:]))])
+
+    def _canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return tuple(-(-max(sides) // self.divisor) * self.divisor for sides in zip(*sizes, strict=True))
 
     def _check(self, image: Tensor) -> None:
         if image.dim() != 3 or len(image) != len(self.mean) or 0 in image.shape:

@@ -209,6 +209,26 @@ def test_detections_are_in_pixels_of_the_image_as_given():
     assert twice["masks"].shape[1:] == (120, 182)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_detections_do_not_depend_on_the_rest_of_the_batch(head):
+    """Padding reaches the last pixels through convolutions: mmdet's numbers are those of images alone."""
+    draw = torch.Generator().manual_seed(1)
+    sizes = [(61, 83), (97, 64), (60, 80), (20, 96), (61, 83)]
+    images = [torch.rand(3, *size, generator=draw) for size in sizes]
+    model = small(head, score_threshold=0.0).eval()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        alone = [model([image])[0] for image in images]
+        seen.clear()
+        together = model(images)
+    assert sorted(shape[0] for shape in seen) == [1, 1, 3]
+    for single, grouped in zip(alone, together, strict=True):
+        assert len(single["scores"]) > 0
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(grouped[key], single[key], atol=1e-3, rtol=1e-4)
+
+
 def test_the_transform_moves_boxes_and_masks_with_the_image():
     image = torch.zeros(3, 50, 80)
     image[:, 10:30, 20:60] = 1
