@@ -1,9 +1,11 @@
 """Parts of hierarchical backbones that several families share; maps are NHWC between them."""
 
-from timm.layers import DropPath, LayerScale
+import torch
+from timm.layers import DropPath, LayerScale, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from .pointwise import PointwiseMlp
+from .position import resize_map
 
 
 class ConvStem(nn.Module):
@@ -35,6 +37,67 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to ``[B, ceil(H / 2), ceil(W / 2), 2C]``."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+@register_notrace_function
+def check_holds_patch(height: int, width: int, kernel_size: int) -> None:
+    """Raise a ValueError if a map is smaller than one patch."""
+    if height < kernel_size or width < kernel_size:
+        raise ValueError(
+            f"the image is too small: a map of {height}x{width} holds no patch of {kernel_size}x{kernel_size}; "
+            "images of at least 32x32 pixels are large enough"
+        )
+
+
+class ConvEmbed(nn.Module):
+    """Strided convolution, norm, and optionally a position embedding: to NHWC.
+
+    Args:
+        in_chans: Channels before.
+        dim: Channels after.
+        kernel_size: Height and width of the kernel.
+        stride: Stride; without padding, what it leaves over at the bottom and right is cut off.
+        padding: Padding.
+        map_size: Height and width of the maps that the position embedding is learned for; None for no embedding.
+        image: Whether the input is NCHW, not NHWC.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        kernel_size: int,
+        stride: int,
+        padding: int = 0,
+        map_size: tuple[int, int] | None = None,
+        image: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.image = image
+        # What a map must have at least.
+        self.least = kernel_size - 2 * padding
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.pos_embed = nn.Parameter(torch.empty(1, *map_size, dim, **dd)) if map_size is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the position embedding as published: truncated normal, std 0.02."""
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_chans, H, W]``, or ``[B, H, W, in_chans]``, to ``[B, H', W', dim]``."""
+        if not self.image:
+            x = x.permute(0, 3, 1, 2)
+        check_holds_patch(x.shape[2], x.shape[3], self.least)
+        x = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        if self.pos_embed is not None:
+            x = x + resize_map(self.pos_embed, x.shape[1], x.shape[2], "bilinear")
+        return x
 
 
 class Block(nn.Module):

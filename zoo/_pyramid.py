@@ -200,7 +200,7 @@ class Pyramid(nn.Module):
                 tap = self.out_norms[i](x)
             else:
                 tap = self.norm(x) if norm and i == len(self.stages) - 1 else x
-            taps.append(_to_format(tap, self.output_fmt, output_fmt))
+            taps.append(to_format(tap, self.output_fmt, output_fmt))
         if intermediates_only:
             return taps
         if len(stages) == len(self.feature_info):
@@ -243,7 +243,8 @@ def settle_size(x: Tensor) -> None:
 register_notrace_function(settle_size)
 
 
-def _to_format(x: Tensor, source: str, target: str) -> Tensor:
+def to_format(x: Tensor, source: str, target: str) -> Tensor:
+    """Return a map in format ``source`` in ``target``, ``"NCHW"`` or ``"NHWC"``."""
     if source == target:
         return x
     return nhwc_to(x, Format.NCHW) if target == "NCHW" else x.permute(0, 2, 3, 1)
