@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from .pointwise import PointwiseLinear
+from .pointwise import apply_linear
 from .window import cut_windows, join_windows
 
 # The block biases have this height and width at every resolution.
@@ -127,9 +127,9 @@ class AgentAttention2d(nn.Module):
         self.agents_height, self.agents_width = (agents, agents) if agent_shape is None else to_2tuple(agent_shape)
         self.window_height, self.window_width = (0, 0) if window_size is None else to_2tuple(window_size)
         height, width = to_2tuple(map_size)
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.an_bias = nn.Parameter(torch.empty(num_heads, agents**2, _BLOCK, _BLOCK, **dd))
         self.na_bias = nn.Parameter(torch.empty(num_heads, agents**2, _BLOCK, _BLOCK, **dd))
@@ -171,14 +171,15 @@ class AgentAttention2d(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
+        q, k, v = qkv.chunk(3, dim=-1)
         agents = pool_agents(q, self.agents_height, self.agents_width)
         gather_bias, spread_bias = self._biases(height, width)
         out = attend_through_agents(
             q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), agents, gather_bias, spread_bias, self.num_heads
         )
         out = out.unflatten(1, (height, width)) + self.dwc(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 
     def _biases(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Return the biases of agents towards positions ``[heads, n, N]`` and of positions towards agents."""
@@ -239,7 +240,8 @@ class AgentTokenAttention(AgentAttention2d):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Attend over tokens ``x`` ``[B, 1 + height * width, dim]``."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
+        q, k, v = qkv.chunk(3, dim=-1)
         agents = pool_agents(q[:, 1:].unflatten(1, (height, width)), self.agents_height, self.agents_width)
         gather_bias, spread_bias = self._biases(height, width)
         gather_bias = torch.cat([self.ac_bias[0], gather_bias], dim=2)
@@ -251,4 +253,4 @@ class AgentTokenAttention(AgentAttention2d):
         out = attend_through_agents(q, k, v, agents, gather_bias, spread_bias, self.num_heads)
         local = self.dwc(v[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
         out = out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, 1, 0))
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
-from .pointwise import PointwiseLinear
+from .pointwise import apply_linear
 from .window import cut_windows, join_windows
 
 
@@ -77,12 +77,12 @@ class CrossShapedAttention2d(nn.Module):
                 f"got dim {dim}, heads {num_heads}"
             )
         self.num_heads = num_heads
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.ModuleList(
             nn.Conv2d(dim // branches, dim // branches, 3, padding=1, groups=dim // branches, **dd)
             for _ in self.stripes
         )
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -102,7 +102,8 @@ class CrossShapedAttention2d(nn.Module):
         height, width = x.shape[1], x.shape[2]
         branches = len(self.stripes)
         # [B, H, W, 3, branches, C]
-        qkv = self.qkv(x).unflatten(-1, (3, branches, -1))
+        qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
+        qkv = qkv.unflatten(-1, (3, branches, -1))
         outs = []
         for i, lepe in enumerate(self.lepe):
             stripe_height = stripe_size(height, self.stripes[i][0])
@@ -116,4 +117,5 @@ class CrossShapedAttention2d(nn.Module):
             out = out + lepe(local).flatten(2).transpose(1, 2)
             out = join_windows(out, padded_height, padded_width, stripe_height, stripe_width, 0, 0)
             outs.append(unpad_stripes(out, height, width))
-        return self.proj_drop(self.proj(torch.cat(outs, dim=-1)))
+        x = torch.cat(outs, dim=-1)
+        return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x))

@@ -3,9 +3,17 @@
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 __all__ = ["DeformableGate"]
+
+
+class _DeformableConv(DeformConv2d):
+    """torchvision's layer, computed in float32 whatever the precision of its parameters and inputs."""
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        # torchvision has no bfloat16 kernel, and sums positions and offsets in the input's precision.
+        return deform_conv2d(x.float(), offset.float(), self.weight.float(), padding=self.padding)
 
 
 class DeformableGate(nn.Module):
@@ -49,7 +57,7 @@ class DeformableGate(nn.Module):
         self.norm1 = nn.GroupNorm(compressed, compressed, **dd)
         self.act = nn.GELU()
         self.offset = nn.Conv2d(compressed, 2 * kernel_size**2, kernel_size, padding=self.padding, **dd)
-        self.deformable = nn.Conv2d(compressed, channels, kernel_size, padding=self.padding, bias=False, **dd)
+        self.deformable = _DeformableConv(compressed, channels, kernel_size, padding=self.padding, bias=False).to(**dd)
         self.norm2 = LayerNorm2d(channels, eps=1e-5, **dd)
         self.reset_parameters()
 
@@ -61,8 +69,5 @@ class DeformableGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x`` ``[B, channels, H, W]``."""
         compressed = self.act(self.norm1(self.pointwise(self.depthwise(x))))
-        # torchvision has no bfloat16 kernel, and sums positions and offsets in the input's precision.
-        attended = deform_conv2d(
-            compressed.float(), self.offset(compressed).float(), self.deformable.weight.float(), padding=self.padding
-        )
+        attended = self.deformable(compressed, self.offset(compressed))
         return x * torch.sigmoid(self.norm2(attended.to(x.dtype)))

@@ -10,6 +10,7 @@ from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from .global_attention import resize_bias_table
+from .plain import is_plain
 
 GEOMETRIES = ("dat", "dat_pp")
 
@@ -232,19 +233,22 @@ class DeformableAttention2d(nn.Module):
         if self.offset_conv is None:
             offset = zero_offsets(q, self.groups, self.kernel_size, self.stride, self.padding)
             return key_points(offset, self.offset_range, self.plus)
-        bias = self.offset_conv.bias
-        # All groups at once, with the shared kernel repeated: the map need not be copied group by group.
-        offset = F.conv2d(
-            q,
-            self.offset_conv.weight.repeat(self.groups, 1, 1, 1),
-            None if bias is None else bias.repeat(self.groups),
-            self.stride,
-            self.padding,
-            groups=q.shape[1],
-        )
-        offset = offset.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        offset = self._call_offset_conv(q) if torch.jit.is_scripting() else self._use_offset_conv(q)
         offset = self.offset_proj(F.gelu(self.offset_norm(offset)))
         return key_points(offset, self.offset_range, self.plus)
+
+    def _call_offset_conv(self, q: Tensor) -> Tensor:
+        return self.offset_conv(q.unflatten(1, (self.groups, -1)).flatten(0, 1))
+
+    def _use_offset_conv(self, q: Tensor) -> Tensor:
+        conv = self.offset_conv
+        if not is_plain(conv):
+            return self._call_offset_conv(q)
+        # All groups at once, with the shared kernel repeated: the map need not be copied group by group.
+        weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias
+        bias = None if bias is None else bias.repeat(self.groups)
+        offset = F.conv2d(q, weight, bias, self.stride, self.padding, groups=q.shape[1])
+        return offset.unflatten(1, (self.groups, -1)).flatten(0, 1)
 
     def _keys_values(self, x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values ``[B, heads, keys, dim / heads]`` at the points of each group."""

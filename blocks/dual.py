@@ -1,10 +1,11 @@
 """Dual attention (DaViT, arXiv 2204.03645): within windows of positions, and within groups of channels."""
 
+import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .pointwise import PointwiseLinear
+from .pointwise import apply_linear
 from .window import WindowAttention2d
 
 
@@ -54,8 +55,8 @@ class ChannelGroupAttention2d(nn.Module):
             )
         self.num_groups = num_groups
         self.scale = (dim // num_groups) ** -0.5
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -73,11 +74,12 @@ class ChannelGroupAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend between the channels of ``x`` ``[B, H, W, dim]``."""
         height, width = x.shape[1:3]
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_groups, -1))
+        qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
+        qkv = qkv.flatten(1, 2).unflatten(-1, (3, self.num_groups, -1))
         q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)
         x = F.scaled_dot_product_attention(k, v, q, scale=self.scale)
         x = x.permute(0, 3, 1, 2).flatten(2).unflatten(1, (height, width))
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x))
 
 
 class DualAttention2d(nn.Module):

@@ -1,48 +1,34 @@
 """Linear layers over maps and tokens, whose channels come last."""
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..kernels.pointwise import pointwise
+from .plain import is_plain
 
 
-@torch.jit.ignore
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Call the operator as one node of a traced graph: its backend depends on the input."""
-    return pointwise(x, weight, bias)
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer on ``x`` ``[B, H, W, in]`` or ``[B, N, in]``, by the fastest operator if it is a plain one.
 
-
-register_notrace_function(project)
-
-
-class PointwiseLinear(nn.Linear):
-    """`torch.nn.Linear` with its parameters and its result, faster on maps and tokens on a CPU.
-
-    Shape:
-        ``[B, H, W, in_features]`` or ``[B, N, in_features]`` to the same with ``out_features`` channels.
+    A layer that is hooked, adapted, quantized or otherwise more than `torch.nn.Linear` is called as it is; so is every
+    layer in a traced graph, which keeps it as a layer.
 
     Example:
-        >>> PointwiseLinear(16, 32)(torch.randn(1, 5, 7, 16)).shape
+        >>> apply_linear(torch.nn.Linear(16, 32), torch.randn(1, 5, 7, 16)).shape
         torch.Size([1, 5, 7, 32])
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, H, W, in_features]`` or ``[B, N, in_features]`` to ``out_features`` channels."""
-        return project(x, self.weight, self.bias)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer):
+        return layer(x)
+    return pointwise(x, layer.weight, layer.bias)
 
 
 # Hidden numbers that a CPU holds at once: 8 MB in float32.
 _HIDDEN = 2**21
 
 
-@torch.jit.ignore
 def positions_at_once(x: Tensor, hidden: int) -> int:
     """Return for how many positions of ``x`` ``[..., C]`` the hidden channels shall exist at once; 0 for all."""
-    # Graphs are traced whole, and gradients need everything anyway.
-    traced = isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or torch.is_grad_enabled() or not x.is_cpu or x.shape[:-1].numel() * hidden < 2 * _HIDDEN:
+    if not x.is_cpu or x.shape[:-1].numel() * hidden < 2 * _HIDDEN:
         return 0
     return max(1, _HIDDEN // hidden)
 
@@ -68,18 +54,27 @@ class PointwiseMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc1 = PointwiseLinear(dim, hidden, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act = nn.GELU()
         self.drop = nn.Dropout(drop)
-        self.fc2 = PointwiseLinear(hidden, dim, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, dim]`` or ``[B, N, dim]`` to the same shape."""
+        return self._feed_forward(x) if torch.jit.is_scripting() else self._forward_in_pieces(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
+        x = self.drop(self.act(x))
+        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x))
+
+    def _forward_in_pieces(self, x: Tensor) -> Tensor:
+        # A graph is traced whole, gradients need everything anyway, and who looks at a layer wants the whole map.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or torch.is_grad_enabled() or not is_plain(self.fc1, self.act, self.drop, self.fc2):
+            return self._feed_forward(x)
         count = positions_at_once(x, self.fc1.out_features)
         if count == 0:
             return self._feed_forward(x)
         parts = [self._feed_forward(part) for part in x.flatten(0, -2)[None].split(count, 1)]
         return torch.cat(parts, 1).reshape(x.shape)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

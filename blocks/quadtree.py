@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels import quadtree_scores, quadtree_values
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
+from .plain import is_plain
 
 # Of one chunk of the coarsest level's scores, which are the only ones that grow with the square of the map.
 _COARSE_BYTES = 64 * 2**20
@@ -204,41 +205,51 @@ class QuadTreeAttention2d(nn.Module):
         """Return the settings that `print(model)` shows."""
         return f"kind={self.kind}, levels={self.levels}, topk={self.topk}, num_heads={self.num_heads}"
 
-    def _values_and_lepe(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-        """Return the value maps from fine to coarse, and LePE's weights and biases from coarse to fine."""
+    def _values(self, x: Tensor) -> list[Tensor]:
+        """Return the value maps from fine to coarse."""
         values = [self.v(x)]
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
         if self.kind == "A":
             for _ in range(self.levels - 1):
                 values.append(pool(values[-1]))
         else:
             for branch in self.value_branches:
                 values.append(branch(values[-1].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-            for conv in self.lepe:
-                weights.append(conv.weight)
-                biases.append(conv.bias)
-        return values, weights, biases
+        return values
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.multiple)
-        values, lepe_weights, lepe_biases = self._values_and_lepe(x)
-        x = attend(
-            x,
-            self.qk(x),
-            values,
-            self.qk.weight,
-            self.qk.bias,
-            lepe_weights,
-            lepe_biases,
-            self.level_weights,
-            self.num_heads,
-            self.topk,
-            self.backend,
-        )
+        x = self._call_layers(x) if torch.jit.is_scripting() else self._use_layers(x)
         return self.proj_drop(self.proj(x[:, :height, :width]))
+
+    def _use_layers(self, x: Tensor) -> Tensor:
+        """Return the output before the projection, by the parameters of layers as long as they are plain ones."""
+        if not is_plain(self.qk, *self.lepe):
+            return self._call_layers(x)
+        values = self._values(x)
+        out = attend(self._pyramid(x), values, self.level_weights, self.num_heads, self.topk, self.backend)
+        if self.kind == "A":
+            return out
+        weights, biases = [conv.weight for conv in self.lepe], [conv.bias for conv in self.lepe]
+        return out + positional(values, weights, biases, self.level_weights)
+
+    def _pyramid(self, x: Tensor) -> list[Tensor]:
+        if is_plain(self.qk):
+            return project_pyramid(x, self.qk(x), self.qk.weight, self.qk.bias, self.levels, self.kind == "A")
+        return pool_pyramid(self.qk(x), self.levels)
+
+    def _call_layers(self, x: Tensor) -> Tensor:
+        """Return the output before the projection; every layer is called, once."""
+        values = self._values(x)
+        pyramid = pool_pyramid(self.qk(x), self.levels)
+        out = attend(pyramid, values, self.level_weights, self.num_heads, self.topk, self.backend)
+        if self.kind == "A":
+            return out
+        lepe = []
+        for level, conv in enumerate(self.lepe):
+            lepe.append(conv(values[self.levels - 1 - level].permute(0, 3, 1, 2)))
+        return out + weigh_positional(lepe, self.level_weights)
 
     @torch.jit.ignore
     def routes(self, x: Tensor) -> list[Routes]:
@@ -251,11 +262,8 @@ class QuadTreeAttention2d(nn.Module):
         """
         recorded: list[tuple[Tensor, Tensor]] = []
         x = pad_to_multiple(x, self.multiple)
-        values, _, _ = self._values_and_lepe(x)
-        queries, keys = _queries_and_keys(
-            x, self.qk(x), self.qk.weight, self.qk.bias, self.levels, self.num_heads, self.kind == "A"
-        )
-        _message(queries, keys, values[::-1], self.level_weights, self.topk, self.backend, recorded)
+        queries, keys = _queries_and_keys(self._pyramid(x), self.num_heads)
+        _message(queries, keys, self._values(x)[::-1], self.level_weights, self.topk, self.backend, recorded)
         height, width = x.shape[1] // self.multiple, x.shape[2] // self.multiple
         routes = []
         for level, (tokens, weights) in enumerate(recorded):
@@ -293,62 +301,25 @@ class QuadTreeAttention2d(nn.Module):
         return total[:, :, :height, :width]
 
 
+# One node of a traced graph each: their course depends on shapes.
+@register_notrace_function
 @torch.jit.ignore
-def attend(
-    x: Tensor,
-    finest: Tensor,
-    values: list[Tensor],
-    qk_weight: Tensor,
-    qk_bias: Tensor | None,
-    lepe_weights: list[Tensor],
-    lepe_biases: list[Tensor | None],
-    level_weights: Tensor | None,
-    num_heads: int,
-    topk: list[int],
-    backend: str | None,
-) -> Tensor:
-    """Return the attention's output ``[B, H, W, dim]``; one node of a traced graph, since its course depends on shapes.
+def project_pyramid(
+    x: Tensor, finest: Tensor, weight: Tensor, bias: Tensor | None, levels: int, finest_chooses: bool
+) -> list[Tensor]:
+    """Return queries and keys ``[B, h, w, 2 * dim]`` of every level, coarse to fine.
+
+    A pooled projection is the projection of the pooled input, so the coarser levels are projected from it. The finest
+    level is projected anew if a choice depends on it, which is so for a single level of type A.
 
     Args:
         x: Input ``[B, H, W, dim]``.
         finest: Queries and keys of ``x``, ``[B, H, W, 2 * dim]``.
-        values: Value maps, fine to coarse.
-        qk_weight: Weight of the projection to queries and keys.
-        qk_bias: Its bias.
-        lepe_weights: Weights of type B's depthwise convolutions, coarse to fine.
-        lepe_biases: Their biases.
-        level_weights: Type B's weights of the levels, coarse to fine, before their softmax; None is type A.
-        num_heads: Attention heads.
-        topk: Tokens to choose at each level, coarse to fine.
-        backend: Path of the operator.
+        weight: Weight of the projection to queries and keys.
+        bias: Its bias.
+        levels: Levels.
+        finest_chooses: Whether it is type A.
     """
-    levels = len(values)
-    values = values[::-1]
-    queries, keys = _queries_and_keys(x, finest, qk_weight, qk_bias, levels, num_heads, level_weights is None)
-    del finest  # its copies in tree order are all that is needed
-    out = _message(queries, keys, values, level_weights, topk, backend, None)
-    out = from_tree(out, x.shape[1], x.shape[2], levels - 1)
-    return out if level_weights is None else out + _positional(values, lepe_weights, lepe_biases, level_weights)
-
-
-register_notrace_function(attend)
-
-
-def _queries_and_keys(
-    x: Tensor,
-    finest: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    levels: int,
-    heads: int,
-    finest_chooses: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return scaled queries, and keys, each ``[B, heads, tokens, dim / heads]``, coarse to fine.
-
-    A pooled projection is the projection of the pooled input, so the coarser levels are projected from it. The finest
-    level is projected anew if a choice depends on it, which is so for a single level of type A.
-    """
-    dim = x.shape[-1]
     with full_precision(x):
         pooled = x.to(accumulation_dtype(x.dtype))
         weight, bias = weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype)
@@ -356,6 +327,50 @@ def _queries_and_keys(
         for _ in range(levels - 1):
             pooled = pool(pooled)
             pyramid.insert(0, F.linear(pooled, weight, bias))
+    return pyramid
+
+
+@register_notrace_function
+@torch.jit.ignore
+def pool_pyramid(finest: Tensor, levels: int) -> list[Tensor]:
+    """Return what `project_pyramid` does, from the finest level's projections alone, rounded as they are."""
+    with full_precision(finest):
+        pyramid, pooled = [finest], finest.to(accumulation_dtype(finest.dtype))
+        for _ in range(levels - 1):
+            pooled = pool(pooled)
+            pyramid.insert(0, pooled)
+    return pyramid
+
+
+@register_notrace_function
+@torch.jit.ignore
+def attend(
+    pyramid: list[Tensor],
+    values: list[Tensor],
+    level_weights: Tensor | None,
+    num_heads: int,
+    topk: list[int],
+    backend: str | None,
+) -> Tensor:
+    """Return the sum of all levels' messages ``[B, H, W, dim]``.
+
+    Args:
+        pyramid: Queries and keys ``[B, h, w, 2 * dim]``, coarse to fine.
+        values: Value maps, fine to coarse.
+        level_weights: Type B's weights of the levels, coarse to fine, before their softmax; None is type A.
+        num_heads: Attention heads.
+        topk: Tokens to choose at each level, coarse to fine.
+        backend: Path of the operator.
+    """
+    queries, keys = _queries_and_keys(pyramid, num_heads)
+    del pyramid  # its copies in tree order are all that is needed
+    out = _message(queries, keys, values[::-1], level_weights, topk, backend, None)
+    return from_tree(out, values[0].shape[1], values[0].shape[2], len(values) - 1)
+
+
+def _queries_and_keys(pyramid: list[Tensor], heads: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return scaled queries, and keys, each ``[B, heads, tokens, dim / heads]``, coarse to fine."""
+    dim = pyramid[0].shape[-1] // 2
     scale = (dim // heads) ** -0.5
     queries = [to_tree(qk[..., :dim] * scale, level, heads) for level, qk in enumerate(pyramid)]
     return queries, [to_tree(qk[..., dim:], level, heads) for level, qk in enumerate(pyramid)]
@@ -456,22 +471,45 @@ def _hand_down(scores: Tensor, weights: Tensor, topk: int, type_a: bool) -> tupl
     return weights.scatter(-1, position, 0.0), position, weights.gather(-1, position)
 
 
-def _positional(
-    value_maps: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], level_weights: Tensor
+@register_notrace_function
+@torch.jit.ignore
+def positional(
+    values: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], level_weights: Tensor
 ) -> Tensor:
-    """Return type B's LePE, added up over the levels by their shares, ``[B, H, W, dim]``."""
-    dtype = value_maps[0].dtype
+    """Return type B's LePE, added up over the levels by their shares, ``[B, H, W, dim]``.
+
+    Args:
+        values: Value maps, fine to coarse.
+        weights: Weights of the depthwise convolutions, coarse to fine.
+        biases: Their biases.
+        level_weights: Weights of the levels, coarse to fine, before their softmax.
+    """
+    dtype = values[0].dtype
     total: Tensor | None = None
-    for value, weight, bias, share in zip(value_maps, weights, biases, level_weights.softmax(0), strict=True):
+    for value, weight, bias, share in zip(values[::-1], weights, biases, level_weights.softmax(0), strict=True):
         # The share of a level scales its convolution: that is smaller than the map.
         weight, bias = (weight * share).to(dtype), (bias * share).to(dtype)
         level = F.conv2d(value.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0])
-        level = level.permute(0, 2, 3, 1)
-        if total is not None:
-            cells = level.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-            level = (cells + total[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
-        total = level
+        total = _add_to_finer(total, level.permute(0, 2, 3, 1))
     return total
+
+
+@register_notrace_function
+@torch.jit.ignore
+def weigh_positional(levels: list[Tensor], level_weights: Tensor) -> Tensor:
+    """Return what `positional` does, from the convolutions' outputs ``[B, dim, h, w]``, coarse to fine."""
+    total: Tensor | None = None
+    for level, share in zip(levels, level_weights.softmax(0), strict=True):
+        total = _add_to_finer(total, level.permute(0, 2, 3, 1) * share.to(level.dtype))
+    return total
+
+
+def _add_to_finer(coarse: Tensor | None, fine: Tensor) -> Tensor:
+    """Return the map ``fine`` ``[B, h, w, C]`` plus the next coarser one's pixel above each of its own."""
+    if coarse is None:
+        return fine
+    cells = fine.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    return (cells + coarse[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
 
 
 def _value_branch(dim: int, act: Callable[[], nn.Module], device=None, dtype=None) -> nn.Sequential:

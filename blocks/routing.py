@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
+from ..kernels.pointwise import pointwise
+from ..kernels.precision import full_precision
 from ..kernels.routing import routed_attention
 from ..kernels.routing.reference import routed_attention_weights
-from .pointwise import PointwiseLinear, project
+from .plain import is_plain
+from .pointwise import apply_linear
 
 
 class RoutedRegions(NamedTuple):
@@ -35,8 +38,8 @@ def _region_means(x: Tensor, height: int, width: int) -> Tensor:
     return x.flatten(2).mT
 
 
-def _route(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, topk: int) -> Tensor:
-    query, key = F.linear(_region_means(x, height, width), weight, bias).chunk(2, -1)
+def _best(query_and_key: Tensor, topk: int) -> Tensor:
+    query, key = query_and_key.chunk(2, -1)
     logits = query @ key.mT
     return logits.topk(min(topk, logits.shape[-1])).indices
 
@@ -60,13 +63,20 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: in
     exact = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.detach().to(exact), weight.detach().to(exact)
     bias = None if bias is None else bias.detach().to(exact)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _route(x, weight, bias, height, width, topk)
-    return _route(x, weight, bias, height, width, topk)
+    with full_precision(x):
+        return _best(F.linear(_region_means(x, height, width), weight, bias), topk)
+
+
+@torch.jit.ignore
+def route_projected(query_and_key: Tensor, height: int, width: int, topk: int) -> Tensor:
+    """Choose regions as `route` does, from the projections ``[B, H, W, 2 * C]`` themselves, rounded as they are."""
+    exact = query_and_key.detach().to(torch.promote_types(query_and_key.dtype, torch.float32))
+    with full_precision(exact):
+        return _best(_region_means(exact, height, width), topk)
 
 
 register_notrace_function(route)
+register_notrace_function(route_projected)
 
 
 @torch.jit.ignore
@@ -113,7 +123,8 @@ class BiLevelRoutingAttention2d(nn.Module):
       than ``n_win`` tokens on an axis, where it failed, get regions of one token; that is ours.
 
     If there are fewer than ``topk`` regions, all are used. The routing is computed in float32 even under autocast or in
-    a half-precision model, where rounding would choose other regions; see `route`. It carries no gradient.
+    a half-precision model, where rounding would choose other regions; see `route`. It carries no gradient. Only a
+    ``qkv`` that is more than a plain layer (see `blocks.plain.is_plain`) is routed by its own output, rounded or not.
 
     Args:
         dim: Channels.
@@ -164,9 +175,9 @@ class BiLevelRoutingAttention2d(nn.Module):
         self.ragged = ragged
         self.scale = dim**-0.5 if scale is None else scale
         self.channels_first = channels_first
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -177,13 +188,21 @@ class BiLevelRoutingAttention2d(nn.Module):
         """Return the settings that `print(model)` shows."""
         return f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, ragged={self.ragged}"
 
-    def _split(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return the weights of queries with keys and of values, then the biases."""
+    def _project(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries with keys ``[B, H, W, 2 * dim]``, values ``[B, H, W, dim]``, and the routes of regions."""
+        if not is_plain(self.qkv):
+            return self._call_projection(x, height, width)
         weight, bias = self.qkv.weight, self.qkv.bias
-        width = 2 * self.proj.in_features
-        if bias is None:
-            return weight[:width], weight[width:], None, None
-        return weight[:width], weight[width:], bias[:width], bias[width:]
+        width_qk = 2 * x.shape[-1]
+        qk_bias, v_bias = (None, None) if bias is None else (bias[:width_qk], bias[width_qk:])
+        routes = route(x, weight[:width_qk], qk_bias, height, width, self.topk)
+        # Values by themselves: LePE needs them as a map without gaps, and queries and keys can be freed before it.
+        return pointwise(x, weight[:width_qk], qk_bias), pointwise(x, weight[width_qk:], v_bias), routes
+
+    def _call_projection(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x)
+        qk, v = qkv[..., : 2 * x.shape[-1]], qkv[..., 2 * x.shape[-1] :]
+        return qk, v, route_projected(qk, height, width, self.topk)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the routed regions of a map."""
@@ -193,10 +212,10 @@ class BiLevelRoutingAttention2d(nn.Module):
         region_height, region_width = region_size(height, width, self.n_win, self.ragged)
         if not self.ragged:
             x = pad_to_regions(x, region_height, region_width, self.n_win, self.n_win)
-        qk_weight, v_weight, qk_bias, v_bias = self._split()
-        routes = route(x, qk_weight, qk_bias, region_height, region_width, self.topk)
-        # Values by themselves: LePE needs them as a map without gaps, and queries and keys can be freed before it.
-        qk, v = project(x, qk_weight, qk_bias), project(x, v_weight, v_bias)
+        if torch.jit.is_scripting():
+            qk, v, routes = self._project_at_once(x, region_height, region_width)
+        else:
+            qk, v, routes = self._project(x, region_height, region_width)
         if self.ragged:
             qk = pad_to_regions(qk, region_height, region_width, 0, 0)
             x = pad_to_regions(v, region_height, region_width, 0, 0)
@@ -205,7 +224,8 @@ class BiLevelRoutingAttention2d(nn.Module):
         x = attend(qk, x, self.num_heads, routes, region_height, region_width, self.scale)
         del qk
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = self.proj(x[:, :height, :width] + lepe[:, :height, :width])
+        x = x[:, :height, :width] + lepe[:, :height, :width]
+        x = self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x)
         return x.permute(0, 3, 1, 2) if self.channels_first else x
 
     def _inspect(self, x: Tensor) -> tuple[Tensor, RoutedRegions]:
@@ -215,9 +235,8 @@ class BiLevelRoutingAttention2d(nn.Module):
         size = region_size(x.shape[1], x.shape[2], self.n_win, self.ragged)
         if not self.ragged:
             x = pad_to_regions(x, *size, self.n_win, self.n_win)
-        qk_weight, _, qk_bias, _ = self._split()
-        index = route(x, qk_weight, qk_bias, *size, self.topk)
-        qkv = pad_to_regions(self.qkv(x), *size, 0, 0)
+        qk, v, index = self._project(x, *size)
+        qkv = pad_to_regions(torch.cat([qk, v], -1), *size, 0, 0)
         grid = qkv.shape[1] // size[0], qkv.shape[2] // size[1]
         return qkv.unflatten(-1, (3, self.num_heads, -1)), RoutedRegions(index, grid, size)
 
@@ -278,9 +297,9 @@ class LePEAttention2d(nn.Module):
             raise ValueError(f"LePEAttention2d takes lepe 'input' or 'value'; got {lepe!r}")
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -294,12 +313,13 @@ class LePEAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
         channels = x.shape[-1]
-        qkv = self.qkv(x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
         local = qkv[..., 2 * channels :] if self.lepe_of_value else x
         lepe = self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(out.unflatten(1, (x.shape[1], x.shape[2])) + lepe)
+        out = out.unflatten(1, (x.shape[1], x.shape[2])) + lepe
+        return self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out)
 
 
 def _check_settings(name: str, dim: int, num_heads: int, lepe_kernel: int) -> None:

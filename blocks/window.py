@@ -6,7 +6,7 @@ from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .global_attention import relative_bias
-from .pointwise import PointwiseLinear
+from .pointwise import apply_linear
 
 
 @register_notrace_function
@@ -146,13 +146,13 @@ class WindowAttention2d(nn.Module):
             raise ValueError(
                 f"WindowAttention2d needs 0 <= shift_size < window_size; got {shift_size} for windows of {window_size}"
             )
-        self.qkv = PointwiseLinear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = (
             nn.Parameter(torch.empty(num_heads, 2 * self.window_height - 1, 2 * self.window_width - 1, **dd))
             if rel_pos_bias
             else None
         )
-        self.proj = PointwiseLinear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -177,13 +177,15 @@ class WindowAttention2d(nn.Module):
         shift_y = axis_shift(self.shift_y, height, window_y, width, window_x, where)
         shift_x = axis_shift(self.shift_x, width, window_x, height, window_y, where)
         windows = cut_windows(x, self.window_height, self.window_width, shift_y, shift_x)
-        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(windows) if torch.jit.is_scripting() else apply_linear(self.qkv, windows)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bias = None
         if self.rpb is not None:
             bias = relative_bias(self.rpb, self.window_height, self.window_width).to(q.dtype)[None]
         mask = shift_mask(q, height, width, self.window_height, self.window_width, shift_y, shift_x)
         windows = F.scaled_dot_product_attention(q, k, v, attn_mask=add_mask(bias, mask, q.shape[0]))
-        windows = self.proj(windows.transpose(1, 2).flatten(2))
+        windows = windows.transpose(1, 2).flatten(2)
+        windows = self.proj(windows) if torch.jit.is_scripting() else apply_linear(self.proj, windows)
         x = join_windows(windows, height, width, self.window_height, self.window_width, shift_y, shift_x)
         return self.proj_drop(x)

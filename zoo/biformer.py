@@ -30,8 +30,6 @@ from timm.layers import (
     DropPath,
     LayerNorm2d,
     calculate_drop_path_rates,
-    register_notrace_function,
-    register_notrace_module,
     trunc_normal_,
 )
 from timm.models import register_model
@@ -105,36 +103,6 @@ class PatchDownsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-@register_notrace_function
-def rows_at_once(x: Tensor, hidden: int) -> int:
-    """Return how many rows of ``x`` ``[B, H, W, C]`` hold 2**20 hidden numbers; 0 if all rows shall go at once."""
-    if torch.is_grad_enabled() or not x.is_cpu or torch.jit.is_scripting() or torch.compiler.is_compiling():
-        return 0
-    rows = 2**20 // max(1, x.shape[0] * x.shape[2] * hidden)
-    return 0 if rows >= x.shape[1] else max(1, rows)
-
-
-@register_notrace_module
-class RowwiseMlp(PointwiseMlp):
-    """The MLP on some rows of a map at a time where nothing is kept for gradients, so that large maps need less memory.
-
-    Shape:
-        ``[B, H, W, dim]`` to ``[B, H, W, dim]``.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, H, W, dim]`` to the same shape."""
-        rows = rows_at_once(x, self.fc1.out_features)
-        if rows == 0:
-            return self.fc2(self.act(self.fc1(x)))
-        first = self.fc2(self.act(self.fc1(x[:, :rows])))
-        out = first.new_empty(x.shape)
-        out[:, :rows] = first
-        for start in range(rows, x.shape[1], rows):
-            out[:, start : start + rows] = self.fc2(self.act(self.fc1(x[:, start : start + rows])))
-        return out
-
-
 class Block(nn.Module):
     """Transformer block, after an optional residual 3x3 depthwise convolution that tells positions; NCHW."""
 
@@ -155,7 +123,7 @@ class Block(nn.Module):
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = RowwiseMlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

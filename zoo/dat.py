@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
 from ..blocks.global_attention import resize_bias_table
+from ..blocks.plain import is_plain
 from ..blocks.window import WindowAttention2d, from_swin_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._checkpoint import resampled
@@ -88,21 +89,13 @@ class ConvStem(nn.Sequential):
         )
 
 
-@register_notrace_function
-def add_cheaply(y: Tensor, x: Tensor) -> Tensor:
-    """Return ``x + y``, in place of ``y`` if autocast left its precision alone: large maps cost time to allocate."""
-    return y.add_(x) if y.dtype == x.dtype else x + y
+def add_convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return ``x + conv(x)``, in place of the convolution where nobody else holds it: large maps cost time to allocate.
 
-
-class ResidualDepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution added to its input: DAT++'s local perception unit, and a part of its MLP; NCHW."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, dim, H, W]`` to the same shape."""
-        return add_cheaply(self._conv_forward(x, self.weight, self.bias), x)
+    DAT++ has this before its attention (the local perception unit) and inside its MLP.
+    """
+    y = conv(x)
+    return y.add_(x) if is_plain(conv) and y.dtype == x.dtype else x + y
 
 
 class ConvMlp(nn.Module):
@@ -112,7 +105,7 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
-        self.dwconv = ResidualDepthwiseConv(hidden, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
@@ -120,7 +113,9 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        return self.drop2(self.fc2(self.drop1(self.act(self.dwconv(self.fc1(x))))))
+        x = self.fc1(x)
+        x = x + self.dwconv(x) if torch.jit.is_scripting() else add_convolved(self.dwconv, x)
+        return self.drop2(self.fc2(self.drop1(self.act(x))))
 
 
 class Block(nn.Module):
@@ -152,7 +147,7 @@ class Block(nn.Module):
         dd = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
         self.channels_last = channels_last
-        self.lpu = ResidualDepthwiseConv(dim, **dd) if convs else nn.Identity()
+        self.lpu = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if convs else None
         self.norm1 = norm_layer(dim, **dd)
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -162,7 +157,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        x = self.lpu(x)
+        if self.lpu is not None:
+            x = x + self.lpu(x) if torch.jit.is_scripting() else add_convolved(self.lpu, x)
         y = self.norm1(x)
         y = self.attn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.attn(y)
         x = x + self.drop_path1(y)

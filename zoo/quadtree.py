@@ -27,6 +27,7 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv, OverlapPatchEmbed
 from torch import Tensor, nn
 
 from ..blocks import QuadTreeAttention2d
+from ..blocks.plain import is_plain
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -65,8 +66,9 @@ class ConvMlp(MlpWithDepthwiseConv):
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
         traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-        dropping = self.training and self.drop.p > 0
-        return x.device.type == "cpu" and not (torch.is_grad_enabled() or traced or dropping)
+        if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
+            return False
+        return is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2)
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:

@@ -15,10 +15,16 @@ def test_pieces_give_what_the_whole_gives(shape):
         torch.testing.assert_close(mlp(x), expected)
 
 
-def test_gradients_and_graphs_take_everything_at_once():
-    x = torch.randn(1, 80, 80, 16)
-    assert positions_at_once(x, 1024) == 0
+def test_gradients_graphs_and_hooks_take_everything_at_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(PointwiseMlp, "_feed_forward", lambda mlp, x: seen.append(x.shape) or x)
+    x, mlp = torch.randn(1, 80, 80, 16), PointwiseMlp(16, 1024).eval()
+    mlp(x)
     with torch.no_grad():
-        assert positions_at_once(x, 1024) > 0
-        traced = torch.jit.trace(PointwiseMlp(16, 1024).eval(), x, check_trace=False)
-        assert "aten::split" not in str(traced.inlined_graph)
+        mlp(x)
+        assert seen[0] == x.shape
+        assert len(seen) == 5
+        torch.jit.trace(mlp, x, check_trace=False)
+        mlp.act.register_forward_hook(lambda *_: None)
+        mlp(x)
+    assert seen[5:] == [x.shape] * 2
