@@ -14,6 +14,7 @@ from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, Neig
 from .polarized import PolarizedAttention
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d, LePEAttention2d, RoutedRegions
+from .shift import Shift2d
 from .triplet import TripletAttention
 from .window import WindowAttention2d
 
@@ -37,6 +38,7 @@ __all__ = [
     "PolarizedAttention",
     "QuadTreeAttention2d",
     "RoutedRegions",
+    "Shift2d",
     "TripletAttention",
     "WindowAttention2d",
     "create_attention",

@@ -13,6 +13,7 @@ from .global_attention import GlobalAttention2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d
+from .shift import Shift2d
 from .window import WindowAttention2d
 
 
@@ -21,6 +22,13 @@ class _Deformable(DeformableAttention2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class _Shift(Shift2d):
+    """Shifts of channels, which know no heads."""
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None, **options):
+        super().__init__(dim, **options)
 
 
 # By name: the module, and the options it gets beyond its own defaults.
@@ -34,6 +42,7 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "global": (GlobalAttention2d, {}),
     "neighborhood": (NeighborhoodAttention2d, {}),
     "quadtree": (QuadTreeAttention2d, {"levels": 3}),
+    "shift": (_Shift, {}),
     "window": (WindowAttention2d, {}),
 }
 
@@ -48,7 +57,7 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
 
     Args:
         name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"cross_shaped"``, ``"deformable"``, ``"dilated"``,
-            ``"dual"``, ``"global"``, ``"neighborhood"``, ``"quadtree"`` or ``"window"``.
+            ``"dual"``, ``"global"``, ``"neighborhood"``, ``"quadtree"``, ``"shift"`` or ``"window"``.
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the

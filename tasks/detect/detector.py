@@ -230,13 +230,13 @@ class RetinaNet(Detector):
         )
 
     @torch.no_grad()
-    def predict_from_features(  # noqa: D102 (the base class says it)
+    def predict_from_features(
         self, features: Sequence[Tensor], image_sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
     ) -> list[dict[str, Tensor]]:
         logits, offsets = self.head(self.neck(features))
         return self.head.detect(logits, offsets, image_sizes, original_sizes or image_sizes)
 
-    def losses_from_features(  # noqa: D102 (the base class says it)
+    def losses_from_features(
         self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
     ) -> dict[str, Tensor]:
         self._check(targets)
@@ -310,7 +310,7 @@ class MaskRCNN(Detector):
         return {}, {}, MASK_RCNN_STAGES
 
     @torch.no_grad()
-    def predict_from_features(  # noqa: D102 (the base class says it)
+    def predict_from_features(
         self, features: Sequence[Tensor], image_sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
     ) -> list[dict[str, Tensor]]:
         pyramid = self.neck(features)

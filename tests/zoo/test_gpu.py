@@ -23,6 +23,7 @@ MODELS = {
     "agent_pvt_tiny": 224,
     "agent_swin_tiny": 224,
     "agent_cswin_tiny": 224,
+    "shiftvit_light_tiny": 224,
     "ela_t_resnet18": 224,
     "foveate_davit_tiny": 224,
     "foveate_host_atto": 64,
