@@ -172,7 +172,7 @@ class QuadTreeAttention2d(nn.Module):
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         if kind == "B":
             self.value_branches = nn.ModuleList(
-                _value_branch(dim, _ACTIVATIONS[value_act], **dd) for _ in range(levels - 1)
+                _ValueBranch(dim, _ACTIVATIONS[value_act], **dd) for _ in range(levels - 1)
             )
             self.lepe = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) for _ in range(levels))
             self.level_weights = nn.Parameter(torch.empty(levels, **dd))
@@ -512,14 +512,23 @@ def _add_to_finer(coarse: Tensor | None, fine: Tensor) -> Tensor:
     return (cells + coarse[:, :, None, :, None]).flatten(3, 4).flatten(1, 2)
 
 
-def _value_branch(dim: int, act: Callable[[], nn.Module], device=None, dtype=None) -> nn.Sequential:
-    """Return the map from one level's values to those of the next coarser one, NCHW."""
-    dd = {"device": device, "dtype": dtype}
-    return nn.Sequential(
-        nn.GroupNorm(1, dim, **dd),
-        act(),
-        nn.Conv2d(dim, dim, 2, stride=2, **dd),
-        nn.GroupNorm(1, dim, **dd),
-        act(),
-        nn.Conv2d(dim, dim, 1, **dd),
-    )
+class _ValueBranch(nn.Sequential):
+    """Map from one level's values to those of the next coarser one, NCHW with channels last in memory."""
+
+    def __init__(self, dim: int, act: Callable[[], nn.Module], device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.GroupNorm(1, dim, **dd),
+            act(),
+            nn.Conv2d(dim, dim, 2, stride=2, **dd),
+            nn.GroupNorm(1, dim, **dd),
+            act(),
+            nn.Conv2d(dim, dim, 1, **dd),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, dim, H, W]`` to ``[B, dim, H / 2, W / 2]``."""
+        for layer in self:
+            # The layout that the norm's kernel keeps but its meta function forgets (torch 2.14), so graphs were wrong.
+            x = layer(x).contiguous(memory_format=torch.channels_last)
+        return x

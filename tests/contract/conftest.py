@@ -1,0 +1,68 @@
+"""The smallest relatives of every family, with every kind of block in them, for tests that run over all."""
+
+from collections.abc import Callable
+
+import foveate  # noqa: F401 (registers the models)
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+_DAT = dict(embed_dim=16, num_heads=(1, 2, 2, 4), groups=(1, 1, 2, 4))
+_SWIN = dict(embed_dim=8, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))
+
+# Options of the model of each name.
+FAMILIES = {
+    "nat_atto": dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=3),
+    "dinat_mini": dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), dilations=[[2], [2], [1], [1]]),
+    "dinat_s_tiny": dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), dilations=[[2], [2], [1], [1]]),
+    "nat_isotropic_small": dict(embed_dim=16, depth=4, num_heads=2, img_size=64),
+    "vitrpb_small": dict(embed_dim=16, depth=4, num_heads=2, img_size=64),
+    "biformer_tiny": dict(embed_dim=32, depths=(1, 1, 1, 1)),
+    "biformer_stl_nchw": dict(embed_dim=32, depths=(1, 1, 1, 1)),
+    "quadtree_b0": dict(embed_dims=(8, 16, 20, 32), depths=(1, 1, 1, 1)),
+    "quadtree_a_b0": dict(embed_dims=(8, 16, 20, 32), depths=(1, 1, 1, 1)),
+    "dat_tiny": dict(stages=("LS", "S", "LD", "D"), img_size=64, **_DAT),
+    "dat_pp_tiny": dict(stages=("ND", "D", "ND", "D"), img_size=64, **_DAT),
+    "agent_deit_tiny": dict(embed_dim=16, num_heads=2, depth=4, agent_blocks=2, img_size=64),
+    "agent_pvt_tiny": dict(embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1), img_size=64),
+    "agent_swin_tiny": dict(agent_blocks=(1, 1, 0, 0), window_size=2, img_size=64, **_SWIN),
+    "agent_cswin_tiny": dict(embed_dim=16, num_heads=(2, 4, 8, 16), depths=(1, 1, 2, 1), img_size=64),
+    "ela_t_resnet18": {},
+    "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
+    "foveate_host_atto": {},
+}
+
+
+def _build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **FAMILIES[name])
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Return the name of a model of every family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def build() -> Callable[[str], nn.Module]:
+    """Return a function from a name to its smallest relative, for images of 64x64, whose logits are not all alike."""
+    return _build
+
+
+@pytest.fixture
+def model(family) -> nn.Module:
+    """Return the smallest relative of a model of every family in turn."""
+    return _build(family)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Return two images of noise, 64x64."""
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
