@@ -1,66 +1,27 @@
-"""The public operators: checks, and the one place where a path is chosen."""
+"""The public operators, and the table of their backends."""
 
-import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import flex, tiled, triton_ops
-from .native import can_run, neighborhood_native
+from ..backends import Backend, check_name, choose, report
+from ..triton_launch import off_gpu
+from . import flex, native, tiled, triton_ops
+from .problem import AXIS_NAMES, make_problem
 from .reference import neighborhood_reference
-from .window import Axis
-
-_logger = logging.getLogger(__name__)
-
-_AXIS_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
-
-
-class Problem(NamedTuple):
-    """A checked call of an operator, as the backends take it. ``axes`` are plain tuples of `Axis`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    axes: tuple[tuple, ...]
-    scale: float
-    rpb: Tensor | None
-    additional_keys: Tensor | None
-    additional_values: Tensor | None
-    with_lse: bool
-
-
-class _Backend(NamedTuple):
-    obstacle: Callable[[Problem], str | None]  # why it cannot run, or None
-    run: Callable[..., tuple[Tensor, Tensor | None]]
-    drawback: Callable[[Problem], str | None] = lambda problem: None  # why it is not chosen unless asked for, or None
-
-
-def _off_gpu(problem: Problem) -> str | None:
-    return None if problem.query.is_cuda else "off the GPU it is interpreted"
-
-
-def _reference(*problem) -> tuple[Tensor, Tensor]:
-    *arguments, _ = problem  # it always returns the log-sum-exp
-    arguments[3] = tuple(Axis(*axis) for axis in arguments[3])
-    return neighborhood_reference(*arguments)
-
 
 # In order of preference; flex and the reference run on request only.
-_BACKENDS: dict[str, _Backend] = {
-    "native": _Backend(lambda problem: can_run(problem.query), neighborhood_native),
-    "triton": _Backend(
-        lambda problem: triton_ops.can_run(problem.query, problem.value), triton_ops.neighborhood_triton, _off_gpu
-    ),
-    "tiled": _Backend(lambda problem: None, tiled.neighborhood_tiled),
-    "flex": _Backend(
-        lambda problem: flex.can_run([x for x in problem if isinstance(x, Tensor)], problem.with_lse),
+_BACKENDS: dict[str, Backend] = {
+    "native": Backend(native.neighborhood_native, native.obstacle),
+    "triton": Backend(triton_ops.neighborhood_triton, triton_ops.obstacle, lambda problem: off_gpu(problem.query)),
+    "tiled": Backend(tiled.neighborhood_tiled),
+    "flex": Backend(
         flex.neighborhood_flex,
+        flex.obstacle,
         lambda problem: "every shape is compiled, for some ten seconds, and on CPUs is slower than tiled then",
     ),
-    "reference": _Backend(lambda problem: None, _reference),
+    "reference": Backend(neighborhood_reference),
 }
 
 
@@ -208,7 +169,7 @@ def set_neighborhood_backend(name: str | None) -> None:
     """
     global _preferred
     if name is not None:
-        _check_backend("set_neighborhood_backend", name)
+        check_name("set_neighborhood_backend", _BACKENDS, name)
     _preferred = name
 
 
@@ -231,163 +192,22 @@ def neighborhood_backends(
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
     rank = query.ndim - 3
-    if rank not in _AXIS_NAMES:
+    if rank not in AXIS_NAMES:
         raise ValueError(f"query must have 4, 5 or 6 axes, [B, *spatial, heads, dim]; got {list(query.shape)}")
     tensors = (query, key, value, additional_keys, additional_values)
-    problem = _problem(rank, tensors, return_lse, kernel_size=kernel_size, **options)
-    chosen = _choose(f"na{rank}d", problem, backend)
-    return {name: backend.obstacle(problem) or "can run" for name, backend in _BACKENDS.items()} | {chosen: "chosen"}
+    problem = make_problem(rank, tensors, return_lse, kernel_size=kernel_size, **options)
+    return report(f"na{rank}d", _BACKENDS, problem, backend or _preferred)
 
 
 def _neighborhood(
     rank: int, tensors: tuple[Tensor | None, ...], backend: str | None, return_lse: bool, **options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    problem = _problem(rank, tensors, return_lse, **options)
-    name = _choose(f"na{rank}d", problem, backend)
+    problem = make_problem(rank, tensors, return_lse, **options)
+    name = choose(f"na{rank}d", _BACKENDS, problem, backend or _preferred)
     query, _, value = tensors[:3]
     if 0 in query.shape or 0 in value.shape:
         output = query.new_zeros(*query.shape[:-1], value.shape[-1])
         lse = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     else:
-        output, lse = _BACKENDS[name].run(*problem)
+        output, lse = _BACKENDS[name].run(problem)
     return (output, lse) if return_lse else output
-
-
-def _choose(operator: str, problem: Problem, requested: str | None) -> str:
-    """Return the requested backend if it can run, else the reason against it; without a request, the first that can."""
-    requested = requested or _preferred
-    if requested is not None:
-        _check_backend(operator, requested)
-        if reason := _BACKENDS[requested].obstacle(problem):
-            raise ValueError(f"{operator}'s backend {requested!r} cannot run here: {reason}")
-        return requested
-    for name, backend in _BACKENDS.items():
-        reason = backend.obstacle(problem) or backend.drawback(problem)
-        if reason is None:
-            return name
-        if not torch.compiler.is_compiling():  # some versions of torch can't trace a logger
-            _logger.debug("%s: not %s: %s", operator, name, reason)
-    raise AssertionError("the reference runs everywhere")
-
-
-def _check_backend(operator: str, name: str) -> None:
-    if name not in _BACKENDS:
-        raise ValueError(f"{operator} has no backend {name!r}; it has {', '.join(map(repr, _BACKENDS))}")
-
-
-def _per_axis(operator: str, name: str, value, names: Sequence[str], kind: type) -> tuple:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(names)
-    if len(values) != len(names) or not all(type(v) is kind for v in values):
-        noun = "a bool" if kind is bool else "an integer"
-        raise ValueError(f"{operator} takes {name} as {noun}, or one for each of {', '.join(names)}; got {value!r}")
-    return values
-
-
-def _problem(
-    rank: int,
-    tensors: tuple[Tensor | None, ...],
-    with_lse: bool,
-    kernel_size: int | tuple[int, ...],
-    stride: int | tuple[int, ...] = 1,
-    dilation: int | tuple[int, ...] = 1,
-    is_causal: bool | tuple[bool, ...] = False,
-    scale: float | None = None,
-    rpb: Tensor | None = None,
-) -> Problem:
-    """Check the arguments of an operator and bring them into the backends' form."""
-    query, key, value, additional_keys, additional_values = tensors
-    operator, names = f"na{rank}d", _AXIS_NAMES[rank]
-    _check_tensors(operator, names, *tensors)
-    axes = []
-    for name, length, kernel, step, distance, causal in zip(
-        names,
-        query.shape[1:-2],
-        _per_axis(operator, "kernel_size", kernel_size, names, int),
-        _per_axis(operator, "stride", stride, names, int),
-        _per_axis(operator, "dilation", dilation, names, int),
-        _per_axis(operator, "is_causal", is_causal, names, bool),
-        strict=True,
-    ):
-        if kernel < 2:
-            raise ValueError(f"{operator} needs a kernel_size of at least 2; got {kernel} on the {name}")
-        if distance < 1:
-            raise ValueError(f"{operator} needs a dilation of at least 1; got {distance} on the {name}")
-        if not 1 <= step <= kernel:
-            raise ValueError(
-                f"{operator} needs a stride between 1 and the kernel_size {kernel}; got {step} on the {name}"
-            )
-        if kernel * distance > length:
-            raise ValueError(
-                f"{operator}'s neighborhood does not fit the {name}: kernel_size {kernel} x dilation {distance} = "
-                f"{kernel * distance} > {length}; pad the input or lower one of them"
-            )
-        axes.append((int(length), kernel, step, distance, causal))
-    if rpb is not None:
-        _check_rpb(operator, query, rpb, [Axis(*axis) for axis in axes])
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Problem(query, key, value, tuple(axes), scale, rpb, additional_keys, additional_values, with_lse)
-
-
-def _check_tensors(
-    operator: str,
-    names: Sequence[str],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-) -> None:
-    layout = f"[B, {', '.join(name[0].upper() for name in names)}, heads, dim]"
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if x.ndim != len(names) + 3:
-            raise ValueError(f"{operator} takes {name} as {layout}; got {x.ndim} axes: {list(x.shape)}")
-    if (additional_keys is None) != (additional_values is None):
-        raise ValueError(f"{operator} takes additional_keys and additional_values together, or neither")
-    if additional_keys is not None:
-        tensors |= {"additional_keys": additional_keys, "additional_values": additional_values}
-        expected = [[x.shape[0], additional_keys.shape[1], *x.shape[-2:]] for x in (key, value)]
-        if [list(additional_keys.shape), list(additional_values.shape)] != expected:
-            raise ValueError(
-                f"{operator} needs additional_keys and additional_values as [B, N, heads_kv, dim] = {expected[0]} and "
-                f"{expected[1]}; got {list(additional_keys.shape)} and {list(additional_values.shape)}"
-            )
-    for name, x in tensors.items():
-        if x.dtype != query.dtype or not x.is_floating_point():
-            raise ValueError(
-                f"{operator} needs its tensors in one floating-point dtype; query is {query.dtype}, {name} {x.dtype}"
-            )
-        if x.device != query.device:
-            raise ValueError(
-                f"{operator} needs its tensors on one device; query is on {query.device}, {name} on {x.device}"
-            )
-    heads, heads_kv = query.shape[-2], key.shape[-2]
-    if (
-        key.shape[:-2] != query.shape[:-2]
-        or key.shape[-1] != query.shape[-1]
-        or value.shape[:-1] != key.shape[:-1]
-        or (heads % heads_kv if heads_kv else heads)
-    ):
-        raise ValueError(
-            f"{operator} needs query, key and value of one shape, except that value's dim may differ and key's heads "
-            f"may divide query's; got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
-        )
-
-
-def _check_rpb(operator: str, query: Tensor, rpb: Tensor, axes: list[Axis]) -> None:
-    kernel_size = tuple(axis.kernel_size for axis in axes)
-    if any(kernel % 2 == 0 for kernel in kernel_size):
-        raise ValueError(f"{operator} defines rpb for odd kernel sizes only; got kernel_size {kernel_size}")
-    if any(axis.is_causal or axis.stride > 1 for axis in axes):
-        raise ValueError(f"{operator} defines rpb neither with a stride nor on a causal axis")
-    expected = [query.shape[-2], *(2 * kernel - 1 for kernel in kernel_size)]
-    if list(rpb.shape) != expected:
-        raise ValueError(
-            f"{operator} needs rpb of shape [heads, 2 * kernel_size - 1 for each axis] = {expected} for kernel_size "
-            f"{kernel_size}; got {list(rpb.shape)}"
-        )
-    if rpb.dtype not in (query.dtype, torch.float32) or rpb.device != query.device:
-        raise ValueError(
-            f"{operator} needs rpb in float32 or query's {query.dtype}, on query's {query.device}; "
-            f"got {rpb.dtype} on {rpb.device}"
-        )

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .window import Axis, axis_offsets, axis_ranges
+from ..backends import exporting
+from .problem import Problem
+from .window import Axis, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
 
 _BLOCK = 128
 _MIN_DIM = 16  # of triton's matrix products
@@ -32,28 +34,22 @@ _BLOCK_LISTS = (
 )
 
 
-def can_run(tensors: Sequence[Tensor], with_lse: bool) -> str | None:
-    """Return why FlexAttention cannot take a call, or None if it can.
-
-    Args:
-        tensors: Query, key, value, and whatever else is given.
-        with_lse: Whether the log-sum-exp is asked for.
-    """
-    query, _, value, *_ = tensors
-    device = query.device.type
+def obstacle(problem: Problem) -> str | None:
+    """Return why FlexAttention cannot take a call, or None if it can."""
+    query, device = problem.query, problem.query.device.type
     if device not in ("cpu", "cuda"):
         return f"it is for CPU and GPU tensors; query is on {query.device}"
     if query.dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16; query is {query.dtype}"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting():
         return "an exported graph must consist of plain operators, and FlexAttention is one of higher order"
-    return (_not_on_cpu(tensors, with_lse) if device == "cpu" else _not_on_gpu(query, value)) or _missing(device)
+    return (_not_on_cpu(problem) if device == "cpu" else _not_on_gpu(query, problem.value)) or _missing(device)
 
 
-def _not_on_cpu(tensors: Sequence[Tensor], with_lse: bool) -> str | None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def _not_on_cpu(problem: Problem) -> str | None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem):
         return "it has no gradients on CPUs; call it under torch.no_grad()"
-    return "it returns no log-sum-exp on CPUs" if with_lse else None
+    return "it returns no log-sum-exp on CPUs" if problem.with_lse else None
 
 
 def _not_on_gpu(query: Tensor, value: Tensor) -> str | None:
@@ -135,12 +131,11 @@ def _block_lists(counts: Tensor) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def _mask(axes: tuple[tuple, ...], more: int, device: torch.device) -> tuple[Tensor, ...]:
+def _mask(axes: tuple[Axis, ...], more: int, device: torch.device) -> tuple[Tensor, ...]:
     """Return `_BLOCK_LISTS` and then, for each axis, a table by query: first key, number of keys, offset.
 
     Torch's create_block_mask would hold a mask of all tokens by all keys, and integers of that shape.
     """
-    axes = [Axis(*axis) for axis in axes]
     tokens = math.prod(axis.length for axis in axes)
     with torch.inference_mode(False):  # what is made here serves training, too
         tables = [
@@ -165,7 +160,7 @@ def clear_masks() -> None:
 @torch.library.custom_op("foveate::neighborhood_flex_mask", mutates_args=())
 def _mask_operator(axes: Sequence[int], more: int, device: torch.device) -> list[Tensor]:
     # Compiled code may write into what an operator returned.
-    return [table.clone() for table in _mask(_unflatten(axes), more, device)]
+    return [table.clone() for table in _mask(unflatten_axes(axes), more, device)]
 
 
 @_mask_operator.register_fake
@@ -176,14 +171,6 @@ def _(axes, more, device):
     shapes = [shape for n, m in ((queries, keys), (keys, queries)) for shape in [(1, 1, n), (1, 1, n, m)] * 2]
     shapes += [(length,) for length in lengths for _ in range(3)]
     return [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
-
-
-def _flatten(axes: Sequence[tuple]) -> list[int]:
-    return [int(number) for axis in axes for number in axis]
-
-
-def _unflatten(numbers: Sequence[int]) -> tuple[tuple, ...]:
-    return tuple((*numbers[i : i + 4], bool(numbers[i + 4])) for i in range(0, len(numbers), 5))
 
 
 @functools.cache
@@ -202,30 +189,21 @@ def _attend(*args, **kwargs):
         return _compiled()(*args, **kwargs)
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: tuple[tuple, ...],
-    scale: float,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
+    query, key, value, axes, scale, rpb, additional_keys, additional_values, with_lse = problem
     # Where a compiled caller has symbols, the length of a range is a plain number.
-    axes = tuple((len(range(length)), *windows) for length, *windows in axes)
+    axes = tuple(Axis(len(range(length)), *windows) for length, *windows in axes)
     more = 0 if additional_keys is None else len(range(additional_keys.shape[1]))
     if torch.compiler.is_compiling():
-        tensors = _mask_operator(_flatten(axes), more, query.device)
+        tensors = _mask_operator(flatten_axes(axes), more, query.device)
     else:
         tensors = _mask(axes, more, query.device)
     lists, tables = tensors[: len(_BLOCK_LISTS)], tensors[len(_BLOCK_LISTS) :]
     tables = [tables[i : i + 3] for i in range(0, len(tables), 3)]
 
-    spatial, axes = query.shape[1:-2], [Axis(*axis) for axis in axes]
+    spatial = query.shape[1:-2]
     query, key, value = (x.flatten(1, -3) for x in (query, key, value))
     if more:
         key, value = torch.cat([key, additional_keys], 1), torch.cat([value, additional_values], 1)
@@ -258,12 +236,11 @@ def _operator(
     axes: Sequence[int],
     scale: float,
 ) -> Tensor:
-    axes = _unflatten(axes)
     tensors = (query, key, value, rpb, additional_keys, additional_values)
     # FlexAttention refuses tensors that could have gradients even where none are taken.
     query, key, value, *others = (x if x is None else x.detach() for x in tensors)
     with torch.autocast("cpu", enabled=False):
-        return _attention(query, key, value, axes, scale, *others, False)[0].contiguous()
+        return _attention(Problem(query, key, value, unflatten_axes(axes), scale, *others, False))[0].contiguous()
 
 
 @_operator.register_fake
@@ -281,19 +258,9 @@ def _(info, in_dims, *args):
     return torch.stack(calls), 0
 
 
-def neighborhood_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: tuple[tuple, ...],
-    scale: float,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def neighborhood_flex(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention by FlexAttention; see `api.na2d` for the arguments."""
-    others = (rpb, additional_keys, additional_values)
-    if query.device.type != "cpu":
-        return _attention(query, key, value, axes, scale, *others, with_lse)
-    return _operator(query, key, value, *others, _flatten(axes), scale), None
+    if problem.query.device.type != "cpu":
+        return _attention(problem)
+    query, key, value, axes, scale, *others, _ = problem
+    return _operator(query, key, value, *others, flatten_axes(axes), scale), None

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..attention import attention, merge_attentions
-from .window import Axis, axis_ranges
+from ..backends import contiguous_rows, export_obstacle
+from .problem import Problem
+from .window import axis_ranges, flatten_axes, unflatten_axes
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -63,22 +65,20 @@ def _load() -> tuple[_Library | None, str | None]:
 _library, _missing = _load()
 
 
-def can_run(query: Tensor) -> str | None:
-    """Return why the native path cannot take a call with this query, or None if it can."""
+def obstacle(problem: Problem) -> str | None:
+    """Return why the native path cannot take a call, or None if it can."""
+    query = problem.query
     if query.device.type != "cpu":
         return f"it is for CPU tensors; query is on {query.device}"
     if query.dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16; query is {query.dtype}"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "an exported graph must consist of torch's own operators"
-    return _missing
+    return export_obstacle() or _missing
 
 
 @functools.lru_cache(maxsize=256)
 def _tables(axes: tuple[int, ...]) -> tuple[tuple[int, ...], list[np.ndarray]]:
     """Return the axes' part of `call` for three axes, and the arrays that it points into."""
-    axes = [Axis(*axes[i : i + 5]) for i in range(0, len(axes), 5)]
-    axes = [Axis(1, 1)] * (3 - len(axes)) + axes
+    axes = unflatten_axes(axes, 3)
     arrays = [np.ascontiguousarray(part, dtype=np.int32) for axis in axes for part in axis_ranges(axis)]
     numbers = (
         *(axis.length for axis in axes),
@@ -93,10 +93,6 @@ def _layout(x: Tensor) -> tuple[int, ...]:
     """Return a tensor's address and strides: batch, three positions, head."""
     batch, *position, head, _ = x.stride()
     return (x.data_ptr(), batch, *(0,) * (3 - len(position)), *position, head)
-
-
-def _lanes_first(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _call(
@@ -165,7 +161,7 @@ def native_forward(
     Returns:
         ``[B, *spatial, heads, dim_v]`` and the log-sum-exp ``[B, *spatial, heads]``, float32, or an empty tensor.
     """
-    query, key, value = _lanes_first(query), _lanes_first(key), _lanes_first(value)
+    query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1] if with_lse else 0, dtype=torch.float32)
     if out.numel() and query.numel():
@@ -188,7 +184,7 @@ def native_backward(
     lanes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and rpb (empty without rpb); see `native_forward`."""
-    query, key, value, grad_out = (_lanes_first(x) for x in (query, key, value, grad_out))
+    query, key, value, grad_out = (contiguous_rows(x) for x in (query, key, value, grad_out))
     heads, heads_kv = query.shape[-2], key.shape[-2]
     grad_query = query.new_empty(query.shape)
     # One gradient for each query head, because two threads must not add to the same one.
@@ -302,23 +298,13 @@ def _(info, in_dims, query, key, value, rpb, axes, scale, with_lse):
     return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
-def neighborhood_native(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: tuple[tuple, ...],
-    scale: float,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def neighborhood_native(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention in C; see `api.na2d` for the arguments."""
+    query, key, value, axes, scale, rpb, additional_keys, additional_values, with_lse = problem
     tensors = (query, key, value, rpb)
     more = additional_keys is not None
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    numbers = [int(number) for axis in axes for number in axis]
-    out, lse = _operator(query, key, value, rpb, numbers, scale, with_lse or more or differentiable)
+    out, lse = _operator(query, key, value, rpb, flatten_axes(axes), scale, with_lse or more or differentiable)
     if more:
         others = attention(query.flatten(1, -3), additional_keys, additional_values, scale=scale, return_lse=True)
         others = [x.unflatten(1, query.shape[1:-2]) for x in others]

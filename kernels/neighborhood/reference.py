@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .problem import Problem
 from .window import Axis, axis_offsets, axis_windows
 
 
@@ -41,17 +42,9 @@ def reference_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], scale: fl
     return scores.masked_fill((tokens < 0)[:, None, :], float("-inf"))
 
 
-def neighborhood_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: Sequence[Axis],
-    scale: float,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def neighborhood_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """Neighborhood attention by brute force, with the log-sum-exp of the scores; see `api.na2d` for the arguments."""
+    query, key, value, axes, scale, rpb, additional_keys, additional_values, _ = problem
     tokens = torch.from_numpy(_window_tables(axes)[0]).to(query.device)
     group = query.shape[-2] // max(key.shape[-2], 1)
     values = value.flatten(1, -3).repeat_interleave(group, dim=2)[:, tokens]

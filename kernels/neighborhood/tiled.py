@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import exporting
+from .problem import Problem
 from .window import Axis, axis_offsets, axis_ranges
 
 
@@ -387,21 +389,10 @@ class _Tiled(torch.autograd.Function):
 
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.
 @torch.compiler.allow_in_graph
-def neighborhood_tiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: tuple[tuple, ...],
-    scale: float,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def neighborhood_tiled(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention by tiles; see `api.na2d` for the arguments."""
-    axes = tuple(Axis(*axis) for axis in axes)
+    query, key, value, axes, scale, rpb, *more, with_lse = problem
     heads, line = query.shape[-2], len(axes) == 1
-    more = (additional_keys, additional_values)
     if heads != key.shape[-2]:
         group = heads // key.shape[-2]
         key, value, *more = (None if x is None else x.repeat_interleave(group, dim=-2) for x in (key, value, *more))
@@ -409,8 +400,7 @@ def neighborhood_tiled(
         axes = (Axis(1, 1), *axes)
         query, key, value, rpb = (None if x is None else x.unsqueeze(1) for x in (query, key, value, rpb))
     # An exported graph must consist of torch's own operators.
-    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    attend = _forward if exported or not torch.is_grad_enabled() else _Tiled.apply
+    attend = _forward if exporting() or not torch.is_grad_enabled() else _Tiled.apply
     out, lse = attend(query, key, value, rpb, *more, axes, scale, with_lse)
     if line:
         out, lse = out.squeeze(1), None if lse is None else lse.squeeze(1)

@@ -3,7 +3,8 @@
 A program takes a tile of queries of one head and dilation group and walks, box after box, over the block of keys that
 holds their windows. Windows are products of axes, so the pairs to hide follow from one comparison per axis, and nothing
 is stored per pair. Positions are counted within the dilation group; only addresses know the dilation. Maps of one and
-two axes are volumes with axes of length one, whose comparisons vanish at compile time.
+two axes are volumes with axes of length one, whose comparisons vanish at compile time. What has a value for each axis
+is a tuple.
 
 The gradient of keys and values is the same walk from the key's side: windows advance with the query, so the queries
 that see a tile of keys are a block too. Every sum has one writer: no atomics, and the same bits in every run.
@@ -11,6 +12,11 @@ that see a tile of keys are a block too. Every sum has one writer: no atomics, a
 
 import triton
 import triton.language as tl
+
+from ..triton_launch import LOG2E
+
+_LOG2E = tl.constexpr(LOG2E)
+_LN2 = tl.constexpr(1 / LOG2E)
 
 
 @triton.jit
@@ -27,12 +33,52 @@ def _place(index, length, dilation, TILE: tl.constexpr):
 
 
 @triton.jit
+def _tile(length, dilation, heads, TILE: tl.constexpr):
+    """Return what a program works on: image, head, dilation groups, first positions in them, and their lengths."""
+    index = tl.program_id(0)
+    count2 = _count(length[2], dilation[2], TILE[2])
+    count1 = _count(length[1], dilation[1], TILE[1])
+    count0 = _count(length[0], dilation[0], TILE[0])
+    group2, start2, n2 = _place(index % count2, length[2], dilation[2], TILE[2])
+    index //= count2
+    group1, start1, n1 = _place(index % count1, length[1], dilation[1], TILE[1])
+    index //= count1
+    group0, start0, n0 = _place(index % count0, length[0], dilation[0], TILE[0])
+    index //= count0
+    head = (index % heads).to(tl.int64)
+    image = (index // heads).to(tl.int64)
+    return image, head, (group0, group1, group2), (start0, start1, start2), (n0, n1, n2)
+
+
+@triton.jit
 def _unravel(i, SIZES: tl.constexpr):
     return i // (SIZES[1] * SIZES[2]), i // SIZES[2] % SIZES[1], i % SIZES[2]
 
 
 @triton.jit
-def _window(p, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+def _plus(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
+@triton.jit
+def _rows_of(x):
+    """Return the vectors of three axes as rows, which go along the second axis of a matrix of pairs."""
+    return x[0][None, :], x[1][None, :], x[2][None, :]
+
+
+@triton.jit
+def _columns_of(x):
+    """Return the vectors of three axes as columns, which go along the first axis of a matrix of pairs."""
+    return x[0][:, None], x[1][:, None], x[2][:, None]
+
+
+@triton.jit
+def _within(p, limits):
+    return (p[0] <= limits[0]) & (p[1] <= limits[1]) & (p[2] <= limits[2])
+
+
+@triton.jit
+def _axis_window(p, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """Return the first and the last key that position ``p`` of ``n`` sees; `window.axis_ranges` is the definition."""
     if CAUSAL:
         leader = tl.minimum(p // STRIDE * STRIDE + STRIDE - 1, n - 1)
@@ -44,20 +90,38 @@ def _window(p, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constex
 
 
 @triton.jit
-def _keys_of_tile(
+def _windows(p, n, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return the first and the last keys that positions see."""
+    first0, last0 = _axis_window(p[0], n[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    first1, last1 = _axis_window(p[1], n[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    first2, last2 = _axis_window(p[2], n[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+    return (first0, first1, first2), (last0, last1, last2)
+
+
+@triton.jit
+def _axis_keys_of_tile(
     start, n, TILE: tl.constexpr, BOX: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Return the first and the last key that a tile of queries sees, and how many boxes hold them."""
-    low, _ = _window(tl.minimum(start, n - 1), n, KERNEL, STRIDE, CAUSAL)
-    _, high = _window(tl.minimum(start + TILE - 1, n - 1), n, KERNEL, STRIDE, CAUSAL)
+    low, _ = _axis_window(tl.minimum(start, n - 1), n, KERNEL, STRIDE, CAUSAL)
+    _, high = _axis_window(tl.minimum(start + TILE - 1, n - 1), n, KERNEL, STRIDE, CAUSAL)
     return low, high, tl.cdiv(high - low + 1, BOX)
 
 
 @triton.jit
-def _queries_of_tile(
+def _keys_of_tile(
     start, n, TILE: tl.constexpr, BOX: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Return the first and the last query that see some key of a tile, and how many boxes hold them."""
+    """Return the first and the last key that a tile of queries sees, and how many boxes hold them."""
+    low0, high0, boxes0 = _axis_keys_of_tile(start[0], n[0], TILE[0], BOX[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    low1, high1, boxes1 = _axis_keys_of_tile(start[1], n[1], TILE[1], BOX[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    low2, high2, boxes2 = _axis_keys_of_tile(start[2], n[2], TILE[2], BOX[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+    return (low0, low1, low2), (high0, high1, high2), (boxes0, boxes1, boxes2)
+
+
+@triton.jit
+def _axis_queries_of_tile(
+    start, n, TILE: tl.constexpr, BOX: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
+):
     start = tl.minimum(start, n - 1)
     end = tl.minimum(start + TILE - 1, n - 1)
     if CAUSAL:
@@ -73,7 +137,39 @@ def _queries_of_tile(
 
 
 @triton.jit
-def _sees(key, first, last, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
+def _queries_of_tile(
+    start, n, TILE: tl.constexpr, BOX: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """Return the first and the last query that see some key of a tile, and how many boxes hold them."""
+    low0, high0, boxes0 = _axis_queries_of_tile(start[0], n[0], TILE[0], BOX[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    low1, high1, boxes1 = _axis_queries_of_tile(start[1], n[1], TILE[1], BOX[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    low2, high2, boxes2 = _axis_queries_of_tile(start[2], n[2], TILE[2], BOX[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+    return (low0, low1, low2), (high0, high1, high2), (boxes0, boxes1, boxes2)
+
+
+@triton.jit
+def _queries(start, n, TILE: tl.constexpr):
+    """Return the positions of a tile's queries, and which of them exist.
+
+    A query beyond the map repeats the last one, so that its window is a sound one; it is not stored.
+    """
+    p = _plus(start, _unravel(tl.arange(0, TILE[0] * TILE[1] * TILE[2]), TILE))
+    exists = (p[0] < n[0]) & (p[1] < n[1]) & (p[2] < n[2])
+    return (tl.minimum(p[0], n[0] - 1), tl.minimum(p[1], n[1] - 1), tl.minimum(p[2], n[2] - 1)), exists
+
+
+@triton.jit
+def _box(i, low, boxes, BOX: tl.constexpr):
+    """Return the first positions of box ``i``."""
+    return (
+        low[0] + i // (boxes[1] * boxes[2]) * BOX[0],
+        low[1] + i // boxes[2] % boxes[1] * BOX[1],
+        low[2] + i % boxes[2] * BOX[2],
+    )
+
+
+@triton.jit
+def _axis_sees(key, first, last, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     """Return whether keys lie in windows on one axis, by a single unsigned comparison."""
     distance = (key - first).to(tl.uint32, bitcast=True)
     if CAUSAL:
@@ -83,22 +179,58 @@ def _sees(key, first, last, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _address(p0, p1, p2, groups, dilation, strides):
+def _sees(inside, key, first, last, TILE: tl.constexpr, BOX: tl.constexpr, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return which pairs are ``inside`` and of a key in the query's window."""
+    seen = inside
+    if TILE[0] * BOX[0] > 1:
+        seen &= _axis_sees(key[0], first[0], last[0], KERNEL[0], CAUSAL[0])
+    if TILE[1] * BOX[1] > 1:
+        seen &= _axis_sees(key[1], first[1], last[1], KERNEL[1], CAUSAL[1])
+    if TILE[2] * BOX[2] > 1:
+        seen &= _axis_sees(key[2], first[2], last[2], KERNEL[2], CAUSAL[2])
+    return seen
+
+
+@triton.jit
+def _entry(p, KERNEL: tl.constexpr):
+    """Return the entry of a flat bias table: of a key's position less that of a query, plus `_middle`."""
+    return (p[0] * (2 * KERNEL[1] - 1) + p[1]) * (2 * KERNEL[2] - 1) + p[2]
+
+
+@triton.jit
+def _middle(KERNEL: tl.constexpr):
+    return KERNEL[0] - 1, KERNEL[1] - 1, KERNEL[2] - 1
+
+
+@triton.jit
+def _entries(KERNEL: tl.constexpr):
+    """Return the entries of a head's bias."""
+    return (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
+
+
+@triton.jit
+def _address(p, groups, dilation, strides):
     """Return where positions of a dilation group lie; ``strides`` are those of batch, three axes and head."""
     group = (
         groups[0].to(tl.int64) * strides[1] + groups[1].to(tl.int64) * strides[2] + groups[2].to(tl.int64) * strides[3]
     )
-    return group + _distance(p0, p1, p2, dilation, strides)
+    return group + _distance(p, dilation, strides)
 
 
 @triton.jit
-def _distance(i0, i1, i2, dilation, strides):
+def _distance(i, dilation, strides):
     """Return how far apart positions lie that differ by ``i``."""
     return (
-        i0.to(tl.int64) * dilation[0] * strides[1]
-        + i1.to(tl.int64) * dilation[1] * strides[2]
-        + i2.to(tl.int64) * dilation[2] * strides[3]
+        i[0].to(tl.int64) * dilation[0] * strides[1]
+        + i[1].to(tl.int64) * dilation[1] * strides[2]
+        + i[2].to(tl.int64) * dilation[2] * strides[3]
     )
+
+
+@triton.jit
+def _address_in(image, head, p, groups, dilation, strides):
+    """Return where positions of an image and head lie."""
+    return _address(p, groups, dilation, strides) + image * strides[0] + head * strides[4]
 
 
 @triton.jit
@@ -149,64 +281,33 @@ def forward_kernel(
     """Write output and log-sum-exp (natural logarithm) of a tile of queries. ``rpb`` comes times log2(e)."""
     M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     N: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    index = tl.program_id(0)
-    count2 = _count(length[2], dilation[2], TILE[2])
-    count1 = _count(length[1], dilation[1], TILE[1])
-    count0 = _count(length[0], dilation[0], TILE[0])
-    group2, start2, n2 = _place(index % count2, length[2], dilation[2], TILE[2])
-    index //= count2
-    group1, start1, n1 = _place(index % count1, length[1], dilation[1], TILE[1])
-    index //= count1
-    group0, start0, n0 = _place(index % count0, length[0], dilation[0], TILE[0])
-    index //= count0
-    head = (index % heads).to(tl.int64)
-    image = (index // heads).to(tl.int64)
-    groups = (group0, group1, group2)
-
-    low0, high0, boxes0 = _keys_of_tile(start0, n0, TILE[0], BOX[0], KERNEL[0], STRIDE[0], CAUSAL[0])
-    low1, high1, boxes1 = _keys_of_tile(start1, n1, TILE[1], BOX[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    low2, high2, boxes2 = _keys_of_tile(start2, n2, TILE[2], BOX[2], KERNEL[2], STRIDE[2], CAUSAL[2])
-
-    i0, i1, i2 = _unravel(tl.arange(0, M), TILE)
-    exists = (start0 + i0 < n0) & (start1 + i1 < n1) & (start2 + i2 < n2)
-    # A query beyond the map repeats the last one, so that its window is a sound one; it is not stored.
-    p0, p1, p2 = tl.minimum(start0 + i0, n0 - 1), tl.minimum(start1 + i1, n1 - 1), tl.minimum(start2 + i2, n2 - 1)
-    first0, last0 = _window(p0, n0, KERNEL[0], STRIDE[0], CAUSAL[0])
-    first1, last1 = _window(p1, n1, KERNEL[1], STRIDE[1], CAUSAL[1])
-    first2, last2 = _window(p2, n2, KERNEL[2], STRIDE[2], CAUSAL[2])
-    at = _address(p0, p1, p2, groups, dilation, query_strides) + image * query_strides[0] + head * query_strides[4]
+    image, head, groups, start, n = _tile(length, dilation, heads, TILE)
+    low, high, boxes = _keys_of_tile(start, n, TILE, BOX, KERNEL, STRIDE, CAUSAL)
+    p, exists = _queries(start, n, TILE)
+    first, last = _windows(p, n, KERNEL, STRIDE, CAUSAL)
+    at = _address_in(image, head, p, groups, dilation, query_strides)
     q = _rows(query, at, exists, DIM, BLOCK_DIM)
 
-    j0, j1, j2 = _unravel(tl.arange(0, N), BOX)
+    j = _unravel(tl.arange(0, N), BOX)
     key += image * key_strides[0] + head // heads_per_key * key_strides[4]
     value += image * value_strides[0] + head // heads_per_key * value_strides[4]
-    key_rows = _distance(j0, j1, j2, dilation, key_strides)
-    value_rows = _distance(j0, j1, j2, dilation, value_strides)
+    key_rows = _distance(j, dilation, key_strides)
+    value_rows = _distance(j, dilation, value_strides)
     if BIAS:
-        rpb += head * (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-        own = ((p0 - KERNEL[0] + 1) * (2 * KERNEL[1] - 1) + p1 - KERNEL[1] + 1) * (2 * KERNEL[2] - 1)
-        own += p2 - KERNEL[2] + 1
+        rpb += head * _entries(KERNEL)
+        own = _entry(p, KERNEL) - _entry(_middle(KERNEL), KERNEL)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_DIM_V], tl.float32)
-    for box in range(0, boxes0 * boxes1 * boxes2):
-        base0 = low0 + box // (boxes1 * boxes2) * BOX[0]
-        base1 = low1 + box // boxes2 % boxes1 * BOX[1]
-        base2 = low2 + box % boxes2 * BOX[2]
-        k0, k1, k2 = base0 + j0, base1 + j1, base2 + j2
-        inside = (k0 <= high0) & (k1 <= high1) & (k2 <= high2)
-        k = _rows(key + _address(base0, base1, base2, groups, dilation, key_strides), key_rows, inside, DIM, BLOCK_DIM)
+    for i in range(0, boxes[0] * boxes[1] * boxes[2]):
+        base = _box(i, low, boxes, BOX)
+        k_at = _plus(base, j)
+        inside = _within(k_at, high)
+        k = _rows(key + _address(base, groups, dilation, key_strides), key_rows, inside, DIM, BLOCK_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        seen = inside[None, :]
-        if TILE[0] * BOX[0] > 1:
-            seen &= _sees(k0[None, :], first0[:, None], last0[:, None], KERNEL[0], CAUSAL[0])
-        if TILE[1] * BOX[1] > 1:
-            seen &= _sees(k1[None, :], first1[:, None], last1[:, None], KERNEL[1], CAUSAL[1])
-        if TILE[2] * BOX[2] > 1:
-            seen &= _sees(k2[None, :], first2[:, None], last2[:, None], KERNEL[2], CAUSAL[2])
+        seen = _sees(inside[None, :], _rows_of(k_at), _columns_of(first), _columns_of(last), TILE, BOX, KERNEL, CAUSAL)
         if BIAS:
-            entry = (k0 * (2 * KERNEL[1] - 1) + k1) * (2 * KERNEL[2] - 1) + k2
-            scores += tl.load(rpb + (entry[None, :] - own[:, None]), mask=seen, other=0.0)
+            scores += tl.load(rpb + (_entry(k_at, KERNEL)[None, :] - own[:, None]), mask=seen, other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A query may see no key of the first boxes.
@@ -215,7 +316,7 @@ def forward_kernel(
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weights, 1)
         v = _rows(
-            value + _address(base0, base1, base2, groups, dilation, value_strides),
+            value + _address(base, groups, dilation, value_strides),
             value_rows,
             inside,
             DIM_V,
@@ -224,10 +325,10 @@ def forward_kernel(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
 
-    at = _address(p0, p1, p2, groups, dilation, out_strides) + image * out_strides[0] + head * out_strides[4]
+    at = _address_in(image, head, p, groups, dilation, out_strides)
     _store_rows(out, at, exists, acc / total[:, None], DIM_V, BLOCK_DIM_V)
-    at = _address(p0, p1, p2, groups, dilation, lse_strides) + image * lse_strides[0] + head * lse_strides[4]
-    tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=exists)
+    at = _address_in(image, head, p, groups, dilation, lse_strides)
+    tl.store(lse + at, (top + tl.log2(total)) * _LN2, mask=exists)
 
 
 @triton.jit
@@ -279,85 +380,54 @@ def backward_query_kernel(
     """
     M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     N: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    index = tl.program_id(0)
-    count2 = _count(length[2], dilation[2], TILE[2])
-    count1 = _count(length[1], dilation[1], TILE[1])
-    count0 = _count(length[0], dilation[0], TILE[0])
-    group2, start2, n2 = _place(index % count2, length[2], dilation[2], TILE[2])
-    index //= count2
-    group1, start1, n1 = _place(index % count1, length[1], dilation[1], TILE[1])
-    index //= count1
-    group0, start0, n0 = _place(index % count0, length[0], dilation[0], TILE[0])
-    index //= count0
-    head = (index % heads).to(tl.int64)
-    image = (index // heads).to(tl.int64)
-    groups = (group0, group1, group2)
-
-    low0, high0, boxes0 = _keys_of_tile(start0, n0, TILE[0], BOX[0], KERNEL[0], STRIDE[0], CAUSAL[0])
-    low1, high1, boxes1 = _keys_of_tile(start1, n1, TILE[1], BOX[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    low2, high2, boxes2 = _keys_of_tile(start2, n2, TILE[2], BOX[2], KERNEL[2], STRIDE[2], CAUSAL[2])
-
-    i0, i1, i2 = _unravel(tl.arange(0, M), TILE)
-    exists = (start0 + i0 < n0) & (start1 + i1 < n1) & (start2 + i2 < n2)
-    p0, p1, p2 = tl.minimum(start0 + i0, n0 - 1), tl.minimum(start1 + i1, n1 - 1), tl.minimum(start2 + i2, n2 - 1)
-    first0, last0 = _window(p0, n0, KERNEL[0], STRIDE[0], CAUSAL[0])
-    first1, last1 = _window(p1, n1, KERNEL[1], STRIDE[1], CAUSAL[1])
-    first2, last2 = _window(p2, n2, KERNEL[2], STRIDE[2], CAUSAL[2])
-    at = _address(p0, p1, p2, groups, dilation, query_strides) + image * query_strides[0] + head * query_strides[4]
+    image, head, groups, start, n = _tile(length, dilation, heads, TILE)
+    low, high, boxes = _keys_of_tile(start, n, TILE, BOX, KERNEL, STRIDE, CAUSAL)
+    p, exists = _queries(start, n, TILE)
+    first, last = _windows(p, n, KERNEL, STRIDE, CAUSAL)
+    at = _address_in(image, head, p, groups, dilation, query_strides)
     q = _rows(query, at, exists, DIM, BLOCK_DIM)
-    at = _address(p0, p1, p2, groups, dilation, out_strides) + image * out_strides[0] + head * out_strides[4]
+    at = _address_in(image, head, p, groups, dilation, out_strides)
     o = _rows(out, at, exists, DIM_V, BLOCK_DIM_V)
-    at = _address(p0, p1, p2, groups, dilation, grad_out_strides)
-    at += image * grad_out_strides[0] + head * grad_out_strides[4]
+    at = _address_in(image, head, p, groups, dilation, grad_out_strides)
     g = _rows(grad_out, at, exists, DIM_V, BLOCK_DIM_V)
-    at = _address(p0, p1, p2, groups, dilation, lse_strides) + image * lse_strides[0] + head * lse_strides[4]
-    lse2 = tl.load(lse + at, mask=exists, other=0.0) * 1.4426950408889634
+    at = _address_in(image, head, p, groups, dilation, lse_strides)
+    lse2 = tl.load(lse + at, mask=exists, other=0.0) * _LOG2E
     lack = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if LSE_GRAD:
         lack -= tl.load(grad_lse + at, mask=exists, other=0.0)
     tl.store(delta + at, lack, mask=exists)
 
-    j0, j1, j2 = _unravel(tl.arange(0, N), BOX)
+    j = _unravel(tl.arange(0, N), BOX)
     key += image * key_strides[0] + head // heads_per_key * key_strides[4]
     value += image * value_strides[0] + head // heads_per_key * value_strides[4]
-    key_rows = _distance(j0, j1, j2, dilation, key_strides)
-    value_rows = _distance(j0, j1, j2, dilation, value_strides)
+    key_rows = _distance(j, dilation, key_strides)
+    value_rows = _distance(j, dilation, value_strides)
     if BIAS:
-        rpb += head * (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-        own = ((p0 - KERNEL[0] + 1) * (2 * KERNEL[1] - 1) + p1 - KERNEL[1] + 1) * (2 * KERNEL[2] - 1)
-        own += p2 - KERNEL[2] + 1
+        rpb += head * _entries(KERNEL)
+        own = _entry(p, KERNEL) - _entry(_middle(KERNEL), KERNEL)
     if BIAS_GRAD:
         QUERY_ROWS: tl.constexpr = TILE[0] * TILE[1]
         KEY_ROWS: tl.constexpr = BOX[0] * BOX[1]
         slot = tl.arange(0, KEY_ROWS * COLUMNS)
         # Where in a box of keys the key of each row lies that a query reaches by the bias's column.
-        reached = p2[:, None] + (slot % COLUMNS)[None, :] - KERNEL[2] + 1
+        reached = p[2][:, None] + (slot % COLUMNS)[None, :] - KERNEL[2] + 1
         row_pair = tl.arange(0, QUERY_ROWS * KEY_ROWS)
-        row_entry0 = row_pair % KEY_ROWS // BOX[1] - row_pair // KEY_ROWS // TILE[1] + KERNEL[0] - 1 - start0
-        row_entry1 = row_pair % KEY_ROWS % BOX[1] - row_pair // KEY_ROWS % TILE[1] + KERNEL[1] - 1 - start1
+        row_entry0 = row_pair % KEY_ROWS // BOX[1] - row_pair // KEY_ROWS // TILE[1] + KERNEL[0] - 1 - start[0]
+        row_entry1 = row_pair % KEY_ROWS % BOX[1] - row_pair // KEY_ROWS % TILE[1] + KERNEL[1] - 1 - start[1]
         table = tl.zeros([ROWS, COLUMNS], tl.float32)
     acc = tl.zeros([M, BLOCK_DIM], tl.float32)
-    for box in range(0, boxes0 * boxes1 * boxes2):
-        base0 = low0 + box // (boxes1 * boxes2) * BOX[0]
-        base1 = low1 + box // boxes2 % boxes1 * BOX[1]
-        base2 = low2 + box % boxes2 * BOX[2]
-        k0, k1, k2 = base0 + j0, base1 + j1, base2 + j2
-        inside = (k0 <= high0) & (k1 <= high1) & (k2 <= high2)
-        k = _rows(key + _address(base0, base1, base2, groups, dilation, key_strides), key_rows, inside, DIM, BLOCK_DIM)
+    for i in range(0, boxes[0] * boxes[1] * boxes[2]):
+        base = _box(i, low, boxes, BOX)
+        k_at = _plus(base, j)
+        inside = _within(k_at, high)
+        k = _rows(key + _address(base, groups, dilation, key_strides), key_rows, inside, DIM, BLOCK_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        seen = inside[None, :]
-        if TILE[0] * BOX[0] > 1:
-            seen &= _sees(k0[None, :], first0[:, None], last0[:, None], KERNEL[0], CAUSAL[0])
-        if TILE[1] * BOX[1] > 1:
-            seen &= _sees(k1[None, :], first1[:, None], last1[:, None], KERNEL[1], CAUSAL[1])
-        if TILE[2] * BOX[2] > 1:
-            seen &= _sees(k2[None, :], first2[:, None], last2[:, None], KERNEL[2], CAUSAL[2])
+        seen = _sees(inside[None, :], _rows_of(k_at), _columns_of(first), _columns_of(last), TILE, BOX, KERNEL, CAUSAL)
         if BIAS:
-            entry = (k0 * (2 * KERNEL[1] - 1) + k1) * (2 * KERNEL[2] - 1) + k2
-            scores += tl.load(rpb + (entry[None, :] - own[:, None]), mask=seen, other=0.0)
+            scores += tl.load(rpb + (_entry(k_at, KERNEL)[None, :] - own[:, None]), mask=seen, other=0.0)
         weights = tl.where(seen, tl.exp2(scores - lse2[:, None]), 0.0)
         v = _rows(
-            value + _address(base0, base1, base2, groups, dilation, value_strides),
+            value + _address(base, groups, dilation, value_strides),
             value_rows,
             inside,
             DIM_V,
@@ -367,7 +437,7 @@ def backward_query_kernel(
         acc += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
         if BIAS_GRAD:
             # Skew: from keys to the bias's columns, then add up the queries of a row.
-            column = reached - base2
+            column = reached - base[2]
             hit = exists[:, None] & (column >= 0) & (column < BOX[2])
             source = (slot // COLUMNS * BOX[2])[None, :] + tl.where(hit, column, 0)
             skewed = tl.where(hit, tl.gather(grad_scores, source, 1), 0.0)
@@ -376,7 +446,7 @@ def backward_query_kernel(
             if ROWS == 1:
                 table += tl.sum(rows, 0)[None, :]
             else:
-                row = (row_entry0 + base0) * (2 * KERNEL[1] - 1) + row_entry1 + base1
+                row = (row_entry0 + base[0]) * (2 * KERNEL[1] - 1) + row_entry1 + base[1]
                 # Rows out of the window hold zeros, wherever they point.
                 chosen = tl.arange(0, ROWS)[:, None] == row[None, :]
                 if QUERY_ROWS * KEY_ROWS < 16:
@@ -384,8 +454,7 @@ def backward_query_kernel(
                     table += tl.sum(tl.where(chosen[:, :, None], rows[None, :, :], 0.0), 1)
                 else:
                     table += tl.dot(tl.where(chosen, 1.0, 0.0), rows, input_precision="ieee")
-    at = _address(p0, p1, p2, groups, dilation, grad_query_strides)
-    at += image * grad_query_strides[0] + head * grad_query_strides[4]
+    at = _address_in(image, head, p, groups, dilation, grad_query_strides)
     _store_rows(grad_query, at, exists, acc * scale, DIM, BLOCK_DIM)
     if BIAS_GRAD:
         at = tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS)
@@ -432,85 +501,52 @@ def backward_key_value_kernel(
     """Write the gradients of a tile of keys and values: a walk over the queries that see them, of all their heads."""
     M: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     N: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    index = tl.program_id(0)
-    count2 = _count(length[2], dilation[2], TILE[2])
-    count1 = _count(length[1], dilation[1], TILE[1])
-    count0 = _count(length[0], dilation[0], TILE[0])
-    group2, start2, n2 = _place(index % count2, length[2], dilation[2], TILE[2])
-    index //= count2
-    group1, start1, n1 = _place(index % count1, length[1], dilation[1], TILE[1])
-    index //= count1
-    group0, start0, n0 = _place(index % count0, length[0], dilation[0], TILE[0])
-    index //= count0
-    key_head = (index % (heads // heads_per_key)).to(tl.int64)
-    image = (index // (heads // heads_per_key)).to(tl.int64)
-    groups = (group0, group1, group2)
-
-    low0, high0, boxes0 = _queries_of_tile(start0, n0, TILE[0], BOX[0], KERNEL[0], STRIDE[0], CAUSAL[0])
-    low1, high1, boxes1 = _queries_of_tile(start1, n1, TILE[1], BOX[1], KERNEL[1], STRIDE[1], CAUSAL[1])
-    low2, high2, boxes2 = _queries_of_tile(start2, n2, TILE[2], BOX[2], KERNEL[2], STRIDE[2], CAUSAL[2])
-
-    i0, i1, i2 = _unravel(tl.arange(0, M), TILE)
-    k0, k1, k2 = start0 + i0, start1 + i1, start2 + i2
-    exists = (k0 < n0) & (k1 < n1) & (k2 < n2)
-    at = _address(k0, k1, k2, groups, dilation, key_strides) + image * key_strides[0] + key_head * key_strides[4]
+    image, key_head, groups, start, n = _tile(length, dilation, heads // heads_per_key, TILE)
+    low, high, boxes = _queries_of_tile(start, n, TILE, BOX, KERNEL, STRIDE, CAUSAL)
+    k_at = _plus(start, _unravel(tl.arange(0, M), TILE))
+    exists = (k_at[0] < n[0]) & (k_at[1] < n[1]) & (k_at[2] < n[2])
+    at = _address_in(image, key_head, k_at, groups, dilation, key_strides)
     k = _rows(key, at, exists, DIM, BLOCK_DIM)
-    at = _address(k0, k1, k2, groups, dilation, value_strides)
-    at += image * value_strides[0] + key_head * value_strides[4]
+    at = _address_in(image, key_head, k_at, groups, dilation, value_strides)
     v = _rows(value, at, exists, DIM_V, BLOCK_DIM_V)
 
-    j0, j1, j2 = _unravel(tl.arange(0, N), BOX)
+    j = _unravel(tl.arange(0, N), BOX)
     query += image * query_strides[0]
     grad_out += image * grad_out_strides[0]
     lse += image * lse_strides[0]
     delta += image * lse_strides[0]
-    query_rows = _distance(j0, j1, j2, dilation, query_strides)
-    grad_out_rows = _distance(j0, j1, j2, dilation, grad_out_strides)
-    lse_rows = _distance(j0, j1, j2, dilation, lse_strides)
+    query_rows = _distance(j, dilation, query_strides)
+    grad_out_rows = _distance(j, dilation, grad_out_strides)
+    lse_rows = _distance(j, dilation, lse_strides)
     if BIAS:
-        own = ((k0 + KERNEL[0] - 1) * (2 * KERNEL[1] - 1) + k1 + KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-        own += k2 + KERNEL[2] - 1
+        own = _entry(k_at, KERNEL) + _entry(_middle(KERNEL), KERNEL)
     acc_k = tl.zeros([M, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([M, BLOCK_DIM_V], tl.float32)
-    boxes = boxes0 * boxes1 * boxes2
-    for step in range(0, heads_per_key * boxes):
-        head = key_head * heads_per_key + step // boxes
-        box = step % boxes
-        base0 = low0 + box // (boxes1 * boxes2) * BOX[0]
-        base1 = low1 + box // boxes2 % boxes1 * BOX[1]
-        base2 = low2 + box % boxes2 * BOX[2]
-        p0, p1, p2 = base0 + j0, base1 + j1, base2 + j2
-        inside = (p0 <= high0) & (p1 <= high1) & (p2 <= high2)
-        to = _address(base0, base1, base2, groups, dilation, query_strides) + head * query_strides[4]
+    count = boxes[0] * boxes[1] * boxes[2]
+    for step in range(0, heads_per_key * count):
+        head = key_head * heads_per_key + step // count
+        base = _box(step % count, low, boxes, BOX)
+        p = _plus(base, j)
+        inside = _within(p, high)
+        to = _address(base, groups, dilation, query_strides) + head * query_strides[4]
         q = _rows(query + to, query_rows, inside, DIM, BLOCK_DIM)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-        seen = inside[None, :]
-        if TILE[0] * BOX[0] > 1:
-            first, last = _window(p0, n0, KERNEL[0], STRIDE[0], CAUSAL[0])
-            seen &= _sees(k0[:, None], first[None, :], last[None, :], KERNEL[0], CAUSAL[0])
-        if TILE[1] * BOX[1] > 1:
-            first, last = _window(p1, n1, KERNEL[1], STRIDE[1], CAUSAL[1])
-            seen &= _sees(k1[:, None], first[None, :], last[None, :], KERNEL[1], CAUSAL[1])
-        if TILE[2] * BOX[2] > 1:
-            first, last = _window(p2, n2, KERNEL[2], STRIDE[2], CAUSAL[2])
-            seen &= _sees(k2[:, None], first[None, :], last[None, :], KERNEL[2], CAUSAL[2])
+        first, last = _windows(p, n, KERNEL, STRIDE, CAUSAL)
+        seen = _sees(inside[None, :], _columns_of(k_at), _rows_of(first), _rows_of(last), TILE, BOX, KERNEL, CAUSAL)
         if BIAS:
-            biases = rpb + head * (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
-            entry = (p0 * (2 * KERNEL[1] - 1) + p1) * (2 * KERNEL[2] - 1) + p2
-            scores += tl.load(biases + (own[:, None] - entry[None, :]), mask=seen, other=0.0)
-        to = _address(base0, base1, base2, groups, dilation, lse_strides) + head * lse_strides[4]
-        lse2 = tl.load(lse + to + lse_rows, mask=inside, other=0.0) * 1.4426950408889634
+            biases = rpb + head * _entries(KERNEL)
+            scores += tl.load(biases + (own[:, None] - _entry(p, KERNEL)[None, :]), mask=seen, other=0.0)
+        to = _address(base, groups, dilation, lse_strides) + head * lse_strides[4]
+        lse2 = tl.load(lse + to + lse_rows, mask=inside, other=0.0) * _LOG2E
         lack = tl.load(delta + to + lse_rows, mask=inside, other=0.0)
         weights = tl.where(seen, tl.exp2(scores - lse2[None, :]), 0.0)
-        to = _address(base0, base1, base2, groups, dilation, grad_out_strides) + head * grad_out_strides[4]
+        to = _address(base, groups, dilation, grad_out_strides) + head * grad_out_strides[4]
         g = _rows(grad_out + to, grad_out_rows, inside, DIM_V, BLOCK_DIM_V)
         acc_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         grad_scores = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - lack[None, :])
         acc_k += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
 
-    at = _address(k0, k1, k2, groups, dilation, grad_key_strides)
-    at += image * grad_key_strides[0] + key_head * grad_key_strides[4]
+    at = _address_in(image, key_head, k_at, groups, dilation, grad_key_strides)
     _store_rows(grad_key, at, exists, acc_k * scale, DIM, BLOCK_DIM)
-    at = _address(k0, k1, k2, groups, dilation, grad_value_strides)
-    at += image * grad_value_strides[0] + key_head * grad_value_strides[4]
+    at = _address_in(image, key_head, k_at, groups, dilation, grad_value_strides)
     _store_rows(grad_value, at, exists, acc_v, DIM_V, BLOCK_DIM_V)

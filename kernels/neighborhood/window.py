@@ -7,6 +7,7 @@ position and up to ``kernel_size - 1`` before it. Sources: NAT (arXiv 2204.07143
 eq. 4) and GNA (arXiv 2504.16922), as implemented by NATTEN 0.21.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,17 @@ class Axis(NamedTuple):
     stride: int = 1
     dilation: int = 1
     is_causal: bool = False
+
+
+def flatten_axes(axes: Sequence[Axis]) -> list[int]:
+    """Return the fields of axes one after another, as torch's operators take them."""
+    return [int(field) for axis in axes for field in axis]
+
+
+def unflatten_axes(fields: Sequence[int], least: int = 1) -> tuple[Axis, ...]:
+    """Return the axes of `flatten_axes`, after as many axes of length one as make ``least``."""
+    axes = [Axis(*fields[i : i + 4], bool(fields[i + 4])) for i in range(0, len(fields), 5)]
+    return (*(Axis(1, 1),) * (least - len(axes)), *axes)
 
 
 def axis_ranges(axis: Axis) -> tuple[np.ndarray, np.ndarray]:

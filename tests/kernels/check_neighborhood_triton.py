@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from foveate.kernels import na1d, na2d, na3d, neighborhood_backends
-from foveate.kernels.neighborhood import triton_ops
+from foveate.kernels.neighborhood import triton_ops, triton_tiles
+from foveate.kernels.triton_launch import TileSize
 
 OPERATORS = (na1d, na2d, na3d)
 
@@ -14,12 +15,11 @@ OPERATORS = (na1d, na2d, na3d)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut small maps into many tiles and boxes."""
-    monkeypatch.setattr(
-        triton_ops, "_SIZES_INTERPRETED", dict.fromkeys(("forward", "backward"), ((2048, ((16, 16, 1, 1),)),))
-    )
-    triton_ops.kernel_shape.cache_clear()
+    for pass_name in ("forward", "backward"):
+        monkeypatch.setitem(triton_tiles.SIZES, (pass_name, "interpreted"), [TileSize(2048, 16, 16, 1, 1)])
+    triton_tiles.kernel_shape.cache_clear()
     yield
-    triton_ops.kernel_shape.cache_clear()
+    triton_tiles.kernel_shape.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from foveate.kernels import na2d
 from foveate.kernels.neighborhood import triton_ops
+from foveate.kernels.neighborhood.window import unflatten_axes
 
 triton = pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
@@ -37,7 +38,7 @@ PUBLISHED = {
 def launches(spatial, kernel_size, heads, dim, dtype, dilation=1, stride=1, causal=False, rpb=True):
     """Return the launches of forward and backward for tensors cut from one qkv, as the blocks make them."""
     settings = [x if isinstance(x, tuple) else (x,) * len(spatial) for x in (kernel_size, stride, dilation, causal)]
-    axes = triton_ops._axes([int(field) for axis in zip(spatial, *settings, strict=True) for field in axis])
+    axes = unflatten_axes([int(field) for axis in zip(spatial, *settings, strict=True) for field in axis], 3)
     query, key, value = torch.empty(2, *spatial, 3, heads, dim, dtype=dtype, device="meta").unbind(-3)
     out = torch.empty(2, *spatial, heads, dim, dtype=dtype, device="meta")
     lse = torch.empty(2, *spatial, heads, device="meta")
@@ -74,7 +75,7 @@ def compile_for(launch, capability):
             signature[name] = type_of(launch.arguments[name], (i,))
         else:
             signature[name], constants[(i,)] = "constexpr", launch.options[name]
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
@@ -121,8 +122,8 @@ def test_kernels_of_all_shapes_compile_without_spills(case, capability, resource
 @pytest.mark.parametrize(
     ("x", "reason"),
     [
-        (torch.zeros(1, 5, 5, 1, 4), "tensors on a GPU .*; query is on cpu"),
-        (torch.zeros(1, 5, 5, 1, 4, dtype=torch.float64, device="meta"), "query is torch.float64"),
+        (torch.zeros(1, 5, 5, 1, 4), "tensors on a GPU .*; they are on cpu"),
+        (torch.zeros(1, 5, 5, 1, 4, dtype=torch.float64, device="meta"), "got torch.float64"),
         (torch.zeros(1, 5, 5, 1, 513, device="meta"), "dim per head of at most 512; got 513"),
     ],
 )

@@ -1,0 +1,72 @@
+"""How an operator chooses among its backends: a table of them, and a request obeyed or refused with the reason.
+
+An operator's table stands in its own file, in order of preference, and a new backend is one row of it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+
+def _none(problem: Any) -> str | None:
+    return None
+
+
+class Backend(NamedTuple):
+    """One way to compute an operator. A problem is a checked call, as the operator's backends take it."""
+
+    run: Any  # takes the problem; where operators share a table, a function for each
+    obstacle: Callable[[Any], str | None] = _none  # why it cannot run, or None
+    drawback: Callable[[Any], str | None] = _none  # why it is not chosen unless asked for, or None
+
+
+def choose(operator: str, backends: Mapping[str, Backend], problem: Any, requested: str | None) -> str:
+    """Return the requested backend if it can run; without a request, the first that can and has no drawback.
+
+    Raises:
+        ValueError: If there is no such backend, or it cannot run; the message says why.
+    """
+    if requested is not None:
+        check_name(operator, backends, requested)
+        if reason := backends[requested].obstacle(problem):
+            raise ValueError(f"{operator}'s backend {requested!r} cannot run here: {reason}")
+        return requested
+    for name, backend in backends.items():
+        reason = backend.obstacle(problem) or backend.drawback(problem)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():  # some versions of torch can't trace a logger
+            _logger.debug("%s: not %s: %s", operator, name, reason)
+    raise AssertionError(f"one backend of {operator} runs everywhere")
+
+
+def report(operator: str, backends: Mapping[str, Backend], problem: Any, requested: str | None) -> dict[str, str]:
+    """Return every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it."""
+    chosen = choose(operator, backends, problem, requested)
+    return {name: backend.obstacle(problem) or "can run" for name, backend in backends.items()} | {chosen: "chosen"}
+
+
+def check_name(operator: str, backends: Mapping[str, Backend], name: str) -> None:
+    """Raise a ValueError if the operator has no such backend."""
+    if name not in backends:
+        raise ValueError(f"{operator} has no backend {name!r}; it has {', '.join(map(repr, backends))}")
+
+
+def exporting() -> bool:
+    """Return whether a graph is made for other runtimes, which must consist of torch's own operators."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+def export_obstacle() -> str | None:
+    """Return why an operator of ours cannot run while a graph is made for other runtimes, or None."""
+    return "an exported graph must consist of torch's own operators" if exporting() else None
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy of it, whose last axis lies without gaps."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
