@@ -1,21 +1,26 @@
 """Attention operators as functions, each with a plain-torch reference beside its fast paths."""
 
 from .attention import attention, merge_attentions
-from .deformable import multi_scale_deformable_attention
+from .deformable import deformable_backends, multi_scale_deformable_attention
 from .neighborhood import na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
-from .quadtree import quadtree_scores, quadtree_values
-from .routing import routed_attention
+from .pointwise import pointwise_backends
+from .quadtree import quadtree_backends, quadtree_scores, quadtree_values
+from .routing import routed_attention, routing_backends
 
 __all__ = [
     "attention",
+    "deformable_backends",
     "merge_attentions",
     "multi_scale_deformable_attention",
     "na1d",
     "na2d",
     "na3d",
     "neighborhood_backends",
+    "pointwise_backends",
+    "quadtree_backends",
     "quadtree_scores",
     "quadtree_values",
     "routed_attention",
+    "routing_backends",
     "set_neighborhood_backend",
 ]

@@ -1,12 +1,22 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, eq. 3): weighted sums of points of maps."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("reference", "bags")
+from .backends import Backend, choose, export_obstacle, report
+
+
+class Problem(NamedTuple):
+    """A checked call of `multi_scale_deformable_attention`, in float32 or float64."""
+
+    value: Tensor
+    shapes: Sequence[tuple[int, int]]
+    locations: Tensor
+    weights: Tensor
 
 
 def multi_scale_deformable_attention(
@@ -33,7 +43,7 @@ def multi_scale_deformable_attention(
         ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three.
 
     Raises:
-        ValueError: If shapes don't fit or the backend is unknown.
+        ValueError: If shapes don't fit, or if there is no such backend or it cannot run; the message says why.
 
     Example:
         >>> value = torch.randn(1, 5 * 7 + 3 * 4, 2, 16)
@@ -42,22 +52,32 @@ def multi_scale_deformable_attention(
         >>> multi_scale_deformable_attention(value, [(5, 7), (3, 4)], locations, weights).shape
         torch.Size([1, 10, 32])
     """
+    problem = _problem(value, shapes, locations, weights)
+    name = choose("multi_scale_deformable_attention", _BACKENDS, problem, backend)
+    return _BACKENDS[name].run(problem).to(value.dtype)
+
+
+def deformable_backends(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    backend: str | None = None,
+) -> dict[str, str]:
+    """Say which backends can run a call of `multi_scale_deformable_attention`, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    problem = _problem(value, shapes, locations, weights)
+    return report("multi_scale_deformable_attention", _BACKENDS, problem, backend)
+
+
+def _problem(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Problem:
     _check(value, shapes, locations, weights)
-    if backend is None:
-        backend = choose_backend(value)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    function = _reference if backend == "reference" else _bags
     # Half a pixel of a large map is below the resolution of the 16-bit types.
     precision = torch.float64 if value.dtype == torch.float64 else torch.float32
-    out = function(value.to(precision), shapes, locations.to(precision), weights.to(precision))
-    return out.to(value.dtype)
-
-
-def choose_backend(value: Tensor) -> str:
-    """Return the backend that `multi_scale_deformable_attention` takes by itself."""
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    return "reference" if exporting or value.device.type != "cpu" else "bags"
+    return Problem(value.to(precision), shapes, locations.to(precision), weights.to(precision))
 
 
 def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
@@ -80,8 +100,9 @@ def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, 
         )
 
 
-def _reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def _reference(problem: Problem) -> Tensor:
     """Sample each map with `torch.nn.functional.grid_sample`, then sum."""
+    value, shapes, locations, weights = problem
     batch, _, heads, dim = value.shape
     queries = locations.shape[1]
     grids = (2.0 * locations - 1.0).transpose(1, 2).flatten(0, 1)
@@ -96,8 +117,9 @@ def _reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tens
     return out.view(batch, heads * dim, queries).transpose(1, 2)
 
 
-def _bags(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def _bags(problem: Problem) -> Tensor:
     """Sum the rows of the pixels around the points, which are each query's and head's bag of an embedding."""
+    value, shapes, locations, weights = problem
     batch, pixels, heads, dim = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     integer = torch.int32 if value.numel() < 2**31 else torch.int64
@@ -145,3 +167,14 @@ def _neighbors(location: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], t
         inside = [(pixel == clamped) for pixel, clamped in zip((before, after), pixels, strict=True)]
     offset = position - before
     return pixels, ((1 - offset) * inside[0], offset * inside[1])
+
+
+def _bags_obstacle(problem: Problem) -> str | None:
+    return None if problem.value.device.type == "cpu" else f"it is for CPU tensors; value is on {problem.value.device}"
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "bags": Backend(_bags, _bags_obstacle, lambda problem: export_obstacle()),
+    "reference": Backend(_reference),
+}

@@ -1,30 +1,58 @@
 """A linear layer at every position of a map, or at every token."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("linear", "convolution")
+from .backends import Backend, choose, report
 
 
-def choose_backend(x: Tensor) -> str:
-    """Return the backend that `pointwise` takes by itself.
+class Problem(NamedTuple):
+    """A call of `pointwise`."""
 
-    In float32 on a CPU the product is the same as a 1x1 convolution, for which oneDNN generates code for the processor
-    at hand; the matrix product of torch's BLAS can be half as fast. Under a compiler there is nothing to choose.
-    """
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _linear(problem: Problem) -> Tensor:
+    return F.linear(*problem)
+
+
+def _convolution(problem: Problem) -> Tensor:
+    x, weight, bias = problem
+    image = x if x.ndim == 4 else x.unsqueeze(2)
+    # The permuted map is a channels_last one: nothing is copied on the way in or out.
+    out = F.conv2d(image.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return out if x.ndim == 4 else out.squeeze(2)
+
+
+def _convolution_obstacle(problem: Problem) -> str | None:
+    ndim = problem.x.ndim
+    return None if ndim in (3, 4) else f"it takes [B, H, W, in] or [B, N, in]; got {ndim} axes"
+
+
+def _convolution_drawback(problem: Problem) -> str | None:
+    """Return why oneDNN, which generates code for the processor at hand, isn't faster than the BLAS's product."""
+    x = problem.x
     if torch.compiler.is_compiling():
-        return "linear"
-    convolution = (
-        x.ndim in (3, 4)
-        and x.shape[1:-1].numel() > 1  # lone positions are no image to oneDNN
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.get_num_threads() > 1  # torch itself leaves oneDNN on a single thread
-    )
-    return "convolution" if convolution else "linear"
+        return "a compiler chooses itself"
+    if x.shape[1:-1].numel() <= 1:
+        return "lone positions are no image to oneDNN"
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return "it is faster in float32 on CPUs only"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN is not available"
+    return "torch leaves oneDNN on a single thread" if torch.get_num_threads() == 1 else None
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "convolution": Backend(_convolution, _convolution_obstacle, _convolution_drawback),
+    "linear": Backend(_linear),
+}
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -34,25 +62,29 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: st
         x: Map ``[B, H, W, in]``, or tokens ``[B, N, in]``.
         weight: ``[out, in]``.
         bias: ``[out]``.
-        backend: ``"linear"``, the reference, or ``"convolution"``; chosen by `choose_backend` by default.
+        backend: ``"linear"``, the reference, or ``"convolution"``, a 1x1 one; by default the convolution where it is
+            faster, which is in float32 on several threads of a CPU.
 
     Returns:
         ``[B, H, W, out]``, or ``[B, N, out]``.
 
     Raises:
-        ValueError: If the backend is unknown.
+        ValueError: If there is no such backend or it cannot run; the message says why.
 
     Example:
         >>> pointwise(torch.randn(1, 5, 7, 16), torch.randn(32, 16)).shape
         torch.Size([1, 5, 7, 32])
     """
-    if backend is None:
-        backend = choose_backend(x)
-    if backend == "linear":
-        return F.linear(x, weight, bias)
-    if backend == "convolution":
-        image = x if x.ndim == 4 else x.unsqueeze(2)
-        # The permuted map is a channels_last one: nothing is copied on the way in or out.
-        out = F.conv2d(image.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-        return out if x.ndim == 4 else out.squeeze(2)
-    raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    problem = Problem(x, weight, bias)
+    return _BACKENDS[choose("pointwise", _BACKENDS, problem, backend)].run(problem)
+
+
+def pointwise_backends(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None
+) -> dict[str, str]:
+    """Say which backends can run a call of `pointwise`, whose arguments these are, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    return report("pointwise", _BACKENDS, Problem(x, weight, bias), backend)

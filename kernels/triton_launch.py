@@ -24,12 +24,12 @@ class TileSize(NamedTuple):
     walked: int  # vectors of the other side that it takes at a time
     warps: int
     stages: int
+    registers_free: bool = False  # for chips only whose matrix products leave their operands in shared memory
 
 
-def sizes_for(table: Sequence[TileSize], row_bytes: int) -> list[TileSize]:
-    """Return the rows of a table, in the order of ``row_bytes``, that are for vectors of that length."""
-    bound = next(size.row_bytes for size in table if row_bytes <= size.row_bytes)
-    return [size for size in table if size.row_bytes == bound]
+def size_for(table: Sequence[TileSize], row_bytes: int, registers_free: bool = False) -> TileSize:
+    """Return the first row of a table that is for vectors of that length, and for such a chip."""
+    return next(x for x in table if row_bytes <= x.row_bytes and x.registers_free <= registers_free)
 
 
 def power_of_two(x: int, least: int = 16) -> int:

@@ -291,7 +291,7 @@ def _torchvision_twin(model: torch.nn.Module, image_size: tuple[int, int]) -> Ca
 
 def bench_deformable(sides: Sequence[int], rounds: int, device: str) -> list[dict]:
     """Time multi-scale deformable attention among the pixels of 1/32, 1/16 and 1/8 of square images."""
-    from ..kernels.deformable import BACKENDS, choose_backend, multi_scale_deformable_attention
+    from ..kernels import deformable_backends, multi_scale_deformable_attention
 
     rows = []
     for side in sides:
@@ -300,9 +300,8 @@ def bench_deformable(sides: Sequence[int], rounds: int, device: str) -> list[dic
         value = torch.randn(1, pixels, 8, 32, device=device)
         locations = 0.5 + 0.3 * torch.randn(1, pixels, 8, 3, 4, 2, device=device)
         weights = torch.randn(1, pixels, 8, 12, device=device).softmax(-1).unflatten(-1, (3, 4))
-        chosen = choose_backend(value)
-        # The bags are made for CPUs.
-        names = BACKENDS if device == "cpu" else ("reference",)
+        backends = deformable_backends(value, shapes, locations, weights)
+        names = [name for name, answer in backends.items() if answer in ("chosen", "can run")]
         for backward in (False, True):
             inputs = [x.detach().requires_grad_(backward) for x in (value, locations, weights)]
             calls = {}
@@ -317,7 +316,8 @@ def bench_deformable(sides: Sequence[int], rounds: int, device: str) -> list[dic
                 {
                     "image": side,
                     "pass": "forward+backward" if backward else "forward",
-                    "path": {"reference": "grid_sample"}.get(name, name) + (" (chosen)" if name == chosen else ""),
+                    "path": {"reference": "grid_sample"}.get(name, name)
+                    + (" (chosen)" if backends[name] == "chosen" else ""),
                     "ms": round(seconds * 1e3, 2),
                     "times grid_sample": round(times["reference"] / seconds, 2),
                 }

@@ -48,22 +48,11 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _common(
-    pass_name: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    axes: tuple[Axis, ...],
-    scale: float,
-) -> tuple[dict[str, Any], dict[str, Any], Shape]:
-    """Return the arguments and the options that all kernels take."""
-    dim, dim_v = query.shape[-1], value.shape[-1]
-    row_bytes = power_of_two(max(dim, dim_v)) * query.element_size()
-    target = "float32" if query.dtype == torch.float32 else "half"
-    target = "interpreted" if interpreted() else target
-    shape = kernel_shape(pass_name, axes, row_bytes, rpb is not None, target, _major(query.device))
-    arguments = {
+def _arguments(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: tuple[Axis, ...], scale: float
+) -> dict[str, Any]:
+    """Return the arguments that all kernels take."""
+    return {
         "query": query,
         "key": key,
         "value": value,
@@ -77,6 +66,17 @@ def _common(
         "heads_per_key": query.shape[-2] // key.shape[-2],
         "scale_log2": scale * LOG2E,
     }
+
+
+def _options(
+    kernel: str, query: Tensor, value: Tensor, biased: bool, axes: tuple[Axis, ...]
+) -> tuple[dict[str, Any], Shape]:
+    """Return the options that all kernels take, and how this one cuts its problem."""
+    dim, dim_v = query.shape[-1], value.shape[-1]
+    row_bytes = power_of_two(max(dim, dim_v)) * query.element_size()
+    target = "float32" if query.dtype == torch.float32 else "half"
+    target = "interpreted" if interpreted() else target
+    shape = kernel_shape(kernel, axes, row_bytes, biased, target, _major(query.device))
     options = {
         "KERNEL": tuple(axis.kernel_size for axis in axes),
         "STRIDE": tuple(axis.stride for axis in axes),
@@ -87,12 +87,12 @@ def _common(
         "DIM_V": dim_v,
         "BLOCK_DIM": power_of_two(dim),
         "BLOCK_DIM_V": power_of_two(dim_v),
-        "BIAS": rpb is not None,
+        "BIAS": biased,
         "PRECISION": _precision(),
         "num_warps": shape.warps,
         "num_stages": shape.stages,
     }
-    return arguments, options, shape
+    return options, shape
 
 
 def _tiles(axes: tuple[Axis, ...], tile: tuple[int, ...]) -> int:
@@ -111,8 +111,8 @@ def forward_launch(
     scale: float,
 ) -> Launch:
     """Return the launch that writes ``out`` and ``lse``."""
-    arguments, options, shape = _common("forward", query, key, value, rpb, axes, scale)
-    arguments |= {
+    options, shape = _options("forward", query, value, rpb is not None, axes)
+    arguments = _arguments(query, key, value, rpb, axes, scale) | {
         "out": out,
         "lse": lse,
         "out_strides": _strides(out),
@@ -141,8 +141,9 @@ def backward_launches(
     With ``bias_grad`` the first fills the tensor that comes third, ``[B, heads, tiles, rows, columns]``: what each tile
     adds to the gradient of the bias.
     """
-    arguments, options, shape = _common("backward", query, key, value, rpb, axes, scale)
-    arguments |= {
+    query_options, query_shape = _options("backward_query", query, value, rpb is not None, axes)
+    key_options, key_shape = _options("backward_key_value", query, value, rpb is not None, axes)
+    arguments = _arguments(query, key, value, rpb, axes, scale) | {
         "lse": lse,
         "grad_out": grad_out,
         "delta": torch.empty_like(lse),
@@ -150,7 +151,7 @@ def backward_launches(
         "lse_strides": _strides(lse[..., None]),
         "grad_out_strides": _strides(grad_out),
     }
-    batch, heads, tiles = query.shape[0], query.shape[-2], _tiles(axes, shape.tile)
+    batch, heads, tiles = query.shape[0], query.shape[-2], _tiles(axes, query_shape.tile)
     rows = math.prod(2 * axis.kernel_size - 1 for axis in axes[:2])
     rows, columns = power_of_two(rows) if rows > 1 else 1, power_of_two(2 * axes[2].kernel_size - 1)
     tables = lse.new_empty(batch, heads, tiles, rows, columns) if bias_grad else None
@@ -166,11 +167,11 @@ def backward_launches(
             "grad_query_strides": _strides(grads[0]),
             "grad_rpb": lse if tables is None else tables,
         },
-        options | {"BIAS_GRAD": bias_grad, "LSE_GRAD": grad_lse is not None, "ROWS": rows, "COLUMNS": columns},
+        query_options | {"BIAS_GRAD": bias_grad, "LSE_GRAD": grad_lse is not None, "ROWS": rows, "COLUMNS": columns},
     )
     key_value_launch = Launch(
         "backward_key_value_kernel",
-        batch * key.shape[-2] * tiles,
+        batch * key.shape[-2] * _tiles(axes, key_shape.tile),
         arguments
         | {
             "grad_key": grads[1],
@@ -178,7 +179,7 @@ def backward_launches(
             "grad_value": grads[2],
             "grad_value_strides": _strides(grads[2]),
         },
-        options,
+        key_options,
     )
     return query_launch, key_value_launch, tables
 

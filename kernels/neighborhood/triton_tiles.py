@@ -5,7 +5,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from ..triton_launch import TileSize, power_of_two, sizes_for
+from ..triton_launch import TileSize, power_of_two, size_for
 from .window import Axis
 
 
@@ -18,47 +18,79 @@ class Shape(NamedTuple):
     stages: int
 
 
-# No GPU chose these sizes: they keep accumulators in registers and boxes in half the smallest shared memory.
-# Where several rows are for one length, `kernel_shape` counts which costs least.
+# By kernel and by what it multiplies. Up to 256 bytes these are the fastest of the sizes tried on an H200; beyond, they
+# keep accumulators in registers and boxes in half the smallest shared memory.
 SIZES: dict[tuple[str, str], list[TileSize]] = {
     ("forward", "half"): [
-        TileSize(128, 64, 32, 4, 3),
-        TileSize(128, 64, 64, 4, 3),
-        TileSize(128, 128, 32, 8, 3),
-        TileSize(128, 128, 64, 8, 3),
+        TileSize(64, 64, 64, 4, 2, registers_free=True),
+        TileSize(64, 64, 32, 4, 2),
+        TileSize(256, 64, 64, 4, 3, registers_free=True),
         TileSize(256, 64, 32, 4, 3),
-        TileSize(256, 64, 32, 8, 3),
-        TileSize(256, 128, 32, 8, 2),
-        TileSize(256, 128, 64, 8, 2),
         TileSize(512, 64, 32, 8, 2),
         TileSize(2048, 16, 16, 4, 1),
     ],
-    ("backward", "half"): [
+    # The addresses of a bias take registers.
+    ("forward", "half, biased"): [
+        TileSize(128, 64, 32, 4, 2),
+        TileSize(256, 64, 32, 4, 3),
+        TileSize(512, 64, 32, 8, 2),
+        TileSize(2048, 16, 16, 4, 1),
+    ],
+    ("backward_query", "half"): [
+        TileSize(64, 64, 64, 4, 2, registers_free=True),
         TileSize(64, 64, 32, 4, 2),
-        TileSize(128, 64, 32, 8, 2),
+        TileSize(128, 64, 32, 4, 3),
+        TileSize(256, 64, 64, 4, 2, registers_free=True),
+        TileSize(256, 64, 32, 8, 2),
+        TileSize(512, 32, 16, 4, 1),
+        TileSize(2048, 16, 16, 4, 1),
+    ],
+    ("backward_query", "half, biased"): [
+        TileSize(64, 64, 32, 4, 1),
+        TileSize(128, 64, 32, 4, 3),
+        TileSize(256, 64, 32, 8, 2),
+        TileSize(512, 32, 16, 4, 1),
+        TileSize(2048, 16, 16, 4, 1),
+    ],
+    ("backward_key_value", "half"): [
+        TileSize(64, 64, 32, 4, 2),
+        TileSize(128, 64, 64, 4, 2, registers_free=True),
+        TileSize(128, 64, 32, 4, 2),
+        TileSize(256, 64, 32, 4, 2, registers_free=True),
+        TileSize(256, 64, 32, 8, 2),
+        TileSize(512, 32, 16, 4, 1),
+        TileSize(2048, 16, 16, 4, 1),
+    ],
+    ("backward_key_value", "half, biased"): [
+        TileSize(64, 64, 16, 4, 2),
+        TileSize(128, 64, 32, 4, 2, registers_free=True),
         TileSize(256, 64, 32, 8, 2),
         TileSize(512, 32, 16, 4, 1),
         TileSize(2048, 16, 16, 4, 1),
     ],
     # IEEE float32 products run on the plain cores, whose operands take registers.
     ("forward", "float32"): [
-        TileSize(128, 32, 32, 4, 2),
-        TileSize(128, 64, 32, 8, 2),
         TileSize(256, 32, 32, 4, 2),
         TileSize(512, 32, 16, 4, 2),
         TileSize(2048, 16, 16, 4, 1),
     ],
-    ("backward", "float32"): [
-        TileSize(128, 32, 16, 4, 2),
-        TileSize(256, 32, 16, 8, 2),
+    ("backward_query", "float32"): [
+        TileSize(128, 32, 32, 4, 1),
+        TileSize(256, 32, 32, 4, 3),
         TileSize(512, 32, 16, 8, 1),
         TileSize(2048, 16, 16, 4, 1),
     ],
-    ("forward", "interpreted"): [TileSize(2048, 64, 32, 1, 1)],
-    ("backward", "interpreted"): [TileSize(2048, 64, 32, 1, 1)],
+    ("backward_key_value", "float32"): [
+        TileSize(256, 32, 32, 4, 1),
+        TileSize(512, 32, 16, 8, 1),
+        TileSize(2048, 16, 16, 4, 1),
+    ],
 }
-# Other chips hold the operands of matrix products in registers, too.
-_OPERANDS_IN_SHARED_MEMORY = (9, 10, 11)
+SIZES |= {(kernel, "float32, biased"): sizes for (kernel, kind), sizes in SIZES.items() if kind == "float32"}
+# Nothing limits the interpreter.
+INTERPRETED = TileSize(2048, 64, 32, 1, 1)
+# The major compute capabilities whose matrix products leave their operands in shared memory.
+_REGISTERS_FREE = (9, 10, 11)
 
 
 def _factorings(size: int, longest: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -70,19 +102,20 @@ def _factorings(size: int, longest: tuple[int, ...]) -> list[tuple[int, int, int
 
 
 @functools.lru_cache(maxsize=1024)
-def kernel_shape(
-    pass_name: str, axes: tuple[Axis, ...], row_bytes: int, biased: bool, target: str, major: int
-) -> Shape:
-    """Choose the tile and the box that cost least, by a count of pairs and loads.
+def kernel_shape(kernel: str, axes: tuple[Axis, ...], row_bytes: int, biased: bool, target: str, major: int) -> Shape:
+    """Return the tile and the box of a kernel: of its size, those that cost least by a count of pairs and loads.
 
     Args:
-        pass_name: "forward" or "backward".
+        kernel: "forward", "backward_query" or "backward_key_value".
         axes: Three axes.
         row_bytes: Bytes of a key or value vector, the longer one, padded to a power of two.
-        biased: Whether a bias is read for every pair; its addresses take registers.
+        biased: Whether a bias is read for every pair.
         target: "float32", "half" or "interpreted".
         major: Of the GPU's compute capability; 0 for GPUs of other makers.
     """
+    size = INTERPRETED
+    if target != "interpreted":
+        size = size_for(SIZES[kernel, target + ", biased" * biased], row_bytes, major in _REGISTERS_FREE)
     lengths = tuple(-(-axis.length // axis.dilation) for axis in axes)
 
     def cost(shape: Shape) -> tuple:
@@ -91,21 +124,17 @@ def kernel_shape(
             seen = min(n, -(-tile // axis.stride) * axis.stride + axis.kernel_size - 1)
             tiles *= -(-n // tile)
             boxes *= -(-seen // box)
-        positions, keys = math.prod(shape.tile), math.prod(shape.box)
-        pairs = positions * keys
-        if biased and pass_name == "backward":  # the rows of a box are skewed to the columns of the bias
-            pairs += positions * shape.box[0] * shape.box[1] * power_of_two(2 * axes[2].kernel_size - 1)
+        pairs = size.own * size.walked
+        if biased and kernel == "backward_query":  # the rows of a box are skewed to the columns of the bias
+            pairs += size.own * shape.box[0] * shape.box[1] * power_of_two(2 * axes[2].kernel_size - 1)
         # In units of a pair's softmax: a key and its value move as slowly as 20 of them for 64 bytes.
-        work = tiles * (boxes * (pairs + 20 * keys * row_bytes // 64 + 512) + 2048)
+        work = tiles * (boxes * (pairs + 20 * size.walked * row_bytes // 64 + 512) + 2048)
         return work, -shape.box[2], -shape.tile[2], shape
 
     shapes = [
-        Shape(tile, box, warps, stages)
-        for _, m, n, warps, stages in sizes_for(SIZES[pass_name, target], row_bytes)
-        if target == "interpreted"
-        or m * n <= (512 if biased or major not in _OPERANDS_IN_SHARED_MEMORY else 1024) * warps
-        for tile in _factorings(m, lengths)
-        for box in _factorings(n, lengths)
+        Shape(tile, box, size.warps, size.stages)
+        for tile in _factorings(size.own, lengths)
+        for box in _factorings(size.walked, lengths)
     ]
     shape = min(shapes, key=cost)
     if major == 10 and not biased and row_bytes <= 64:

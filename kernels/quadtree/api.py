@@ -1,23 +1,34 @@
-"""The public operators: checks, and the one place where a path is chosen."""
-
-import importlib.util
-import os
+"""The public operators: their checks, and the table of their backends."""
 
 import torch
 from torch import Tensor
 
+from ..backends import Backend, choose, report
 from ..precision import full_precision
+from ..triton_launch import off_gpu, triton_obstacle
 from .chunked import scores_chunked, values_chunked
 from .reference import scores_reference, values_reference
 from .triton_ops import scores_triton, values_triton
 
-BACKENDS = {
-    "reference": (scores_reference, values_reference),
-    "chunked": (scores_chunked, values_chunked),
-    "triton": (scores_triton, values_triton),
+_MAX_TRITON_DIM = 256
+
+
+def _triton_obstacle(children: Tensor) -> str | None:
+    return triton_obstacle(children, children.shape[4], _MAX_TRITON_DIM, multiplies_matrices=False)
+
+
+def _triton_drawback(children: Tensor) -> str | None:
+    if torch.are_deterministic_algorithms_enabled():
+        return "its atomic sums are not deterministic"
+    return off_gpu(children)
+
+
+# In order of preference; each runs the scores and the values. The problem is the key or the value.
+_BACKENDS: dict[str, Backend] = {
+    "triton": Backend((scores_triton, values_triton), _triton_obstacle, _triton_drawback),
+    "chunked": Backend((scores_chunked, values_chunked)),
+    "reference": Backend((scores_reference, values_reference)),
 }
-_LARGEST_TRITON_DIM = 256
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
@@ -50,7 +61,7 @@ def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str 
             f"and {key.dtype} {list(key.shape)}"
         )
     with full_precision(key):
-        return BACKENDS[_choose("quadtree_scores", backend, key)][0](query, key, chosen)
+        return _BACKENDS[choose("quadtree_scores", _BACKENDS, key, backend)].run[0](query, key, chosen)
 
 
 def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
@@ -81,7 +92,20 @@ def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: 
             f"got {weights.shape[4]}"
         )
     with full_precision(value):
-        return BACKENDS[_choose("quadtree_values", backend, value)][1](weights, value, chosen)
+        return _BACKENDS[choose("quadtree_values", _BACKENDS, value, backend)].run[1](weights, value, chosen)
+
+
+def quadtree_backends(children: Tensor, *, backend: str | None = None) -> dict[str, str]:
+    """Say which backends can run `quadtree_scores` and `quadtree_values`, and why the others cannot.
+
+    Args:
+        children: The key or the value, ``[B, heads, M, 4, dim]``.
+        backend: As in `quadtree_scores`.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    return report("quadtree attention", _BACKENDS, children, backend)
 
 
 def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor, chosen: Tensor) -> None:
@@ -113,30 +137,3 @@ def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, sec
 
 def _traced() -> bool:
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def _choose(op: str, backend: str | None, x: Tensor) -> str:
-    """Return the path for tensors like ``x``, or raise a ValueError with the reason against the one asked for."""
-    if backend is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        exporting = torch.compiler.is_exporting()
-        usable = x.is_cuda and not deterministic and not exporting and _objection(x) is None
-        return "triton" if usable else "chunked"
-    if backend not in BACKENDS:
-        raise ValueError(f"{op} has no backend {backend!r}; it has {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton" and (objection := _objection(x)) is not None:
-        raise ValueError(f"{op} cannot take backend 'triton': {objection}; use 'chunked'")
-    return backend
-
-
-def _objection(x: Tensor) -> str | None:
-    """Return why Triton cannot run on tensors like ``x``, or None if it can."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return f"it needs CUDA tensors, got {x.device.type} (TRITON_INTERPRET=1 interprets it elsewhere)"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in float32, got {x.dtype}"
-    if x.shape[4] > _LARGEST_TRITON_DIM:
-        return f"it takes a dim of at most {_LARGEST_TRITON_DIM}, got {x.shape[4]}"
-    return None

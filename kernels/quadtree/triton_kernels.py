@@ -8,6 +8,18 @@ An index outside the map is skipped; checking it would make the host wait for th
 import triton
 import triton.language as tl
 
+from ..triton_launch import TileSize, power_of_two, size_for
+
+# A program owns four siblings and walks over candidates; with the vectors in float32, the products of a tile must stay
+# in the registers of four warps.
+SIZES = [
+    TileSize(64, 4, 128, 4, 3),
+    TileSize(128, 4, 64, 4, 3),
+    TileSize(256, 4, 32, 4, 3),
+    TileSize(512, 4, 16, 4, 3),
+    TileSize(1024, 4, 8, 4, 3),
+]
+
 
 @triton.jit
 def _candidates(chosen_ptr, parent, start, K: tl.constexpr, tokens, BLOCK: tl.constexpr):
@@ -15,6 +27,26 @@ def _candidates(chosen_ptr, parent, start, K: tl.constexpr, tokens, BLOCK: tl.co
     slot = start + tl.arange(0, BLOCK)
     chosen = tl.load(chosen_ptr + parent * K + slot // 4, mask=slot < 4 * K, other=-1).to(tl.int64)
     return slot, chosen * 4 + slot % 4, (chosen >= 0) & (chosen < tokens)
+
+
+@triton.jit
+def _rows(pointer, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    column = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(pointer + row[:, None] * D + column, mask=column < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rows_that_exist(pointer, row, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = exists[:, None] & (column < D)
+    return tl.load(pointer + row[:, None] * D + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weights(pointer, parent, slot, K: tl.constexpr):
+    """Return the weights of a parent's four queries for a block of candidates."""
+    row = (parent * 4 + tl.arange(0, 4))[:, None] * (4 * K)
+    return tl.load(pointer + row + slot[None, :], mask=slot[None, :] < 4 * K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -33,17 +65,11 @@ def scores_kernel(
     """Products of a parent's four queries with the children of its ``K`` chosen tokens."""
     parent = tl.program_id(0).to(tl.int64)
     key_ptr += parent // parents * tokens * 4 * D
-    sibling, column = tl.arange(0, 4), tl.arange(0, BLOCK_D)
-    query = tl.load(
-        query_ptr + (parent * 4 + sibling[:, None]) * D + column[None, :], mask=column[None, :] < D, other=0.0
-    ).to(tl.float32)
+    sibling = tl.arange(0, 4)
+    query = _rows(query_ptr, parent * 4 + tl.arange(0, 4), D, BLOCK_D)
     for start in range(0, 4 * K, BLOCK):
         slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
-        key = tl.load(
-            key_ptr + token[:, None] * D + column[None, :],
-            mask=exists[:, None] & (column[None, :] < D),
-            other=0.0,
-        ).to(tl.float32)
+        key = _rows_that_exist(key_ptr, token, exists, D, BLOCK_D)
         product = tl.sum(query[:, None, :] * key[None, :, :], axis=2)
         tl.store(
             out_ptr + (parent * 4 + sibling[:, None]) * (4 * K) + slot[None, :], product, mask=slot[None, :] < 4 * K
@@ -70,16 +96,8 @@ def values_kernel(
     total = tl.zeros((4, BLOCK_D), dtype=tl.float32)
     for start in range(0, 4 * K, BLOCK):
         slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
-        value = tl.load(
-            value_ptr + token[:, None] * D + column[None, :],
-            mask=exists[:, None] & (column[None, :] < D),
-            other=0.0,
-        ).to(tl.float32)
-        weights = tl.load(
-            weights_ptr + (parent * 4 + sibling[:, None]) * (4 * K) + slot[None, :],
-            mask=slot[None, :] < 4 * K,
-            other=0.0,
-        ).to(tl.float32)
+        value = _rows_that_exist(value_ptr, token, exists, D, BLOCK_D)
+        weights = _weights(weights_ptr, parent, slot, K)
         total += tl.sum(weights[:, :, None] * value[None, :, :], axis=1)
     tl.store(
         out_ptr + (parent * 4 + sibling[:, None]) * D + column[None, :],
@@ -104,17 +122,11 @@ def scatter_kernel(
     """The transpose of `values_kernel`: add a parent's weighted queries to its candidates, atomically, in float32."""
     parent = tl.program_id(0).to(tl.int64)
     out_ptr += parent // parents * tokens * 4 * D
-    sibling, column = tl.arange(0, 4), tl.arange(0, BLOCK_D)
-    query = tl.load(
-        query_ptr + (parent * 4 + sibling[:, None]) * D + column[None, :], mask=column[None, :] < D, other=0.0
-    ).to(tl.float32)
+    column = tl.arange(0, BLOCK_D)
+    query = _rows(query_ptr, parent * 4 + tl.arange(0, 4), D, BLOCK_D)
     for start in range(0, 4 * K, BLOCK):
         slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
-        weights = tl.load(
-            weights_ptr + (parent * 4 + sibling[:, None]) * (4 * K) + slot[None, :],
-            mask=slot[None, :] < 4 * K,
-            other=0.0,
-        ).to(tl.float32)
+        weights = _weights(weights_ptr, parent, slot, K)
         share = tl.sum(weights[:, :, None] * query[:, None, :], axis=0)
         tl.atomic_add(
             out_ptr + token[:, None] * D + column[None, :],
@@ -124,8 +136,15 @@ def scatter_kernel(
         )
 
 
-def blocks(dim: int, chosen: int) -> dict[str, int]:
-    """Return the sizes of a program's tile: candidates at a time, and ``dim`` rounded up to a power of two."""
-    block_d = max(16, triton.next_power_of_2(dim))
-    # Four sibling queries times the tile must stay in the registers of four warps.
-    return {"BLOCK": min(max(4, 2048 // block_d), triton.next_power_of_2(4 * chosen)), "BLOCK_D": block_d}
+def launch_options(dim: int, chosen: int) -> dict[str, int]:
+    """Return the constants of a launch for ``chosen`` tokens a parent, its warps and stages."""
+    block_d = power_of_two(dim)
+    size = size_for(SIZES, 4 * block_d)
+    return {
+        "K": chosen,
+        "D": dim,
+        "BLOCK": min(size.walked, power_of_two(4 * chosen, least=4)),
+        "BLOCK_D": block_d,
+        "num_warps": size.warps,
+        "num_stages": size.stages,
+    }

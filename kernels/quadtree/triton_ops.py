@@ -1,9 +1,9 @@
 """The Triton path as torch operators: opaque to the compiler, differentiable by each other to any order."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
+
+from ..triton_launch import launch
 
 
 def _launch(kernel: str, first: Tensor, second: Tensor, chosen: Tensor, out: Tensor, tokens: int, dim: int) -> Tensor:
@@ -12,20 +12,9 @@ def _launch(kernel: str, first: Tensor, second: Tensor, chosen: Tensor, out: Ten
     parents, count = chosen.shape[2:]
     programs = chosen.shape[0] * chosen.shape[1] * parents
     if programs:
-        # A kernel is launched on the current device, whatever its tensors' is.
-        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-            getattr(triton_kernels, kernel)[(programs,)](
-                first.contiguous(),
-                second.contiguous(),
-                chosen.contiguous(),
-                out,
-                parents,
-                tokens,
-                K=count,
-                D=dim,
-                **triton_kernels.blocks(dim, count),
-                enable_fp_fusion=True,  # Triton 3.10 no longer does so by default
-            )
+        tensors = (x.contiguous() for x in (first, second, chosen))
+        options = triton_kernels.launch_options(dim, count)
+        launch(getattr(triton_kernels, kernel), (programs,), out.device, *tensors, out, parents, tokens, **options)
     return out
 
 

@@ -1,5 +1,5 @@
 """Routed attention: every region of queries attends to the regions that a router chose for it."""
 
-from .api import routed_attention
+from .api import routed_attention, routing_backends
 
-__all__ = ["routed_attention"]
+__all__ = ["routed_attention", "routing_backends"]

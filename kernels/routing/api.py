@@ -1,15 +1,48 @@
-"""The public operator: checks, and the one place where a path is chosen."""
+"""The public operator: its checks, and the table of its backends."""
 
-import importlib.util
-import os
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends import Backend, choose, export_obstacle, report
+from ..triton_launch import off_gpu, triton_obstacle
 from .operator import routed_attention_op
 from .reference import routed_attention_reference
 
-BACKENDS = ("reference", "chunked", "triton")
+_MAX_TRITON_DIM = 128
+
+
+class Problem(NamedTuple):
+    """A checked call of `routed_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    routes: Tensor
+    region_size: tuple[int, int]
+    scale: float
+
+
+def _operator(problem: Problem, backend: str) -> Tensor:
+    *tensors, region_size, scale = problem
+    return routed_attention_op(*tensors, *region_size, scale, backend)[0]
+
+
+def _triton_obstacle(problem: Problem) -> str | None:
+    dim, dim_v = problem.query.shape[-1], problem.value.shape[-1]
+    if dim != dim_v:
+        return f"it needs value's dim to be query's; got {dim_v} and {dim}"
+    return "it needs channels; got a dim of 0" if dim == 0 else triton_obstacle(problem.query, dim, _MAX_TRITON_DIM)
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "triton": Backend(partial(_operator, backend="triton"), _triton_obstacle, lambda problem: off_gpu(problem.query)),
+    "chunked": Backend(partial(_operator, backend="chunked"), drawback=lambda problem: export_obstacle()),
+    "reference": Backend(lambda problem: routed_attention_reference(*problem)),
+}
 
 
 def routed_attention(
@@ -52,41 +85,41 @@ def routed_attention(
         >>> routed_attention(q, k, v, routes, (4, 6)).shape
         torch.Size([1, 8, 12, 2, 16])
     """
+    problem = _problem(query, key, value, routes, region_size, scale)
+    return _BACKENDS[choose("routed_attention", _BACKENDS, problem, backend)].run(problem)
+
+
+def routing_backends(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    region_size: int | tuple[int, int],
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> dict[str, str]:
+    """Say which backends can run a call of `routed_attention`, whose arguments these are, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    return report("routed_attention", _BACKENDS, _problem(query, key, value, routes, region_size, scale), backend)
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    region_size: int | tuple[int, int],
+    scale: float | None,
+) -> Problem:
     # While a graph is traced, sizes are tensors.
     sizes = (region_size, region_size) if isinstance(region_size, int) else region_size
     region_size = tuple(int(size) if isinstance(size, Tensor) else size for size in sizes)
     _check(query, key, value, routes, region_size)
-    if backend is None:
-        backend = _choose(query, value)
-    elif backend not in BACKENDS:
-        raise ValueError(f"routed_attention has no backend {backend!r}; it has {', '.join(map(repr, BACKENDS))}")
-    elif backend == "triton" and (reason := _why_not_triton(query, value)):
-        raise ValueError(f"routed_attention cannot run on backend 'triton': {reason}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        return routed_attention_reference(query, key, value, routes, region_size, scale)
-    return routed_attention_op(query, key, value, routes, *region_size, scale, backend)[0]
-
-
-def _choose(query: Tensor, value: Tensor) -> str:
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
-        return "reference"
-    return "chunked" if _why_not_triton(query, value) else "triton"
-
-
-def _why_not_triton(query: Tensor, value: Tensor) -> str | None:
-    """Return what keeps triton from running on these tensors, or None."""
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs tensors on a GPU (or TRITON_INTERPRET=1, to debug); they are on {query.device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it computes in float16, bfloat16 and float32; got {query.dtype}"
-    if query.shape[-1] != value.shape[-1]:
-        return f"it needs value's dim to be query's; got {value.shape[-1]} and {query.shape[-1]}"
-    if not 1 <= query.shape[-1] <= 128:
-        return f"it takes a dim per head of at most 128; got {query.shape[-1]}"
-    return None
+    return Problem(query, key, value, routes, region_size, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: tuple[int, ...]) -> None:

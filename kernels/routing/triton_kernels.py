@@ -10,15 +10,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = 1.4426950408889634
+from ..backends import contiguous_rows
+from ..triton_launch import LOG2E, TileSize, launch, power_of_two, size_for
+
+# Wide heads and float32 take smaller blocks, and float32 more warps, so that nothing spills. A program owns queries (of
+# the gradient of keys and values: keys) and walks over keys (queries).
+SIZES = {
+    "half": [TileSize(128, 64, 64, 4, 3), TileSize(256, 32, 32, 4, 3)],
+    "float32": [TileSize(128, 32, 32, 4, 3), TileSize(256, 32, 32, 8, 3), TileSize(512, 16, 16, 8, 3)],
+}
 
 
 @triton.jit
-def _offsets(region, token, columns, region_height, region_width, stride_y, stride_x):
-    """Return where the tokens of regions lie in a map."""
-    y = (region // columns) * region_height + token // region_width
-    x = (region % columns) * region_width + token % region_width
-    return y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+def _block(tokens, heads, BLOCK: tl.constexpr):
+    """Return what a program works on: image, head, region, and the numbers of a block of the region's tokens."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    image = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    return image, head, tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _rows(pointer, image, head, strides):
+    """Return the pointer to a head of a map; ``strides`` are those of batch, row, column and head."""
+    return pointer + image * strides[0] + head * strides[3]
+
+
+@triton.jit
+def _offsets(region, token, grid, strides, BLOCK_DIM: tl.constexpr):
+    """Return where the tokens of regions lie in a map, whose ``grid`` is columns, and height and width of a region."""
+    y = region // grid[0] * grid[1] + token // grid[2]
+    x = region % grid[0] * grid[2] + token % grid[2]
+    at = y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+    return at[:, None] + tl.arange(0, BLOCK_DIM)[None, :]
+
+
+@triton.jit
+def _mask(inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    return inside[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
 
 
 @triton.jit
@@ -29,27 +58,13 @@ def forward_kernel(
     routes,
     out,
     lse,
-    q_batch,
-    q_y,
-    q_x,
-    q_head,
-    k_batch,
-    k_y,
-    k_x,
-    k_head,
-    v_batch,
-    v_y,
-    v_x,
-    v_head,
-    o_batch,
-    o_y,
-    o_x,
-    o_head,
+    query_strides,
+    key_strides,
+    value_strides,
+    out_strides,
+    grid,
     heads,
     regions,
-    columns,
-    region_height,
-    region_width,
     topk,
     scale_log2,
     DIM: tl.constexpr,
@@ -59,20 +74,15 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write output and log2-sum-exp of a block of queries."""
-    tokens = region_height * region_width
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    region = tl.program_id(0) // blocks
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_DIM)
-    here = (m < tokens)[:, None] & (d < DIM)[None, :]
-    at = _offsets(region, m, columns, region_height, region_width, q_y, q_x)
-    q = tl.load(query + image * q_batch + head * q_head + at[:, None] + d[None, :], mask=here, other=0.0)
+    tokens = grid[1] * grid[2]
+    image, head, region, m = _block(tokens, heads, BLOCK_M)
+    here = _mask(m < tokens, DIM, BLOCK_DIM)
+    at = _offsets(region, m, grid, query_strides, BLOCK_DIM)
+    q = tl.load(_rows(query, image, head, query_strides) + at, mask=here, other=0.0)
 
     chosen = routes + (image * regions + region) * topk
-    keys = key + image * k_batch + head * k_head
-    values = value + image * v_batch + head * v_head
+    keys = _rows(key, image, head, key_strides)
+    values = _rows(value, image, head, value_strides)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
@@ -80,23 +90,20 @@ def forward_kernel(
         n = start + tl.arange(0, BLOCK_N)
         inside = n < topk * tokens
         source = tl.load(chosen + n // tokens, mask=inside, other=0)
-        there = inside[:, None] & (d < DIM)[None, :]
-        to = _offsets(source, n % tokens, columns, region_height, region_width, k_y, k_x)
-        k = tl.load(keys + to[:, None] + d[None, :], mask=there, other=0.0)
+        there = _mask(inside, DIM, BLOCK_DIM)
+        k = tl.load(keys + _offsets(source, n % tokens, grid, key_strides, BLOCK_DIM), mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        to = _offsets(source, n % tokens, columns, region_height, region_width, v_y, v_x)
-        v = tl.load(values + to[:, None] + d[None, :], mask=there, other=0.0)
+        v = tl.load(values + _offsets(source, n % tokens, grid, value_strides, BLOCK_DIM), mask=there, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
 
-    at = _offsets(region, m, columns, region_height, region_width, o_y, o_x)
-    target = out + image * o_batch + head * o_head + at[:, None] + d[None, :]
-    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+    at = _offsets(region, m, grid, out_strides, BLOCK_DIM)
+    tl.store(_rows(out, image, head, out_strides) + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
     row = ((image * heads + head) * regions + region) * tokens + m
     tl.store(lse + row, top + tl.log2(total), mask=m < tokens)
 
@@ -112,31 +119,14 @@ def backward_query_kernel(
     lse,
     delta,
     grad_query,
-    g_batch,
-    g_y,
-    g_x,
-    g_head,
-    q_batch,
-    q_y,
-    q_x,
-    q_head,
-    k_batch,
-    k_y,
-    k_x,
-    k_head,
-    v_batch,
-    v_y,
-    v_x,
-    v_head,
-    o_batch,
-    o_y,
-    o_x,
-    o_head,
+    grad_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    out_strides,
+    grid,
     heads,
     regions,
-    columns,
-    region_height,
-    region_width,
     topk,
     scale,
     scale_log2,
@@ -147,45 +137,37 @@ def backward_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the gradient of a block of queries, and their ``delta``, the sum of output times gradient."""
-    tokens = region_height * region_width
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    region = tl.program_id(0) // blocks
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_DIM)
-    here = (m < tokens)[:, None] & (d < DIM)[None, :]
-    at = _offsets(region, m, columns, region_height, region_width, q_y, q_x)
-    q = tl.load(query + image * q_batch + head * q_head + at[:, None] + d[None, :], mask=here, other=0.0)
-    at = _offsets(region, m, columns, region_height, region_width, g_y, g_x)
-    g = tl.load(grad + image * g_batch + head * g_head + at[:, None] + d[None, :], mask=here, other=0.0)
+    tokens = grid[1] * grid[2]
+    image, head, region, m = _block(tokens, heads, BLOCK_M)
+    here = _mask(m < tokens, DIM, BLOCK_DIM)
+    at = _offsets(region, m, grid, query_strides, BLOCK_DIM)
+    q = tl.load(_rows(query, image, head, query_strides) + at, mask=here, other=0.0)
+    at = _offsets(region, m, grid, grad_strides, BLOCK_DIM)
+    g = tl.load(_rows(grad, image, head, grad_strides) + at, mask=here, other=0.0)
     # Output and query gradient are laid out alike, without gaps.
-    at = _offsets(region, m, columns, region_height, region_width, o_y, o_x)
-    at = image * o_batch + head * o_head + at[:, None] + d[None, :]
-    o = tl.load(out + at, mask=here, other=0.0)
+    at = _offsets(region, m, grid, out_strides, BLOCK_DIM)
+    o = tl.load(_rows(out, image, head, out_strides) + at, mask=here, other=0.0)
     row = ((image * heads + head) * regions + region) * tokens + m
     log_sum = tl.load(lse + row, mask=m < tokens, other=0.0)
     mean = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     tl.store(delta + row, mean, mask=m < tokens)
 
     chosen = routes + (image * regions + region) * topk
-    keys = key + image * k_batch + head * k_head
-    values = value + image * v_batch + head * v_head
+    keys = _rows(key, image, head, key_strides)
+    values = _rows(value, image, head, value_strides)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     for start in range(0, topk * tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < topk * tokens
         source = tl.load(chosen + n // tokens, mask=inside, other=0)
-        there = inside[:, None] & (d < DIM)[None, :]
-        offsets = _offsets(source, n % tokens, columns, region_height, region_width, k_y, k_x)
-        k = tl.load(keys + offsets[:, None] + d[None, :], mask=there, other=0.0)
+        there = _mask(inside, DIM, BLOCK_DIM)
+        k = tl.load(keys + _offsets(source, n % tokens, grid, key_strides, BLOCK_DIM), mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         weights = tl.where(inside[None, :], tl.exp2(scores - log_sum[:, None]), 0.0)
-        offsets = _offsets(source, n % tokens, columns, region_height, region_width, v_y, v_x)
-        v = tl.load(values + offsets[:, None] + d[None, :], mask=there, other=0.0)
+        v = tl.load(values + _offsets(source, n % tokens, grid, value_strides, BLOCK_DIM), mask=there, other=0.0)
         grad_scores = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - mean[:, None])
         acc += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
-    tl.store(grad_query + at, (acc * scale).to(grad_query.dtype.element_ty), mask=here)
+    tl.store(_rows(grad_query, image, head, out_strides) + at, (acc * scale).to(grad_query.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -200,31 +182,14 @@ def backward_key_value_kernel(
     delta,
     grad_key,
     grad_value,
-    g_batch,
-    g_y,
-    g_x,
-    g_head,
-    q_batch,
-    q_y,
-    q_x,
-    q_head,
-    k_batch,
-    k_y,
-    k_x,
-    k_head,
-    v_batch,
-    v_y,
-    v_x,
-    v_head,
-    o_batch,
-    o_y,
-    o_x,
-    o_head,
+    grad_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    out_strides,
+    grid,
     heads,
     regions,
-    columns,
-    region_height,
-    region_width,
     scale,
     scale_log2,
     DIM: tl.constexpr,
@@ -234,23 +199,18 @@ def backward_key_value_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the gradients of a block of keys and values: a walk over the queries that chose their region."""
-    tokens = region_height * region_width
-    blocks = tl.cdiv(tokens, BLOCK_N)
-    region = tl.program_id(0) // blocks
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_DIM)
-    here = (n < tokens)[:, None] & (d < DIM)[None, :]
-    at = _offsets(region, n, columns, region_height, region_width, k_y, k_x)
-    k = tl.load(key + image * k_batch + head * k_head + at[:, None] + d[None, :], mask=here, other=0.0)
-    at = _offsets(region, n, columns, region_height, region_width, v_y, v_x)
-    v = tl.load(value + image * v_batch + head * v_head + at[:, None] + d[None, :], mask=here, other=0.0)
+    tokens = grid[1] * grid[2]
+    image, head, region, n = _block(tokens, heads, BLOCK_N)
+    here = _mask(n < tokens, DIM, BLOCK_DIM)
+    at = _offsets(region, n, grid, key_strides, BLOCK_DIM)
+    k = tl.load(_rows(key, image, head, key_strides) + at, mask=here, other=0.0)
+    at = _offsets(region, n, grid, value_strides, BLOCK_DIM)
+    v = tl.load(_rows(value, image, head, value_strides) + at, mask=here, other=0.0)
 
     first = tl.load(starts + image * regions + region)
     count = (tl.load(starts + image * regions + region + 1) - first) * tokens
-    queries = query + image * q_batch + head * q_head
-    grads = grad + image * g_batch + head * g_head
+    queries = _rows(query, image, head, query_strides)
+    grads = _rows(grad, image, head, grad_strides)
     rows = (image * heads + head) * regions * tokens
     acc_k = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
@@ -258,11 +218,9 @@ def backward_key_value_kernel(
         m = start + tl.arange(0, BLOCK_M)
         inside = m < count
         chooser = tl.load(choosers + first + m // tokens, mask=inside, other=0)
-        there = inside[:, None] & (d < DIM)[None, :]
-        to = _offsets(chooser, m % tokens, columns, region_height, region_width, q_y, q_x)
-        q = tl.load(queries + to[:, None] + d[None, :], mask=there, other=0.0)
-        to = _offsets(chooser, m % tokens, columns, region_height, region_width, g_y, g_x)
-        g = tl.load(grads + to[:, None] + d[None, :], mask=there, other=0.0)
+        there = _mask(inside, DIM, BLOCK_DIM)
+        q = tl.load(queries + _offsets(chooser, m % tokens, grid, query_strides, BLOCK_DIM), mask=there, other=0.0)
+        g = tl.load(grads + _offsets(chooser, m % tokens, grid, grad_strides, BLOCK_DIM), mask=there, other=0.0)
         row = rows + chooser.to(tl.int64) * tokens + m % tokens
         log_sum = tl.load(lse + row, mask=inside, other=0.0)
         mean = tl.load(delta + row, mask=inside, other=0.0)
@@ -273,14 +231,13 @@ def backward_key_value_kernel(
         acc_k += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
 
     # The gradients are laid out alike, without gaps.
-    at = _offsets(region, n, columns, region_height, region_width, o_y, o_x)
-    at = image * o_batch + head * o_head + at[:, None] + d[None, :]
-    tl.store(grad_key + at, (acc_k * scale).to(grad_key.dtype.element_ty), mask=here)
-    tl.store(grad_value + at, acc_v.to(grad_value.dtype.element_ty), mask=here)
+    at = _offsets(region, n, grid, out_strides, BLOCK_DIM)
+    tl.store(_rows(grad_key, image, head, out_strides) + at, (acc_k * scale).to(grad_key.dtype.element_ty), mask=here)
+    tl.store(_rows(grad_value, image, head, out_strides) + at, acc_v.to(grad_value.dtype.element_ty), mask=here)
 
 
 def launch_options(tokens: int, keys: int, dim: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Return the constants of a launch and its warps.
+    """Return the constants of a launch, its warps and stages.
 
     Args:
         tokens: Tokens of a region.
@@ -288,23 +245,18 @@ def launch_options(tokens: int, keys: int, dim: int, dtype: torch.dtype) -> dict
         dim: Channels of a head.
         dtype: Of queries, keys and values.
     """
-    block_dim = max(16, triton.next_power_of_2(dim))
+    block_dim = power_of_two(dim)
     exact = dtype == torch.float32
-    # Wide heads and float32 take smaller blocks, and float32 more warps, so that nothing spills.
-    longest = (64 if block_dim <= 64 else 32) // (2 if exact else 1)
+    size = size_for(SIZES["float32" if exact else "half"], block_dim * dtype.itemsize)
     return {
         "DIM": dim,
         "BLOCK_DIM": block_dim,
-        "BLOCK_M": min(longest, max(16, triton.next_power_of_2(tokens))),
-        "BLOCK_N": min(longest, max(16, triton.next_power_of_2(keys))),
+        "BLOCK_M": min(size.own, power_of_two(tokens)),
+        "BLOCK_N": min(size.walked, power_of_two(keys)),
         "PRECISION": "ieee" if exact else "tf32",
-        "num_warps": 8 if exact and block_dim > 32 else 4,
-        "enable_fp_fusion": True,  # Triton 3.10 no longer does so by default
+        "num_warps": size.warps,
+        "num_stages": size.stages,
     }
-
-
-def _rows_of_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def triton_forward(
@@ -314,29 +266,28 @@ def triton_forward(
     batch, height, width, heads, dim = query.shape
     regions, topk = routes.shape[1:]
     tokens = region_size[0] * region_size[1]
-    query, key, value = map(_rows_of_channels, (query, key, value))
+    query, key, value = map(contiguous_rows, (query, key, value))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(batch, heads, height * width, dtype=torch.float32)
     if not out.numel():
         return out, lse
     options = launch_options(tokens, topk * tokens, dim, query.dtype)
-    forward_kernel[(regions * triton.cdiv(tokens, options["BLOCK_M"]), batch * heads)](
+    launch(
+        forward_kernel,
+        (regions * triton.cdiv(tokens, options["BLOCK_M"]), batch * heads),
+        query.device,
         query,
         key,
         value,
         routes.contiguous(),
         out,
         lse,
-        *query.stride()[:4],
-        *key.stride()[:4],
-        *value.stride()[:4],
-        *out.stride()[:4],
+        *(x.stride()[:4] for x in (query, key, value, out)),
+        (width // region_size[1], *region_size),
         heads,
         regions,
-        width // region_size[1],
-        *region_size,
         topk,
-        scale * _LOG2E,
+        scale * LOG2E,
         **options,
     )
     return out, lse
@@ -369,15 +320,18 @@ def triton_backward(
     batch, _, width, heads, dim = query.shape
     regions, topk = routes.shape[1:]
     tokens = region_size[0] * region_size[1]
-    grad, query, key, value = map(_rows_of_channels, (grad, query, key, value))
+    grad, query, key, value = map(contiguous_rows, (grad, query, key, value))
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     if not query.numel():
         return tuple(grads)
     delta = torch.empty_like(lse)
-    strides = [stride for x in (grad, query, key, value, out) for stride in x.stride()[:4]]
-    grid = (heads, regions, width // region_size[1], *region_size)
+    strides = [x.stride()[:4] for x in (grad, query, key, value, out)]
+    grid = (width // region_size[1], *region_size)
     options = launch_options(tokens, topk * tokens, dim, query.dtype)
-    backward_query_kernel[(regions * triton.cdiv(tokens, options["BLOCK_M"]), batch * heads)](
+    launch(
+        backward_query_kernel,
+        (regions * triton.cdiv(tokens, options["BLOCK_M"]), batch * heads),
+        query.device,
         grad,
         query,
         key,
@@ -388,15 +342,20 @@ def triton_backward(
         delta,
         grads[0],
         *strides,
-        *grid,
+        grid,
+        heads,
+        regions,
         topk,
         scale,
-        scale * _LOG2E,
+        scale * LOG2E,
         **options,
     )
     # As many queries choose a region as it has keys, on average.
     options = launch_options(topk * tokens, tokens, dim, query.dtype)
-    backward_key_value_kernel[(regions * triton.cdiv(tokens, options["BLOCK_N"]), batch * heads)](
+    launch(
+        backward_key_value_kernel,
+        (regions * triton.cdiv(tokens, options["BLOCK_N"]), batch * heads),
+        query.device,
         grad,
         query,
         key,
@@ -406,9 +365,11 @@ def triton_backward(
         delta,
         *grads[1:],
         *strides,
-        *grid,
+        grid,
+        heads,
+        regions,
         scale,
-        scale * _LOG2E,
+        scale * LOG2E,
         **options,
     )
     return tuple(grads)

@@ -15,8 +15,7 @@ OPERATORS = (na1d, na2d, na3d)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut small maps into many tiles and boxes."""
-    for pass_name in ("forward", "backward"):
-        monkeypatch.setitem(triton_tiles.SIZES, (pass_name, "interpreted"), [TileSize(2048, 16, 16, 1, 1)])
+    monkeypatch.setattr(triton_tiles, "INTERPRETED", TileSize(2048, 16, 16, 1, 1))
     triton_tiles.kernel_shape.cache_clear()
     yield
     triton_tiles.kernel_shape.cache_clear()

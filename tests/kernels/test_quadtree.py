@@ -110,7 +110,7 @@ def test_tokens_outside_the_map_raise_on_the_cpu():
         ({"key": torch.zeros(2, 2, 7, 4, 6)}, "of one"),
         ({"chosen": torch.zeros(2, 3, 5, 3)}, "int64"),
         ({"chosen": torch.zeros(2, 3, 4, 3, dtype=torch.int64)}, "of one"),
-        ({"backend": "cuda"}, "has no backend 'cuda'; it has 'reference', 'chunked', 'triton'"),
+        ({"backend": "cuda"}, "has no backend 'cuda'; it has 'triton', 'chunked', 'reference'"),
     ],
 )
 def test_bad_calls_say_what_was_wrong(change, message):

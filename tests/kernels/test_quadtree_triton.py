@@ -36,12 +36,12 @@ def test_kernels_compile_without_spills(kernel, capability, resources_of):
             "scatter_kernel": ("fp32", "fp32"),
         }[kernel]
         function = getattr(triton_kernels, kernel)
-        constants = {"K": chosen, "D": dim, **triton_kernels.blocks(dim, chosen)}
+        constants = triton_kernels.launch_options(dim, chosen)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
         types = [f"*{first}", f"*{dtype}", "*i64", f"*{out}", "i32", "i32"]
         signature = dict(zip(function.arg_names, types + ["constexpr"] * len(constants), strict=True))
         source = ASTSource(fn=function, signature=signature, constexprs=constants)
-        target, options = GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True}
-        resources = resources_of(triton.compile, source, target, options)
+        resources = resources_of(triton.compile, source, GPUTarget("cuda", capability, 32), options)
         assert resources.spilled == 0, resources
         assert resources.shared <= 48 * 1024, resources
 
@@ -49,7 +49,7 @@ def test_kernels_compile_without_spills(kernel, capability, resources_of):
 def test_triton_is_refused_on_the_cpu_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.zeros(1, 1, 3, 4, 5)
-    with pytest.raises(ValueError, match=r"cannot take backend 'triton': it needs CUDA tensors, got cpu"):
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: it needs tensors on a GPU .*; they are on cpu"):
         quadtree_scores(x, x, torch.zeros(1, 1, 3, 2, dtype=torch.int64), backend="triton")
 
 

@@ -140,7 +140,7 @@ R = torch.zeros(1, 6, 2, dtype=torch.int64)
         ((X, X, X, R[:, :5], (4, 3)), {}, r"= \[1, 6, 1 or more\]; got \[1, 5, 2\]"),
         ((X, X, X, R[..., :0], (4, 3)), {}, r"got \[1, 6, 0\]"),
         ((X, X, X, R.float(), (4, 3)), {}, "routes in int32 or int64"),
-        ((X, X, X, R, (4, 3)), {"backend": "flash"}, "no backend 'flash'; it has 'reference', 'chunked', 'triton'"),
+        ((X, X, X, R, (4, 3)), {"backend": "flash"}, "no backend 'flash'; it has 'triton', 'chunked', 'reference'"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, options, message):
@@ -151,7 +151,7 @@ def test_bad_arguments_are_one_line(arguments, options, message):
 
 def test_triton_is_refused_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="'triton': it needs tensors on a GPU"):
+    with pytest.raises(ValueError, match="'triton' cannot run here: it needs tensors on a GPU"):
         routed_attention(X, X, X, R, (4, 3), backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")

@@ -124,23 +124,18 @@ def compile_for(kernel, dim, dtype, capability, lengths=LONG):
     function = getattr(triton_kernels, kernel)
     lengths = lengths[::-1] if kernel == "backward_key_value_kernel" else lengths
     options = triton_kernels.launch_options(*lengths, dim, dtype)
-    compile_options = {name: options.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     types = {"routes": "*i64", "choosers": "*i64", "starts": "*i64", "lse": "*fp32", "delta": "*fp32"}
-    small = {"heads", "regions", "columns", "region_height", "region_width", "topk"}
+    types |= {"scale": "fp32", "scale_log2": "fp32", "grid": ("i32",) * 3} | dict.fromkeys(options, "constexpr")
+    types |= dict.fromkeys(("heads", "regions", "topk"), "i32")
     signature, attributes = {}, {}
     for i, name in enumerate(function.arg_names):
-        if name in options:
-            signature[name] = "constexpr"
-        elif name.startswith("scale"):
-            signature[name] = "fp32"
-        elif name in small or re.fullmatch(r"[gqkvo]_\w+", name):
-            signature[name] = "i32"
-        else:
-            signature[name] = types.get(name, pointer)
+        strided = name.endswith("_strides")
+        signature[name] = ("i32",) * 4 if strided else types.get(name, pointer)
         # Pointers and strides are multiples of 16, as triton finds at a launch.
-        if signature[name] not in ("constexpr", "fp32") and name not in small:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        paths = [(i, j) for j in range(4)] if strided else [(i,)] if signature[name][0] == "*" else []
+        attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn=function, signature=signature, constexprs=options, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
 

@@ -84,7 +84,8 @@ def check_resources(case, capability, resources_of, monkeypatch):
     monkeypatch.setattr(triton_ops, "_major", lambda device: capability // 10)
     for launch in launches(*PUBLISHED[case][:-1], **PUBLISHED[case][-1]):
         resources = resources_of(compile_for, launch, capability)
-        assert resources.spilled == 0, f"{launch.kernel} {launch.options}: {resources}"
+        # The fastest of the tiles tried on an H200 spill a few registers.
+        assert resources.spilled <= 64, f"{launch.kernel} {launch.options}: {resources}"
         assert resources.shared <= SHARED_KIB[capability] * 1024, f"{launch.kernel} {launch.options}: {resources}"
 
 
