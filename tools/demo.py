@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     print("3/4 predicting on held-out images")
     held_out = Digits("val")
-    truths = [held_out.classes[label] for label in held_out.labels]
+    truths = [held_out.classes[label] for label in held_out.targets]
     paths = [output / "heldout" / f"{index:03d}_is_{truth}.png" for index, truth in enumerate(truths)]
     for index, path in enumerate(paths):
         write_whole(path, held_out.image(index).save)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         f"{min(len(wrong), SHOWN // 2)} of {len(wrong)} mistakes, then others",
     )
     guesses = [held_out.classes.index(ranking[0][0]) for ranking in rankings]
-    draw_confusion(held_out.labels, guesses, held_out.classes, output / "confusion.png")
+    draw_confusion(held_out.targets, guesses, held_out.classes, output / "confusion.png")
     draw_curve(result["history"], "accuracy", output / "curve.png")
     inputs = predictor.rule.transform()(images[right[0]])[None].to(predictor.device)
     # One query in the middle, and one at a border, where the window shifts instead of shrinking.

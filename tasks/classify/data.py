@@ -107,7 +107,7 @@ class Digits(Dataset):
         part = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
         # Ink of 0..16 to brightness, as on paper.
         self.pixels = (255 - np.rint(images[part] * (255 / 16))).astype(np.uint8)
-        self.labels = labels[part].tolist()
+        self.targets = labels[part].tolist()
         self.transform = transform
 
     def image(self, index: int) -> Image.Image:
@@ -115,10 +115,10 @@ class Digits(Dataset):
         return Image.fromarray(self.pixels[index])
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.image(index)), self.labels[index]
+        return self.transform(self.image(index)), self.targets[index]
 
 
 class LabelledFolder(ImageFolder):

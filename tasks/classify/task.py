@@ -15,6 +15,7 @@ from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
 from ...zoo.weights import locate
 from .. import TaskError
+from ..occurrence import check_classes
 from .data import InputRule, build_datasets
 
 # Images of a gallery.
@@ -131,6 +132,7 @@ class Classify:
         except TypeError as error:
             raise TaskError(f"data.augment: {str(error).split('() ')[-1]}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)
+        self._source = data["root"] or data["name"]
         self.model = dict(config["model"])
         self.label_smoothing = loss["label_smoothing"]
         self.mixup = None
@@ -141,6 +143,19 @@ class Classify:
             self.mixup = Mixup(
                 loss["mixup"], loss["cutmix"], label_smoothing=self.label_smoothing, num_classes=len(self.classes)
             )
+
+    def check_data(self, training: bool = True) -> list[str]:
+        """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
+
+        Raises:
+            TaskError: If there is a single class.
+        """
+        if len(self.classes) < 2:
+            raise TaskError(f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart")
+        lines = []
+        for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
+            lines += check_classes(part, ([target] for target in samples.targets), self.classes, self._source, "image")
+        return lines
 
     def build_model(self) -> nn.Module:
         """Return the model, initialised or with the weights the config starts from."""

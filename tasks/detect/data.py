@@ -1,6 +1,6 @@
 """Images with annotated objects: COCO's JSON, Pascal VOC's XML, and the bundled nuclei."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class DetectionSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.records) * self.repeat
+
+    def occurring(self) -> Iterator[np.ndarray]:
+        """Yield the labels of every image's objects without crowds."""
+        return (record.instances.labels[~record.instances.crowd] for record in self.records)
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
@@ -127,8 +131,8 @@ def build_datasets(data: dict, with_masks: bool) -> tuple[DetectionSet, Detectio
         with_masks: Whether the objects need masks.
 
     Raises:
-        TaskError: If the data set is unknown, its files are missing or its annotations broken, training and validation
-            have different classes or there is nothing to train on or to measure by.
+        TaskError: If the data set is unknown, its files are missing or its annotations broken, or training and
+            validation have different classes.
     """
     augment = Augment(data["augment"])
     if data["broken"] not in ("refuse", "drop"):
@@ -154,9 +158,6 @@ def build_datasets(data: dict, with_masks: bool) -> tuple[DetectionSet, Detectio
             f"data.num_classes is {data['num_classes']}, but {data['root'] or data['name']} has {len(train.classes)} "
             f"classes; leave it None to take what is there"
         )
-    for name, part in (("training", train), ("validation", val)):
-        if not any(len(record.instances) for record in part.records):
-            raise TaskError(f"{data['root'] or data['name']}: the {name} images have no object")
     return train, val
 
 

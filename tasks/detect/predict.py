@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoints import load_weights, read_checkpoint
 from .draw import draw_detections, keep_likely
-from .task import build_detector, to_plain
+from .task import build_detector, detect_image
 
 
 class Predictor:
@@ -53,7 +53,7 @@ class Predictor:
     def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Return ``boxes`` ``[N, 4]``, ``labels``, ``scores`` and perhaps ``masks`` (run lengths) of every image."""
         batch = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(self.device) for image in images]
-        return [to_plain(found) for found in self.model(batch)]
+        return [detect_image(self.model, image) for image in batch]
 
     def describe(self, found: dict[str, Any]) -> dict[str, Any]:
         """Return, in plain types, the objects whose score is at least ``threshold``: masks as COCO's run lengths."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import TaskError
 from ..coco import encode_mask
+from ..occurrence import check_classes
 from ..dense import build_described, describe_model, freeze_statistics
 from .data import build_datasets
 from .detector import DETECTORS, create_detector
@@ -71,6 +72,7 @@ class Detect:
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
         self.train_set, self.val_set = build_datasets(data, self.with_masks)
+        self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
         self._pad = None
@@ -85,6 +87,17 @@ class Detect:
         """Return the detector, initialised or with the weights the config starts from."""
         return build_detector(self.model, len(self.classes))
 
+    def check_data(self, training: bool = True) -> list[str]:
+        """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
+
+        Raises:
+            TaskError: If there is no object, or only crowds.
+        """
+        lines = []
+        for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
+            lines += check_classes(part, samples.occurring(), self.classes, self._source, "object")
+        return lines
+
     def loss(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
@@ -96,7 +109,7 @@ class Detect:
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Any]]:
         """Return boxes, labels and scores of every image, best first, and its masks as run lengths."""
-        return [to_plain(found) for found in model(images)]
+        return [detect_image(model, image) for image in images]
 
     def measure(self, predictions: list[dict], targets: list[dict]) -> dict[str, float]:
         """Return COCO's measures of boxes, and of masks, as fractions; those with nothing to find are left out."""
@@ -157,6 +170,11 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     return build_described(create_detector, model, classes, model["kwargs"])
+
+
+def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:
+    """Return a detector's answer for an image ``[3, H, W]``, by itself: sharing a batch would move its last bits."""
+    return to_plain(model([image])[0])
 
 
 def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         check_folder(output, needed=0)
         remove_partial(output)
     task = task_class_of(config["task"])(_without_start(config) if resume else config)
+    remarks = task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
     epochs = _count_epochs(config, len(loader))
@@ -124,7 +125,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         if runner.rank == 0:
             check_folder(output, runner.estimate_space())
             run_hook.folder = RunFolder(output, config, device, speak=progress)
-            run_hook.introduce(runner, resume)
+            run_hook.introduce(runner, resume, remarks)
         run_hook.output = output
         _without_worker_traceback(runner.train)
         pictures = run_hook.finish() if runner.rank == 0 else []
@@ -163,6 +164,9 @@ def evaluate(
     task = task_class_of(config["task"])(config if checkpoint is None else _without_start(config))
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
+    for remark in task.check_data(training=False):
+        if is_main_process():
+            warnings.warn(remark, stacklevel=2)
     loader = _loader(task.val_set, config, device, seed=None)
     metric = Metric(task, loader.dataset)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():

@@ -40,9 +40,19 @@ class Metric(BaseMetric):
         self.results.extend((_cpu(sample), _cpu(target)) for sample, target in zip(data_samples, targets, strict=True))
 
     def evaluate(self, size: int) -> dict:
-        """Learn which samples other processes found damaged, and measure."""
+        """Learn which samples other processes found damaged, and measure.
+
+        Raises:
+            TaskError: If what is left of the set has nothing to measure the task's ``metric`` by.
+        """
         share_damaged(self._samples)
-        return super().evaluate(size)
+        metrics = super().evaluate(size)
+        if f"{self.prefix}/{self._task.metric}" not in metrics:
+            raise TaskError(
+                f"{self._task.metric} can't be measured: of {len(self._samples)} held-out images "
+                f"{int(self._samples.damaged.sum())} can't be read, and the others hold nothing to measure it by"
+            )
+        return metrics
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Return the task's metrics; another sample stood in for each that is damaged, and doesn't count."""
@@ -96,14 +106,16 @@ class RunHook(Hook):
         self.output = Path()
         self.folder: RunFolder | None = None
 
-    def introduce(self, runner: TaskRunner, resume: bool) -> None:
-        """Say what is about to be done."""
+    def introduce(self, runner: TaskRunner, resume: bool, remarks: Sequence[str] = ()) -> None:
+        """Say what is about to be done, and what was remarked about the data."""
         environment = self.folder.environment
         self.folder.say(
             f"{len(self._task.train_set)} training and {len(self._task.val_set)} held-out samples, "
             f"{len(self._task.classes)} classes; {runner.tried}; {environment['device']}, "
             f"{environment['processes']} process{'es' if environment['processes'] > 1 else ''}"
         )
+        for remark in remarks:
+            self.folder.say(remark)
         if resume:
             self.folder.say("continued")
 

@@ -1,7 +1,7 @@
 """Images whose pixels are labelled: ADE20K, Cityscapes, Pascal VOC, plain folders, COCO's two formats, the nuclei."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,12 @@ class SegmentationSet(Dataset):
         """Return masks ``[N, H, W]``, uint8, their labels ``[N]``, and whether each is a crowd ``[N]``."""
         raise NotImplementedError
 
+    def occurring(self) -> Iterator[np.ndarray]:
+        """Yield the labels of every image's segments without crowds."""
+        for index in range(self.images):
+            _, labels, crowd = self.segments(index)
+            yield labels[~crowd]
+
     def labels(self, index: int) -> np.ndarray:
         """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` where there is none."""
         masks, labels, crowd = self.segments(index)
@@ -254,6 +260,8 @@ class LabelMaps(SegmentationSet):
     def __init__(self, files: Sequence[tuple[Path, Path]], values: np.ndarray, **settings):
         super().__init__(**settings)
         self.files, self.values = list(files), values
+        # Of label maps that were read, how many pixels have each value.
+        self.found: dict[int, dict[int, int]] = {}
 
     @property
     def images(self) -> int:
@@ -277,6 +285,27 @@ class LabelMaps(SegmentationSet):
         found = np.setdiff1d(np.unique(labels), [IGNORE]).astype(np.int64)
         return (labels == found[:, None, None]).astype(np.uint8), found, np.zeros(len(found), bool)
 
+    def occurring(self) -> Iterator[np.ndarray]:
+        """Yield the labels in every label map, of many in `CHECKED_AT_ONCE` that lie apart, or until two were found."""
+        seen, step = set(), -(-self.images // CHECKED_AT_ONCE)
+        order = [index for start in range(step) for index in range(start, self.images, step)]
+        for place, index in enumerate(order):
+            if place >= CHECKED_AT_ONCE and len(seen) > 1:
+                return
+            if index not in self.found:
+                self.labels(index)
+            labels = self.values[list(self.found[index])]
+            seen.update(labels[labels != IGNORE].tolist())
+            yield labels[labels != IGNORE]
+
+    def unlabelled(self) -> dict[int, float]:
+        """Return the values that count as unlabelled, and their share of the pixels, of the label maps read so far."""
+        totals = np.zeros(256)
+        for found in self.found.values():
+            totals[list(found)] += list(found.values())
+        shares = totals / max(totals.sum(), 1)
+        return {int(value): float(shares[value]) for value in np.flatnonzero((self.values == IGNORE) & (totals > 0))}
+
     def _read(self, index: int) -> tuple[np.ndarray | None, str, str]:
         """Return a label map, or the kind of its fault, and what is wrong."""
         image, path = self.files[index]
@@ -287,7 +316,9 @@ class LabelMaps(SegmentationSet):
             return None, "damaged", f"damaged, or no image ({str(error).splitlines()[0]})"
         if values.ndim != 2:
             return None, "damaged", f"is a picture of {values.shape[-1]} channels; a label map has one"
-        unknown = [int(value) for value in np.unique(values) if not 0 <= value < 256 or self.values[int(value)] < 0]
+        found, counts = np.unique(values, return_counts=True)
+        self.found[index] = dict(zip(found.tolist(), counts.tolist(), strict=True))
+        unknown = [int(value) for value in found if not 0 <= value < 256 or self.values[int(value)] < 0]
         if unknown:
             listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             return None, "value", f"has values that stand for no class: {listed}"
@@ -330,6 +361,10 @@ class CocoMaps(SegmentationSet):
 class PanopticMaps(CocoMaps):
     """COCO's panoptic annotations."""
 
+    def occurring(self) -> Iterator[np.ndarray]:
+        """Yield the labels of every image's segments without crowds."""
+        return (record.labels[~record.crowd] for record in self.records)
+
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the segments' masks, labels and whether they are crowds."""
         record = self.records[index]
@@ -350,6 +385,10 @@ class InstanceMaps(CocoMaps):
     """COCO's annotations of instances."""
 
     overlapping = True
+
+    def occurring(self) -> Iterator[np.ndarray]:
+        """Yield the labels of every image's objects without crowds."""
+        return (record.instances.labels[~record.instances.crowd] for record in self.records)
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the objects' masks, labels and whether they are crowds."""

@@ -1,6 +1,7 @@
 """Segmentation as the engine sees it: data, model, losses, predictions and metrics."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..dense import build_described, describe_model, freeze_statistics
 from ..detect.task import to_plain
-from .data import InputRule, build_datasets
+from ..occurrence import check_classes
+from .data import InputRule, LabelMaps, SegmentationSet, build_datasets
 from .segmenter import HEADS, create_segmenter
 
 TASKS = ("semantic", "instance", "panoptic")
@@ -107,6 +109,7 @@ class Segment:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks)
+        self._source, self._by_values = data["root"] or data["name"], data["name"] == "folder"
         self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
         named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
         self.shown = {
@@ -119,6 +122,34 @@ class Segment:
     def build_model(self) -> nn.Module:
         """Return the segmenter, initialised or with the weights the config starts from."""
         return build_segmenter(self.model, self.things)
+
+    def check_data(self, training: bool = True) -> list[str]:
+        """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
+
+        Raises:
+            TaskError: If nothing is labelled, or for label maps held-out pixels are all of one class.
+        """
+        what = {"semantic": "labelled pixel", "instance": "object", "panoptic": "segment"}[self.task]
+        lines = []
+        for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
+            needed = 2 if self.task == "semantic" and part == "validation" else 1
+            hint = partial(self._hint, samples)
+            lines += check_classes(part, samples.occurring(), self.classes, self._source, what, needed, hint)
+        return lines
+
+    def _hint(self, samples: SegmentationSet) -> str:
+        """Say which values of label maps count as unlabelled: they may stand for the class that never occurs."""
+        unlabelled = samples.unlabelled() if isinstance(samples, LabelMaps) else {}
+        if not unlabelled:
+            return ""
+        most = sorted(unlabelled, key=unlabelled.get, reverse=True)[:5]
+        shares = ", ".join(f"{value} ({unlabelled[value]:.1%} of the pixels)" for value in most)
+        cure = ""
+        if self._by_values:
+            values = sorted({value for found in samples.found.values() for value in found})
+            example = f"={values}".replace(" ", "") if len(values) == len(self.classes) else ""
+            cure = f"; if one stands for a class, set data.values{example}"
+        return f"; counted as unlabelled: {shares}{cure}"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         """Return the losses of a batch; the engine adds them."""

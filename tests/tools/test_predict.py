@@ -45,7 +45,7 @@ def test_an_image_file_is_predicted_as_it_was_evaluated(digits_run, tmp_path):
         assert main([*argv, "--output", str(tmp_path / "out")]) == 0
     entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
     right = sum(
-        entry["classes"][0]["class"] == str(label) for entry, label in zip(entries, held_out.labels, strict=True)
+        entry["classes"][0]["class"] == str(label) for entry, label in zip(entries, held_out.targets, strict=True)
     )
     history = json.loads((digits_run / "history.json").read_text())
     assert right / 397 == pytest.approx(history[-1]["val/accuracy"], abs=1e-6)
