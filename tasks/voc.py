@@ -1,16 +1,17 @@
 """Pascal VOC: objects in XML, and the pictures that number them."""
 
-import warnings
+import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from . import TaskError
-from .annotations import Faults
+from .annotations import Faults, has_area, is_count, is_number, read_lines
 from .coco import Instances, Record, encode_mask
+from .images import DamagedImageError, has_image_name, open_picture, read_size
 
 _NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -19,6 +20,50 @@ _NAMES = (
 CLASSES = _NAMES.split()
 
 
+def read_list(root: Path, part: str, split: str) -> list[str]:
+    """Return the names of ``ImageSets/PART/SPLIT.txt``, each once; they may hold spaces.
+
+    Pascal's lists of one class have a second column of 1, 0 (difficult) or -1 (absent), which is left out.
+
+    Raises:
+        TaskError: If there is no such list, or it isn't UTF-8.
+    """
+    listing = root / "ImageSets" / part / f"{split}.txt"
+    if not listing.is_file():
+        raise TaskError(f"{listing}: no such file; data.root is a folder such as VOCdevkit/VOC2012")
+    names = list(dict.fromkeys(line for line in read_lines(listing) if line))
+    columns = [name.rsplit(maxsplit=1) for name in names]
+    # A name such as "cell 1" has files of its own.
+    if all(len(column) == 2 and column[1] in ("-1", "0", "1") for column in columns) and not any(
+        (root / "Annotations" / f"{name}.xml").is_file() or find_picture(root, name) for name in names
+    ):
+        names = list(dict.fromkeys(column[0] for column in columns))
+    return names
+
+
+def find_picture(root: Path, name: str) -> Path | None:
+    """Return the picture of a name in ``JPEGImages``: NAME.jpg, or else the only one with a known ending.
+
+    Raises:
+        TaskError: If there are several, of which none is NAME.jpg.
+    """
+    usual = root / "JPEGImages" / f"{name}.jpg"
+    if os.path.isfile(usual):
+        return usual
+    found = [
+        usual.parent / entry for entry in _entries(usual.parent) if has_image_name(entry) and _stem(entry) == usual.stem
+    ]
+    if len(found) > 1:
+        raise TaskError(f"{' and '.join(map(str, sorted(found)))} have one name; keep one of them")
+    return found[0] if found else None
+
+
+def check_classes(root: Path, names: Sequence[str], classes: Sequence[str], broken: str) -> None:
+    """Compare the objects that ``Annotations`` names with the classes.
+
+    Raises:
+        TaskError: If there are objects of other classes, unless ``broken`` is ``"drop"``.
+    """
 def read_voc(
     root: str | Path, split: str, classes: Sequence[str] = CLASSES, with_masks: bool = False, broken: str = "refuse"
 ) -> list[Record]:
