@@ -135,6 +135,24 @@ def is_count(value: Any) -> bool:
     return is_number(value) and value > 0 and value == int(value)
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Return the values that are in a map, ascending; of each run of equal ones only one is sorted."""
+    flat = values.ravel()
+    return np.unique(flat[np.concatenate([[True], flat[1:] != flat[:-1]])])
+
+
+def check_names(names: Sequence[Any], source: object) -> list[str]:
+    """Return the names of classes, or raise a TaskError that begins with ``source`` if one is empty or there twice."""
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise TaskError(f"{source}: class {number + 1} of {len(names)} has no name")
+        if name in names[:number]:
+            raise TaskError(f"{source}: names the class {name!r} twice")
+    if not names:
+        raise TaskError(f"{source}: names no class")
+    return list(names)
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file in UTF-8, with or without its mark, without blanks around them.
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import mask_api_new_cpp
 from faster_coco_eval.core import mask as rle_codec
+from PIL import Image
 
 from . import TaskError
-from .annotations import Faults, has_area, in_threads, is_count, is_number
+from .annotations import Faults, distinct, has_area, in_threads, is_count, is_number
 from .images import DamagedImageError, read_image
 
 # COCO's own boxes leave their image by rounding, by less than this many pixels.
@@ -76,6 +77,41 @@ class Record:
     size: tuple[int, int]
     id: int | str
     instances: Instances
+
+
+def read_picture(record: "Record | PanopticRecord") -> Image.Image:
+    """Return a record's image, RGB.
+
+    Raises:
+        DamagedImageError: If it can't be read.
+        TaskError: If it no longer has the size that it had when the annotations were checked.
+    """
+    image = read_image(record.file)
+    if (image.height, image.width) != tuple(record.size):
+        raise TaskError(
+            f"{record.file}: has {image.height}x{image.width} pixels, but its annotations say "
+            f"{record.size[0]}x{record.size[1]}"
+        )
+    return image
+
+
+def order_by_name(records: "Sequence[Record | PanopticRecord]", found: Sequence[str], expected: Sequence[str]) -> bool:
+    """Number the classes of records as ``expected`` does, by their names; return whether both name the same ones.
+
+    Args:
+        records: Changed in place, if so.
+        found: Names of their classes, in the order of the labels.
+        expected: Names in the order that they shall have.
+    """
+    if list(found) == list(expected):
+        return True
+    if sorted(found) != sorted(expected) or len(set(found)) < len(found):
+        return False
+    labels = np.array([list(expected).index(name) for name in found], np.int64)
+    for record in records:
+        objects = record.instances if isinstance(record, Record) else record
+        objects.labels = labels[objects.labels]
+    return True
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -465,11 +501,11 @@ def _read_segments(
             continue
         key, category = int(segment["id"]), segment.get("category_id")
         where = f"segment {key} of {place.removeprefix('annotation of ')}"
-        if key in ids or key in left_out:
-            faults.add("id", where)
-        elif not _is_key(category) or category not in label_of:
+        if not _is_key(category) or category not in label_of:
             faults.add("category", f"{where}: {_short(category)}")
             left_out.append(key)
+        elif key in ids:
+            faults.add("id", where)
         elif "iscrowd" in segment and not _has(segment, "iscrowd", _is_flag, faults, where):
             left_out.append(key)
         else:
@@ -487,9 +523,7 @@ def _compare_segments(record: PanopticRecord) -> tuple[str, Any]:
         return "damaged", error
     if numbers.shape != tuple(record.size):
         return "size", f"{record.map} is {numbers.shape[0]}x{numbers.shape[1]}, not {record.size[0]}x{record.size[1]}"
-    # Of each run of equal pixels one is enough.
-    flat = numbers.ravel()
-    return "segment", np.unique(flat[np.flatnonzero(np.diff(flat, prepend=-1))])
+    return "segment", distinct(numbers)
 
 
 def read_segment_ids(picture: np.ndarray) -> np.ndarray:

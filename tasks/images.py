@@ -161,6 +161,26 @@ def read_size(path: str | Path) -> tuple[tuple[int, int], bool]:
         raise DamagedImageError(f"{path}: not an image, or damaged ({_reason(error)})") from error
 
 
+def read_values(path: str | Path) -> np.ndarray:
+    """Return the values of a picture of labels, or numbers, as they are in its file, ``[H, W]``; palettes' indices too.
+
+    Raises:
+        DamagedImageError: If the file is missing, not an image, damaged, too large, or has several channels.
+    """
+    try:
+        with open_picture(path) as picture:
+            values = np.asarray(picture)
+    except FileNotFoundError:
+        raise DamagedImageError(f"{path}: no such file") from None
+    except TaskError:
+        raise
+    except Exception as error:
+        raise DamagedImageError(f"{path}: damaged, or no image ({_reason(error)})") from error
+    if values.ndim != 2:
+        raise DamagedImageError(f"{path}: is a picture of {values.shape[-1]} channels; a label map has one")
+    return values
+
+
 def _has_chunk(path: str | Path, kind: bytes) -> bool:
     """Return whether a PNG file holds a chunk of a kind, by its chunks' headers alone."""
     with open(path, "rb") as file:
