@@ -138,6 +138,10 @@ class LabelledFolder(ImageFolder):
         """Return an image as it is in its file."""
         return self.loader(self.samples[index][0])
 
+    def inventory(self) -> list[tuple[str, int]]:
+        """Return every file with its class."""
+        return self.samples
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the class folders, in the expected order where there is one."""
         folders = sorted(
@@ -203,6 +207,10 @@ class LabelledList(Dataset):
     def image(self, index: int) -> Image.Image:
         """Return an image as it is in its file."""
         return read_image(self.samples[index][0], self.channels)
+
+    def inventory(self) -> list[tuple[str, int]]:
+        """Return every file with its class."""
+        return self.samples
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -58,6 +58,10 @@ class DetectionSet(Dataset):
         """Return an image as it is, RGB."""
         return read_picture(self.records[index % len(self.records)])
 
+    def inventory(self) -> list[tuple[Path, list]]:
+        """Return every file with its size and the labels of its objects."""
+        return [(record.file, [*record.size, *record.instances.labels.tolist()]) for record in self.records]
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index % len(self.records)]
         instances, pixels = record.instances, np.asarray(self.image(index))
@@ -97,6 +101,10 @@ class Nuclei(DetectionSet):
         )
         record = Record(Path(f"nuclei-{split}.png"), labels.shape, split, instances)
         super().__init__([record], ["nucleus"], augment, repeat)
+
+    def inventory(self) -> list:
+        """Return nothing: the micrograph has no place of its own."""
+        return []
 
     def image(self, index: int) -> Image.Image:
         """Return the half as RGB."""

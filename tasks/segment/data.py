@@ -265,6 +265,10 @@ class LabelMaps(SegmentationSet):
         """Return an image as it is, RGB."""
         return read_image(self.files[index][0])
 
+    def inventory(self) -> list[tuple[Path, str]]:
+        """Return all images and label maps."""
+        return [(file, "") for pair in self.files for file in pair]
+
     def labels(self, index: int) -> np.ndarray:
         """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` where there is none."""
         return self.values[read_values(self.files[index][1]).astype(np.uint8)]
@@ -325,6 +329,11 @@ class CocoMaps(SegmentationSet):
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
         return read_picture(self.records[index])
+
+    def inventory(self) -> list[tuple[Path, list]]:
+        """Return every image with its size and the labels of its objects or segments."""
+        labels = (getattr(record, "instances", record).labels.tolist() for record in self.records)
+        return [(record.file, [*record.size, *found]) for record, found in zip(self.records, labels, strict=True)]
 
 
 class PanopticMaps(CocoMaps):
