@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from . import TaskError, nearest
+from .annotations import has_area
 
 # Otherwise it asks the network for a newer version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -25,10 +26,11 @@ IGNORE = 255  # the label of pixels that belong to no class
 def fit_size(height: int, width: int, short: float, long: float) -> tuple[int, int]:
     """Return the height and width, at the same ratio, that fit into ``short x long`` pixels, whichever way it lies.
 
-    The rule of mmcv and detectron2: the factor is the smaller of both sides', and sizes are rounded half up.
+    The rule of mmcv and detectron2: the factor is the smaller of both sides', and sizes are rounded half up; a line
+    keeps one pixel.
     """
     factor = min(long / max(height, width), short / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def resize_within(image: np.ndarray, short: float, long: float, divisor: int = 1) -> np.ndarray:
@@ -296,13 +298,12 @@ class Augment:
         done = self._boxed(**given)
         index = np.asarray(done["index"], dtype=np.int64).reshape(-1)
         boxes = np.asarray(done["bboxes"], dtype=np.float64).reshape(-1, 4)
-        if masks is None:
-            return done["image"], boxes, None, index
-        if not len(masks):
-            return done["image"], boxes, np.zeros((0, *done["image"].shape[:2]), np.uint8), index
-        masks = np.asarray(done["masks"])[index]
-        left = masks.any((1, 2)) if len(masks) else np.zeros(0, bool)
-        return done["image"], boxes[left], masks[left], index[left]
+        if masks is not None:
+            masks = (
+                np.asarray(done["masks"])[index] if len(masks) else np.zeros((0, *done["image"].shape[:2]), np.uint8)
+            )
+        left = has_area(boxes, masks).numpy()
+        return done["image"], boxes[left], None if masks is None else masks[left], index[left]
 
     def _seed(self) -> None:
         # Each step its own stream: albumentations would give all of them the same.

@@ -5,17 +5,19 @@ The formats: https://cocodataset.org/#format-data. Masks are encoded and decoded
 
 import dataclasses
 import json
-import math
-import warnings
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faster_coco_eval import mask_api_new_cpp
 from faster_coco_eval.core import mask as rle_codec
+from PIL import Image
 
 from . import TaskError
-from .annotations import Faults
+from .annotations import Faults, distinct, has_area, in_threads, is_count, is_number
+from .images import DamagedImageError, read_image
 
 # COCO's own boxes leave their image by rounding, by less than this many pixels.
 BOX_TOLERANCE = 1.0
@@ -77,6 +79,41 @@ class Record:
     instances: Instances
 
 
+def read_picture(record: "Record | PanopticRecord") -> Image.Image:
+    """Return a record's image, RGB.
+
+    Raises:
+        DamagedImageError: If it can't be read.
+        TaskError: If it no longer has the size that it had when the annotations were checked.
+    """
+    image = read_image(record.file)
+    if (image.height, image.width) != tuple(record.size):
+        raise TaskError(
+            f"{record.file}: has {image.height}x{image.width} pixels, but its annotations say "
+            f"{record.size[0]}x{record.size[1]}"
+        )
+    return image
+
+
+def order_by_name(records: "Sequence[Record | PanopticRecord]", found: Sequence[str], expected: Sequence[str]) -> bool:
+    """Number the classes of records as ``expected`` does, by their names; return whether both name the same ones.
+
+    Args:
+        records: Changed in place, if so.
+        found: Names of their classes, in the order of the labels.
+        expected: Names in the order that they shall have.
+    """
+    if list(found) == list(expected):
+        return True
+    if sorted(found) != sorted(expected) or len(set(found)) < len(found):
+        return False
+    labels = np.array([list(expected).index(name) for name in found], np.int64)
+    for record in records:
+        objects = record.instances if isinstance(record, Record) else record
+        objects.labels = labels[objects.labels]
+    return True
+
+
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Return the run lengths ``{"size": [H, W], "counts": bytes}`` of a mask ``[H, W]``."""
     return rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -115,7 +152,7 @@ def read_json(path: str | Path, keys: Sequence[str]) -> dict:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise TaskError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise TaskError(f"{path}: can't be read as JSON ({str(error).splitlines()[0]})") from error
     lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
@@ -124,88 +161,150 @@ def read_json(path: str | Path, keys: Sequence[str]) -> dict:
 
 
 def read_instances(
-    path: str | Path, folder: str | Path, with_masks: bool = True, broken: str = "refuse"
+    path: str | Path, folder: str | Path, with_masks: bool = True, broken: str = "refuse", skip_damaged: bool = False
 ) -> tuple[list[Record], list[str], list[int]]:
     """Read a COCO file of instances.
 
-    Boxes without area are left out, as mmdet does; those that leave the image by less than a pixel are clipped.
+    Boxes without area are left out, as mmdet does; those that leave the image by less than a pixel are clipped. Where
+    ``area`` isn't given, it is that of the mask, and of the box where there is no mask.
 
     Args:
         path: JSON file.
-        folder: Where the images lie.
+        folder: Where the images lie; their headers are read.
         with_masks: Whether every object needs a mask.
         broken: ``"refuse"``: faults raise one error that lists them. ``"drop"``: they are listed in a warning, and the
             objects and images that have them are left out.
+        skip_damaged: Whether images that can't be read are no fault here.
 
     Returns:
         Images in the order of the file; names of the classes, in the order of the labels; their category ids.
 
     Raises:
-        TaskError: If the file can't be read, holds no image or no category, or ``broken`` is ``"refuse"`` and images
-            are missing, ids are repeated, boxes lie outside, polygons are empty, or categories or images are unknown.
+        TaskError: If the file can't be read, or holds no image or no category that is in order; or ``broken`` is
+            ``"refuse"`` and images are missing or of another size, ids are repeated, entries are missing or of another
+            type, boxes or polygons lie outside, masks are malformed or empty, or categories or images are unknown.
     """
+    path, folder, faults = Path(path), Path(folder), Faults(path)
     content = read_json(path, ("images", "annotations", "categories"))
-    folder, faults = Path(folder), Faults(path)
-    categories = _by_id(content["categories"], faults, "category")
-    images = _by_id(content["images"], faults, "image")
-    if not images or not categories:
-        raise TaskError(f"{path}: holds no {'categories' if images else 'images'}")
+    categories, images = _read_categories(content, faults), _read_images(content, faults)
+    _refuse_nothing(images, categories, faults)
     label_of = {category: label for label, category in enumerate(categories)}
-    present = {}
-    for key, image in images.items():
-        if (folder / image["file_name"]).is_file():
-            present[key] = image
-        else:
-            faults.add("image", folder / image["file_name"])
+    present = _check_images(images, folder, faults, skip_damaged)
     objects: dict[Any, list[tuple]] = {key: [] for key in present}
-    seen = set()
-    for annotation in content["annotations"]:
-        place = f"annotation {annotation.get('id')}"
-        if annotation.get("id") is not None:
-            if annotation["id"] in seen:
-                faults.add("id", place)
-                continue
-            seen.add(annotation["id"])
-        image = images.get(annotation.get("image_id"))
-        if image is None:
+    for annotation, place in _entries(content["annotations"], "annotation", faults, needs_id=False):
+        key, category = annotation.get("image_id"), annotation.get("category_id")
+        if not _is_key(key) or key not in images:
             faults.add("owner", place)
-        elif annotation.get("category_id") not in label_of:
-            faults.add("category", f"{place}: {annotation.get('category_id')}")
-        elif annotation["image_id"] in present:
-            checked = _check_object(annotation, image, with_masks, faults, place)
+        elif not _is_key(category) or category not in label_of:
+            faults.add("category", f"{place}: {_short(category)}")
+        elif key in present:
+            checked = _check_object(annotation, present[key], with_masks, faults, place)
             if checked is not None:
-                objects[annotation["image_id"]].append((*checked, label_of[annotation["category_id"]]))
-    if broken == "drop" and faults:
-        warnings.warn(f"{faults}; left out", stacklevel=2)
-    else:
-        faults.refuse("correct the file, or leave them out with data.broken=drop")
+                objects[key].append((*checked, label_of[category]))
+    faults.settle(broken, "correct the file")
     records = [
-        Record(
-            folder / image["file_name"],
-            (image["height"], image["width"]),
-            key,
-            Instances.gather(objects[key], with_masks),
-        )
+        Record(folder / image["file_name"], _size(image), key, Instances.gather(objects[key], with_masks))
         for key, image in present.items()
     ]
     return records, [category["name"] for category in categories.values()], list(categories)
 
 
-def _by_id(entries: list[dict], faults: Faults, what: str) -> dict[Any, dict]:
-    found: dict[Any, dict] = {}
-    for entry in entries:
-        if entry.get("id") in found:
-            faults.add("id", f"{what} {entry.get('id')}")
+def _short(value: Any) -> str:
+    """Return a value of JSON for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) or is_number(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+def _entries(
+    entries: list[Any], what: str, faults: Faults, needs_id: bool = True
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the entries of a list that are dicts with an id that none before had, each with what to call it."""
+    seen = set()
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            faults.add("field", f"{what} {number} of the list: {_short(entry)}")
+            continue
+        key = entry.get("id")
+        if not (_is_key(key) or (key is None and not needs_id)):
+            faults.add("field", f"{what} {number} of the list: id {_short(key)}")
+        elif key is not None and key in seen:
+            faults.add("id", f"{what} {key}")
         else:
-            found[entry.get("id")] = entry
-    return found
+            seen.add(key)
+            yield entry, f"{what} {number} of the list" if key is None else f"{what} {key}"
+
+
+def _has(entry: dict, key: str, fits: Callable[[Any], bool], faults: Faults, place: str) -> bool:
+    """Return whether an entry has a fitting value; else note the fault."""
+    if fits(entry.get(key)):
+        return True
+    faults.add("field", f"{place}: {key} {_short(entry[key])}" if key in entry else f"{place}: no {key}")
+    return False
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _read_categories(content: dict, faults: Faults) -> dict[Any, dict]:
+    return {
+        entry["id"]: entry
+        for entry, place in _entries(content["categories"], "category", faults)
+        if _has(entry, "name", _is_name, faults, place)
+    }
+
+
+def _read_images(content: dict, faults: Faults) -> dict[Any, dict | None]:
+    """Return the images by their ids; None for those whose entries are wrong, so that their objects are known."""
+    images: dict[Any, dict | None] = {}
+    for entry, place in _entries(content["images"], "image", faults):
+        checks = [_has(entry, "file_name", _is_name, faults, place)]
+        checks += [_has(entry, side, is_count, faults, place) for side in ("height", "width")]
+        images[entry["id"]] = entry if all(checks) else None
+    return images
+
+
+def _refuse_nothing(images: dict, categories: dict, faults: Faults) -> None:
+    for what, found in (("images", images), ("categories", categories)):
+        if not any(found.values()):
+            faults.settle("refuse", "correct the file")
+            raise TaskError(f"{faults.source}: holds no {what}")
+
+
+def _size(image: dict) -> tuple[int, int]:
+    return int(image["height"]), int(image["width"])
+
+
+def _check_images(images: dict[Any, dict | None], folder: Path, faults: Faults, skip_damaged: bool) -> dict[Any, dict]:
+    """Return the images whose files are there and as large as annotated."""
+    there = {}
+    for key, image in images.items():
+        if image is None:
+            continue
+        # Unlike Path's, it takes names that no file can have.
+        if os.path.isfile(folder / image["file_name"]):
+            there[key] = image
+        else:
+            faults.add("image", folder / _short(image["file_name"]).strip("'\""))
+    fits = faults.check_pictures(
+        [(folder / image["file_name"], _size(image)) for image in there.values()], skip_damaged
+    )
+    return {key: image for (key, image), good in zip(there.items(), fits, strict=True) if good}
 
 
 def _check_object(annotation: dict, image: dict, with_masks: bool, faults: Faults, place: str) -> tuple | None:
-    """Return box, area, crowd and mask of an annotation, or None with a fault noted."""
-    height, width = image["height"], image["width"]
+    """Return box, area, crowd and mask of an annotation; None if it is wrong, with a fault noted, or without area."""
+    height, width = _size(image)
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
         faults.add("flat", place)
         return None
     x, y, w, h = map(float, box)
@@ -215,28 +314,76 @@ def _check_object(annotation: dict, image: dict, with_masks: bool, faults: Fault
     if w < 0 or h < 0:
         faults.add("flat", place)
         return None
+    for key, fits in (("area", lambda value: is_number(value) and value >= 0), ("iscrowd", _is_flag)):
+        if key in annotation and not _has(annotation, key, fits, faults, place):
+            return None
+    mask, fault = _read_mask(annotation.get("segmentation"), height, width)
+    if with_masks and fault is not None:
+        faults.add(fault[0], f"{place}{fault[1]}")
+        return None
     clipped = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
-    if clipped[2] - clipped[0] <= 0 or clipped[3] - clipped[1] <= 0:
+    if not has_area(np.array([clipped])):
         # COCO's own training file has two of them, which mmdet leaves out too.
         return None
-    mask = annotation.get("segmentation") if with_masks else None
-    if with_masks:
-        if isinstance(mask, dict):
-            if list(mask.get("size", ())) != [height, width]:
-                faults.add("size", place)
-                return None
-        else:
-            mask = [polygon for polygon in mask or () if len(polygon) >= 6 and len(polygon) % 2 == 0]
-            if not mask:
-                faults.add("polygon", place)
-                return None
-            mask = [np.asarray(polygon, dtype=np.float64) for polygon in mask]
-    area = float(annotation.get("area", w * h))
-    return clipped, area, bool(annotation.get("iscrowd", 0)), mask
+    if "area" in annotation:
+        area = float(annotation["area"])
+    else:
+        area = w * h if mask is None else float(rle_codec.area(to_run_lengths(mask, height, width)))
+    return clipped, area, bool(annotation.get("iscrowd", 0)), mask if with_masks else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _read_mask(mask: Any, height: int, width: int) -> tuple[Any, tuple[str, str] | None]:
+    """Return a COCO ``segmentation``, or None with the kind of its fault and what is wrong."""
+    if isinstance(mask, dict):
+        fault = _check_run_lengths(mask, height, width)
+        return (mask, None) if fault is None else (None, fault)
+    if mask is not None and not isinstance(mask, list):
+        return None, ("mask", f": {_short(mask)}")
+    polygons = []
+    for polygon in mask or ():
+        try:
+            points = np.asarray(polygon if isinstance(polygon, list) else None)
+        except ValueError:
+            points = np.asarray(None)
+        if points.ndim != 1 or points.dtype.kind not in "iuf" or len(points) % 2 or not np.isfinite(points).all():
+            return None, ("mask", ": a polygon is a list of numbers x1, y1, x2, y2, ...")
+        # Points and lines have no area.
+        if len(points) >= 6:
+            polygons.append(points.astype(np.float64))
+    if not polygons:
+        return None, ("polygon", "")
+    for points in polygons:
+        low, high = (side(points.reshape(-1, 2), 0) for side in (np.min, np.max))
+        sides = np.array([width, height])
+        # A polygon that is cut by the border is clipped, but not one of another scale.
+        if (
+            (high < -BOX_TOLERANCE).any()
+            or (low > sides + BOX_TOLERANCE).any()
+            or (abs(points.reshape(-1, 2)) > 2 * sides + BOX_TOLERANCE).any()
+        ):
+            return None, ("outside", "")
+    return polygons, None
+
+
+def _check_run_lengths(mask: dict, height: int, width: int) -> tuple[str, str] | None:
+    if mask.get("size") != [height, width]:
+        return "size", ""
+    counts = mask.get("counts")
+    if isinstance(counts, str):
+        try:
+            # The codec adds without looking where a character stands for no six bits.
+            if not all("0" <= character <= "o" for character in counts):
+                raise ValueError
+            (plain,) = mask_api_new_cpp.toUncompressedRLE([mask])
+            counts = plain["counts"]
+        except (ValueError, RuntimeError):
+            return "mask", ": its run lengths can't be read"
+    runs = np.asarray(counts) if isinstance(counts, list) and all(map(is_number, counts)) else np.asarray(None)
+    if runs.dtype.kind not in "iu" or (runs < 0).any() or (runs > height * width).any():
+        return "mask", ": its run lengths aren't whole numbers"
+    if runs.sum() != height * width:
+        return "mask", f": its run lengths add up to {runs.sum()}, not {height * width}"
+    return None
 
 
 @dataclasses.dataclass
@@ -250,6 +397,7 @@ class PanopticRecord:
         ids: The segments' ids.
         labels: Their classes, from 0.
         crowd: Whether each is a region of several objects.
+        left_out: Ids of segments whose entries are broken; their pixels belong to none.
     """
 
     file: Path
@@ -258,69 +406,124 @@ class PanopticRecord:
     ids: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    left_out: np.ndarray
 
 
 def read_panoptic(
-    path: str | Path, folder: str | Path, maps: str | Path | None = None, broken: str = "refuse"
+    path: str | Path,
+    folder: str | Path,
+    maps: str | Path | None = None,
+    broken: str = "refuse",
+    skip_damaged: bool = False,
 ) -> tuple[list[PanopticRecord], list[str], list[bool]]:
-    """Read a COCO panoptic file.
+    """Read a COCO panoptic file, and all its pictures of segment ids to compare them.
 
     Args:
         path: JSON file.
-        folder: Where the images lie.
+        folder: Where the images lie; their headers are read.
         maps: Where the pictures of segment ids lie; beside the JSON, in a folder of its name, if None.
-        broken: As for `read_instances`.
+        broken: As for `read_instances`; pixels of a segment that is left out belong to none.
+        skip_damaged: Whether images that can't be read are no fault here.
 
     Returns:
         Images in the order of the file; names of the classes; for each class whether it is of things.
 
     Raises:
-        TaskError: As for `read_instances`.
+        TaskError: As for `read_instances`; also if segments differ from their picture.
     """
     content = read_json(path, ("images", "annotations", "categories"))
     path, folder, faults = Path(path), Path(folder), Faults(path)
     maps = path.with_suffix("") if maps is None else Path(maps)
-    categories = _by_id(content["categories"], faults, "category")
-    images = _by_id(content["images"], faults, "image")
-    if not images or not categories:
-        raise TaskError(f"{path}: holds no {'categories' if images else 'images'}")
+    categories = {
+        key: category
+        for key, category in _read_categories(content, faults).items()
+        if _has({"isthing": 1} | category, "isthing", _is_flag, faults, f"category {key}")
+    }
+    images = _read_images(content, faults)
+    _refuse_nothing(images, categories, faults)
     label_of = {category: label for label, category in enumerate(categories)}
+    present = _check_images(images, folder, faults, skip_damaged)
     records, seen = [], set()
-    for annotation in content["annotations"]:
-        key = annotation.get("image_id")
-        image = images.get(key)
-        if image is None:
-            faults.add("owner", f"annotation of image {key}")
+    for number, annotation in enumerate(content["annotations"], start=1):
+        place = f"annotation {number} of the list"
+        if not isinstance(annotation, dict):
+            faults.add("field", f"{place}: {_short(annotation)}")
             continue
+        key = annotation.get("image_id")
+        if not _is_key(key) or key not in images:
+            faults.add("owner", f"annotation of image {_short(key)}")
+            continue
+        place = f"annotation of image {key}"
         if key in seen:
-            faults.add("id", f"annotation of image {key}")
+            faults.add("id", place)
             continue
         seen.add(key)
-        file, segments = folder / image["file_name"], maps / annotation["file_name"]
-        absent = [name for name in (file, segments) if not name.is_file()]
-        for name in absent:
-            faults.add("image", name)
-        ids, labels, crowd = [], [], []
-        for segment in annotation.get("segments_info", ()):
-            if segment.get("category_id") not in label_of:
-                faults.add("category", f"segment {segment.get('id')} of image {key}: {segment.get('category_id')}")
-            elif segment.get("id") in ids:
-                faults.add("id", f"segment {segment.get('id')} of image {key}")
-            else:
-                ids.append(segment["id"])
-                labels.append(label_of[segment["category_id"]])
-                crowd.append(bool(segment.get("iscrowd", 0)))
-        if not absent:
-            arrays = (np.array(ids, np.int64), np.array(labels, np.int64), np.array(crowd, bool))
-            records.append(PanopticRecord(file, (image["height"], image["width"]), segments, *arrays))
+        named = _has(annotation, "file_name", _is_name, faults, place)
+        if not _has(annotation, "segments_info", lambda value: isinstance(value, list), faults, place) or not named:
+            continue
+        segments = _read_segments(annotation["segments_info"], label_of, faults, place)
+        picture = maps / annotation["file_name"]
+        if not os.path.isfile(picture):
+            faults.add("image", maps / _short(annotation["file_name"]).strip("'\""))
+        elif key in present:
+            image = present[key]
+            records.append(PanopticRecord(folder / image["file_name"], _size(image), picture, *segments))
     for key in images.keys() - seen:
-        faults.add("pair", images[key]["file_name"])
-    if broken == "drop" and faults:
-        warnings.warn(f"{faults}; left out", stacklevel=2)
-    else:
-        faults.refuse("correct the file, or leave them out with data.broken=drop")
+        if images[key] is not None:
+            faults.add("pair", images[key]["file_name"])
+    checked = []
+    for record, fault in zip(records, in_threads(_compare_segments, records), strict=True):
+        kind, found = fault
+        if kind == "segment":
+            for number in np.setdiff1d(found, [*record.ids, *record.left_out, 0]):
+                faults.add("segment", f"{record.map}: {number} isn't in the file")
+            for number in np.setdiff1d(record.ids, found):
+                faults.add("segment", f"{record.map}: {number} has no pixel")
+            there = np.isin(record.ids, found)
+            arrays = {key: getattr(record, key)[there] for key in ("ids", "labels", "crowd")}
+            checked.append(dataclasses.replace(record, **arrays))
+        else:
+            faults.add(kind, found)
+    faults.settle(broken, "correct the file or the pictures")
     things = [bool(category.get("isthing", 1)) for category in categories.values()]
-    return records, [category["name"] for category in categories.values()], things
+    return checked, [category["name"] for category in categories.values()], things
+
+
+def _read_segments(
+    segments: list[Any], label_of: dict[Any, int], faults: Faults, place: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids, labels and crowds of an image's segments, and the ids of those that are left out for a fault."""
+    ids, labels, crowd, left_out = [], [], [], []
+    for number, segment in enumerate(segments, start=1):
+        if not isinstance(segment, dict) or not is_count(segment.get("id")) or segment["id"] >= 1 << 24:
+            wrong = f"id {_short(segment.get('id'))}" if isinstance(segment, dict) else _short(segment)
+            faults.add("field", f"segment {number} of {place}: {wrong}")
+            continue
+        key, category = int(segment["id"]), segment.get("category_id")
+        where = f"segment {key} of {place.removeprefix('annotation of ')}"
+        if not _is_key(category) or category not in label_of:
+            faults.add("category", f"{where}: {_short(category)}")
+            left_out.append(key)
+        elif key in ids:
+            faults.add("id", where)
+        elif "iscrowd" in segment and not _has(segment, "iscrowd", _is_flag, faults, where):
+            left_out.append(key)
+        else:
+            ids.append(key)
+            labels.append(label_of[category])
+            crowd.append(bool(segment.get("iscrowd", 0)))
+    return np.array(ids, np.int64), np.array(labels, np.int64), np.array(crowd, bool), np.array(left_out, np.int64)
+
+
+def _compare_segments(record: PanopticRecord) -> tuple[str, Any]:
+    """Return ``"segment"`` and the ids in a record's picture, or the kind of its fault and what is wrong."""
+    try:
+        numbers = read_segment_ids(np.asarray(read_image(record.map)))
+    except DamagedImageError as error:
+        return "damaged", error
+    if numbers.shape != tuple(record.size):
+        return "size", f"{record.map} is {numbers.shape[0]}x{numbers.shape[1]}, not {record.size[0]}x{record.size[1]}"
+    return "segment", distinct(numbers)
 
 
 def read_segment_ids(picture: np.ndarray) -> np.ndarray:

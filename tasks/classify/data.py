@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine, Resize
 
 from .. import TaskError, nearest
-from ..images import EXTENSIONS, read_image
+from ..images import EXTENSIONS, has_image_name, is_hidden, list_images, read_image
 from ..samples import DIGITS_TRAIN, load_digits
 
 DATA_SETS = ("csv", "digits", "folder")
@@ -122,14 +122,15 @@ class Digits(Dataset):
 
 
 class LabelledFolder(ImageFolder):
-    """Images in one folder a class; ``classes`` fixes the order, and then any other folder is an error."""
+    """Images in one folder a class; ``classes`` fixes the order, and then any other folder is an error.
+
+    What systems hide or add is left out, as `list_images` does it.
+    """
 
     def __init__(self, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
         self._expected = classes
         try:
-            super().__init__(
-                root, transform, loader=partial(read_image, channels=channels), is_valid_file=_has_image_name
-            )
+            super().__init__(root, transform, loader=partial(read_image, channels=channels))
         except FileNotFoundError as error:
             raise TaskError(f"{root}: {str(error).splitlines()[0]}") from error
 
@@ -137,19 +138,34 @@ class LabelledFolder(ImageFolder):
         """Return an image as it is in its file."""
         return self.loader(self.samples[index][0])
 
+    def inventory(self) -> list[tuple[str, int]]:
+        """Return every file with its class."""
+        return self.samples
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the class folders, in the expected order where there is one."""
-        folders = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
+        folders = sorted(
+            entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(entry.name)
+        )
         if not folders:
             raise TaskError(f"{directory}: holds no folder; each class needs one, named after it, with its images")
         for name in folders:
             if self._expected is not None and name not in self._expected:
                 raise TaskError(f"{directory}/{name}: train/ has no such class{nearest(name, self._expected)}")
-            if not any(_has_image_name(file) for file in (Path(directory) / name).rglob("*")):
-                raise TaskError(f"{directory}/{name}: the class has no image; looked for {', '.join(EXTENSIONS)}")
         classes = folders if self._expected is None else list(self._expected)
         # Only folders that exist: torchvision takes a class without images for an error.
         return classes, {name: index for index, name in enumerate(classes) if name in folders}
+
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *args, **kwargs) -> list[tuple[str, int]]:
+        """Return file and class of every image, folder by folder as torchvision orders them."""
+        samples = []
+        for name, index in sorted(class_to_idx.items()):
+            images = list_images(Path(directory) / name)
+            if not images:
+                raise TaskError(f"{directory}/{name}: the class has no image; looked for {', '.join(EXTENSIONS)}")
+            samples += [(file, index) for file in sorted(map(str, images), key=os.path.split)]
+        return samples
 
 
 class LabelledList(Dataset):
@@ -192,6 +208,10 @@ class LabelledList(Dataset):
         """Return an image as it is in its file."""
         return read_image(self.samples[index][0], self.channels)
 
+    def inventory(self) -> list[tuple[str, int]]:
+        """Return every file with its class."""
+        return self.samples
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -225,7 +245,7 @@ def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
                     raise TaskError(
                         f"{listing}, line {line}: {path}: no such file; paths count from data.root ({root})"
                     )
-                if not _has_image_name(path):
+                if not has_image_name(path):
                     raise TaskError(f"{listing}, line {line}: {path}: is no image; known are {', '.join(EXTENSIONS)}")
                 other, where = seen.setdefault(path, (label, line))
                 if other != label:
@@ -240,10 +260,6 @@ def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
     if not entries:
         raise TaskError(f"{listing}: lists no image")
     return entries
-
-
-def _has_image_name(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in EXTENSIONS
 
 
 def build_datasets(data: dict, rule: InputRule) -> tuple[Dataset, Dataset]:

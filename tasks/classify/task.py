@@ -151,7 +151,9 @@ class Classify:
             TaskError: If there is a single class.
         """
         if len(self.classes) < 2:
-            raise TaskError(f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart")
+            raise TaskError(
+                f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart"
+            )
         lines = []
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
             lines += check_classes(part, ([target] for target in samples.targets), self.classes, self._source, "image")

@@ -66,11 +66,6 @@ def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     )
 
 
-def has_area(boxes: Tensor) -> Tensor:
-    """Return which boxes ``[N, 4]`` have a positive width and height."""
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
-
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 

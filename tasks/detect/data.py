@@ -12,11 +12,19 @@ from torch.utils.data import Dataset
 
 from .. import TaskError, nearest
 from ..augment import Augment
-from ..coco import Instances, Record, decode_masks, encode_mask, mask_box, read_instances, to_run_lengths
-from ..images import read_image
+from ..coco import (
+    Instances,
+    Record,
+    decode_masks,
+    encode_mask,
+    mask_box,
+    order_by_name,
+    read_instances,
+    read_picture,
+    to_run_lengths,
+)
 from ..samples import load_nuclei_half
-from ..voc import CLASSES as VOC_CLASSES
-from ..voc import read_voc
+from ..voc import name_classes, read_voc
 
 DATA_SETS = ("coco", "nuclei", "voc")
 
@@ -52,14 +60,11 @@ class DetectionSet(Dataset):
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        record = self.records[index % len(self.records)]
-        image = read_image(record.file)
-        if (image.height, image.width) != tuple(record.size):
-            raise TaskError(
-                f"{record.file}: has {image.height}x{image.width} pixels, but its annotations say "
-                f"{record.size[0]}x{record.size[1]}"
-            )
-        return image
+        return read_picture(self.records[index % len(self.records)])
+
+    def inventory(self) -> list[tuple[Path, list]]:
+        """Return every file with its size and the labels of its objects."""
+        return [(record.file, [*record.size, *record.instances.labels.tolist()]) for record in self.records]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index % len(self.records)]
@@ -101,6 +106,10 @@ class Nuclei(DetectionSet):
         record = Record(Path(f"nuclei-{split}.png"), labels.shape, split, instances)
         super().__init__([record], ["nucleus"], augment, repeat)
 
+    def inventory(self) -> list:
+        """Return nothing: the micrograph has no place of its own."""
+        return []
+
     def image(self, index: int) -> Image.Image:
         """Return the half as RGB."""
         return Image.fromarray(self.pixels).convert("RGB")
@@ -123,12 +132,13 @@ def _measured(instances: Instances, size: tuple[int, int]) -> dict[str, Any]:
     return target
 
 
-def build_datasets(data: dict, with_masks: bool) -> tuple[DetectionSet, DetectionSet]:
+def build_datasets(data: dict, with_masks: bool, skip_damaged: bool = False) -> tuple[DetectionSet, DetectionSet]:
     """Return the training and the validation set that a config's ``data`` describes.
 
     Args:
         data: As in `Detect.DEFAULTS`.
         with_masks: Whether the objects need masks.
+        skip_damaged: Whether images that can't be read are left to the loader, which skips them.
 
     Raises:
         TaskError: If the data set is unknown, its files are missing or its annotations broken, or training and
@@ -141,11 +151,13 @@ def build_datasets(data: dict, with_masks: bool) -> tuple[DetectionSet, Detectio
         raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
     if data["name"] == "nuclei":
         train, val = Nuclei("train", augment, data["repeat"]), Nuclei("val")
+        if data["classes"] is not None and list(data["classes"]) != train.classes:
+            raise TaskError(f"data.classes is {list(data['classes'])}, but nuclei has {train.classes}")
     elif data["name"] in DATA_SETS:
-        parts = {split: _read_part(data, split, with_masks) for split in ("train", "val")}
-        (records, classes), (held_out, expected) = parts["train"], parts["val"]
-        if classes != expected:
-            differing = sorted(set(classes) ^ set(expected)) or "in another order"
+        parts = {split: _read_part(data, split, with_masks, skip_damaged) for split in ("train", "val")}
+        (records, classes), (held_out, found) = parts["train"], parts["val"]
+        if not order_by_name(held_out, found, classes):
+            differing = sorted(set(classes) ^ set(found)) or "names that repeat, in another order"
             raise TaskError(f"training and validation annotations have different classes: {differing}")
         if not data["keep_empty"]:
             records = [record for record in records if not record.instances.crowd.all()]
@@ -161,19 +173,21 @@ def build_datasets(data: dict, with_masks: bool) -> tuple[DetectionSet, Detectio
     return train, val
 
 
-def _read_part(data: dict, split: str, with_masks: bool) -> tuple[list[Record], list[str]]:
+def _read_part(data: dict, split: str, with_masks: bool, skip_damaged: bool) -> tuple[list[Record], list[str]]:
     if data["root"] is None:
         raise TaskError("data.root is not set; name the folder that holds images and annotations")
     root, part = Path(data["root"]).expanduser(), data[split]
     if not root.is_dir():
         raise TaskError(f"{root}: no such folder (data.root)")
     if data["name"] == "voc":
-        classes = list(data["classes"] or VOC_CLASSES)
-        return read_voc(root, part["split"], classes, with_masks, data["broken"]), classes
+        classes = name_classes(data["classes"])
+        return read_voc(root, part["split"], classes, with_masks, data["broken"], skip_damaged), classes
     images = root / part["images"]
     if not images.is_dir():
         raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
-    records, classes, _ = read_instances(root / part["annotations"], images, with_masks, data["broken"])
-    if data["classes"] is not None and list(data["classes"]) != classes:
-        raise TaskError(f"data.classes is {list(data['classes'])}, but {root / part['annotations']} has {classes}")
+    path = root / part["annotations"]
+    records, found, _ = read_instances(path, images, with_masks, data["broken"], skip_damaged)
+    classes = found if data["classes"] is None else list(data["classes"])
+    if not order_by_name(records, found, classes):
+        raise TaskError(f"data.classes is {classes}, but {path} has {found}")
     return records, classes

@@ -12,11 +12,11 @@ from ...zoo import CheckpointError
 from ...zoo._checkpoint import LoadReport
 from ...zoo.weights import locate
 from .. import TaskError, nearest
+from ..annotations import has_area
 from ..dense import build_backbone, has_backbone, is_ours
 from ..neck import FeaturePyramid
 from .anchors import AnchorGrid
 from .assign import Draw, Sampler
-from .boxes import has_area
 from .checkpoint import head_of, load_detector, read_detector, variant_of
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage

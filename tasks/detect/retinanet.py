@@ -10,9 +10,10 @@ from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
 from .. import TaskError
+from ..annotations import has_area
 from .anchors import AnchorGrid
 from .assign import BACKGROUND, IGNORED, Matcher
-from .boxes import BoxCoder, grouped_nms, has_area, multiclass_nms, scale_of, top_k
+from .boxes import BoxCoder, grouped_nms, multiclass_nms, scale_of, top_k
 from .rpn import EPS, flatten_map
 
 SELECTIONS = ("pairs", "anchors")

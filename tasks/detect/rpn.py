@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
+from ..annotations import has_area
 from .anchors import AnchorGrid
 from .assign import Matcher, Sampler
-from .boxes import BoxCoder, grouped_nms, has_area, top_k
+from .boxes import BoxCoder, grouped_nms, top_k
 
 # What every published mean over samples adds to its divisor.
 EPS = torch.finfo(torch.float32).eps

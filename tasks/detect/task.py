@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .. import TaskError
 from ..coco import encode_mask
-from ..occurrence import check_classes
 from ..dense import build_described, describe_model, freeze_statistics
+from ..occurrence import check_classes
 from .data import build_datasets
 from .detector import DETECTORS, create_detector
 from .transform import DetectorTransform
@@ -42,7 +42,7 @@ class Detect:
             "root": None,  # holds images and annotations
             "train": {"annotations": "annotations/instances_train2017.json", "images": "train2017", "split": "train"},
             "val": {"annotations": "annotations/instances_val2017.json", "images": "val2017", "split": "val"},
-            "classes": None,  # names; checked if given
+            "classes": None,  # names in the order of the labels; by default those of the file, or Pascal's 20
             "num_classes": None,  # checked if given
             "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
             "keep_empty": True,  # train on images without objects too
@@ -71,7 +71,7 @@ class Detect:
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = build_datasets(data, self.with_masks)
+        self.train_set, self.val_set = build_datasets(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.

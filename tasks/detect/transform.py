@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import TaskError
+from ..annotations import has_area
 from .boxes import scale_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -71,7 +72,8 @@ class DetectorTransform(nn.Module):
         Args:
             images: Images ``[C, H, W]``, uint8, or floating point of 0 to 1.
             targets: ``boxes`` ``[M, 4]``, and optionally ``masks`` ``[M, H, W]``, of each image, in its pixels. Masks
-                are resized by the nearest pixel and padded to the batch; all else is passed on.
+                are resized by the nearest pixel and padded to the batch; objects of which no area is left go; all else
+                is passed on.
 
         Raises:
             TaskError: If an image has another shape, dtype or number of channels.
@@ -152,4 +154,10 @@ def _resize_target(
         if original != size and len(masks):
             masks = F.interpolate(masks[:, None], size=size, mode="nearest")[:, 0]
         target["masks"] = _pad(masks if len(masks) else masks.new_zeros(0, *size), canvas)
-    return target
+    if original == size:
+        return target
+    left = has_area(target["boxes"], target.get("masks"))
+    return {
+        key: value[left] if key in ("boxes", "labels", "masks", "iscrowd", "area") else value
+        for key, value in target.items()
+    }

@@ -36,7 +36,7 @@ from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, PolyLR
 
 from .config import DEFAULTS, FREE, format_config, leaves, load_config, plain, task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook
-from .loading import build_loader
+from .loading import build_loader, fingerprint
 from .run_folder import RunFolder
 from .runner import TaskRunner, TrainLoop
 
@@ -243,6 +243,9 @@ def _check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None
     for key in now:
         if key in _RESUME_FREE or before.get(key) == now[key]:
             continue
+        if _names_data(key) and "data" in checkpoint["meta"]:
+            # Where it lies is free; what it is, is compared below.
+            continue
         reason = ""
         if key in ("epochs", "iterations"):
             if config["schedule"]["name"] == "step":
@@ -263,6 +266,32 @@ def _check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None
             f"{output}: was begun with {meta['samples']} training samples, now there are {len(task.train_set)}; the "
             f"data set changed; begin a new run from its weights: model.checkpoint={last}"
         )
+    _check_data(
+        meta.get("data", {}), task, output, moved=any(_names_data(key) and before.get(key) != now[key] for key in now)
+    )
+
+
+def _names_data(key: str) -> bool:
+    """Return whether a key says where data lies."""
+    return key == "data.root" or ".".join(key.split(".")[:2]) in ("data.train", "data.val")
+
+
+def _check_data(before: dict[str, dict[str, Any]], task, output: Path, moved: bool) -> None:
+    """Raise a TaskError unless the data is what a run was begun with, wherever it lies now.
+
+    Where it hasn't moved, a file may have another length: a damaged one may have been mended.
+    """
+    for split, dataset in (("train", task.train_set), ("val", task.val_set)):
+        now = fingerprint(dataset)
+        for key, what in (("count", "files"), ("names", "names or labels"), ("lengths", "lengths of the files")):
+            then = before.get(split, now)[key]
+            if then != now[key] and (moved or key != "lengths"):
+                numbers = f" ({then} then, {now[key]} now)" if key == "count" else ""
+                raise TaskError(
+                    f"{output}: was begun with other {split} data: its {what} differ{numbers}; the data set changed; "
+                    f"name the folder it was begun with by data.root, or begin a new run from its weights: "
+                    f"model.checkpoint={output / 'last.pth'}"
+                )
 
 
 def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> DataLoader:

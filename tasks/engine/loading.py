@@ -4,6 +4,8 @@ What a sample draws at random depends on the seed, the epoch and its place in th
 loads it, nor on what was loaded before.
 """
 
+import hashlib
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +21,26 @@ from ..images import DamagedImageError
 def derive_seed(*numbers: int) -> int:
     """Return a seed that is well mixed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# Of so many files, spread evenly, the length is compared: to ask for all takes minutes on a slow disk.
+_MEASURED = 1000
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Return, in plain types, what stays the same when a data set moves: count, names with labels, lengths of files.
+
+    Names are those below the folder that all files lie in. Bundled data, which has no ``inventory``, is empty.
+    """
+    entries = dataset.inventory() if hasattr(dataset, "inventory") else []
+    files = [os.path.abspath(file) for file, _ in entries]
+    common = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    names, lengths = hashlib.sha256(), hashlib.sha256()
+    for file, (_, label) in zip(files, entries, strict=True):
+        names.update(f"{os.path.relpath(file, common)}\0{label}\n".encode(errors="surrogateescape"))
+    for index in np.unique(np.linspace(0, len(files) - 1, _MEASURED).astype(int)) if files else ():
+        lengths.update(b"%d\n" % (os.path.getsize(files[index]) if os.path.isfile(files[index]) else -1))
+    return {"count": len(files), "names": names.hexdigest(), "lengths": lengths.hexdigest()}
 
 
 class Order(Sampler):

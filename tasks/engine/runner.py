@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, save_checkpoint
 from .config import PRECISIONS, plain
+from .loading import fingerprint
 
 # Images of the batch that is tried before the first epoch, where a whole one would take long.
 _TRIED = 2
@@ -120,6 +121,7 @@ class TaskRunner(Runner):
         self._device = device
         self.tried = ""
         self.begun: dict[str, Any] | None = None
+        self._data = {"train": fingerprint(task.train_set), "val": fingerprint(task.val_set)}
         super().__init__(
             # As a dict, the model is built after the seed is set.
             model={"type": TaskModel, "task": task, "config": config, "device": device},
@@ -281,6 +283,7 @@ class TaskRunner(Runner):
                 "iter": iteration,
                 "processes": self.world_size,
                 "samples": len(self.train_dataloader.dataset),
+                "data": self._data,
             },
             "state_dict": {f"net.{key}": value for key, value in self.net.state_dict().items()},
         }

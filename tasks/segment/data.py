@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import TaskError, nearest
-from ..annotations import Faults
+from ..annotations import Faults, check_names, count_values, in_threads, read_lines
 from ..augment import IGNORE, Augment, resize_within
 from ..coco import (
     PanopticRecord,
@@ -20,18 +20,18 @@ from ..coco import (
     decode_masks,
     encode_mask,
     mask_box,
+    order_by_name,
     read_instances,
     read_panoptic,
+    read_picture,
     read_segment_ids,
     to_run_lengths,
 )
-from ..images import EXTENSIONS, read_image
+from ..images import DamagedImageError, list_images, read_image, read_size, read_values
 from ..samples import load_nuclei_half
-from ..voc import CLASSES as VOC_CLASSES
+from ..voc import Names, check_classes, name_classes
 
 DATA_SETS = ("ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc")
-# Up to so many label maps are read before training; more are checked as they come.
-CHECKED_AT_ONCE = 1000
 
 _ADE20K = (
     "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,mountain,"
@@ -254,14 +254,15 @@ class LabelMaps(SegmentationSet):
     Args:
         files: ``(image, label map)`` of each.
         values: Class of each value of 0 to 255, int32 ``[256]``; -1 where there is none.
+        skip_damaged: Whether images that can't be read are no fault in `check`.
         **settings: As for `SegmentationSet`.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, Path]], values: np.ndarray, **settings):
+    def __init__(self, files: Sequence[tuple[Path, Path]], values: np.ndarray, skip_damaged: bool = False, **settings):
         super().__init__(**settings)
-        self.files, self.values = list(files), values
-        # Of label maps that were read, how many pixels have each value.
-        self.found: dict[int, dict[int, int]] = {}
+        self.files, self.values, self._skip_damaged = list(files), values, skip_damaged
+        # How many pixels of each label map have each value, once they were checked.
+        self.found: list[dict[int, int]] = []
 
     @property
     def images(self) -> int:
@@ -272,12 +273,13 @@ class LabelMaps(SegmentationSet):
         """Return an image as it is, RGB."""
         return read_image(self.files[index][0])
 
+    def inventory(self) -> list[tuple[Path, str]]:
+        """Return all images and label maps."""
+        return [(file, "") for pair in self.files for file in pair]
+
     def labels(self, index: int) -> np.ndarray:
         """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` where there is none."""
-        labels, _, fault = self._read(index)
-        if labels is None:
-            raise TaskError(f"{self.files[index][1]}: {fault}")
-        return labels
+        return self.values[read_values(self.files[index][1]).astype(np.uint8)]
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a mask for every class that is there."""
@@ -286,59 +288,58 @@ class LabelMaps(SegmentationSet):
         return (labels == found[:, None, None]).astype(np.uint8), found, np.zeros(len(found), bool)
 
     def occurring(self) -> Iterator[np.ndarray]:
-        """Yield the labels in every label map, of many in `CHECKED_AT_ONCE` that lie apart, or until two were found."""
-        seen, step = set(), -(-self.images // CHECKED_AT_ONCE)
-        order = [index for start in range(step) for index in range(start, self.images, step)]
-        for place, index in enumerate(order):
-            if place >= CHECKED_AT_ONCE and len(seen) > 1:
-                return
-            if index not in self.found:
-                self.labels(index)
-            labels = self.values[list(self.found[index])]
-            seen.update(labels[labels != IGNORE].tolist())
+        """Yield the labels in every label map that was checked."""
+        for found in self.found:
+            labels = self.values[list(found)]
             yield labels[labels != IGNORE]
 
     def unlabelled(self) -> dict[int, float]:
-        """Return the values that count as unlabelled, and their share of the pixels, of the label maps read so far."""
+        """Return the values that count as unlabelled, and their share of the pixels, of the label maps checked."""
         totals = np.zeros(256)
-        for found in self.found.values():
+        for found in self.found:
             totals[list(found)] += list(found.values())
         shares = totals / max(totals.sum(), 1)
         return {int(value): float(shares[value]) for value in np.flatnonzero((self.values == IGNORE) & (totals > 0))}
 
-    def _read(self, index: int) -> tuple[np.ndarray | None, str, str]:
-        """Return a label map, or the kind of its fault, and what is wrong."""
+    def _look_at(self, index: int) -> tuple[tuple[str, str] | None, dict[int, int]]:
+        """Return the kind of a label map's fault and what is wrong, or None; and how many pixels have each value."""
         image, path = self.files[index]
         try:
-            with Image.open(path) as picture:
-                values = np.asarray(picture)
-        except (OSError, SyntaxError) as error:
-            return None, "damaged", f"damaged, or no image ({str(error).splitlines()[0]})"
-        if values.ndim != 2:
-            return None, "damaged", f"is a picture of {values.shape[-1]} channels; a label map has one"
-        found, counts = np.unique(values, return_counts=True)
-        self.found[index] = dict(zip(found.tolist(), counts.tolist(), strict=True))
-        unknown = [int(value) for value in found if not 0 <= value < 256 or self.values[int(value)] < 0]
+            values = read_values(path)
+        except DamagedImageError as error:
+            return ("damaged", str(error)), {}
+        if values.dtype.kind not in "biu":
+            return ("damaged", f"{path}: holds numbers with fractions; a label map has 0 to 255"), {}
+        found = count_values(values)
+        return self._find_fault(image, path, values.shape, found), found
+
+    def _find_fault(
+        self, image: Path, path: Path, shape: tuple[int, ...], found: dict[int, int]
+    ) -> tuple[str, str] | None:
+        unknown = [value for value in found if not 0 <= value < 256 or self.values[value] < 0]
         if unknown:
             listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-            return None, "value", f"has values that stand for no class: {listed}"
-        with Image.open(image) as picture:
-            width, height = picture.size
-            if picture.getexif().get(0x0112, 1) > 4:
-                # The camera lay on its side.
-                width, height = height, width
-        if values.shape != (height, width):
-            return None, "size", f"has {values.shape[0]}x{values.shape[1]} pixels, but its image {height}x{width}"
-        return self.values[values.astype(np.uint8)], "", ""
+            return "value", f"{path.name} has values that stand for no class: {listed}"
+        try:
+            size, turned = read_size(image)
+        except DamagedImageError as error:
+            return None if self._skip_damaged else ("damaged", str(error))
+        if shape == size:
+            return None
+        if turned and shape == size[::-1]:
+            return "rotated", f"{image} is {size[0]}x{size[1]}, {path.name} {size[1]}x{size[0]}"
+        return "size", f"{path.name} has {shape[0]}x{shape[1]} pixels, but its image {size[0]}x{size[1]}"
 
-    def check(self) -> None:
-        """Read all label maps; raise one TaskError that lists all that is wrong."""
-        faults = Faults(self.files[0][1].parent)
-        for index, (_, path) in enumerate(self.files):
-            labels, kind, fault = self._read(index)
-            if labels is None:
-                faults.add(kind, f"{path.name} {fault}")
-        faults.refuse("correct them")
+    def check(self, faults: Faults) -> None:
+        """Read all label maps, note what is wrong, and leave out the images of which something is."""
+        kept, self.found = [], []
+        for pair, (fault, found) in zip(self.files, in_threads(self._look_at, range(len(self.files))), strict=True):
+            if fault is None:
+                kept.append(pair)
+                self.found.append(found)
+            else:
+                faults.add(*fault)
+        self.files = kept
 
 
 class CocoMaps(SegmentationSet):
@@ -355,7 +356,12 @@ class CocoMaps(SegmentationSet):
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        return read_image(self.records[index].file)
+        return read_picture(self.records[index])
+
+    def inventory(self) -> list[tuple[Path, list]]:
+        """Return every image with its size and the labels of its objects or segments."""
+        labels = (getattr(record, "instances", record).labels.tolist() for record in self.records)
+        return [(record.file, [*record.size, *found]) for record, found in zip(self.records, labels, strict=True)]
 
 
 class PanopticMaps(CocoMaps):
@@ -369,15 +375,6 @@ class PanopticMaps(CocoMaps):
         """Return the segments' masks, labels and whether they are crowds."""
         record = self.records[index]
         numbers = read_segment_ids(np.asarray(read_image(record.map)))
-        if numbers.shape != tuple(record.size):
-            raise TaskError(f"{record.map}: has {numbers.shape[0]}x{numbers.shape[1]} pixels, not {record.size}")
-        faults = Faults(record.map)
-        found = np.unique(numbers)
-        for number in np.setdiff1d(found, [*record.ids, 0]):
-            faults.add("segment", f"{number} isn't in the file")
-        for number in np.setdiff1d(record.ids, found):
-            faults.add("segment", f"{number} has no pixel")
-        faults.refuse("correct picture or JSON")
         return (numbers == record.ids[:, None, None]).astype(np.uint8), record.labels, record.crowd
 
 
@@ -444,7 +441,7 @@ class Nuclei(SegmentationSet):
 
 
 def build_datasets(
-    data: dict, rule: InputRule, task: str = "semantic", as_masks: bool = False
+    data: dict, rule: InputRule, task: str = "semantic", as_masks: bool = False, skip_damaged: bool = False
 ) -> tuple[SegmentationSet, SegmentationSet]:
     """Return the training and the validation set that a config's ``data`` describes.
 
@@ -453,6 +450,7 @@ def build_datasets(
         rule: How images become inputs.
         task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         as_masks: Whether to train on masks.
+        skip_damaged: Whether images that can't be read are left to the loader, which skips them.
 
     Raises:
         TaskError: If the data set is unknown or doesn't hold what the task needs, or its files are missing or broken.
@@ -473,6 +471,11 @@ def build_datasets(
         raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
     if data["repeat"] < 1:
         raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
+    for key in ("values", "unlabelled"):
+        if data[key] is not None and name != "folder":
+            raise TaskError(
+                f"data.{key} is for label maps of data.name=folder; those of {name} have values of their own"
+            )
     crop = data["augment"].get("crop")
     pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
     shared = {"rule": rule, "task": task, "as_masks": as_masks}
@@ -487,10 +490,11 @@ def build_datasets(
         if not root.is_dir():
             raise TaskError(f"{root}: no such folder (data.root)")
         read = {"coco": _read_coco, "coco_panoptic": _read_coco}.get(name, _read_maps)
-        sets = read(root, data, "train", shared | to_train), read(root, data, "val", shared)
-        if sets[0].classes != sets[1].classes:
-            differing = sorted(set(sets[0].classes) ^ set(sets[1].classes)) or "in another order"
-            raise TaskError(f"training and validation annotations have different classes: {differing}")
+        sets = tuple(
+            read(root, data, split, shared | settings, skip_damaged)
+            for split, settings in (("train", to_train), ("val", {}))
+        )
+    _order_classes(sets, data)
     if data["num_classes"] not in (None, len(sets[0].classes)):
         raise TaskError(
             f"data.num_classes is {data['num_classes']}, but {data['root'] or name} has {len(sets[0].classes)} "
@@ -501,43 +505,72 @@ def build_datasets(
     return sets
 
 
-def _read_coco(root: Path, data: dict, split: str, settings: dict) -> SegmentationSet:
+def _order_classes(sets: tuple[SegmentationSet, SegmentationSet], data: dict) -> None:
+    """Give both sets the classes in one order: that of ``data.classes``, or else that of the training set.
+
+    Raises:
+        TaskError: If they have other classes, or a class whose objects are told apart in one of them only.
+    """
+    name, (train, val) = data["name"], sets
+    # Of these the label maps' classes were named by it.
+    given = None if data["classes"] is None or name in ("voc", "folder") else list(data["classes"])
+    expected = list(train.classes) if given is None else given
+    for part in sets:
+        found = part.classes
+        # Only files of COCO's formats number classes as they like.
+        fits = order_by_name(part.records, found, expected) if isinstance(part, CocoMaps) else found == expected
+        if not fits and given is not None:
+            raise TaskError(f"data.classes is {given}, but {name} has {found}")
+        if not fits:
+            differing = sorted(set(expected) ^ set(found)) or "names that repeat, in another order"
+            raise TaskError(f"training and validation annotations have different classes: {differing}")
+        if found != expected:
+            part.things = [part.things[found.index(label)] for label in expected]
+            part.classes = list(expected)
+    differing = [label for label, *kinds in zip(expected, train.things, val.things, strict=True) if len({*kinds}) > 1]
+    if differing:
+        raise TaskError(f"training and validation annotations differ in isthing of {', '.join(differing[:5])}")
+
+
+def _read_coco(root: Path, data: dict, split: str, settings: dict, skip_damaged: bool) -> SegmentationSet:
     part = data[split]
     images = root / part["images"]
     if not images.is_dir():
         raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
     path = root / part["annotations"]
     if data["name"] == "coco":
-        records, classes, _ = read_instances(path, images, True, data["broken"])
+        records, classes, _ = read_instances(path, images, True, data["broken"], skip_damaged)
         return InstanceMaps(records, classes=classes, things=[True] * len(classes), **settings)
     maps = None if part["maps"] is None else root / part["maps"]
-    records, classes, things = read_panoptic(path, images, maps, data["broken"])
+    records, classes, things = read_panoptic(path, images, maps, data["broken"], skip_damaged)
     return PanopticMaps(records, classes=classes, things=things, **settings)
 
 
-def _read_maps(root: Path, data: dict, split: str, settings: dict) -> LabelMaps:
+def _read_maps(root: Path, data: dict, split: str, settings: dict, skip_damaged: bool) -> LabelMaps:
+    faults = Faults(root)
     files, classes, values = {"ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc, "folder": _folder}[
         data["name"]
-    ](root, data, split)
-    faults = Faults(root)
-    if not files:
-        raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
+    ](root, data, split, faults)
+    pairs = []
     for image, path in files:
         if not image.is_file():
             faults.add("image", image)
         elif not path.is_file():
             faults.add("pair", image)
-    faults.refuse("complete the data set")
-    found = LabelMaps(files, values, classes=classes, things=[False] * len(classes), **settings)
-    if len(files) <= CHECKED_AT_ONCE:
-        found.check()
+        else:
+            pairs.append((image, path))
+    found = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
+    found.check(faults)
+    faults.settle(data["broken"], "correct or complete them")
+    if not found.files:
+        raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
     return found
 
 
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise TaskError(f"{folder}: no such folder")
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    return list_images(folder)
 
 
 def _values(labels: dict[int, int]) -> np.ndarray:
@@ -547,14 +580,14 @@ def _values(labels: dict[int, int]) -> np.ndarray:
     return values
 
 
-def _ade20k(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+def _ade20k(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
     """Return ADE20K's files (the release of SceneParse150): 0 is unlabelled, classes count from 1."""
     part = "training" if data[split]["split"] == "train" else "validation"
     files = [(image, root / "annotations" / part / f"{image.stem}.png") for image in _images_in(root / "images" / part)]
     return files, ADE20K_CLASSES, _values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
 
 
-def _cityscapes(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+def _cityscapes(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
     """Return Cityscapes' files: of the ids 0 to 33, 19 are classes."""
     files, part = [], data[split]["split"]
     for image in _images_in(root / "leftImg8bit" / part):
@@ -564,30 +597,49 @@ def _cityscapes(root: Path, data: dict, split: str) -> tuple[list, Sequence[str]
     return files, list(CITYSCAPES_IDS.values()), _values(values | {v: k for k, v in enumerate(CITYSCAPES_IDS)})
 
 
-def _voc(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+def _voc(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
     """Return Pascal VOC's files: 0 is background, 255 the borders of objects."""
-    listing = root / "ImageSets" / "Segmentation" / f"{data[split]['split']}.txt"
-    if not listing.is_file():
-        raise TaskError(f"{listing}: no such file; data.root is a folder such as VOCdevkit/VOC2012")
-    names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
-    files = [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names]
-    return files, ["background", *VOC_CLASSES], _values({255: IGNORE, **{label: label for label in range(21)}})
+    classes = name_classes(data["classes"])
+    names = Names(root)
+    listed = names.listed("Segmentation", data[split]["split"])
+    check_classes(names, listed, classes, data["classes"] is not None)
+    files = []
+    for name in listed:
+        picture = names.picture(name, faults)
+        if picture is not None:
+            files.append((picture, root / "SegmentationClass" / f"{name}.png"))
+    classes = ["background", *classes]
+    return files, classes, _values({255: IGNORE, **{label: label for label in range(len(classes))}})
 
 
-def _folder(root: Path, data: dict, split: str) -> tuple[list, Sequence[str], np.ndarray]:
+def _folder(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
     """Return the files of ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
-    classes = data["classes"]
-    if classes is None:
+    if data["classes"] is not None:
+        classes = check_names(data["classes"], "data.classes")
+    else:
         listing = root / "classes.txt"
         if not listing.is_file():
             raise TaskError(f"{listing}: no such file; list the classes' names there, a line each, or in data.classes")
-        classes = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
-    values = list(range(len(classes))) if data["values"] is None else list(data["values"])
-    if len(values) != len(classes) or not all(isinstance(value, int) and 0 <= value < 256 for value in values):
+        lines = read_lines(listing)
+        while lines and not lines[-1]:
+            lines.pop()
+        # An empty line between others may be a class of its own.
+        classes = check_names(lines, listing)
+    unlabelled = [255] if data["unlabelled"] is None else list(data["unlabelled"])
+    left = [value for value in range(256) if data["unlabelled"] is None or value not in unlabelled]
+    values = left[: len(classes)] if data["values"] is None else list(data["values"])
+    for key, numbers in (("values", values), ("unlabelled", unlabelled)):
+        if not all(type(value) is int and 0 <= value < 256 for value in numbers) or len({*numbers}) < len(numbers):
+            raise TaskError(f"data.{key} takes different numbers of 0 to 255, not {numbers}")
+    if len(values) != len(classes):
         raise TaskError(f"data.values needs a number of 0 to 255 for each of the {len(classes)} classes, not {values}")
+    both = sorted({*values} & {*unlabelled})
+    if data["unlabelled"] is not None and both:
+        raise TaskError(f"data.unlabelled and data.values both hold {both[0]}")
     folder = root / "images" / split
     files = [
         (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png"))
         for image in _images_in(folder)
     ]
-    return files, list(classes), _values({255: IGNORE} | {value: label for label, value in enumerate(values)})
+    labels = {value: label for label, value in enumerate(values)}
+    return files, classes, _values(dict.fromkeys(unlabelled, IGNORE) | labels)

@@ -53,10 +53,13 @@ class Segment:
             # Of COCO's formats, and of VOC the lists of images.
             "train": {"annotations": "", "images": "", "maps": None, "split": "train"},
             "val": {"annotations": "", "images": "", "maps": None, "split": "val"},
-            "classes": None,  # names, for "folder"; or a file classes.txt
+            # Names in the order of the labels, of "voc" without the background; by default those of the file, of a
+            # folder's classes.txt, or Pascal's 20.
+            "classes": None,
             "values": None,  # values of the classes in a folder's label maps; 0, 1, 2, ... by default
+            "unlabelled": None,  # values in a folder's label maps that don't count, such as [0]; by default [255]
             "num_classes": None,  # checked if given
-            "broken": "refuse",  # or "drop": leave out what is broken in COCO's formats
+            "broken": "refuse",  # or "drop": leave out images, objects and label maps that are broken
             "repeat": 1,  # how often an epoch shows each training image
             "tile": None,  # side of the tiles that the held-out half of the nuclei is cut into; None: it stays whole
             "short": 512,  # evaluation resizes images to fit into short x long pixels, at the same ratio; None: not
@@ -85,6 +88,7 @@ class Segment:
         "data.val.maps": str,
         "data.classes": tuple,
         "data.values": tuple,
+        "data.unlabelled": tuple,
         "data.num_classes": int,
         "data.tile": int,
         "data.short": int,
@@ -108,7 +112,8 @@ class Segment:
         if data["augment"].get("crop") is None:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
-        self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks)
+        skip_damaged = config["damaged_images"] == "skip"
+        self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks, skip_damaged)
         self._source, self._by_values = data["root"] or data["name"], data["name"] == "folder"
         self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
         named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
@@ -146,7 +151,7 @@ class Segment:
         shares = ", ".join(f"{value} ({unlabelled[value]:.1%} of the pixels)" for value in most)
         cure = ""
         if self._by_values:
-            values = sorted({value for found in samples.found.values() for value in found})
+            values = sorted({value for found in samples.found for value in found})
             example = f"={values}".replace(" ", "") if len(values) == len(self.classes) else ""
             cure = f"; if one stands for a class, set data.values{example}"
         return f"; counted as unlabelled: {shares}{cure}"

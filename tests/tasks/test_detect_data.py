@@ -71,10 +71,12 @@ def test_what_does_not_fit_is_refused(coco_root):
         build_datasets(data | {"root": None}, True)
     with pytest.raises(TaskError, match="refuse or drop"):
         build_datasets(data | {"broken": "ignore"}, True)
-    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / "val" / "1.png")
     _, val = build_datasets(data, True)
+    kept = (root / "val" / "1.png").read_bytes()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / "val" / "1.png")
     with pytest.raises(TaskError, match=r"val/1\.png: has 9x9 pixels, but its annotations say 33x50"):
         val[1]
+    (root / "val" / "1.png").write_bytes(kept)
     content = json.loads((root / "val.json").read_text())
     content["categories"][1]["name"] = "c"
     (root / "val.json").write_text(json.dumps(content))

@@ -191,3 +191,42 @@ def test_the_command_answers_a_folder_it_cannot_write_to_in_one_line(config_file
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "can't be written" in error
+
+
+def test_a_run_goes_on_where_its_data_has_moved_to(config_file, folder, tmp_path):
+    run = tmp_path / "run"
+    train(config_file, run, "epochs=1", "schedule.name=step", "schedule.warmup_epochs=0")
+    again = ("epochs=2", "schedule.name=step", "schedule.warmup_epochs=0")
+    moved = folder.rename(tmp_path / "elsewhere")
+    train(config_file, run, *again, f"data.root={moved}", resume=True)
+    assert str(moved) in (run / "config.py").read_text()
+    (moved / "train").rename(moved / "first")
+    train(config_file, run, "epochs=3", *again[1:], f"data.root={moved}", "data.train=first", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda root: (root / "val" / "dark" / "2.png").unlink(),
+            r"other val data: its files differ \(6 then, 5 now\)",
+        ),
+        (
+            lambda root: (root / "train" / "dark" / "6.png").rename(root / "train" / "dark" / "9.png"),
+            "other train data: its names or labels differ",
+        ),
+        (
+            lambda root: (root / "train" / "dark" / "6.png").write_bytes(
+                (root / "train" / "bright" / "6.png").read_bytes() + b" "
+            ),
+            "other train data: its lengths of the files differ",
+        ),
+    ],
+)
+def test_other_data_is_no_place_to_go_on(config_file, folder, tmp_path, change, reason):
+    train(config_file, tmp_path / "run", "epochs=1")
+    moved = folder.rename(tmp_path / "elsewhere")
+    change(moved)
+    message = refused(config_file, tmp_path / "run", "epochs=1", f"data.root={moved}", resume=True)
+    assert re.search(reason, message)
+    assert "data.root" in message

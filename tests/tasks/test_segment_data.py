@@ -167,9 +167,8 @@ def test_panoptic_annotations_give_masks_segments_and_labels(panoptic):
 def test_segments_that_differ_from_their_picture_are_named(panoptic):
     root, data = panoptic
     write(root / "val" / "a.png", np.full((20, 33, 3), 1))
-    _, val = build_datasets(data, RULE, "panoptic", as_masks=True)
-    with pytest.raises(TaskError, match=r"val/a\.png: 5 segments that differ from their picture \(65793 isn't in"):
-        val[0]
+    with pytest.raises(TaskError, match=r"5 segments that differ from their picture \(.*val/a\.png: 65793 isn't in"):
+        build_datasets(data, RULE, "panoptic", as_masks=True)
 
 
 @pytest.mark.parametrize(("task", "classes", "count"), [("semantic", 2, 2), ("panoptic", 2, 58), ("instance", 1, 57)])
