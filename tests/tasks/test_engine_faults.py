@@ -1,3 +1,5 @@
+import re
+
 """What goes wrong before and in training is said in one line that names the cause and the cure."""
 
 import sys
