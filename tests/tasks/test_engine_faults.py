@@ -1,7 +1,6 @@
-import re
-
 """What goes wrong before and in training is said in one line that names the cause and the cure."""
 
+import re
 import sys
 
 import pytest
