@@ -30,7 +30,15 @@ SHAPES = (
     (1, 128, 128, 4, 32, 7),
     (1, 64, 64, 4, 64, 13),
 )
+# The same for GPUs, which small batches leave idle.
+GPU_SHAPES = (
+    (64, 56, 56, 2, 32, 7),
+    (64, 14, 14, 8, 32, 7),
+    (8, 128, 128, 4, 32, 7),
+    (8, 64, 64, 4, 64, 13),
+)
 SIDES = (28, 56, 84, 112)
+DTYPES = ("float32", "float16", "bfloat16")
 
 SAMPLE_SECONDS = 0.02
 
@@ -114,7 +122,7 @@ def gather_of(height: int, width: int, kernel_size: int, device: str) -> Callabl
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
         query, key, value = (x.flatten(1, 2) for x in (query, key, value))
         scores = torch.einsum("bnhd,bnkhd->bnhk", query * query.shape[-1] ** -0.5, key[:, tokens])
-        scores = scores + rpb.flatten(1)[:, entries].transpose(0, 1)
+        scores = scores + rpb.flatten(1)[:, entries].transpose(0, 1).to(scores.dtype)
         out = torch.einsum("bnhk,bnkhd->bnhd", scores.softmax(-1), value[:, tokens])
         return out.unflatten(1, (height, width))
 
@@ -122,19 +130,21 @@ def gather_of(height: int, width: int, kernel_size: int, device: str) -> Callabl
 
 
 def bench_kernels(
-    shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool
+    shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool, dtype: torch.dtype
 ) -> list[dict]:
-    """Time one call of every path, and of its peers, at every shape, with relative position bias, in float32.
+    """Time one call of every path, and of its peers, at every shape, with relative position bias.
 
     Memory is what one call adds at its peak, its results included. FlexAttention has no gradient on CPUs.
     """
     from ..kernels import neighborhood_backends
     from ..tasks.cost import memory_growth
 
-    matmul = matmul_rate(device, 15)
+    matmul = matmul_rate(device, 15, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    flex = flex and not (backward and device == "cpu")
     rows = []
     for batch, height, width, heads, dim, kernel_size in shapes:
-        query, key, value = (torch.randn(batch, height, width, heads, dim, device=device) for _ in range(3))
+        query, key, value = torch.randn(3, batch, height, width, heads, dim, device=device, dtype=dtype).unbind()
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device)
         report = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
         running = [name for name, answer in report.items() if answer in ("chosen", "can run")]
@@ -144,7 +154,7 @@ def bench_kernels(
         expected = _neighborhood(kernel_size, "reference", query, key, value, rpb)
         inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb)]
         peers = {"gather": gather_of(height, width, kernel_size, device)}
-        if flex and not backward:
+        if flex:
             peers["flex (compiled)"] = flex_attention_of(height, width, kernel_size, rpb, compiled=True)
             if batch * heads * (height * width) ** 2 <= 2**27:  # all scores, some times over
                 peers["flex (eager)"] = flex_attention_of(height, width, kernel_size, rpb, compiled=False)
@@ -153,7 +163,7 @@ def bench_kernels(
         for name, function in functions.items():
             calls[name] = partial(_step, function, inputs, backward)
             with torch.inference_mode():
-                torch.testing.assert_close(function(*inputs), expected, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(function(*inputs), expected, atol=tolerance, rtol=tolerance)
             calls[name]()
             memory[name] = memory_growth(calls[name], device)
         times = alternate(calls, rounds, device)
@@ -165,6 +175,7 @@ def bench_kernels(
                 {
                     "shape": f"{batch}x{height}x{width}x{heads}x{dim} k{kernel_size}",
                     "pass": "forward+backward" if backward else "forward",
+                    "dtype": str(dtype).removeprefix("torch."),
                     "path": name,
                     "ms": round(seconds * 1e3, 3),
                     "useful GFLOP/s": round(rate, 1),
@@ -173,7 +184,7 @@ def bench_kernels(
                     **{
                         f"times {peer}": round(times[peer] / seconds, 1) if peer in times else "-"
                         for peer in ("gather", "flex (compiled)", "flex (eager)")
-                        if peer == "gather" or (flex and not backward)
+                        if peer == "gather" or flex
                     },
                 }
             )
@@ -195,21 +206,24 @@ def _step(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool)
 
 
 @functools.cache
-def matmul_rate(device: str, rounds: int) -> float:
-    """Return the GFLOP/s of a float32 product of two 1024 x 1024 matrices: what the machine can do."""
-    a = torch.randn(1024, 1024, device=device)
-    return 2 * 1024**3 / alternate({"matmul": lambda: a @ a}, rounds, device)["matmul"] / 1e9
+def matmul_rate(device: str, rounds: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the GFLOP/s of a product of two square matrices: what the machine can do."""
+    side = 1024 if device == "cpu" else 8192
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / alternate({"matmul": lambda: a @ a}, rounds, device)["matmul"] / 1e9
 
 
-def bench_models(names: Sequence[str], peer: str, batch: int, size: int, rounds: int, device: str) -> list[dict]:
+def bench_models(
+    names: Sequence[str], peer: str, batch: int, size: int, rounds: int, device: str, dtype: torch.dtype
+) -> list[dict]:
     """Time inference of every model and of the peer; images per second, and the ratio to the peer."""
     import timm
 
-    images = torch.randn(batch, 3, size, size, device=device)
+    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     models = {}
     for name in dict.fromkeys((*names, peer)):
         fixed = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-        models[name] = timm.create_model(name, **fixed).eval().to(device)
+        models[name] = timm.create_model(name, **fixed).eval().to(device, dtype)
     with torch.inference_mode():
         times = alternate({name: lambda m=model: m(images) for name, model in models.items()}, rounds, device)
     return [
@@ -474,9 +488,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=15, help="medians are over this many alternating calls; %(default)s by default"
     )
     parser.add_argument("--device", default="cpu", help="where to measure; %(default)s by default")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="kernels, models: %(default)s by default")
     parser.add_argument("--data", type=Path, help="loader: one folder of images a class; made-up JPEGs by default")
     parser.add_argument("--workers", type=int, default=2, help="loader: processes; %(default)s by default")
-    parser.add_argument("--backward", action="store_true", help="kernels: forward and backward, without FlexAttention")
+    parser.add_argument(
+        "--backward", action="store_true", help="kernels: forward and backward; on CPUs without FlexAttention"
+    )
     parser.add_argument("--no-flex", action="store_true", help="kernels: leave compiled FlexAttention out")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder; %(default)s by default")
 
@@ -484,12 +501,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write it."""
     title = f"Measured on {machine(args.device)}; medians of {args.rounds} alternating calls."
+    dtype = getattr(torch, args.dtype)
     if args.what == "models":
         from ..zoo.backbone import check_name
 
         for name in (*args.models, args.peer):
             check_name(name)
-        rows = bench_models(args.models, args.peer, args.batch, args.size, args.rounds, args.device)
+        rows = bench_models(args.models, args.peer, args.batch, args.size, args.rounds, args.device, dtype)
     elif args.what == "detectors":
         rows = bench_detectors(args.models, tuple(args.image), args.rounds, args.device)
     elif args.what == "loader":
@@ -497,9 +515,12 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "deformable":
         rows = bench_deformable((128, 256, 512), args.rounds, args.device)
     else:
-        measure = (args.rounds, args.device, not args.no_flex, args.backward)
-        rows = bench_kernels(SHAPES, *measure)
-        sweep = bench_kernels([(1, side, side, 2, 32, 7) for side in SIDES], *measure)
+        on_cpu = args.device == "cpu"
+        measure = {"rounds": args.rounds, "device": args.device, "backward": args.backward, "dtype": dtype}
+        rows = bench_kernels(SHAPES if on_cpu else GPU_SHAPES, flex=not args.no_flex, **measure)
+        sizes = [(1 if on_cpu else 64, side, side, 2, 32, 7) for side in SIDES]
+        # A GPU's kernel of FlexAttention is compiled for minutes at so many sizes.
+        sweep = bench_kernels(sizes, flex=on_cpu and not args.no_flex, **measure)
     save(rows, args.output, args.what, title)
     if args.what == "kernels":
         plot(sweep, args.output / "kernels.png", "Neighborhood attention, kernel 7, 2 heads of 32")

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 from foveate.tools import bench
 from foveate.tools.cli import main
 
@@ -34,7 +35,7 @@ def test_deformable_attention_is_timed_against_grid_sample():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_kernels_agree_before_they_are_timed(backward):
-    rows = bench.bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward)
+    rows = bench.bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward, dtype=torch.float32)
     assert {row["path"] for row in rows} >= {"tiled", "gather"}
     assert all(row["ms"] > 0 for row in rows)
 
