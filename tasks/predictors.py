@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ..configs.published import read_published
 from ..zoo import CheckpointError
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
-from .published import read_published
 
 # ImageNet's statistics, with which all published detectors and segmenters were trained.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,7 +14,6 @@ import csv
 import functools
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -526,9 +525,3 @@ def run(args: argparse.Namespace) -> int:
         plot(sweep, args.output / "kernels.png", "Neighborhood attention, kernel 7, 2 heads of 32")
     print(title, as_markdown(rows), f"written to {args.output}", sep="\n\n")
     return 0
-
-
-if __name__ == "__main__":
-    from foveate.tools.cli import main
-
-    raise SystemExit(main([Path(__file__).stem, *sys.argv[1:]]))

@@ -25,9 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw."""
-    from .train import find_config
-
-    path = find_config(args.config)
     import random
 
     import numpy as np
@@ -38,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not 1 <= args.count <= 100:
         raise TaskError(f"--count is {args.count}, but must be from 1 to 100")
-    config = load_config(path, args.overrides)
+    config = load_config(args.config, args.overrides)
     task = task_class_of(config["task"])(config)
     train = args.split == "train"
     data = task.train_set if train else task.val_set
@@ -49,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     drawn = torch.randperm(len(data))[: args.count].tolist()
     indices = drawn if args.same is None else [args.same] * args.count
-    output = args.output or Path("runs/browse") / f"{path.stem}.png"
+    output = args.output or Path("runs/browse") / f"{Path(args.config).stem}.png"
     which = f"image {args.same}" if args.same is not None else f"{len(indices)} of {len(data)} images"
     title = f"{which} to train on, as the model sees them" if train else f"{which} held out, as the model sees them"
     task.draw_inputs([data[index] for index in indices], output, title, train)
@@ -57,11 +54,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(task.train_set)} images to train on, {len(task.val_set)} held out")
     print(f"{len(task.classes)} class{'es' if len(task.classes) != 1 else ''}: {classes}")
     print(f"picture: {output}")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["browse", *sys.argv[1:]]))

@@ -105,7 +105,3 @@ def _fail(message: str) -> int:
     # Some libraries put several lines into a message.
     print(f"foveate: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -86,13 +86,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _train(name: str, args: argparse.Namespace) -> dict:
     """Train the host with an attention, or take what an earlier comparison trained by the same settings."""
-    from ..configs import find_recipe
     from ..tasks import engine
 
     overrides = [f"model.kwargs.attention={name}", f"seed={args.seed}", f"device={args.device}"]
     if args.epochs is not None:
         overrides += [f"epochs={args.epochs}", f"schedule.warmup_epochs={min(1, args.epochs - 1)}"]
-    config = engine.load_config(find_recipe(RECIPE), overrides)
+    config = engine.load_config(RECIPE, overrides)
     print(f"training {HOST} with {name} attention, {config['epochs']} epochs", flush=True)
     output = args.output / name
     result = engine.train(config, output, resume=(output / "last.pth").exists(), progress=False)
@@ -132,11 +131,3 @@ def _draw(rows: list[dict], sizes: list[int], path: Path) -> None:
     figure.axes[0].invert_yaxis()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["compare", *sys.argv[1:]]))

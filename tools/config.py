@@ -14,17 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the config."""
-    from .train import find_config
-
-    path = find_config(args.config)
     from ..tasks.engine.config import format_config, load_config
 
-    print(format_config(load_config(path, args.overrides)), end="")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["config", *sys.argv[1:]]))
+    print(format_config(load_config(args.config, args.overrides)), end="")

@@ -93,11 +93,3 @@ def _print(histories: dict[str, list[dict]], scalars: list[str]) -> None:
                 value, epoch = min(values) if name.endswith("loss") else max(values, key=lambda pair: pair[0])
                 best = f"{value:.4f} ({epoch})"
             print(f"  {name:<{width}}  {values[-1][0]:>10.4g}  {best}".rstrip())
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["curves", *sys.argv[1:]]))

@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo."""
-    from ..configs import find_recipe
     from ..tasks import TaskError, engine
     from ..tasks.checkpoints import write_whole
     from ..tasks.classify import Digits, Predictor
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.epochs is not None:
         warmup = min(1, args.epochs - 1)
         overrides += [f"epochs={args.epochs}", f"schedule.warmup_epochs={max(0, warmup)}"]
-    config = engine.load_config(find_recipe(RECIPE), overrides)
+    config = engine.load_config(RECIPE, overrides)
 
     print(f"1/4 training nat_atto on 1400 digits, {config['epochs']} epochs")
     result = engine.train(config, run_folder)
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     print("2/4 evaluating the saved checkpoint in a fresh process")
     metrics_file = output / "metrics.json"
-    command = [sys.executable, "-m", "foveate.tools.eval", str(run_folder / "config.py"), str(result["last"])]
+    command = [sys.executable, "-m", "foveate", "eval", str(run_folder / "config.py"), str(result["last"])]
     fresh = subprocess.run([*command, "--json", str(metrics_file)], capture_output=True, text=True, check=False)
     if fresh.returncode:
         raise TaskError(f"the evaluation in a fresh process failed: {fresh.stderr.strip() or fresh.stdout.strip()}")
@@ -109,9 +108,3 @@ def run(args: argparse.Namespace) -> None:
     print("  heldout/          the 397 held-out digits as PNG files")
     print("  run/              config.py, history.json, best.pth, last.pth")
     print(f"next: foveate predict {output / 'heldout'} --checkpoint {run_folder / 'best.pth'}")
-
-
-if __name__ == "__main__":
-    from foveate.tools.cli import main
-
-    sys.exit(main(["demo", *sys.argv[1:]]))

@@ -15,13 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate."""
-    from .train import find_config
-
-    path = find_config(args.config)
     from ..tasks import engine
     from ..tasks.checkpoints import write_whole
 
-    metrics, _, _ = engine.evaluate(engine.load_config(path, args.overrides), args.checkpoint)
+    metrics, _, _ = engine.evaluate(engine.load_config(args.config, args.overrides), args.checkpoint)
     if not engine.is_main_process():
         return
     for name, value in metrics.items():
@@ -29,11 +26,3 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         text = json.dumps(metrics, indent=1)
         write_whole(args.json, lambda file: Path(file).write_text(text))
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["eval", *sys.argv[1:]]))

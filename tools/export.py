@@ -118,11 +118,3 @@ def _open(source: str, untrained: bool):
     rule = predictor.rule
     card |= {"classes": predictor.classes, "input": {"mean": list(rule.mean), "std": list(rule.std)}}
     return predictor.model, card, (rule.channels, rule.size, rule.size)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["export", *sys.argv[1:]]))

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from timm.models import get_pretrained_cfg
 
-    from ..configs import list_recipes
+    from ..configs import recipes_of_model
     from ..tasks import TaskError
     from ..tasks.cost import count_macs
     from ..zoo.backbone import check_name, recipes_of
@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> None:
     dense = recipes_of(arch)
     if dense:
         facts.append(("dense", f"create_backbone({arch!r}, recipe=...): {', '.join(dense)}"))
-    recipes = [name for name in list_recipes() if f"_{arch}_" in f"_{name.rpartition('/')[2]}"]
-    facts += [("recipe", f"foveate train {name}") for name in recipes]
+    facts += [("recipe", f"foveate train {name}") for name in recipes_of_model(arch)]
     for label, fact in facts:
         print(f"{label:<11} {fact}")
 
@@ -96,11 +95,3 @@ def _numbers(values) -> str:
 
 def _entries(maps) -> list[dict]:
     return maps if isinstance(maps, list) else maps.get_dicts()
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["info", *sys.argv[1:]]))

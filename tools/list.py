@@ -66,8 +66,8 @@ def _print_published(task: str, pattern: str) -> None:
     """Print the published models of a task whose name matches a glob."""
     import fnmatch
 
+    from ..configs.published import read_published
     from ..tasks import TaskError, nearest
-    from ..tasks.published import read_published
 
     rows = read_published(task)
     found = [row for row in rows if fnmatch.fnmatchcase(row["name"], pattern)]
@@ -102,11 +102,3 @@ def markdown(names: Iterable[str]) -> str:
     lines = ["| model | params (M) | input | top-1 | weights |", "| --- | ---: | ---: | ---: | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in facts(names)]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["list", *sys.argv[1:]]))

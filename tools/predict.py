@@ -95,9 +95,3 @@ def _picture_names(paths: list[Path]) -> dict[Path, str]:
         taken.add(name)
         names[path] = name
     return names
-
-
-if __name__ == "__main__":
-    from foveate.tools.cli import main
-
-    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -45,9 +45,3 @@ def run(args: argparse.Namespace) -> int:
     finally:
         sys.argv, sys.path = before
     return 0
-
-
-if __name__ == "__main__":
-    from foveate.tools.cli import main
-
-    sys.exit(main(["run", *sys.argv[1:]]))

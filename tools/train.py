@@ -3,7 +3,7 @@
 Writes to the output folder: config.py (complete), environment.json (versions, revision, the command that does it
 again), log.txt, history.json and history.csv, last.pth (to continue from), best.pth (to evaluate and predict with),
 curves.png, and pictures of predictions. Under torchrun, every process trains on its share of the data:
-torchrun --nproc-per-node 2 -m foveate.tools.train RECIPE
+torchrun --nproc-per-node 2 -m foveate train RECIPE
 """
 
 import argparse
@@ -19,27 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the complete config and do nothing")
 
 
-def find_config(name: str) -> Path:
-    """Return the file of a recipe or config, or raise a TaskError with the nearest name."""
-    from ..configs import find_recipe, list_recipes
-    from ..tasks import TaskError, nearest
-
-    path = find_recipe(name)
-    if not path.is_file():
-        raise TaskError(f"unknown config {name!r}{nearest(name, list_recipes())}")
-    return path
-
-
 def run(args: argparse.Namespace) -> None:
     """Train."""
-    path = find_config(args.config)
     from ..tasks import engine
 
-    config = engine.load_config(path, args.overrides)
+    config = engine.load_config(args.config, args.overrides)
     if args.print_config:
         print(engine.format_config(config), end="")
         return
-    output = args.output or Path("runs") / path.stem
+    output = args.output or Path("runs") / Path(args.config).stem
     result = engine.train(config, output, resume=args.resume)
     if not engine.is_main_process():
         return
@@ -47,11 +35,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"best held-out {metric}: {result['metrics'][metric]:.4f}")
     pictures = ", ".join(name for name, _ in result["pictures"])
     print(f"run: {output} (config.py, environment.json, log.txt, history.json, {pictures}, best.pth, last.pth)")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from foveate.tools.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

@@ -519,9 +519,8 @@ def _measure_dense(loaded: _Loaded, args: argparse.Namespace) -> None:
 def _test_config(loaded: _Loaded, args: argparse.Namespace) -> dict:
     """Return the config that tests a detector's or segmenter's file on a folder as its recipe does."""
     from ..tasks import engine
-    from .train import find_config
 
-    config = engine.load_config(find_config(_recipe_of(loaded)))
+    config = engine.load_config(_recipe_of(loaded))
     config |= {"device": args.device, "workers": args.workers, "precision": "float32"}
     # Detectors pad the images of a batch to one size; the published numbers are of batches of one.
     config["batch_size"] = _batch_size(args, 1)
@@ -533,8 +532,8 @@ def _test_config(loaded: _Loaded, args: argparse.Namespace) -> dict:
 
 def _recipe_of(loaded: _Loaded) -> str:
     """Return the recipe of a published detector or segmenter; one of the same head and backbone has the same tests."""
+    from ..configs.published import read_published
     from ..tasks import TaskError
-    from ..tasks.published import read_published
 
     kind = (loaded.head[1], loaded.name)
     rows = [row for row in read_published(loaded.task) if (row["head"], row["backbone"]) == kind]
@@ -685,9 +684,3 @@ def _upload(folder: Path, repo: str) -> None:
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TaskError(f"{folder} is complete, but not uploaded to {repo}: {reason}") from error
-
-
-if __name__ == "__main__":
-    from foveate.tools.cli import main
-
-    sys.exit(main(["weights", *sys.argv[1:]]))

@@ -8,7 +8,7 @@ Expect: on ImageNet-1k the paper states 81.8 % top-1 (arXiv 2204.07143); not run
 Cost: not measured by us.
 """
 
-_base_ = "nat_tiny_imagenet.py"
+_base_ = "classify/nat_tiny_imagenet"
 
 model = dict(name="nat_mini")
 data = dict(num_classes=None)

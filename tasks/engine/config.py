@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from timm.models import is_model
 from timm.optim import list_optimizers
 
+from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
 from .. import TASKS, TaskError, nearest
 
 # Every key that a config of any task may have, with its default; a task adds its own.
@@ -70,6 +73,7 @@ OPTIONAL = {
     "optimizer.clip_grad": float,
     "ema": float,
 }
+FINETUNE = "classify/nat_tiny_finetune"  # the recipe for any model
 SCHEDULES = ("cosine", "poly", "step")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("tensorboard", "wandb")
@@ -88,25 +92,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Read a config and complete it with the defaults.
 
     Args:
-        path: Python file.
+        path: Name of a recipe, such as ``"classify/nat_atto_digits"``, or a Python file. Its ``_base_`` may name files
+            and recipes.
         overrides: Assignments such as ``"optimizer.lr=1e-3"``; values are Python literals, or else strings.
 
     Returns:
         Nested dict with a value for every key.
 
     Raises:
-        TaskError: If the file can't be read, a key is unknown or a value is of another type than its default.
+        TaskError: If there is no such config, it can't be read, a key is unknown or a value is of another type than its
+            default.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise TaskError(f"{path}: no such config")
-    if path.suffix != ".py":
-        raise TaskError(f"{path}: a config is a Python file")
-    try:
-        given = Config.fromfile(path, lazy_import=False).to_dict()
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise TaskError(f"{path}: {type(error).__name__}: {reason}") from error
+    given = _read(Path(path))
     defaults = copy.deepcopy(DEFAULTS)
     task = given.get("task")
     if task not in TASKS:
@@ -127,6 +124,67 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         _assign(config, defaults, free, optional, key, _parse(text), override)
     _check_values(config)
     return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a config gives, its bases included."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Config.fromfile(_file_of(path, Path(folder)), lazy_import=False).to_dict()
+        except TaskError:
+            raise
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise TaskError(f"{path}: {type(error).__name__}: {reason}") from error
+
+
+def _file_of(path: Path, folder: Path, origin: str = "") -> Path:
+    """Return the file of a config whose ``_base_`` are files, as mmengine asks; in a folder, unless it is one already.
+
+    Args:
+        path: Name of a recipe, or a file.
+        folder: Where recipes are written.
+        origin: The config that inherits from this one, for messages.
+    """
+    name = path.as_posix()
+    file = find_recipe(name)
+    if file.is_file():
+        if file.suffix != ".py":
+            raise TaskError(f"{path}: a config is a Python file")
+        text = file.read_text(encoding="utf-8")
+    elif name in list_recipes():
+        text = read_recipe(name)
+    else:
+        raise TaskError(f"{origin}{_unknown(name)}")
+    given = _bases(text)
+    bases = [file.parent / base if base.endswith(".py") else Path(base) for base in given]
+    files = [_file_of(base, folder, f"{path}: _base_: ") for base in bases]
+    if file.is_file() and files == bases:
+        return file
+    written = folder / f"{len([*folder.iterdir()])}.py"
+    # The first assignment is the one that counts.
+    written.write_text(f"_base_ = {[str(file.absolute()) for file in files]!r}; {text}", encoding="utf-8")
+    return written
+
+
+def _bases(text: str) -> list[str]:
+    """Return what a config lists in ``_base_``."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_":
+            bases = ast.literal_eval(node.value)
+            return [bases] if isinstance(bases, str) else list(bases)
+    return []
+
+
+def _unknown(name: str) -> str:
+    """Return what to say of a name that is no config: of a model, its recipes."""
+    if name.endswith(".py"):
+        return f"{name}: no such config"
+    if not is_model(name.partition(".")[0]):
+        return f"unknown config {name!r}{nearest(name, list_recipes())}"
+    if recipes := recipes_of_model(name):
+        return f"{name} is a model, and a config a recipe of it: {', '.join(recipes)}"
+    return f"{name} is a model without a recipe of its own; take another's, such as {FINETUNE} model.name={name}"
 
 
 def format_config(config: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ def describe_environment(device: torch.device, output: Path) -> dict[str, Any]:
     if processes > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         launch = ["torchrun", "--nnodes", str(processes // local), "--nproc-per-node", str(local)]
-        again = [*launch, "-m", "foveate.tools.train", *again[2:]]
+        again = [*launch, "-m", *again]
     return {
         "begun": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": shlex.join(sys.argv),

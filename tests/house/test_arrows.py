@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("kernels", "blocks", "zoo", "tasks", "tools")
+ROOMS = ("kernels", "blocks", "zoo", "configs", "tasks", "tools")
 # Packages that only the named rooms may import.
 RESTRICTED = {
     "mmengine": {"tasks"},

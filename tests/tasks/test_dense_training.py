@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from foveate.configs import find_recipe
 from foveate.tasks import TaskError, engine
 from foveate.tasks.engine.hooks import RunHook
 from foveate.tasks.predictors import load_predictor
@@ -59,7 +58,7 @@ METRICS = {
 
 
 def train(recipe, output, *overrides, resume=False):
-    config = engine.load_config(find_recipe(recipe), (*SHORT[recipe], *overrides))
+    config = engine.load_config(recipe, (*SHORT[recipe], *overrides))
     return config, engine.train(config, output, resume=resume, progress=False)
 
 
@@ -120,7 +119,7 @@ def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert resumed["pictures"]
     with pytest.raises(CheckpointError, match="holds a model to segment, not to detect"):
-        engine.evaluate(engine.load_config(find_recipe(MASK_RCNN)), resumed["best"])
+        engine.evaluate(engine.load_config(MASK_RCNN), resumed["best"])
     predictor = load_predictor(resumed["best"])
     assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
 
@@ -146,7 +145,7 @@ def test_a_setting_that_cannot_be_done_is_refused(recipe, override, reason, tmp_
 
 
 def test_a_coco_recipe_says_what_it_needs(tmp_path):
-    config = engine.load_config(find_recipe("detect/mask_rcnn_nat_tiny_3x_coco"), [f"data.root={tmp_path}"])
+    config = engine.load_config("detect/mask_rcnn_nat_tiny_3x_coco", [f"data.root={tmp_path}"])
     with pytest.raises(TaskError, match=r"train2017: no such folder \(data\.root and data\.train\.images\)"):
         engine.train(config, tmp_path / "run", progress=False)
 
@@ -157,7 +156,7 @@ def test_a_coco_recipe_says_what_it_needs(tmp_path):
     [(MASK_RCNN, {"box_ap50": 0.80, "mask_ap50": 0.75}), (UPERNET, {"iou_nucleus": 0.85}), (MASK2FORMER, {"pq": 0.5})],
 )
 def test_a_recipe_reaches_its_floors(recipe, floors, tmp_path):
-    result = engine.train(engine.load_config(find_recipe(recipe)), tmp_path / "run", progress=False)
+    result = engine.train(engine.load_config(recipe), tmp_path / "run", progress=False)
     for name, floor in floors.items():
         assert result["metrics"][name] >= floor
 
@@ -168,7 +167,7 @@ def test_two_processes_measure_what_one_does(recipe, tmp_path):
     options = (*SHORT[recipe], "epochs=1", "schedule.warmup_iterations=0", "data.repeat=8", "device=cpu")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "foveate.tools.train", recipe, *options, "--output", str(tmp_path / "two")],
+        [*command, "-m", "foveate", "train", recipe, *options, "--output", str(tmp_path / "two")],
         capture_output=True,
         text=True,
         check=False,
@@ -177,9 +176,7 @@ def test_two_processes_measure_what_one_does(recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "two" / "history.json").read_text())[-1]
-    metrics, *_ = engine.evaluate(
-        engine.load_config(find_recipe(recipe), options), tmp_path / "two" / "last.pth", progress=False
-    )
+    metrics, *_ = engine.evaluate(engine.load_config(recipe, options), tmp_path / "two" / "last.pth", progress=False)
     assert METRICS[recipe] <= metrics.keys()
     for name in METRICS[recipe]:
         assert measured[f"val/{name}"] == pytest.approx(metrics[name], abs=1e-5, nan_ok=True)

@@ -285,7 +285,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 @pytest.mark.heavy
 def test_two_processes_train_together_and_measure_every_image_once(config_file, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "foveate.tools.train", str(config_file), "epochs=2", "device=cpu", "batch_size=3", "ema=0.1"]
+    command = ["-m", "foveate", "train", str(config_file), "epochs=2", "device=cpu", "batch_size=3", "ema=0.1"]
     run = tmp_path / "run"
     done = subprocess.run(
         [*launch, *command, "--output", str(run)], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -156,7 +156,7 @@ def launch(processes, tmp_path, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "foveate.tools.train", *arguments],
+        [*command, "-m", "foveate", "train", *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,

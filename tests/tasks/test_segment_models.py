@@ -198,7 +198,7 @@ def test_wrong_names_are_named(arguments, error, message):
 
 def test_the_table_of_published_segmenters_names_recipes_that_exist():
     """Every row's head, backbone and recipe can be created; the recipe's classes are the data's."""
-    from foveate.tasks.published import read_published
+    from foveate.configs.published import read_published
 
     sizes = {"ade20k": {150, 100}, "coco": {133, 80}, "cityscapes": {19, 8}, "mapillary": {65}}
     for row in read_published("segment"):

@@ -1,4 +1,5 @@
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from foveate.configs import list_recipes
+from foveate.configs import list_recipes, read_recipe
 from foveate.tasks import engine
 from foveate.tools import cli
 from foveate.tools.cli import main
@@ -91,12 +92,12 @@ def test_the_printed_config_is_a_config_that_gives_itself(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_loads_and_states_command_number_and_cost(name):
-    path = TOOLS.parent / "configs" / f"{name}.py"
-    config = engine.load_config(path)
+    config = engine.load_config(name)
     model = config["model"]
     described = model["name"] if config["task"] == "classify" else f"{model['head']}_{model['backbone']}"
-    assert path.stem.startswith(f"{described.removeprefix('foveate_')}_")
-    docstring = compile(path.read_text(), path, "exec").co_consts[0]
+    assert name.partition("/")[2].startswith(f"{described.removeprefix('foveate_')}_")
+    docstring = ast.get_docstring(ast.parse(read_recipe(name)))
+    assert all(len(line) <= 120 for line in docstring.splitlines()[1:])
     assert f"foveate train {name}" in docstring
     assert all(f"\n{heading}:" in docstring for heading in ("Command", "Expect", "Cost"))
 
@@ -171,8 +172,8 @@ def test_without_libgl_commands_work_or_name_the_cure(digits_run, tmp_path):
     ]
 
 
-def test_a_command_runs_as_a_script(tmp_path):
-    argv = [sys.executable, str(TOOLS / "list.py"), "nat_atto"]
+def test_the_package_runs_as_a_module(tmp_path):
+    argv = [sys.executable, "-m", "foveate", "list", "nat_atto"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nat_atto" in done.stdout

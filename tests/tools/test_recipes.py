@@ -1,15 +1,21 @@
-"""Recipes of classification: data, model and optimizer of each can be built, and settings are the papers'."""
+"""Recipes: settings are the papers'; of classification, data, model and optimizer of each can be built."""
 
+import gzip
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from foveate.configs import find_recipe, list_recipes
+from foveate.configs import list_recipes, read_recipe, recipes_of_model
+from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Classify, create_classifier
-from foveate.tasks.engine.config import load_config
+from foveate.tasks.engine.config import leaves, load_config, plain, task_class_of
 from foveate.tasks.engine.runner import TaskRunner
+from foveate.zoo.backbone import recipes_of
 from PIL import Image
 
 RECIPES = [name for name in list_recipes() if name.startswith("classify/")]
@@ -28,9 +34,9 @@ def root(tmp_path_factory):
 
 
 def read(name, root=None, *overrides):
-    needs_root = load_config(find_recipe(name))["data"]["name"] == "folder"
+    needs_root = load_config(name)["data"]["name"] == "folder"
     given = [f"data.root={root}", "data.num_classes=2"] if needs_root else []
-    return load_config(find_recipe(name), [*given, *overrides])
+    return load_config(name, [*given, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,7 @@ def test_a_recipe_s_data_model_and_optimizer_can_be_built(name, root):
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_images_of_imagenet_have_the_size_that_the_model_was_published_for(name):
-    config = load_config(find_recipe(name))
+    config = load_config(name)
     cfg = timm.get_pretrained_cfg(config["model"]["name"])
     data = config["data"]
     assert cfg.input_size == (data["channels"], data["size"], data["size"])
@@ -74,3 +80,81 @@ def test_sizes_of_a_family_differ_in_drop_path_alone(root):
             net = create_classifier(config["model"]["name"], 2, **config["model"]["kwargs"])
         rates[model] = max(module.drop_prob for module in net.modules() if isinstance(module, timm.layers.DropPath))
     assert rates == pytest.approx({"nat_mini": 0.2, "nat_small": 0.3, "nat_base": 0.5})
+
+
+# Every recipe with every setting, as they were when each was a file.
+SETTINGS = Path(__file__).parents[1] / "golden/recipes/settings.json.gz"
+
+
+def settings(config):
+    """Return a config's settings by dotted key, with the backbone's options that its dense setting stands for."""
+    model = config["model"]
+    if config["task"] != "classify" and model["recipe"] == "auto":
+        known = recipes_of(model["backbone"])
+        tried = (model["head"], {"detect": "detection", "segment": "segmentation"}[config["task"]])
+        dense = next((known[name] for name in tried if name in known), {})
+        config = config | {"model": model | {"backbone_kwargs": dense | model["backbone_kwargs"]}}
+    return dict(leaves(plain(config), ()))
+
+
+def test_every_recipe_has_the_settings_that_it_had_as_a_file():
+    """A key that has come since has its default."""
+    before = json.loads(gzip.decompress(SETTINGS.read_bytes()))
+    assert len(before) == 152
+    assert set(before) <= set(list_recipes())
+    changed = {}
+    for name, config in before.items():
+        old, new = settings(config), settings(load_config(name))
+        defaults = dict(leaves(plain(engine.DEFAULTS | task_class_of(config["task"]).DEFAULTS), ()))
+        for key in old.keys() | new.keys():
+            was, now = old.get(key, defaults.get(key)), new.get(key, "nothing")
+            if was != now:
+                changed.setdefault(name, []).append(f"{key}: was {was!r}, now {now!r}")
+    assert not changed, json.dumps(changed, indent=1)
+
+
+@pytest.mark.parametrize(
+    "base", ["detect/mask_rcnn_nat_atto_nuclei", "detect/mask_rcnn_nat_tiny_3x_coco", "_base_/coco_single_scale"]
+)
+def test_a_config_of_one_s_own_inherits_from_a_recipe_by_its_name(base, tmp_path):
+    (tmp_path / "mine.py").write_text(f'_base_ = "{base}"\ntask = "detect"\nbatch_size = 3\n')
+    (tmp_path / "again.py").write_text('"""Mine, again."""\n\n_base_ = ["mine.py"]\nseed = 5\n')
+    config = load_config(tmp_path / "again.py")
+    assert (config["batch_size"], config["seed"]) == (3, 5)
+    if not base.startswith("_base_"):
+        assert config == load_config(base, ["batch_size=3", "seed=5"])
+    else:
+        assert config["data"]["augment"]["shorts"] == (800,)
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        ("detect/mask_rcnn_nat_ato_nuclei", "did you mean 'detect/mask_rcnn_nat_atto_nuclei'?"),
+        ("absent.py", "absent.py: no such config"),
+    ],
+)
+def test_a_base_that_is_not_there_is_named(base, reason, tmp_path):
+    (tmp_path / "mine.py").write_text(f'_base_ = ["{base}"]\n')
+    with pytest.raises(TaskError, match=re.escape(reason)) as refused:
+        load_config(tmp_path / "mine.py")
+    assert str(refused.value).startswith(f"{tmp_path / 'mine.py'}: _base_: ")
+
+
+def test_a_model_given_as_a_config_is_answered_with_its_recipes():
+    assert recipes_of_model("foveate_davit_tiny.msft_in1k")[:2] == [
+        "classify/davit_tiny_imagenet",
+        "detect/mask_rcnn_foveate_davit_tiny_1x_coco",
+    ]
+    assert "detect/mask_rcnn_dinat_s_tiny_3x_coco" not in recipes_of_model("dinat_tiny")
+    with pytest.raises(TaskError, match="nat_base is a model, and a config a recipe of it: detect/cascade_mask_rcnn_"):
+        load_config("nat_base")
+    with pytest.raises(TaskError, match=r"such as classify/nat_tiny_finetune model\.name=resnet18"):
+        load_config("resnet18")
+
+
+def test_a_published_recipe_states_the_table_s_numbers():
+    text = read_recipe("detect/mask_rcnn_nat_tiny_3x_coco")
+    assert "Expect: the authors state box AP 47.7; mask AP 42.6; not run by us." in text
+    assert "top-1 83.2" in read_recipe("classify/nat_tiny_imagenet")
+    assert "no result was published" in read_recipe("detect/mask_rcnn_quadtree_b0_3x_coco")

@@ -1,0 +1,69 @@
+"""What was published of detectors and segmenters, with the recipe that trains each here.
+
+A model's numbers, licence and links stand in ``zoo/weights.json`` where weights of it were published. ``published.csv``
+holds what that table does not: models without weights, some of them without numbers too, and of Mask2Former and
+OneFormer the dense setting and the length of the training. Nothing of it was measured by us.
+"""
+
+import csv
+import functools
+from collections.abc import Mapping
+from importlib.resources import files
+
+from ..zoo.weights import Weights, table
+from .training import settings_of
+
+# The dense setting of a task's backbones, unless the table says another.
+SETTINGS = {"detect": "detection", "segment": "segmentation"}
+# Heads whose dense setting tells data and kind of truth; the names of their recipes do too.
+_MASK_HEADS = ("mask2former", "oneformer")
+_EPOCHS = {"737.5k": "100ep"}
+
+
+def read_published(task: str) -> list[dict[str, str]]:
+    """Return the published models of ``"detect"`` or ``"segment"``, each as a row of a table.
+
+    A row has the model's ``name`` (that of its weights, where there is a file), ``head``, ``backbone``, ``recipe`` (the
+    dense setting as `create_detector` and `create_segmenter` take it), ``data``, ``schedule``, the authors'
+    ``metrics``, the ``licence`` of the weights, the ``source``, the ``state`` of the weights (``"none"`` without) and
+    the ``config`` that trains it here (empty if there is none).
+    """
+    return [dict(row) for row in _rows() if row["task"] == task and row["metrics"]]
+
+
+@functools.cache
+def _rows() -> tuple[Mapping[str, str], ...]:
+    text = files(__package__).joinpath("published.csv").read_text(encoding="utf-8")
+    ours = {row["name"]: {key: cell for key, cell in row.items() if cell} for row in csv.DictReader(text.splitlines())}
+    rows = {name: _of_weights(entry) for name, entry in table().items() if entry.task in SETTINGS}
+    rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in ours.items()}
+    for name, row in rows.items():
+        row["backbone"] = name.partition(".")[0]
+        row.setdefault("recipe", SETTINGS[row["task"]])
+        data = row["recipe"] if row["head"] in _MASK_HEADS else row["data"]
+        schedule = _EPOCHS.get(row["schedule"], row["schedule"])
+        recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"
+        row["config"] = recipe if "_base_" in settings_of(recipe) else ""
+    return tuple(rows.values())
+
+
+def _of_weights(entry: Weights) -> dict[str, str]:
+    """Return what the table of weights says of a detector or segmenter."""
+    # The table has COCO's own names.
+    titles = {"AP": "mask AP", "mIoU multi-scale": "mIoU (multi-scale)"}
+    return {
+        "name": entry.name,
+        "task": entry.task,
+        "head": entry.head,
+        "data": entry.data,
+        "schedule": entry.schedule or "",
+        "metrics": "; ".join(f"{titles.get(metric, metric)} {value}" for metric, value in entry.stated.items()),
+        "licence": entry.license or "not stated",
+        "source": entry.page,
+        "state": entry.state,
+    }
+
+
+def published_recipes() -> dict[str, Mapping[str, str]]:
+    """Return the dense recipes that `training` makes, each with its row; ``metrics`` are empty if none are known."""
+    return {row["config"]: row for row in _rows() if row["config"]}

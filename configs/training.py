@@ -1,0 +1,399 @@
+"""How the authors trained what they published: settings on top of ``_base_``, by patterns of recipes' names.
+
+Every rule whose pattern fits a name counts, from the first to the last; a later one wins, key by key. A name is
+TASK/HEAD_BACKBONE_SCHEDULE_DATA, or classify/MODEL_DATA. Which names there are is said by `CLASSIFIERS` and by the
+table of what was published (`published`): so a new family is a few patterns here, and its rows there.
+
+Beside the keys of a config, a rule may hold what the recipe's text says: ``note``, ``gpus`` of the published run,
+``arguments`` that the command needs, ``sizes`` (how other models are trained by the same recipe) and ``source``.
+Stochastic depth is that of the backbone's dense setting, and stands here where a recipe's differs.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+CLASSIFIERS = (
+    "agent_cswin_base_384",
+    "agent_cswin_tiny",
+    "agent_deit_small",
+    "agent_pvt_small",
+    "agent_swin_base_384",
+    "agent_swin_tiny",
+    "biformer_small",
+    "dat_base",
+    "dat_base_384",
+    "dat_pp_base_384",
+    "dat_pp_tiny",
+    "dat_tiny",
+    "davit_tiny",
+    "dinat_large_384",
+    "dinat_s_tiny",
+    "dinat_tiny",
+    "ela_s_mobilenetv2",
+    "nat_isotropic_base",
+    "nat_isotropic_small",
+    "nat_tiny",
+    "quadtree_b2",
+)
+
+_LAST_RATE = "Left out: 10 epochs more at the last rate."
+_THREE_TIMES = "Left out: three augmentations of each image in an epoch"
+_BIASES = ("norm", "rpb")
+_AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
+_STRETCHED = dict(divisor=32)  # evaluation stretches images, a little, to multiples of 32 pixels
+# What a rule holds beside the keys of a config.
+TEXTS = ("note", "gpus", "arguments", "sizes", "source")
+
+
+def _drop_path(rate: float) -> dict[str, Any]:
+    return dict(model=dict(backbone_kwargs=dict(drop_path_rate=rate)))
+
+
+RULES: tuple[tuple[str, dict[str, Any]], ...] = (
+    # Classification of ImageNet-1k.
+    ("classify/*_imagenet", dict(_base_=["_base_/imagenet", "_base_/schedule_300ep"])),
+    (
+        "classify/*_384_imagenet",
+        dict(_base_=["_base_/finetune_384"], optimizer=dict(weight_decay=1e-8), arguments="model.checkpoint=FILE"),
+    ),
+    # NAT's settings are those of DiNAT and DiNAT_s too.
+    (
+        "classify/*nat_[!l]*_imagenet",
+        dict(
+            data=dict(augment=dict(interpolation="random")),
+            optimizer=dict(clip_grad=5.0),
+            note=f"{_LAST_RATE} The authors decayed tables of position bias; here they are not.",
+        ),
+    ),
+    ("classify/nat_tiny_imagenet", dict(sizes="nat_mini, nat_small or nat_base, each with its own drop path")),
+    ("classify/dinat_tiny_imagenet", dict(sizes="dinat_mini, dinat_small or dinat_base, each with its own drop path")),
+    ("classify/dinat_s_tiny_imagenet", dict(sizes="dinat_s_small or dinat_s_base, each with its own drop path")),
+    ("classify/nat_isotropic_small_imagenet", dict(sizes="dinat_isotropic_small or vitrpb_small")),
+    (
+        "classify/nat_isotropic_base_imagenet",
+        dict(schedule=dict(warmup_epochs=50), ema=2e-4, sizes="dinat_isotropic_base or vitrpb_base"),
+    ),
+    (
+        "classify/dinat_large_384_imagenet",
+        dict(
+            model=dict(checkpoint="dinat_large.shi_in22k"),
+            loss=dict(mixup=0.0, cutmix=0.0),
+            precision="float32",
+            optimizer=dict(lr=5e-5, weight_decay=1e-10, clip_grad=5.0),
+            schedule=dict(name="poly", power=1.0, final_factor=0.0),
+            note="It starts from the weights of ImageNet-22k at 224 pixels, with a new classifier; they are fetched.",
+            arguments="",
+            sizes="dinat_large_384_11x11 model.checkpoint=dinat_large_384_11x11.shi_in22k, or\n"
+            "    model.name=dinat_s_large_384 model.checkpoint=dinat_s_large.shi_in22k optimizer.weight_decay=1e-5",
+        ),
+    ),
+    ("classify/agent_*", dict(data=dict(crop_mode="squash"))),
+    ("classify/agent_*_tiny_imagenet", dict(schedule=dict(final_factor=1e-2))),
+    ("classify/agent_*_small_imagenet", dict(schedule=dict(final_factor=1e-2))),
+    (
+        "classify/agent_cswin_tiny_imagenet",
+        dict(
+            ema=1.6e-4,
+            note=f"{_LAST_RATE} The number is that of the averaged weights, as here.",
+            sizes="agent_cswin_small; agent_cswin_base with batch_size=64 optimizer.lr=5e-4\n"
+            "    optimizer.weight_decay=0.1 ema=8e-5",
+        ),
+    ),
+    (
+        "classify/agent_cswin_base_384_imagenet",
+        dict(
+            data=dict(crop_pct=0.875),
+            batch_size=32,
+            epochs=20,
+            optimizer=dict(lr=5e-6),
+            ema=2e-4,
+            note=f"FILE are the weights of agent_cswin_base. {_LAST_RATE} The batch isn't stated.",
+        ),
+    ),
+    (
+        "classify/agent_deit_small_imagenet",
+        dict(
+            optimizer=dict(clip_grad=5.0),
+            sizes="agent_deit_base; agent_deit_tiny with batch_size=512 optimizer.lr=4e-3;\n"
+            "    agent_deit_small_448 with data.size=448 batch_size=64 optimizer.lr=5e-4",
+        ),
+    ),
+    (
+        "classify/agent_pvt_small_imagenet",
+        dict(
+            schedule=dict(warmup_epochs=5),
+            note=_LAST_RATE,
+            sizes="agent_pvt_tiny; agent_pvt_medium with optimizer.clip_grad=1.0; agent_pvt_large and\n"
+            "    agent_pvt_medium_256 (data.size=256) with that, batch_size=64 and optimizer.lr=5e-4",
+        ),
+    ),
+    (
+        "classify/agent_swin_tiny_imagenet",
+        dict(
+            optimizer=dict(clip_grad=5.0),
+            sizes="agent_swin_small; agent_swin_base with batch_size=64 optimizer.lr=5e-4, and so\n"
+            "    agent_swin_small_288 with data.size=288 data.crop_pct=1.0",
+        ),
+    ),
+    (
+        "classify/agent_swin_base_384_imagenet",
+        dict(
+            batch_size=32,
+            optimizer=dict(lr=1e-5, clip_grad=5.0),
+            schedule=dict(warmup_epochs=5),
+            note="FILE are the weights of agent_swin_base. The rate is 2e-5 for 512 images; 32 on each of 8 GPUs are "
+            "256.",
+        ),
+    ),
+    ("classify/dat_*", dict(data=dict(crop_mode="squash"))),
+    ("classify/dat_*[!4]_imagenet", dict(optimizer=dict(clip_grad=5.0), schedule=dict(final_factor=1e-2))),
+    ("classify/dat_tiny_imagenet", dict(sizes="dat_small, with its own drop path")),
+    (
+        "classify/dat_base_imagenet",
+        dict(
+            optimizer=dict(lr=8e-4, clip_grad=1.0),
+            schedule=dict(warmup_epochs=50),
+            note="The rate is 4e-4 for 512 images.",
+        ),
+    ),
+    (
+        "classify/dat_base_384_imagenet",
+        dict(
+            data=dict(crop_pct=0.8767),
+            optimizer=dict(lr=2e-6, clip_grad=1.0),
+            note="FILE are the weights of dat_base. The rate is that of 512 images.",
+        ),
+    ),
+    (
+        "classify/dat_pp_tiny_imagenet",
+        dict(sizes="dat_pp_small, or dat_pp_base with batch_size=64 on 16 GPUs, each with its own drop path"),
+    ),
+    (
+        "classify/dat_pp_base_384_imagenet",
+        dict(
+            batch_size=24,
+            optimizer=dict(lr=7.5e-6, clip_grad=5.0),
+            note="FILE are the weights of dat_pp_base. The rate is 2e-5 for 512 images; 24 on each of 8 GPUs are 192.",
+        ),
+    ),
+    (
+        "classify/biformer_*",
+        dict(
+            schedule=dict(warmup_epochs=5, final_factor=1e-2),
+            note=f"{_THREE_TIMES}, and 10 epochs more at the last rate.",
+            sizes="biformer_tiny, biformer_base or biformer_stl, each with its own drop path",
+        ),
+    ),
+    (
+        "classify/davit_*",
+        dict(
+            model=dict(name="foveate_davit_tiny"),
+            data=dict(crop_pct=0.9),
+            optimizer=dict(clip_grad=1.0),
+            schedule=dict(warmup_epochs=5, final_factor=1e-2),
+            note=_LAST_RATE,
+            sizes="foveate_davit_small or foveate_davit_base; their drop path isn't stated, 0.1 is ours",
+        ),
+    ),
+    (
+        "classify/quadtree_*",
+        dict(
+            schedule=dict(warmup_epochs=5, final_factor=1e-2),
+            note=f"{_THREE_TIMES}.",
+            sizes="quadtree_b0 or quadtree_b1; quadtree_b3 and quadtree_b4 with\n    optimizer.clip_grad=1.0",
+        ),
+    ),
+    (
+        "classify/ela_*",
+        dict(
+            _base_=["_base_/folder"],
+            data=dict(num_classes=1000, augment=dict(auto_augment=None, color_jitter=None, re_prob=0.0)),
+            epochs=200,
+            batch_size=256,
+            workers=8,
+            precision="bfloat16",
+            optimizer=dict(name="momentum", lr=0.1, weight_decay=1e-4, no_decay=(), kwargs=dict(momentum=0.9)),
+            schedule=dict(name="cosine", warmup_epochs=0, final_factor=0.0),
+            source="arXiv 2403.01123",
+            note="By the defaults of the authors' script, which don't state how the rate falls. Their logs end at up "
+            "to 71.90 %\ntop-1, and don't say with which variant.",
+            sizes="ela_l_mobilenetv2, ela_s_resnet18 or ela_s_resnet50",
+        ),
+    ),
+    # Detection on COCO.
+    ("detect/*", dict(model=dict(pretrained=True))),
+    ("detect/*_1x_coco", dict(_base_=["_base_/coco_multi_scale", "_base_/schedule_1x"])),
+    ("detect/*_3x_coco", dict(_base_=["_base_/coco_multi_scale", "_base_/schedule_3x"])),
+    ("detect/*_*nat_*", dict(optimizer=dict(no_decay=_BIASES), precision="float16")),
+    ("detect/*_dinat*_base_*", dict(optimizer=dict(lr=7.5e-5))),
+    ("detect/*_dinat_large_*", dict(optimizer=dict(lr=7.5e-5), precision="float32")),
+    ("detect/*_dinat_s_large_*", dict(optimizer=dict(lr=5e-5))),
+    ("detect/cascade_*_*nat_*tiny_*", _drop_path(0.3)),
+    ("detect/cascade_*_nat_small_*", _drop_path(0.3)),
+    ("detect/cascade_*_dinat*_small_*", _drop_path(0.5)),
+    ("detect/*_agent_swin_*", dict(optimizer=dict(no_decay=_AGENT_BIASES))),
+    ("detect/*_foveate_davit_*", dict(optimizer=dict(no_decay=()))),
+    ("detect/*_foveate_davit_*_1x_*", _drop_path(0.1)),
+    (
+        "detect/*_dat_pp_*",
+        dict(
+            optimizer=dict(lr=4e-4, no_decay=_BIASES),
+            precision="float16",
+            gpus=32,
+            note="The learning rate is that of 64 images a step: 2 on each of 32 GPUs.",
+        ),
+    ),
+    ("detect/retinanet_dat_pp_*", dict(optimizer=dict(lr=2e-4))),
+    ("detect/mask_rcnn_dat_pp_*", dict(model=dict(kwargs=dict(extra_convs="on_input")))),
+    ("detect/*_dat_pp_tiny_1x_*", _drop_path(0.0)),
+    ("detect/*_dat_pp_small_1x_*", _drop_path(0.1)),
+    ("detect/retinanet_dat_pp_tiny_3x_*", _drop_path(0.2)),
+    ("detect/cascade_*_dat_pp_tiny_3x_*", _drop_path(0.1)),
+    ("detect/cascade_*_dat_pp_small_*", dict(precision="float32")),
+    (
+        "detect/cascade_*_dat_pp_base_*",
+        dict(
+            precision="float32",
+            batch_size=1,
+            gpus=64,
+            note="The learning rate is that of 64 images a step: 1 on each of 64 GPUs.",
+        ),
+    ),
+    *(
+        (
+            f"detect/*_{family}_*_1x_*",
+            dict(
+                _base_=["_base_/coco_single_scale", "_base_/schedule_1x"],
+                optimizer=dict(weight_decay=1e-4, no_decay=()),
+            ),
+        )
+        for family in ("agent_pvt", "biformer", "quadtree")
+    ),
+    ("detect/mask_rcnn_agent_pvt_*", dict(optimizer=dict(lr=2e-4))),
+    ("detect/mask_rcnn_quadtree_*_1x_*", dict(optimizer=dict(lr=2e-4))),
+    ("detect/*_quadtree_*_3x_*", dict(optimizer=dict(no_decay=("norm",)))),
+    ("detect/*_quadtree_*", dict(model=dict(norm_eval=True))),
+    ("detect/*_biformer_*", dict(model=dict(norm_eval=True), precision="float16")),
+    ("detect/mask_rcnn_biformer_*", dict(optimizer=dict(weight_decay=0.05, no_decay=("norm",)))),
+    # Semantic segmentation of ADE20K.
+    ("segment/upernet_*", dict(_base_=["_base_/ade20k", "_base_/schedule_160k"], model=dict(pretrained=True))),
+    ("segment/semantic_fpn_*", dict(_base_=["_base_/ade20k", "_base_/schedule_40k"], model=dict(pretrained=True))),
+    ("segment/upernet_*nat_*", dict(optimizer=dict(no_decay=_BIASES), precision="float16")),
+    ("segment/upernet_dinat_large_*", dict(precision="float32")),
+    ("segment/upernet_agent_swin_*", dict(optimizer=dict(no_decay=_AGENT_BIASES))),
+    ("segment/semantic_fpn_agent_pvt_*", dict(optimizer=dict(no_decay=()), batch_size=2)),
+    ("segment/*_foveate_davit_*", dict(optimizer=dict(no_decay=()), sync_batchnorm=False)),
+    ("segment/*_dat_pp_*", dict(optimizer=dict(no_decay=_BIASES))),
+    ("segment/upernet_dat_pp_[!b]*", dict(precision="float16")),
+    ("segment/semantic_fpn_dat_pp_*", dict(note="40,000 steps of 32 images, which the authors call 80k.")),
+    ("segment/semantic_fpn_dat_pp_[!b]*", _drop_path(0.4)),
+    (
+        "segment/*_quadtree_*",
+        dict(
+            _base_=["_base_/ade20k", "_base_/schedule_160k"],
+            optimizer=dict(no_decay=("norm",), factors={"head.": 10.0, "head.neck.": 1.0}),
+            data=_STRETCHED,
+        ),
+    ),
+    (
+        "segment/semantic_fpn_biformer_*",
+        dict(
+            optimizer=dict(no_decay=()),
+            data=_STRETCHED,
+            iterations=80_000,
+            schedule=dict(name="cosine", warmup_iterations=1000, warmup_factor=0.1, final_factor=5e-5),
+            precision="float16",
+        ),
+    ),
+    (
+        "segment/upernet_biformer_*",
+        dict(
+            optimizer=dict(no_decay=("norm",)),
+            data=_STRETCHED,
+            note="The authors' own schedule file is missing; this is the usual one.",
+        ),
+    ),
+    ("segment/upernet_biformer_small_*", _drop_path(0.3)),
+    ("segment/upernet_biformer_base_*", _drop_path(0.4)),
+    # Mask2Former on DiNAT-Large.
+    *((f"segment/mask2former_*_{task}", dict(model=dict(task=task))) for task in ("semantic", "instance", "panoptic")),
+    (
+        "segment/mask2former_*_coco_instance",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_coco"],
+            data=dict(
+                name="coco",
+                train=dict(annotations="annotations/instances_train2017.json", images="train2017"),
+                val=dict(annotations="annotations/instances_val2017.json", images="val2017"),
+                num_classes=80,
+            ),
+        ),
+    ),
+    (
+        "segment/mask2former_*_coco_panoptic",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_coco"],
+            data=dict(
+                name="coco_panoptic",
+                train=dict(annotations="annotations/panoptic_train2017.json", images="train2017"),
+                val=dict(annotations="annotations/panoptic_val2017.json", images="val2017"),
+                num_classes=133,
+            ),
+        ),
+    ),
+    (
+        "segment/mask2former_*_ade20k_semantic",
+        dict(_base_=["_base_/mask2former_dinat_large", "_base_/mask2former_ade20k"], data=dict(name="ade20k")),
+    ),
+    (
+        "segment/mask2former_*_ade20k_panoptic",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_ade20k"],
+            data=dict(
+                name="coco_panoptic",
+                train=dict(
+                    annotations="ade20k_panoptic_train.json", images="images/training", maps="ade20k_panoptic_train"
+                ),
+                val=dict(
+                    annotations="ade20k_panoptic_val.json", images="images/validation", maps="ade20k_panoptic_val"
+                ),
+            ),
+            note="The annotations are those of Mask2Former's prepare_ade20k_pan_seg.py.",
+        ),
+    ),
+    (
+        "segment/mask2former_*_cityscapes_semantic",
+        dict(_base_=["_base_/mask2former_dinat_large", "_base_/mask2former_cityscapes"], data=dict(name="cityscapes")),
+    ),
+    (
+        "segment/mask2former_*_cityscapes_panoptic",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_cityscapes"],
+            data=dict(
+                name="coco_panoptic",
+                train=dict(annotations="gtFine/cityscapes_panoptic_train_trainId.json", images="leftImg8bit/train"),
+                val=dict(annotations="gtFine/cityscapes_panoptic_val_trainId.json", images="leftImg8bit/val"),
+            ),
+            note="The annotations are those of cityscapesscripts' createPanopticImgs.py, with train ids.",
+        ),
+    ),
+)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Return what the rules say of a recipe's name; empty if nothing."""
+    settings: dict[str, Any] = {}
+    for pattern, rule in RULES:
+        if fnmatchcase(name, pattern):
+            settings = merged(settings, rule)
+    return settings
+
+
+def merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Return nested dicts with those of ``more`` on top."""
+    nested = {
+        key: merged(settings[key], value)
+        for key, value in more.items()
+        if isinstance(value, dict) and isinstance(settings.get(key), dict)
+    }
+    return {**settings, **more, **nested}
