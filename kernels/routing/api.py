@@ -6,6 +6,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..backends import transform_obstacle
 from .operator import routed_attention_op
 from .reference import routed_attention_reference
 
@@ -62,6 +63,8 @@ def routed_attention(
         raise ValueError(f"routed_attention has no backend {backend!r}; it has {', '.join(map(repr, BACKENDS))}")
     elif backend == "triton" and (reason := _why_not_triton(query, value)):
         raise ValueError(f"routed_attention cannot run on backend 'triton': {reason}")
+    elif backend != "reference" and (reason := transform_obstacle()):
+        raise ValueError(f"routed_attention cannot run on backend {backend!r}: {reason}; use 'reference'")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return routed_attention_reference(query, key, value, routes, region_size, scale)
@@ -70,6 +73,8 @@ def routed_attention(
 
 def _choose(query: Tensor, value: Tensor) -> str:
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+        return "reference"
+    if transform_obstacle():
         return "reference"
     return "chunked" if _why_not_triton(query, value) else "triton"
 
