@@ -10,6 +10,7 @@ from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from .global_attention import resize_bias_table
+from .layout import channels_last
 from .plain import is_plain
 
 GEOMETRIES = ("dat", "dat_pp")
@@ -258,7 +259,7 @@ class DeformableAttention2d(nn.Module):
             # Copied with the channels last, if they are so, which is the cheap order to read.
             groups = x.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
             features = sample(groups.permute(0, 3, 1, 2), points).unflatten(0, (-1, self.groups)).flatten(1, 2)
-        features = features.contiguous(memory_format=torch.channels_last)
+        features = channels_last(features)
         return _tokens(self.k(features), self.num_heads), _tokens(self.v(features), self.num_heads)
 
     def _bias(self, q: Tensor, points: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels import quadtree_scores, quadtree_values
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
+from .layout import channels_last
 from .plain import is_plain
 
 # Of one chunk of the coarsest level's scores, which are the only ones that grow with the square of the map.
@@ -435,9 +436,6 @@ def _coarsest(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
     batch, heads, tokens, _ = query.shape
-    if torch.compiler.is_compiling():
-        # The compiler's idea of a small convolution's strides can be wrong, and products rely on them.
-        value = value.clone(memory_format=torch.contiguous_format)
     # An exported graph must not depend on the number of tokens.
     rows = tokens if torch.compiler.is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
     chunks = []
@@ -530,5 +528,5 @@ class _ValueBranch(nn.Sequential):
         """Map ``[B, dim, H, W]`` to ``[B, dim, H / 2, W / 2]``."""
         for layer in self:
             # The layout that the norm's kernel keeps but its meta function forgets (torch 2.14), so graphs were wrong.
-            x = layer(x).contiguous(memory_format=torch.channels_last)
+            x = channels_last(layer(x))
         return x

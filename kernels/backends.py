@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +67,16 @@ def exporting() -> bool:
 def export_obstacle() -> str | None:
     """Return why an operator of ours cannot run while a graph is made for other runtimes, or None."""
     return "an exported graph must consist of torch's own operators" if exporting() else None
+
+
+def transform_obstacle() -> str | None:
+    """Return why an operator of `torch.library` cannot run where `torch.func` differentiates, or None."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
+    if kinds & {TransformType.Grad, TransformType.Jvp}:
+        return "torch.func differentiates no operator of torch.library"
+    return None
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

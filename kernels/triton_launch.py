@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import export_obstacle
+from .backends import export_obstacle, transform_obstacle
 
 LOG2E = math.log2(math.e)  # the kernels' exponentials are powers of two
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -61,7 +61,7 @@ def triton_obstacle(x: Tensor, dim: int, most: int, multiplies_matrices: bool = 
         return "triton's interpreter multiplies bfloat16 as if it were integers"
     if not dim <= most:
         return f"it takes a dim per head of at most {most}; got {dim}"
-    return export_obstacle()
+    return export_obstacle() or transform_obstacle()
 
 
 def off_gpu(x: Tensor) -> str | None:

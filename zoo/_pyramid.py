@@ -9,6 +9,7 @@ from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, get_dev
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy, TraceError
 
 
 class Stage(nn.Module):
@@ -146,8 +147,7 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's normalised map, in ``output_fmt``."""
-        if not self.symbolic_size:
-            settle_size(x)
+        settle_size(x, self.symbolic_size)
         x = self.stages(self.stem(x))
         if self.out_norms is not None:
             return self.out_norms[-1](x)
@@ -188,8 +188,7 @@ class Pyramid(nn.Module):
             raise ValueError(f"forward_intermediates returns NCHW or NHWC maps; got output_fmt {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
-        if not self.symbolic_size:
-            settle_size(x)
+        settle_size(x, self.symbolic_size)
         x = self.stem(x)
         taps = []
         for i, stage in enumerate(stages):
@@ -232,9 +231,21 @@ class Pyramid(nn.Module):
 
 
 @torch.jit.ignore
-def settle_size(x: Tensor) -> None:
-    """Make `torch.compile` take the height and width of ``x`` ``[B, C, H, W]`` as numbers: one graph for each size."""
-    if torch.compiler.is_dynamo_compiling():
+def settle_size(x: Tensor, symbolic: bool) -> None:
+    """Make `torch.compile` take the height and width of ``x`` ``[B, C, H, W]`` as numbers, one graph for each size.
+
+    With ``symbolic`` they may stay symbols.
+
+    Raises:
+        TraceError: If `torch.fx` traces other than by timm, whose tracer takes this function, and all whose course
+            depends on sizes, as one node.
+    """
+    if isinstance(x, Proxy):
+        raise TraceError(
+            "torch.fx and torchvision's create_feature_extractor cannot trace foveate's models; use timm's "
+            "create_model(..., features_only=True), with feature_cls='fx' for a graph, or forward_intermediates"
+        )
+    if not symbolic and torch.compiler.is_dynamo_compiling():
         # An index is a number; dynamo then guards on it.
         operator.index(x.shape[2])
         operator.index(x.shape[3])

@@ -35,6 +35,7 @@ from timm.layers import (
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.layout import channels_last
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
@@ -57,7 +58,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / 4), ceil(W / 4)]``, channels last in memory."""
-        x = self.act(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+        x = self.act(self.norm1(self.conv1(channels_last(x))))
         return self.norm2(self.conv2(x))
 
 
@@ -72,7 +73,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to ``[B, dim, H // 4, W // 4]``, channels last in memory."""
-        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.proj(channels_last(x)))
 
 
 class ConvDownsample(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention, merge_attentions
-from ..backends import contiguous_rows, export_obstacle
+from ..backends import contiguous_rows, export_obstacle, transform_obstacle
 from .problem import Problem
 from .window import axis_ranges, flatten_axes, unflatten_axes
 
@@ -72,7 +72,7 @@ def obstacle(problem: Problem) -> str | None:
         return f"it is for CPU tensors; query is on {query.device}"
     if query.dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16; query is {query.dtype}"
-    return export_obstacle() or _missing
+    return export_obstacle() or transform_obstacle() or _missing
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,7 +275,10 @@ def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor):
 
 
 def _refuse(ctx, *grads):
-    raise RuntimeError("foveate's native neighborhood attention has first derivatives only; use backend='tiled'")
+    raise RuntimeError(
+        "foveate's native neighborhood attention has first derivatives only; use backend='tiled', for a whole model by "
+        "kernels.set_neighborhood_backend"
+    )
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

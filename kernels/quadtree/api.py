@@ -136,4 +136,5 @@ def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, sec
 
 
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    mapped = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func's tensors hide their values
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing() or mapped

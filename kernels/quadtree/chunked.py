@@ -86,10 +86,27 @@ def scatter(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tens
     return total.view(*query.shape[:2], tokens, 4, dim).to(query.dtype)
 
 
-class _Scores(Function):
+class _Product(Function):
+    """A product whose images can be any number, so that what `torch.vmap` maps over is folded into them."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *arguments):
+        folded = []
+        for argument, dim in zip(arguments, in_dims, strict=True):
+            if isinstance(argument, Tensor):
+                mapped = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+                argument = mapped.flatten(0, 1)
+            folded.append(argument)
+        return cls.apply(*folded).unflatten(0, (info.batch_size, -1)), 0
+
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, chosen)
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+
+class _Scores(_Product):
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
         return scores(query, key, chosen)
 
     @staticmethod
@@ -103,10 +120,9 @@ class _Scores(Function):
             )
 
 
-class _Values(Function):
+class _Values(_Product):
     @staticmethod
-    def forward(ctx, weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, value, chosen)
+    def forward(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
         return values(weights, value, chosen)
 
     @staticmethod
@@ -122,10 +138,9 @@ class _Values(Function):
             )
 
 
-class _Scatter(Function):
+class _Scatter(_Product):
     @staticmethod
-    def forward(ctx, weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
-        ctx.save_for_backward(weights, query, chosen)
+    def forward(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
         return scatter(weights, query, chosen, tokens)
 
     @staticmethod

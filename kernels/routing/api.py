@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, export_obstacle, report
+from ..backends import Backend, choose, export_obstacle, report, transform_obstacle
 from ..triton_launch import off_gpu, triton_obstacle
 from .operator import routed_attention_op
 from .reference import routed_attention_reference
@@ -40,7 +40,9 @@ def _triton_obstacle(problem: Problem) -> str | None:
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend(partial(_operator, backend="triton"), _triton_obstacle, lambda problem: off_gpu(problem.query)),
-    "chunked": Backend(partial(_operator, backend="chunked"), drawback=lambda problem: export_obstacle()),
+    "chunked": Backend(
+        partial(_operator, backend="chunked"), lambda problem: transform_obstacle(), lambda problem: export_obstacle()
+    ),
     "reference": Backend(lambda problem: routed_attention_reference(*problem)),
 }
 

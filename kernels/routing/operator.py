@@ -68,4 +68,9 @@ def _backward(ctx, grad, _):
     return *gradients, None, None, None, None, None
 
 
+def _refuse(ctx, *grads):
+    raise RuntimeError("routed attention has first derivatives only, unless it is called with backend='reference'")
+
+
 routed_attention_op.register_autograd(_backward, setup_context=_setup_context)
+routed_attention_backward_op.register_autograd(_refuse)

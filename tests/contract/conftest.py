@@ -29,6 +29,7 @@ FAMILIES = {
     "agent_swin_tiny": dict(agent_blocks=(1, 1, 0, 0), window_size=2, img_size=64, **_SWIN),
     "agent_cswin_tiny": dict(embed_dim=16, num_heads=(2, 4, 8, 16), depths=(1, 1, 2, 1), img_size=64),
     "ela_t_resnet18": {},
+    "shiftvit_light_tiny": dict(embed_dim=24, depths=(1, 1, 1, 1)),
     "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
     "foveate_host_atto": {},
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...blocks.pointwise import PointwiseMlp
 from ...blocks.position import resize_map
-from .._pyramid import Pyramid, init_module, to_format
+from .._pyramid import Pyramid, init_module, settle_size, to_format
 from . import ChooseAttention
 from .swin import map_size_of
 
@@ -211,6 +211,7 @@ class DeiT(Pyramid):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to ``[B, H / 16, W / 16, C]``, a map whose mean is the class token."""
+        settle_size(x, self.symbolic_size)
         x = self.stem(x)
         height, width = x.shape[1], x.shape[2]
         x = self._tokens(x)
