@@ -2,7 +2,19 @@
 
 from .attention import attention, merge_attentions
 from .deformable import deformable_backends, multi_scale_deformable_attention
-from .neighborhood import na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
+from .neighborhood import (
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na3d,
+    na3d_av,
+    na3d_qk,
+    neighborhood_backends,
+    set_neighborhood_backend,
+)
 from .pointwise import pointwise_backends
 from .quadtree import quadtree_backends, quadtree_scores, quadtree_values
 from .routing import routed_attention, routing_backends
@@ -13,8 +25,14 @@ __all__ = [
     "merge_attentions",
     "multi_scale_deformable_attention",
     "na1d",
+    "na1d_av",
+    "na1d_qk",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
+    "na3d_av",
+    "na3d_qk",
     "neighborhood_backends",
     "pointwise_backends",
     "quadtree_backends",

@@ -1,5 +1,19 @@
 """Neighborhood attention: every query attends to the ``kernel_size`` nearest keys of its dilation group."""
 
 from .api import clear_plans, na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
+from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
-__all__ = ["clear_plans", "na1d", "na2d", "na3d", "neighborhood_backends", "set_neighborhood_backend"]
+__all__ = [
+    "clear_plans",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "neighborhood_backends",
+    "set_neighborhood_backend",
+]

@@ -67,11 +67,15 @@ _library, _missing = _load()
 
 def obstacle(problem: Problem) -> str | None:
     """Return why the native path cannot take a call, or None if it can."""
-    query = problem.query
-    if query.device.type != "cpu":
-        return f"it is for CPU tensors; query is on {query.device}"
-    if query.dtype not in _DTYPES:
-        return f"it takes float32, float16 and bfloat16; query is {query.dtype}"
+    return tensor_obstacle(problem.query)
+
+
+def tensor_obstacle(x: Tensor) -> str | None:
+    """Return why the native path cannot take tensors like ``x``, or None if it can."""
+    if x.device.type != "cpu":
+        return f"it is for CPU tensors; they are on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16; got {x.dtype}"
     return export_obstacle() or transform_obstacle() or _missing
 
 

@@ -33,25 +33,25 @@ def _per_axis(operator: str, name: str, value, names: Sequence[str], kind: type)
     return values
 
 
-def make_problem(
+def make_axes(
+    operator: str,
     rank: int,
-    tensors: tuple[Tensor | None, ...],
-    with_lse: bool,
+    lengths: Sequence[int],
     kernel_size: int | tuple[int, ...],
-    stride: int | tuple[int, ...] = 1,
-    dilation: int | tuple[int, ...] = 1,
-    is_causal: bool | tuple[bool, ...] = False,
-    scale: float | None = None,
-    rpb: Tensor | None = None,
-) -> Problem:
-    """Check the arguments of an operator and bring them into the backends' form."""
-    query, key, value, additional_keys, additional_values = tensors
-    operator, names = f"na{rank}d", AXIS_NAMES[rank]
-    _check_tensors(operator, names, *tensors)
+    stride: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    is_causal: bool | tuple[bool, ...],
+) -> tuple[Axis, ...]:
+    """Check how windows are laid on each axis.
+
+    Raises:
+        ValueError: If they don't fit; the message names the operator, the axis and the numbers.
+    """
+    names = AXIS_NAMES[rank]
     axes = []
     for name, length, kernel, step, distance, causal in zip(
         names,
-        query.shape[1:-2],
+        lengths,
         _per_axis(operator, "kernel_size", kernel_size, names, int),
         _per_axis(operator, "stride", stride, names, int),
         _per_axis(operator, "dilation", dilation, names, int),
@@ -72,10 +72,29 @@ def make_problem(
                 f"{kernel * distance} > {length}; pad the input or lower one of them"
             )
         axes.append(Axis(int(length), kernel, step, distance, causal))
+    return tuple(axes)
+
+
+def make_problem(
+    rank: int,
+    tensors: tuple[Tensor | None, ...],
+    with_lse: bool,
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+) -> Problem:
+    """Check the arguments of an operator and bring them into the backends' form."""
+    query, key, value, additional_keys, additional_values = tensors
+    operator, names = f"na{rank}d", AXIS_NAMES[rank]
+    _check_tensors(operator, names, *tensors)
+    axes = make_axes(operator, rank, query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     if rpb is not None:
-        _check_rpb(operator, query, rpb, axes)
+        check_rpb(operator, query, rpb, axes)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Problem(query, key, value, tuple(axes), scale, rpb, additional_keys, additional_values, with_lse)
+    return Problem(query, key, value, axes, scale, rpb, additional_keys, additional_values, with_lse)
 
 
 def _check_tensors(
@@ -124,7 +143,8 @@ def _check_tensors(
         )
 
 
-def _check_rpb(operator: str, query: Tensor, rpb: Tensor, axes: list[Axis]) -> None:
+def check_rpb(operator: str, query: Tensor, rpb: Tensor, axes: Sequence[Axis]) -> None:
+    """Raise a ValueError if a relative position bias doesn't fit the windows or the query ``[..., heads, dim]``."""
     kernel_size = tuple(axis.kernel_size for axis in axes)
     if any(kernel % 2 == 0 for kernel in kernel_size):
         raise ValueError(f"{operator} defines rpb for odd kernel sizes only; got kernel_size {kernel_size}")

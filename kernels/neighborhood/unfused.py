@@ -1,0 +1,313 @@
+"""Neighborhood attention in two halves, around a softmax that is the caller's: scores, and weighted sums of values.
+
+NATTEN had these operators until 0.17. They hold all weights in memory, tokens times window, where `api.na2d` holds
+none.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, choose, export_obstacle
+from . import native
+from .problem import AXIS_NAMES, check_rpb, make_axes
+from .products import neighborhood_scores, neighborhood_values
+from .reference import window_tables
+from .window import Axis, axis_ranges, flatten_axes
+
+
+class Problem(NamedTuple):
+    """A checked call of an unfused operator: query and key, or weights and value."""
+
+    first: Tensor
+    second: Tensor
+    axes: tuple[Axis, ...]
+
+
+def _windows(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return the rows of ``x`` by slot, ``[B, tokens, slots, heads, dim]``; any row where a window has no key."""
+    tokens = torch.from_numpy(window_tables(axes)[0]).to(x.device)
+    return x.flatten(1, -3)[:, tokens.clamp(min=0)]
+
+
+def _scores_reference(problem: Problem) -> Tensor:
+    query, key, axes = problem
+    scores = torch.einsum("bnhd,bnkhd->bnhk", query.flatten(1, -3), _windows(key, axes))
+    return scores.unflatten(1, query.shape[1:-2])
+
+
+def _values_reference(problem: Problem) -> Tensor:
+    weights, value, axes = problem
+    out = torch.einsum("bnhk,bnkhd->bnhd", weights.flatten(1, -3), _windows(value, axes))
+    return out.unflatten(1, weights.shape[1:-2])
+
+
+def _pair(backend: str) -> tuple[Callable[[Problem], Tensor], ...]:
+    def run(operator: Callable, problem: Problem) -> Tensor:
+        first, second, axes = problem
+        return operator(first, second, flatten_axes(axes), backend)
+
+    return partial(run, neighborhood_scores), partial(run, neighborhood_values)
+
+
+# In order of preference; each runs the scores and the values.
+_BACKENDS: dict[str, Backend] = {
+    "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second)),
+    "tiled": Backend(_pair("tiled"), drawback=lambda problem: export_obstacle()),
+    "reference": Backend((_scores_reference, _values_reference)),
+}
+
+
+@functools.lru_cache(maxsize=256)
+def _missing(axes: tuple[Axis, ...]) -> Tensor | None:
+    """Return which slots of each token's window hold no key, ``[*spatial, 1, slots]``, or None if all do."""
+    if not any(axis.is_causal for axis in axes):
+        return None
+    missing = torch.zeros((), dtype=torch.bool)
+    for i, axis in enumerate(axes):
+        slots = torch.arange(axis.kernel_size) >= torch.from_numpy(axis_ranges(axis)[1])[:, None]
+        shape = [1] * (2 * len(axes))
+        shape[i], shape[len(axes) + i] = slots.shape
+        missing = missing | slots.view(shape)
+    return missing.flatten(-len(axes))[..., None, :]
+
+
+def _mask(axes: tuple[Axis, ...], device: torch.device) -> Tensor | None:
+    missing = _missing(axes)
+    return None if missing is None else missing.to(device)
+
+
+def _check(operator: str, rank: int, **tensors: Tensor) -> None:
+    names = AXIS_NAMES[rank]
+    layout = f"[B, {', '.join(name[0].upper() for name in names)}, heads, ...]"
+    (first_name, first), (second_name, second) = tensors.items()
+    for name, x in tensors.items():
+        if x.ndim != rank + 3:
+            raise ValueError(f"{operator} takes {name} as {layout}; got {x.ndim} axes: {list(x.shape)}")
+        if not x.is_floating_point() or x.is_nested:
+            raise ValueError(f"{operator} needs {name} as a dense floating-point tensor; got {x.dtype}")
+    if first.shape[:-1] != second.shape[:-1] or first.device != second.device:
+        raise ValueError(
+            f"{operator} needs {first_name} and {second_name} of one {layout} and device; got {list(first.shape)} on "
+            f"{first.device} and {list(second.shape)} on {second.device}"
+        )
+
+
+def _check_additional(operator: str, name: str, like: Tensor, x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[0] != like.shape[0] or x.shape[2:] != like.shape[-2:]:
+        expected = f"[{like.shape[0]}, N, {like.shape[-2]}, {like.shape[-1]}]"
+        raise ValueError(f"{operator} needs {name} as [B, N, heads, dim] = {expected}; got {list(x.shape)}")
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"{operator} needs {name} in {like.dtype} on {like.device}, as the map's own; got {x.dtype} on {x.device}"
+        )
+
+
+def _qk(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    is_causal: bool | tuple[bool, ...],
+    additional_keys: Tensor | None,
+    rpb: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    operator = f"na{rank}d_qk"
+    _check(operator, rank, query=query, key=key)
+    if query.shape != key.shape or query.dtype != key.dtype:
+        raise ValueError(
+            f"{operator} needs query and key of one shape and dtype; got {list(query.shape)} {query.dtype} and "
+            f"{list(key.shape)} {key.dtype}"
+        )
+    axes = make_axes(operator, rank, query.shape[1:-2], kernel_size, 1, dilation, is_causal)
+    if rpb is not None:
+        check_rpb(operator, query, rpb, axes)
+    problem = Problem(query, key, axes)
+    name = choose(operator, _BACKENDS, problem, backend)
+    slots = math.prod(axis.kernel_size for axis in axes)
+    empty = 0 in query.shape
+    scores = query.new_zeros(*query.shape[:-1], slots) if empty else _BACKENDS[name].run[0](problem)
+    if rpb is not None:
+        entries = torch.from_numpy(window_tables(axes)[1]).to(query.device)
+        bias = rpb.flatten(1).index_select(1, entries.flatten()).view(-1, *entries.shape).transpose(0, 1)
+        scores = (scores + bias.unflatten(0, query.shape[1:-2])).to(scores.dtype)
+    if (missing := _mask(axes, query.device)) is not None:
+        scores = scores.masked_fill(missing, float("-inf"))
+    if additional_keys is not None:
+        _check_additional(operator, "additional_keys", query, additional_keys)
+        more = torch.einsum("b...hd,bmhd->b...hm", query, additional_keys)
+        scores = torch.cat([scores, more.to(scores.dtype)], -1)
+    return scores
+
+
+def _av(
+    rank: int,
+    weights: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    is_causal: bool | tuple[bool, ...],
+    additional_values: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    operator = f"na{rank}d_av"
+    _check(operator, rank, attention=weights, value=value)
+    axes = make_axes(operator, rank, value.shape[1:-2], kernel_size, 1, dilation, is_causal)
+    slots = math.prod(axis.kernel_size for axis in axes)
+    if additional_values is not None:
+        _check_additional(operator, "additional_values", value, additional_values)
+    more = 0 if additional_values is None else additional_values.shape[1]
+    if weights.shape[-1] != slots + more:
+        raise ValueError(
+            f"{operator} needs a weight for each of the window's {slots} keys and {more} additional ones; "
+            f"got {weights.shape[-1]}"
+        )
+    weights = weights.to(value.dtype)  # a softmax under autocast is in float32
+    own = weights[..., :slots]
+    if (missing := _mask(axes, value.device)) is not None:
+        own = own.masked_fill(missing, 0)
+    problem = Problem(own, value, axes)
+    name = choose(operator, _BACKENDS, problem, backend)
+    out = value.new_zeros(value.shape) if 0 in value.shape else _BACKENDS[name].run[1](problem)
+    if more:
+        out = out + torch.einsum("b...hm,bmhd->b...hd", weights[..., slots:], additional_values).to(out.dtype)
+    return out
+
+
+def na1d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | tuple[int],
+    dilation: int | tuple[int] = 1,
+    is_causal: bool | tuple[bool] = False,
+    additional_keys: Tensor | None = None,
+    rpb: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scores of the neighborhoods of lines: tensors are ``[B, L, heads, dim]``; everything else as in `na2d_qk`."""
+    return _qk(1, query, key, kernel_size, dilation, is_causal, additional_keys, rpb, backend)
+
+
+def na2d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    additional_keys: Tensor | None = None,
+    rpb: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scores of each query over its neighborhood (NAT, arXiv 2204.07143), neither scaled nor normalized.
+
+    Windows, ``dilation``, ``is_causal`` and ``rpb`` are those of `na2d`. The softmax of these scores, times ``dim **
+    -0.5`` where there is no bias, is what `na2d` weights its values with. Gradients of any order.
+
+    Args:
+        query: ``[B, H, W, heads, dim]``.
+        key: Same shape and dtype.
+        kernel_size: Window length on each axis, at least 2; odd if there is a bias.
+        dilation: Distance between neighbors; ``kernel_size * dilation`` must fit the axis.
+        is_causal: Whether a query sees only its own position and the ones before it, for each axis.
+        additional_keys: ``[B, N, heads, dim]``, whose scores follow those of the window.
+        rpb: Relative position bias ``[heads, 2 * Kh - 1, 2 * Kw - 1]``, added to the scores.
+        backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"tiled"`` (plain torch)
+            or ``"reference"``. By default the first that can run; exported graphs hold the last.
+
+    Returns:
+        ``[B, H, W, heads, Kh * Kw + N]`` in the dtype of ``query``: neighbors row-major, each axis ascending. The keys
+        that a causal window lacks come last on their axis and have -inf.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or settings don't fit; the message names the axis and the numbers.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 7, 9, 2, 16)
+        >>> weights = na2d_qk(q / 4, k, 3).softmax(-1)
+        >>> na2d_av(weights, v, 3).shape
+        torch.Size([1, 7, 9, 2, 16])
+    """
+    return _qk(2, query, key, kernel_size, dilation, is_causal, additional_keys, rpb, backend)
+
+
+def na3d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | tuple[int, int, int],
+    dilation: int | tuple[int, int, int] = 1,
+    is_causal: bool | tuple[bool, bool, bool] = False,
+    additional_keys: Tensor | None = None,
+    rpb: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scores of the neighborhoods of volumes: tensors are ``[B, D, H, W, heads, dim]``; else as in `na2d_qk`."""
+    return _qk(3, query, key, kernel_size, dilation, is_causal, additional_keys, rpb, backend)
+
+
+def na1d_av(
+    attention: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int],
+    dilation: int | tuple[int] = 1,
+    is_causal: bool | tuple[bool] = False,
+    additional_values: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted sums of the neighborhoods of lines: ``[B, L, heads, dim]``; everything else as in `na2d_av`."""
+    return _av(1, attention, value, kernel_size, dilation, is_causal, additional_values, backend)
+
+
+def na2d_av(
+    attention: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    additional_values: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Sums of the values of each query's neighborhood by the weights of the caller, which need not add up to 1.
+
+    Args:
+        attention: ``[B, H, W, heads, Kh * Kw + N]``, in the order of `na2d_qk`; cast to the dtype of ``value``. What
+            lies where a causal window has no key is ignored, NaN too.
+        value: ``[B, H, W, heads, dim]``.
+        kernel_size: As in `na2d_qk`, like dilation and is_causal.
+        dilation: Distance between neighbors.
+        is_causal: Whether a query sees only its own position and the ones before it, for each axis.
+        additional_values: ``[B, N, heads, dim]``.
+        backend: As in `na2d_qk`.
+
+    Returns:
+        ``[B, H, W, heads, dim]`` in the dtype of ``value``.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or settings don't fit; the message names the axis and the numbers.
+    """
+    return _av(2, attention, value, kernel_size, dilation, is_causal, additional_values, backend)
+
+
+def na3d_av(
+    attention: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int, int],
+    dilation: int | tuple[int, int, int] = 1,
+    is_causal: bool | tuple[bool, bool, bool] = False,
+    additional_values: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted sums of the neighborhoods of volumes: ``[B, D, H, W, heads, dim]``; everything else as in `na2d_av`."""
+    return _av(3, attention, value, kernel_size, dilation, is_causal, additional_values, backend)
