@@ -119,6 +119,7 @@ class Host(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.payload = payload
         self.requests: list[tuple[str, str | None]] = []
+        self.asked_again = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def address(self, path: str) -> str:
@@ -179,7 +180,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stuck(self, first):
         self.give(self.server.payload, upto=len(self.server.payload) // 2 if first else None)
         if first:
-            time.sleep(1.5)
+            self.wfile.flush()
+            self.server.asked_again.wait(60)
+        else:
+            self.server.asked_again.set()
 
     def truncated(self, first):
         self.give(self.server.payload, upto=len(self.server.payload) // 2 if first else None)
@@ -271,7 +275,6 @@ def home(tmp_path, monkeypatch) -> Path:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "FOVEATE_WEIGHTS_MIRROR", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_download, "PAUSE", 0.0)
-    monkeypatch.setattr(_download, "TIMEOUT", 0.5)
     return tmp_path / "torch" / "hub" / "checkpoints" / "foveate"
 
 
@@ -291,8 +294,16 @@ GOOD = (
 )
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Give up on stuck hosts soon; on a busy machine a good host seems stuck too, so only where one is."""
+    monkeypatch.setattr(_download, "TIMEOUT", 2.0)
+
+
 @pytest.mark.parametrize("path", GOOD)
-def test_the_right_file_arrives(path, host, home, payload):
+def test_the_right_file_arrives(path, host, home, payload, request):
+    if path == "stuck":
+        request.getfixturevalue("impatient")
     file = fetch(published(host.address(f"{path}/file.pth")))
     assert file == home / NAME / "file.pth"
     assert file.read_bytes() == payload
@@ -300,7 +311,9 @@ def test_the_right_file_arrives(path, host, home, payload):
 
 
 @pytest.mark.parametrize("path", ["stuck", "truncated", "reset"])
-def test_what_broke_off_is_continued(path, host, home, payload):
+def test_what_broke_off_is_continued(path, host, home, payload, request):
+    if path == "stuck":
+        request.getfixturevalue("impatient")
     fetch(published(host.address(f"{path}/file.pth")))
     begins = [int((asked or "bytes=0-")[6:-1]) for _, asked in host.requests]
     # A reset discards what is still on its way.
@@ -474,7 +487,7 @@ def test_processes_share_one_download(host, home, payload):
     processes = [context.Process(target=_fetch, args=(entry, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert [results.get(timeout=30) == payload for _ in processes] == [True] * 3
+    assert [results.get(timeout=300) == payload for _ in processes] == [True] * 3
     for process in processes:
         process.join()
     assert host.count("slow/file.pth") == 1
