@@ -4,17 +4,19 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from ..zoo import CheckpointError
-from ..zoo._checkpoint import open_checkpoint
+from ..zoo._checkpoint import card_of, faults_of, open_checkpoint, state_of
 from . import TaskError
 
+# Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
+_OF_THE_START = ("reset_classifier", "pretrained", "pretrained_cfg_overlay", "checkpoint_path")
 # Of files that are being written; a process that is killed leaves one.
 _PARTIAL = ".partial-"
 
@@ -159,7 +161,7 @@ def keep_copy(path: Path, copy: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, task: str | None = None) -> dict:
-    """Read a checkpoint of `foveate train` without executing what it pickles.
+    """Read a file that foveate wrote, by train, export or weights convert, without executing what it pickles.
 
     Args:
         path: Its file.
@@ -172,12 +174,30 @@ def read_checkpoint(path: str | Path, task: str | None = None) -> dict:
         CheckpointError: If the file can't be read, or is no such checkpoint.
     """
     checkpoint = open_checkpoint(path)
-    card = checkpoint.get("card")
-    if not isinstance(card, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    card = card_of(path, checkpoint)
+    if card is None:
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
     if task is not None and card.get("task") != task:
-        raise CheckpointError(f"{path}: holds a model to {card.get('task')}, not to {task}")
-    return checkpoint
+        raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
+    if not isinstance(checkpoint.get("state_dict"), dict):
+        checkpoint = {"state_dict": state_of(checkpoint)}
+    return checkpoint | {"card": card}
+
+
+def _kind_of(card: dict) -> str:
+    return "a backbone alone" if card.get("task") == "backbone" else f"a model to {card.get('task')}"
+
+
+def without_start(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a model but those that say what it starts from."""
+    return {name: value for name, value in options.items() if name not in _OF_THE_START}
+
+
+def rebuilt_from(model: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return a config's or a card's ``model`` such that all of it is read from a file that a run of it wrote."""
+    options = {key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs") if key in model}
+    nothing = {"backbone_checkpoint": None} if "backbone_checkpoint" in model else {}
+    return {**model, **options, **nothing, "pretrained": False, "checkpoint": str(path)}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -187,16 +207,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
     wanted = model.state_dict()
-    faults = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
-        "of another shape": [key for key in wanted if key in state and wanted[key].shape != state[key].shape],
-    }
-    if any(faults.values()):
-        listed = "; ".join(
-            f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for kind, keys in faults.items()
-            if keys
-        )
-        raise CheckpointError(f"{path}: the weights don't fit the model: {listed}")
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
+    misshapen = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if missing or unexpected or misshapen:
+        faults = faults_of(missing=missing, unexpected=unexpected, of_another_shape=misshapen)
+        raise CheckpointError(f"{path}: the weights don't fit the model: {faults}")
     model.load_state_dict(state)

@@ -13,9 +13,26 @@ from ..zoo._checkpoint import LoadReport
 from ..zoo.backbone import Backbone, UnknownModelError, check_name, recipes_of
 from ..zoo.weights import locate
 from . import TaskError, nearest
-from .checkpoints import load_weights
+from .checkpoints import load_weights, without_start
 
 _logger = logging.getLogger(__name__)
+
+
+class OtherClassesError(CheckpointError):
+    """A dense model's file is of another number of classes than asked for.
+
+    Args:
+        path: The file.
+        held: Its classes.
+        wanted: Those asked for.
+    """
+
+    def __init__(self, path: str | Path, held: int, wanted: int):
+        super().__init__(
+            f"{path}: has {held} classes, not {wanted}; leave num_classes out, or start with new classifiers: "
+            "reset_classifier=True"
+        )
+        self.path, self.held = path, held
 
 
 def has_backbone(state: dict[str, Tensor]) -> bool:
@@ -123,11 +140,15 @@ def load_dense(
     entries = model.state_dict()
     kept_values = {key: value for key, value in entries.items() if kept(key)}
     load_weights(model, state | kept_values, path)
-    own = {key for key in entries if whole or not key.startswith("backbone.")}
+    body = LoadReport(0)
+    if not whole and backbone_loaded:
+        body = getattr(model.backbone, "load_report", None) or body
+    left = {key for key in kept_values if not (backbone_loaded and key.startswith("backbone."))}
     report = LoadReport(
-        matched=len(own - kept_values.keys()),
-        missing=tuple(sorted(own & kept_values.keys())),
-        unexpected=tuple(sorted(state.keys() & kept_values.keys())),
+        matched=len(entries) - len(kept_values) + body.matched,
+        missing=(*sorted(left), *(f"backbone.features.{key}" for key in body.missing)),
+        unexpected=(*sorted(state.keys() & kept_values.keys()), *(f"backbone.{key}" for key in body.unexpected)),
+        reshaped=tuple((f"backbone.features.{key}", *change) for key, *change in body.reshaped),
     )
     _logger.info(f"{path}: {report}")
     return report
@@ -141,9 +162,12 @@ def freeze_statistics(backbone: nn.Module) -> None:
 
 
 def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a config's ``model``, in plain types, what `build_described` needs to build it again."""
-    keys = ("head", "backbone", "recipe", "backbone_kwargs", "kwargs")
-    return {"model": f"{model['head']} on {model['backbone']}", **{key: model[key] for key in keys}}
+    """Return of a config's ``model``, in plain types, what `build_described` needs to build it again from a file."""
+    return {
+        "model": f"{model['head']} on {model['backbone']}",
+        **{key: model[key] for key in ("head", "backbone", "recipe")},
+        **{key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs")},
+    }
 
 
 def build_described(
@@ -151,9 +175,11 @@ def build_described(
 ) -> nn.Module:
     """Return the dense model that a config's or a checkpoint's card's ``model`` describes.
 
+    What the description leaves open, such as widths, a ``checkpoint`` tells.
+
     Args:
         create: `create_detector` or `create_segmenter`.
-        model: ``head``, ``backbone``, ``recipe``, ``backbone_kwargs``, and in a config what to start from.
+        model: ``head``, ``backbone``, ``recipe``, ``backbone_kwargs``, and what to start from.
         classes: Number of classes.
         kwargs: Further options of ``create``.
 
@@ -177,6 +203,11 @@ def build_described(
             backbone_kwargs=options,
             **kwargs,
         )
+    except OtherClassesError as error:
+        raise CheckpointError(
+            f"{error.path}: has {error.held} classes, the data {classes}; start with new classifiers: "
+            "model.kwargs.reset_classifier=True"
+        ) from error
     except (TaskError, CheckpointError, UnknownModelError):
         raise
     except TypeError as error:

@@ -13,23 +13,36 @@ from .checkpoints import read_checkpoint
 
 # ImageNet's statistics, with which all published detectors and segmenters were trained.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TRANSFORMERS = ("mask2former", "oneformer")
+# Whose classes there are so many of; the panoptic ones of COCO are 133.
+_DATA = {80: "coco", 133: "coco", 150: "ade20k", 19: "cityscapes"}
 # Short and long side to which the published evaluations of Mask2Former and OneFormer resize images.
 _SIDES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
 
 
 def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Return the predictor of a checkpoint of `foveate train`.
+    """Return the predictor of a file that `foveate train`, ``export`` or ``weights convert`` wrote.
 
     It maps a list of images to their results, and for a result has ``describe`` (plain types), ``headline`` (a few
-    words) and ``draw``.
+    words) and ``draw``; its ``card`` is what the file says of its model.
 
     Raises:
-        CheckpointError: If the file can't be read or is no such checkpoint.
+        CheckpointError: If the file can't be read or is no such file.
     """
     task = read_checkpoint(path)["card"].get("task")
+    if task == "backbone":
+        raise CheckpointError(
+            f"{path}: holds a backbone alone, which has no answer; train a model from it: "
+            f"model.backbone_checkpoint={path}"
+        )
     if task not in TASKS:
         raise CheckpointError(f"{path}: holds a model to {task}; this version predicts to {', '.join(TASKS)}")
     return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(path, device)
+
+
+def is_file(source: str) -> bool:
+    """Return whether ``source`` means a file, there or not, and no model's name."""
+    return Path(source).is_file() or Path(source).suffix in (".pth", ".pt", ".safetensors")
 
 
 def is_published(name: str) -> bool:
@@ -56,32 +69,69 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
     if row["state"] == "none" and weights is None:
         raise TaskError(f"{name}: no weights were published; train it: foveate train {row['config']}")
     weights = name if weights is None else weights
-    if row["head"] in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
-        from .detect import Predictor, create_detector
-
-        model = create_detector(row["head"], row["backbone"], checkpoint=weights)
-        return Predictor(model, class_names("coco", model.num_classes), device)
-    from .segment import Predictor, create_segmenter
-    from .segment.data import InputRule
-
-    test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
-    if row["head"] not in ("mask2former", "oneformer"):
-        model = create_segmenter(row["head"], row["backbone"], checkpoint=weights)
-        stretched = row["backbone"].startswith(("biformer", "quadtree"))
-        rule = InputRule(512, 2048, 32 if stretched else 1, _MEAN, _STD)
-        classes = class_names("ade20k", model.num_classes if hasattr(model, "num_classes") else 150)
-        return Predictor(model, rule, classes, [False] * len(classes), "semantic", test, device)
+    if row["head"] not in _TRANSFORMERS:
+        return load_dense(row["head"], row["backbone"], weights, device, data=row["data"])
     from .segment.mask2former import RECIPES
 
     # What follows the head in the name: the data set, and the task or the training's size.
     variant = name.partition(f"{row['head']}_")[2]
     recipe = next(known for known in sorted(RECIPES[row["head"]], key=len, reverse=True) if variant.startswith(known))
-    model = create_segmenter(row["head"], row["backbone"], recipe=recipe, checkpoint=weights)
     task = next((task for task in ("semantic", "instance") if task in variant), "panoptic")
-    count = model.criterion.num_classes
-    classes = class_names(row["data"], count)
-    things = [label in model.things for label in range(count)]
-    return Predictor(model, InputRule(*_SIDES[row["data"]], 1, _MEAN, _STD), classes, things, task, test, device)
+    return load_dense(row["head"], row["backbone"], weights, device, recipe, task, row["data"])
+
+
+def load_dense(
+    head: str,
+    backbone: str,
+    weights: str | Path,
+    device: str | torch.device = "cpu",
+    recipe: str = "auto",
+    task: str | None = None,
+    data: str | None = None,
+) -> Any:
+    """Return the predictor of a detector's or segmenter's file, whoever wrote it, with the published settings.
+
+    Args:
+        head: As in `create_detector` and `create_segmenter`.
+        backbone: A timm name.
+        weights: A path, an address or the name of published weights.
+        device: Where to run.
+        recipe: As there.
+        task: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
+        data: Whose classes it has, for their names; told by their number if None.
+
+    Raises:
+        CheckpointError: If the weights can't be had, or don't fit.
+    """
+    described = {"head": head, "backbone": backbone, "recipe": recipe, "backbone_kwargs": {}, "kwargs": {}}
+    if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
+        from .detect import Predictor, create_detector
+        from .detect.task import detector_card
+
+        model = create_detector(head, backbone, recipe=recipe, checkpoint=weights)
+        count = model.num_classes
+        predictor = Predictor(model, class_names(data or _DATA.get(count, ""), count), device)
+        predictor.card = detector_card(described, predictor.classes)
+        return predictor
+    from .segment import Predictor, create_segmenter
+    from .segment.data import InputRule
+    from .segment.task import segmenter_card
+
+    test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
+    model = create_segmenter(head, backbone, recipe=recipe, checkpoint=weights)
+    count = model.num_classes
+    data = data or _DATA.get(count, "")
+    things = [False] * count
+    if head in _TRANSFORMERS:
+        task, rule = task or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, _MEAN, _STD)
+        things = [label in model.things for label in range(count)]
+    else:
+        stretched = backbone.startswith(("biformer", "quadtree"))
+        task, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, _MEAN, _STD)
+    classes = class_names(data, count)
+    predictor = Predictor(model, rule, classes, things, task, test, device)
+    predictor.card = segmenter_card(described, classes, things, task, rule, test)
+    return predictor
 
 
 def class_names(data: str, count: int) -> list[str]:

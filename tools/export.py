@@ -17,7 +17,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "source", metavar="SOURCE", help="best.pth or last.pth of a run, its folder, or a timm name with weights"
+        "source",
+        metavar="SOURCE",
+        help="best.pth or last.pth of a run, a converted one, the run's folder, or a timm name with weights",
     )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="file.onnx, file.pt2 or file.safetensors")
     parser.add_argument("--features", action="store_true", help="export the feature maps instead of the answer")
@@ -85,36 +87,31 @@ def run(args: argparse.Namespace) -> None:
 def _open(source: str, untrained: bool):
     """Return the model of a checkpoint or a name, its card, and the shape ``(channels, height, width)`` of an image."""
     from ..tasks import TaskError
-    from ..tasks.checkpoints import read_checkpoint
     from ..tasks.classify import Predictor, create_classifier
-    from ..tasks.predictors import load_predictor
+    from ..tasks.predictors import is_file, load_predictor
     from ..zoo.backbone import check_name
 
     path = Path(source)
     if path.is_dir():
         path /= "best.pth"
-    if path.is_file() or path.suffix in (".pth", ".pt"):
+    if is_file(str(path)):
         if untrained:
             raise TaskError(f"{source}: --untrained is for a model's name")
-        model = load_predictor(path).model
-        card = {key: value for key, value in read_checkpoint(path)["card"].items() if key != "metrics"}
-        rule = card.get("input", {})
-        side = rule.get("size") or rule.get("short") or card.get("kwargs", {}).get("min_size") or 512
-        if card["task"] == "detect":
-            # The backbone takes what the transform pads to.
-            side = -(-side // 32) * 32
-        return model.eval(), card, (rule.get("channels", 3), side, side)
-    check_name(source)
-    card = {"task": "classify", "model": source}
-    if untrained:
-        model = create_classifier(source).eval()
-        cfg = model.pretrained_cfg
-        card["input"] = {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
-        return model, card | {"weights": "random"}, tuple(cfg["input_size"])
-    try:
-        predictor = Predictor.from_name(source)
-    except TaskError as error:
-        raise TaskError(f"{error}; --untrained exports random weights") from error
-    rule = predictor.rule
-    card |= {"classes": predictor.classes, "input": {"mean": list(rule.mean), "std": list(rule.std)}}
-    return predictor.model, card, (rule.channels, rule.size, rule.size)
+        predictor = load_predictor(path)
+        card = {key: value for key, value in predictor.card.items() if key != "metrics"}
+    else:
+        check_name(source)
+        if untrained:
+            predictor = Predictor.from_model(source, create_classifier(source))
+        else:
+            try:
+                predictor = Predictor.from_name(source)
+            except TaskError as error:
+                raise TaskError(f"{error}; --untrained exports random weights") from error
+        card = predictor.card | ({"weights": "random"} if untrained else {})
+    rule = card.get("input", {})
+    side = rule.get("size") or rule.get("short") or card.get("kwargs", {}).get("min_size") or 512
+    if card["task"] == "detect":
+        # The backbone takes what the transform pads to.
+        side = -(-side // 32) * 32
+    return predictor.model.eval(), card, (rule.get("channels", 3), side, side)

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run")
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run, or a converted one"
+    )
     source.add_argument(
         "--model", metavar="NAME", help="a timm model or a detector or segmenter with published weights; or a file"
     )
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.classify import Predictor
     from ..tasks.devices import choose_device
     from ..tasks.images import find_images, read_image
-    from ..tasks.predictors import is_published, load_predictor, load_published
+    from ..tasks.predictors import is_file, is_published, load_predictor, load_published
 
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     device = choose_device(args.device)
     checkpoint = args.checkpoint
-    if checkpoint is None and (Path(args.model).is_file() or Path(args.model).suffix in (".pth", ".pt")):
+    if checkpoint is None and is_file(args.model):
         checkpoint = Path(args.model)
     if checkpoint is not None:
         predictor = load_predictor(checkpoint, device)

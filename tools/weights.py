@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("verify", "convert", "push"):
         parsers[name].add_argument("file", metavar="FILE")
-        parsers[name].add_argument("--model", metavar="NAME", help="model of the file; found out if it is not given")
+        parsers[name].add_argument("--model", metavar="NAME", help="model of the file, where it can't be found out")
     for name in ("verify", "convert"):
         parsers[name].add_argument("--recipe", help="dense setting of a backbone alone; the model's first by default")
     verify = parsers["verify"]
@@ -185,7 +185,7 @@ class _Loaded:
 
     def __init__(self, reference: str, model: str | None, recipe: str | None = None):
         from ..zoo import weights
-        from ..zoo._checkpoint import metadata_of, open_checkpoint, state_of
+        from ..zoo._checkpoint import card_of, metadata_of, open_checkpoint, state_of
         from ..zoo.backbone import check_name
 
         if model:
@@ -193,21 +193,26 @@ class _Loaded:
         self.path = weights.locate(reference)
         self.sha256 = weights.sha256_of(self.path)
         self.checkpoint = open_checkpoint(self.path)
-        # `convert` leaves a note of what the file is.
+        # `convert` leaves a note of what the file is, and all that we write has a card.
         note = metadata_of(self.path)
+        self.card = card_of(self.path, self.checkpoint)
         self.entry = weights.table().get(reference) or weights.table().get(note.get("weights"))
-        known = note.get("model") or (self.entry and self.entry.model) or self._model_of_card()
-        self.name = model or known or self._find()
-        recipe = recipe or note.get("recipe") or None
+        card = self.card or {}
+        known = card.get("backbone") or card.get("model") or note.get("model") or (self.entry and self.entry.model)
+        self._agree("--model", model, known)
+        self._agree("--recipe", recipe, note.get("recipe"))
+        self.name = known or model or self._find()
         self.head = _head_of(state_of(self.checkpoint), self.path)
         self.task = self.head[0] if self.head else "classify"
         self.predictor = self.recipe = None
-        self.model = self._build(recipe)
+        self.model = self._build(recipe or note.get("recipe"))
 
-    def _model_of_card(self) -> str | None:
-        """Return the model's name from a checkpoint of `foveate train`."""
-        card = self.checkpoint.get("card")
-        return card["model"] if isinstance(card, Mapping) and card.get("task") == "classify" else None
+    def _agree(self, option: str, given: str | None, known: str | None) -> None:
+        """Raise a CheckpointError if an option contradicts what the file says of itself."""
+        from ..zoo import CheckpointError
+
+        if given and known and given.split(".")[0] != known.split(".")[0]:
+            raise CheckpointError(f"{self.path}: is of {known}, as it says itself, not of {given}; leave out {option}")
 
     def _find(self) -> str:
         from ..zoo import CheckpointError
@@ -227,27 +232,30 @@ class _Loaded:
 
     def _build(self, recipe: str | None):
         from ..tasks.classify import Predictor, create_classifier
-        from ..tasks.predictors import is_published, load_published
+        from ..tasks.predictors import is_published, load_dense, load_predictor, load_published
         from ..zoo import CheckpointError, create_backbone, list_models
         from ..zoo.backbone import recipes_of
+        from ..zoo.loading import classes_of
         from ..zoo.variants import variants_of
 
         try:
-            if self.head and self.entry and is_published(self.entry.name) and self.entry.model == self.name:
+            if self.card and self.card.get("task") != "backbone":
+                self.predictor = load_predictor(self.path)
+            elif self.head and self.entry and is_published(self.entry.name):
                 self.predictor = load_published(self.entry.name, weights=self.path)
-                return self.predictor.model
-            if self.head:
-                return _dense_model(*self.head, self.name, self.path)
-            if self._model_of_card():
-                self.predictor = Predictor.from_checkpoint(self.path)
+            elif self.head:
+                self.predictor = load_dense(self.head[1], self.name, self.path)
+            if self.predictor:
                 return self.predictor.model
             fitting = variants_of(self.checkpoint, [self.name]) if self.name in list_models() else []
-            if fitting and fitting[0].dense:
-                self.task, self.recipe = "backbone", recipe or next(iter(recipes_of(self.name)))
+            classes = fitting[0].classes if fitting else classes_of(self.name, self.checkpoint)
+            if (fitting and fitting[0].dense) or (self.name not in list_models() and not classes):
+                self.task, self.recipe = "backbone", recipe or next(iter(recipes_of(self.name)), None)
                 return create_backbone(self.name, self.recipe, self.path).eval()
             # Loaded with the classifier that it has, whatever its classes.
-            classes = fitting[0].classes if fitting else None
-            return create_classifier(self.name, classes, checkpoint=str(self.path)).eval()
+            model = create_classifier(self.name, classes, checkpoint=str(self.path)).eval()
+            self.predictor = Predictor.from_model(self.name, model)
+            return model
         except CheckpointError as error:
             others = [name for name in self._fitting() if name != self.name]
             if not others:
@@ -256,12 +264,20 @@ class _Loaded:
 
     def describe(self) -> str:
         """Return what was loaded, in one line."""
-        body = self.model.features.model if self.task == "backbone" else self.model
-        return str(getattr(body, "load_report", f"{len(body.state_dict())} entries matched"))
+        report = getattr(self.model, "load_report", None)
+        return str(report or f"{len(self.model.state_dict())} entries matched")
 
     def state(self) -> dict:
         """Return the model's state dict, with the names under which it is read again."""
-        return (self.model.features.model if self.task == "backbone" else self.model).state_dict()
+        if self.task != "backbone":
+            return self.model.state_dict()
+        return getattr(self.model.features, "model", self.model.features).state_dict()
+
+    def describe_model(self) -> dict:
+        """Return what the file shall say of the model, so that every command that takes a file knows it."""
+        if self.predictor:
+            return self.predictor.card
+        return {"task": "backbone", "model": self.name, "recipe": self.recipe}
 
 
 def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
@@ -280,16 +296,6 @@ def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
         return "segment", segmenters.head_of(segmenters.read_segmenter(path), path)
     except CheckpointError:
         return None
-
-
-def _dense_model(task: str, head: str, backbone: str, path: Path):
-    if task == "detect":
-        from ..tasks.detect import create_detector
-
-        return create_detector(head, backbone, checkpoint=path).eval()
-    from ..tasks.segment import create_segmenter
-
-    return create_segmenter(head, backbone, checkpoint=path).eval()
 
 
 def _verify(args: argparse.Namespace) -> int | None:
@@ -330,14 +336,7 @@ def _verify(args: argparse.Namespace) -> int | None:
 
 def _inputs(loaded: _Loaded) -> tuple[Callable, list[str]]:
     """Return a classifier's transform of images and the names of its classes."""
-    from timm.data import create_transform, resolve_model_data_config
-
-    from ..tasks.classify.predict import class_names
-
-    if loaded.predictor:
-        return loaded.predictor.rule.transform(), loaded.predictor.classes
-    transform = create_transform(**resolve_model_data_config(loaded.model), is_training=False)
-    return transform, class_names(loaded.model.num_classes)
+    return loaded.predictor.rule.transform(), loaded.predictor.classes
 
 
 def _photos(images: list[str] | None, channels: int) -> list[tuple[str, object]]:
@@ -365,56 +364,20 @@ def _show_classes(model, transform: Callable, classes: list[str], images: list[s
         print(f"photo      {name}: {'; '.join(f'{classes[index]} {score:.1%}' for index, score in ranking)}")
 
 
-def _dense_classes(count: int) -> list[str]:
-    """Return the names of COCO's or ADE20K's classes where there are as many."""
-    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
-
-    from ..tasks.segment.data import ADE20K_CLASSES
-
-    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    known = ([name for name in coco if name not in ("__background__", "N/A")], list(ADE20K_CLASSES))
-    return next((names for names in known if len(names) == count), [f"class {index}" for index in range(count)])
-
-
 def _show_dense(loaded: _Loaded, images: list[str] | None, device) -> None:
-    from torchvision.transforms.functional import pil_to_tensor
-
-    model, predictor = loaded.model, loaded.predictor
+    predictor = loaded.predictor
+    predictor.device = device
     for name, image in _photos(images, 3):
-        pixels = pil_to_tensor(image).to(device)
-        if loaded.task == "segment" and predictor:
-            predictor.device = device
-            print(f"photo      {name}: {predictor.headline(predictor([image])[0])}")
-        elif loaded.task == "detect":
-            found, classes = model([pixels])[0], _dense_classes(model.num_classes)
+        (found,) = predictor([image])
+        if loaded.task == "detect":
             rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
             best = [
-                f"{classes[label]} {score:.1%} at {' '.join(f'{edge:.0f}' for edge in box)}"
+                f"{predictor.classes[label]} {score:.1%} at {' '.join(f'{edge:.0f}' for edge in box)}"
                 for label, score, box in rows
             ]
             print(f"photo      {name}: {'; '.join(best[:5]) or 'nothing found'}")
         else:
-            print(f"photo      {name}: {_areas(model, pixels)}")
-
-
-def _areas(model, pixels) -> str:
-    """Return a segmenter's largest classes in an image."""
-    import torch
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    mean, std = (
-        torch.tensor(values, device=pixels.device)[:, None, None]
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    try:
-        scores = model((pixels / 255 - mean)[None] / std)
-        labels, classes = scores.argmax(1), _dense_classes(scores.shape[1])
-    except (AttributeError, TypeError):
-        return "not run: this segmenter predicts masks; use `foveate predict`"
-    counts = labels.flatten().bincount().float() / labels.numel()
-    best = counts.topk(min(5, len(counts)))
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return "; ".join(f"{classes[index]} on {share:.1%}" for index, share in rows if share > 0)
+            print(f"photo      {name}: {predictor.headline(found)}")
 
 
 def _compare(model, reference: Path, device) -> bool:
@@ -578,6 +541,7 @@ def _convert(args: argparse.Namespace) -> None:
         "source": loaded.path.name,
         "source_sha256": loaded.sha256,
         "report": loaded.describe(),
+        "foveate": json.dumps(loaded.describe_model()),
         "writer": f"foveate {version('foveate')}",
     }
 

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
+import json
 import logging
 import pickle
+import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,6 +88,13 @@ class LoadReport:
         return ", ".join(parts)
 
 
+def faults_of(**kinds: Sequence[str]) -> str:
+    """Return how many entries of a checkpoint are ``missing``, ``unexpected`` or of another shape, and the first."""
+    return "; ".join(
+        f"{len(keys)} {kind.replace('_', ' ')} ({_some(sorted(keys))})" for kind, keys in kinds.items() if keys
+    )
+
+
 def _some(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join((*items[:3], *(("...",) if len(items) > 3 else ())))
 
@@ -104,6 +114,23 @@ def is_safetensors(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def card_of(path: str | Path, checkpoint: Mapping) -> dict | None:
+    """Return what a file that foveate wrote says of its model: in a checkpoint, or in the metadata of safetensors.
+
+    Args:
+        path: The file.
+        checkpoint: What `open_checkpoint` read of it.
+    """
+    card = checkpoint.get("card")
+    if isinstance(card, Mapping) and card:
+        return dict(card)
+    try:
+        card = json.loads(metadata_of(path).get("foveate", "null"))
+    except ValueError:
+        return None
+    return card if isinstance(card, dict) else None
 
 
 def metadata_of(path: str | Path) -> dict[str, str]:
@@ -131,6 +158,11 @@ def open_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if _is_pickle_of_arrays(path):
+        raise CheckpointError(
+            f"{path}: a pickle of NumPy arrays, as detectron2's model zoo has them, and no torch checkpoint; such "
+            "files are not read yet: save its arrays as tensors, by torch.save or safetensors"
+        )
     try:
         if path.suffix == ".safetensors" or is_safetensors(path):
             from safetensors.torch import load_file
@@ -149,6 +181,19 @@ def open_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _is_pickle_of_arrays(path: Path) -> bool:
+    """Return whether a file is a bare pickle with arrays of NumPy early on; nothing of it is run."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"\x80":
+            return False
+        file.seek(0)
+        try:
+            strings = (value for _, value, _ in itertools.islice(pickletools.genops(file), 1000))
+            return any(isinstance(value, str) and value.startswith("numpy") for value in strings)
+        except ValueError:
+            return False
 
 
 def state_of(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -180,9 +225,9 @@ def fit(
 ) -> dict[str, Tensor]:
     """Return ``state`` if it fits ``model``, whose parameter names it uses, or say why not.
 
-    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, if other classes were
-    asked for, and the input channels of the first convolution. A dense model (``out_norms``) may start from a
-    classifier's weights: its output norms keep their initial values. The model gets the `LoadReport`.
+    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, if classes were asked
+    for and the file has others or none, and the input channels of the first convolution. A dense model (``out_norms``)
+    may start from a classifier's weights: its output norms keep their initial values. The model gets the `LoadReport`.
 
     Args:
         state: State dict with the model's parameter names.
@@ -192,8 +237,8 @@ def fit(
         classes_chosen: Whether the caller named the number of classes; only then may it differ from the file's.
 
     Raises:
-        CheckpointError: If entries are missing, unexpected, or of another shape, or the file has another number of
-            classes than the model, and nobody asked for that.
+        CheckpointError: If entries are missing, unexpected, or of another shape, or the file has no classifier or one
+            of another number of classes than the model, and nobody asked for that.
     """
     cfg = model.pretrained_cfg
     classifiers, first_convs = (
@@ -202,7 +247,7 @@ def fit(
     classifier = {f"{layer}.{leaf}" for layer in classifiers for leaf in ("weight", "bias")}
     wanted = model.state_dict()
     dense = any(key.startswith("out_norms.") for key in wanted)
-    optional = classifier if dense or features else set()
+    optional = classifier
     report_missing: list[str] = []
     unused: list[str] = []
     if dense and not any(key.startswith("out_norms.") for key in state):
@@ -222,27 +267,40 @@ def fit(
     ]
     if missing or unexpected or misshapen:
         matched = len(wanted.keys() & state.keys()) - len(misshapen)
-        faults = [
-            f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
-            for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-            if keys
-        ]
         raise CheckpointError(
-            f"the checkpoint is not one of {name}: {matched} of {len(wanted)} entries match, {'; '.join(faults)}"
+            f"the checkpoint is not one of {name}: {matched} of {len(wanted)} entries match, "
+            f"{faults_of(missing=missing, unexpected=unexpected, of_another_shape=misshapen)}"
         )
-    heads = [state[key] for key in state if key in classifier and key.endswith(".weight")]
-    if heads:
-        classes = heads[0].shape[0]
-        if not (dense or features or classes_chosen) and classes != model.num_classes:
-            raise CheckpointError(
-                f"the checkpoint has {classes} classes, {name} has {model.num_classes}: give num_classes={classes} to "
-                f"keep its classifier, or num_classes={model.num_classes} to start a new one"
-            )
-        # The file knows its class count; with it, timm keeps a classifier that fits and replaces one that doesn't.
-        cfg["num_classes"] = classes
+    held = next((len(state[key]) for key in state if key in classifier and key.endswith(".weight")), None)
+    if not (dense or features):
+        check_classes(name, held, model.num_classes, classes_chosen)
+    if held or not features:
+        # The file knows its class count; with it, timm keeps a classifier that fits, and else starts a new one.
+        cfg["num_classes"] = held or 0
     model.load_report = _report(state, wanted, classifier, report_missing, unused)
     _logger.log(logging.WARNING if model.load_report.reshaped else logging.INFO, f"{name}: {model.load_report}")
     return state
+
+
+def check_classes(name: str, held: int | None, classes: int | None, chosen: bool) -> None:
+    """Raise a CheckpointError if a classifier would start anew although nobody asked for that.
+
+    Args:
+        name: Of the model.
+        held: Classes of the checkpoint; None if it has no classifier.
+        classes: Classes of the model.
+        chosen: Whether the caller named them.
+    """
+    if chosen or not classes or held == classes:
+        return
+    if held is None:
+        raise CheckpointError(
+            f"the checkpoint has no classifier: give num_classes={classes} to start a new one of {name}"
+        )
+    raise CheckpointError(
+        f"the checkpoint has {held} classes, {name} has {classes}: give num_classes={held} to keep its classifier, or "
+        f"num_classes={classes} to start a new one"
+    )
 
 
 def _report(

@@ -9,7 +9,7 @@ import timm
 from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
-from .weights import locate
+from .loading import create_model
 
 # What lets timm's models of a fixed input size take any; each model has one of these options, or none.
 _FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
@@ -25,11 +25,13 @@ class Backbone(nn.Module):
     Attributes:
         channels: Channels of each map.
         reductions: Stride of each map with respect to the image.
+        load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
     """
 
     def __init__(self, features: nn.Module):
         super().__init__()
         self.features = features
+        self.load_report = getattr(features, "load_report", None)
         self.channels = list(features.feature_info.channels())
         self.reductions = list(features.feature_info.reduction())
         # timm's Swin transformers and a few others say so.
@@ -73,7 +75,7 @@ def create_backbone(
 
     Raises:
         UnknownModelError: If the model or the recipe is unknown.
-        CheckpointError: If the checkpoint cannot be had or read, or is not one of this model.
+        CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
     check_name(name)
     options = {}
@@ -82,18 +84,12 @@ def create_backbone(
         if recipe not in known:
             raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
         options = dict(known[recipe])
-    if checkpoint is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(checkpoint))}}
-    options |= kwargs
+    options |= {"features_only": True, "out_indices": tuple(out_indices)} | kwargs
     free = _FREE_SIZE if get_pretrained_cfg(name).fixed_input_size and "img_size" not in options else ()
     for freedom in free:
         try:
-            return Backbone(_features(name, out_indices, freedom | options))
+            return Backbone(create_model(name, checkpoint, **freedom | options))
         except TypeError as error:
             if f"unexpected keyword argument {next(iter(freedom))!r}" not in str(error):
                 raise
-    return Backbone(_features(name, out_indices, options))
-
-
-def _features(name: str, out_indices: Sequence[int], options: dict) -> nn.Module:
-    return timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **options)
+    return Backbone(create_model(name, checkpoint, **options))

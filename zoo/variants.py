@@ -1,31 +1,17 @@
 """Which model a checkpoint is one of: every model is built without storage, and the file's names and shapes tried."""
 
-import contextlib
 import dataclasses
 import functools
-import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import timm
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ._checkpoint import CheckpointError, LoadReport, unwrap
 from .backbone import recipes_of
-
-_METHODS = ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
-_DRAWS = {getattr(Tensor, method) for method in _METHODS}
-
-
-class WithoutInit(TorchFunctionMode):
-    """Skips the initialisation of weights that have no storage, which does nothing, slowly."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _DRAWS and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+from .loading import WithoutInit, silence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +22,7 @@ class Variant:
         model: Registered name.
         dense: Whether it fits as a backbone with the published dense settings, not as a classifier.
         report: What would be loaded.
-        classes: Classes of the file's classifier; None if it has none.
+        classes: Classes of the file's classifier; None of a dense backbone.
     """
 
     model: str
@@ -59,7 +45,7 @@ def variants_of(checkpoint: Mapping, names: list[str]) -> list[Variant]:
     state = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
     shapes = Counter(tuple(value.shape) for value in state.values())
     fitting = []
-    with _silence():
+    with silence(__package__):
         for name in names:
             # Heads, renamed parts and tables of another size leave most shapes as they are.
             ours = _shapes(name)
@@ -83,18 +69,6 @@ def _shapes(name: str) -> Counter:
     return Counter(tuple(value.shape) for value in model.state_dict().values())
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what loading a wrong model would say to itself."""
-    logger = logging.getLogger(__package__)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:
     # Classes may be any.
     options = {"num_classes": 1000}
@@ -110,4 +84,7 @@ def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:
     if dense:
         return Variant(name, True, model.model.load_report, None)
     # The file's count, which loading has left there.
-    return Variant(name, False, model.load_report, model.pretrained_cfg["num_classes"])
+    classes = model.pretrained_cfg["num_classes"]
+    if not classes:
+        raise CheckpointError("without a classifier it is a backbone")
+    return Variant(name, False, model.load_report, classes)

@@ -10,9 +10,9 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from .. import TaskError
-from ..checkpoints import load_weights, read_checkpoint
+from ..checkpoints import load_weights, read_checkpoint, without_start
 from .data import InputRule
-from .task import create_classifier
+from .task import classifier_card, create_classifier
 
 
 def class_names(count: int) -> list[str]:
@@ -29,6 +29,7 @@ class Predictor:
     Attributes:
         top: Classes that are named, unless a call says how many.
         channels: Channels of the images.
+        card: What a file of this model has to say of it, to be read again; None if the model isn't known.
 
     Args:
         model: Maps ``[B, C, H, W]`` to logits ``[B, classes]``.
@@ -38,6 +39,7 @@ class Predictor:
     """
 
     top = 5
+    card: dict[str, Any] | None = None
 
     def __init__(self, model: nn.Module, rule: InputRule, classes: Sequence[str], device: str | torch.device = "cpu"):
         self.model = model.eval().to(device)
@@ -57,9 +59,11 @@ class Predictor:
         checkpoint = read_checkpoint(path, "classify")
         card = checkpoint["card"]
         rule = InputRule(**card["input"])
-        model = create_classifier(card["model"], len(card["classes"]), rule, **card["kwargs"])
+        model = create_classifier(card["model"], len(card["classes"]), rule, **without_start(card["kwargs"]))
         load_weights(model, checkpoint["state_dict"], path)
-        return cls(model, rule, card["classes"], device)
+        predictor = cls(model, rule, card["classes"], device)
+        predictor.card = card
+        return predictor
 
     @classmethod
     def from_name(cls, name: str, device: str | torch.device = "cpu") -> "Predictor":
@@ -68,14 +72,30 @@ class Predictor:
         Raises:
             TaskError: If the model is unknown or its weights don't exist or can't be had.
         """
-        model = create_classifier(name, pretrained=True)
+        return cls.from_model(name, create_classifier(name, pretrained=True), device)
+
+    @classmethod
+    def from_model(cls, name: str, model: nn.Module, device: str | torch.device = "cpu") -> "Predictor":
+        """Take a timm model as it is, with the input and the classes that timm knows of it.
+
+        Args:
+            name: Its registered name.
+            model: The model.
+            device: Where to run.
+
+        Raises:
+            TaskError: If its images are not square.
+        """
         cfg = model.pretrained_cfg
         channels, height, width = cfg["input_size"]
         if height != width:
             raise TaskError(f"{name}: takes {height}x{width} images; only square inputs are predicted from")
         how = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         rule = InputRule(height, channels, **how, crop_mode=cfg.get("crop_mode") or "center")
-        return cls(model, rule, cfg.get("label_names") or class_names(model.num_classes), device)
+        classes = cfg.get("label_names") or class_names(model.num_classes)
+        predictor = cls(model, rule, classes, device)
+        predictor.card = classifier_card(name, {}, classes, rule)
+        return predictor
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:

@@ -1,10 +1,10 @@
 """Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
-from ...zoo.weights import locate
+from ...zoo.loading import create_model
 from .. import TaskError
+from ..checkpoints import without_start
 from ..occurrence import check_classes
 from .data import InputRule, build_datasets
 
@@ -46,10 +47,7 @@ def create_classifier(
         CheckpointError: If ``checkpoint`` can't be read or isn't one of this model.
     """
     check_name(name)
-    if checkpoint is not None:
-        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(locate(checkpoint))}}
-    else:
-        kwargs["pretrained"] = pretrained
+    kwargs["pretrained"] = pretrained and checkpoint is None
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if rule is not None:
@@ -57,7 +55,7 @@ def create_classifier(
         if get_pretrained_cfg(name).fixed_input_size:
             kwargs.setdefault("img_size", rule.size)
     try:
-        return timm.create_model(name, **kwargs)
+        return create_model(name, checkpoint, **kwargs)
     except CheckpointError:
         raise
     except TypeError as error:
@@ -65,7 +63,7 @@ def create_classifier(
             raise
         raise TaskError(f"{name}: {str(error).split('() ')[-1]}; model.kwargs must be options of the model") from error
     except (RuntimeError, OSError, ValueError) as error:
-        if not kwargs["pretrained"]:
+        if not pretrained and checkpoint is None:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TaskError(f"{name}: its published weights can't be loaded: {reason}") from error
@@ -252,10 +250,15 @@ class Classify:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        return {
-            "task": "classify",
-            "model": self.model["name"],
-            "kwargs": dict(self.model["kwargs"]),
-            "classes": self.classes,
-            "input": dataclasses.asdict(self.rule),
-        }
+        return classifier_card(self.model["name"], self.model["kwargs"], self.classes, self.rule)
+
+
+def classifier_card(name: str, kwargs: Mapping[str, Any], classes: Sequence[str], rule: InputRule) -> dict[str, Any]:
+    """Return, in plain types, what prediction needs of a classifier besides the weights."""
+    return {
+        "task": "classify",
+        "model": name,
+        "kwargs": without_start(kwargs),
+        "classes": list(classes),
+        "input": dataclasses.asdict(rule),
+    }

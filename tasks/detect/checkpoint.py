@@ -126,7 +126,8 @@ def load_detector(
     wanted = model.state_dict()
 
     def fresh(key: str) -> bool:
-        shared = ".bbox_pred." in key and len(wanted[key]) == 4
+        # Offsets for all classes have four rows whatever the classes; those of a single class are one's own.
+        shared = ".bbox_pred." in key and len(wanted[key]) == len(state.get(key, ())) == 4
         return reset_classifier and not shared and _CLASSIFIERS.match(key) is not None
 
     return load_dense(model, state, path, backbone_loaded, fresh)

@@ -13,7 +13,7 @@ from ...zoo._checkpoint import LoadReport
 from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..annotations import has_area
-from ..dense import build_backbone, has_backbone, is_ours
+from ..dense import OtherClassesError, build_backbone, has_backbone, is_ours
 from ..neck import FeaturePyramid
 from .anchors import AnchorGrid
 from .assign import Draw, Sampler
@@ -478,10 +478,7 @@ def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int |
     variant = variant_of(head, state, path)
     if num_classes not in (None, variant["num_classes"]):
         if not reset_classifier:
-            raise CheckpointError(
-                f"{path}: has {variant['num_classes']} classes, not {num_classes}; leave num_classes out, or start "
-                "with new classifiers: reset_classifier=True"
-            )
+            raise OtherClassesError(path, variant["num_classes"], num_classes)
         variant["num_classes"] = num_classes
     return variant
 

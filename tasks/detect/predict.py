@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..checkpoints import load_weights, read_checkpoint
+from ..checkpoints import read_checkpoint, rebuilt_from
 from .draw import draw_detections, keep_likely
 from .task import build_detector, detect_image
 
@@ -20,6 +20,7 @@ class Predictor:
     Attributes:
         threshold: Least score of an object that is named.
         channels: Channels of the images.
+        card: What a file of this model has to say of it, to be read again; None if the model isn't known.
 
     Args:
         model: Maps a list of images ``[3, H, W]``, uint8, to dicts of ``boxes``, ``labels``, ``scores`` and perhaps
@@ -30,6 +31,7 @@ class Predictor:
 
     threshold = 0.5
     channels = 3
+    card: dict[str, Any] | None = None
 
     def __init__(self, model: nn.Module, classes: Sequence[str], device: str | torch.device = "cpu"):
         self.model = model.eval().to(device)
@@ -43,11 +45,10 @@ class Predictor:
         Raises:
             CheckpointError: If the file can't be read or is no such checkpoint.
         """
-        checkpoint = read_checkpoint(path, "detect")
-        card = checkpoint["card"]
-        model = build_detector(card, len(card["classes"]))
-        load_weights(model, checkpoint["state_dict"], path)
-        return cls(model, card["classes"], device)
+        card = read_checkpoint(path, "detect")["card"]
+        predictor = cls(build_detector(rebuilt_from(card, path), len(card["classes"])), card["classes"], device)
+        predictor.card = card
+        return predictor
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:

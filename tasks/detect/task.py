@@ -1,5 +1,6 @@
 """Detection and instance segmentation as the engine sees them: data, model, losses, predictions and metrics."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -154,11 +155,12 @@ class Detect:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        return {
-            "task": "detect",
-            "classes": self.classes,
-            **describe_model(self.model),
-        }
+        return detector_card(self.model, self.classes)
+
+
+def detector_card(model: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """Return, in plain types, what prediction needs of a detector besides the weights."""
+    return {"task": "detect", "classes": list(classes), **describe_model(model)}
 
 
 def build_detector(model: dict[str, Any], classes: int) -> nn.Module:

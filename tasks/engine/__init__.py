@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ...zoo import CheckpointError
 from .. import TaskError
-from ..checkpoints import check_folder, load_weights, read_checkpoint, remove_partial
+from ..checkpoints import check_folder, load_weights, read_checkpoint, rebuilt_from, remove_partial
 from ..devices import choose_device
 
 try:
@@ -87,7 +87,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     if is_main_process():
         check_folder(output, needed=0)
         remove_partial(output)
-    task = task_class_of(config["task"])(_without_start(config) if resume else config)
+    task = task_class_of(config["task"])(_rebuilt(config, last) if resume else config)
     remarks = task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
@@ -161,7 +161,7 @@ def evaluate(
     """
     checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(config if checkpoint is None else _without_start(config))
+    task = task_class_of(config["task"])(config if checkpoint is None else _rebuilt(config, checkpoint_path))
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
     for remark in task.check_data(training=False):
@@ -196,10 +196,9 @@ def _check_card(card: dict, expected: dict, path: str | Path) -> None:
             raise TaskError(f"{path}: its {key} is {card[key]}, but the config's is {expected[key]}")
 
 
-def _without_start(config: dict) -> dict:
-    """Return a config whose model starts from nothing: its weights will come from a checkpoint of the run."""
-    nothing = {"pretrained": False, "checkpoint": None, "backbone_checkpoint": None}
-    return config | {"model": config["model"] | {key: nothing[key] for key in nothing if key in config["model"]}}
+def _rebuilt(config: dict, path: str | Path) -> dict:
+    """Return a config whose model is built from a checkpoint of the run, whatever the run started from."""
+    return config | {"model": rebuilt_from(config["model"], path)}
 
 
 def _launch(device_name: str) -> tuple[torch.device, bool]:

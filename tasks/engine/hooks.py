@@ -14,7 +14,7 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import TaskError
@@ -126,6 +126,8 @@ class RunHook(Hook):
             getattr(runner.net, "backbone", runner.net).compile()
         self._speak = self._progress and runner.rank == 0
         self._began, self._from_iter = time.monotonic(), runner.iter
+        # After so many batches the last checkpoint was written, of which this one continues.
+        self._good = runner.iter
         if self._speak and sys.stderr.isatty():
             self._bar = tqdm(
                 total=runner.max_iters, initial=runner.iter, unit="batch", dynamic_ncols=True, desc="training"
@@ -163,7 +165,7 @@ class RunHook(Hook):
                 "losses": {name: torch.stack(values).cpu() for name, values in self._losses.items()},
             }
             share_damaged(runner.train_dataloader.dataset)
-            runner.save_checkpoint(self.output / "last.pth", self._history, runner.iter + 1, begun)
+            self._save(runner, runner.iter + 1, begun)
 
     def after_train_epoch(self, runner: TaskRunner) -> None:
         """Average the losses; without a validation to come, complete the epoch."""
@@ -202,7 +204,7 @@ class RunHook(Hook):
         if metrics.get(key, -math.inf) > best:
             self._shown = (entry["epoch"], *self._metric.collected, self._metric.indices)
             runner.save_checkpoint(self.output / "best.pth", self._history, done, complete=False)
-        runner.save_checkpoint(self.output / "last.pth", self._history, done)
+        self._save(runner, done)
         if self.folder is None:
             return
         self._keep(entry["epoch"])
@@ -214,6 +216,11 @@ class RunHook(Hook):
             f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
             f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
         )
+
+    def _save(self, runner: TaskRunner, iteration: int, begun: dict | None = None) -> None:
+        """Write what a continuation needs after ``iteration`` batches."""
+        runner.save_checkpoint(self.output / "last.pth", self._history, iteration, begun)
+        self._good = iteration
 
     def _average_losses(self, runner: Runner) -> None:
         """Let all processes have the mean of their losses."""
@@ -270,16 +277,34 @@ class RunHook(Hook):
         seconds = (time.monotonic() - self._began) / done * (runner.max_iters - runner.iter)
         return timedelta(seconds=round(seconds))
 
-    def _check_finite(self, runner: Runner) -> None:
+    def _check_finite(self, runner: TaskRunner) -> None:
+        """Raise a TaskError unless the losses since the last call, and the weights that they led to, are numbers."""
         losses, self._checked = self._losses["loss"][self._checked :], len(self._losses["loss"])
         if losses and not torch.isfinite(torch.stack(losses)).all():
-            if self._bar is not None:
-                self._bar.close()
-            raise TaskError(
-                f"the loss ceased to be a number in epoch {runner.epoch + 1}; lower optimizer.lr (now "
-                f"{self._config['optimizer']['lr']}), set optimizer.clip_grad=1.0, or use precision=float32; the last "
-                f"checkpoint is from before"
-            )
+            what = "the loss ceased to be a number"
+        elif not _has_finite_weights(runner.net):
+            what = "the weights ceased to be finite"
+        else:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        last = self.output / "last.pth"
+        good = (
+            f"the last good checkpoint is {last}, after {self._good} batches"
+            if self._good
+            else "no checkpoint was written yet"
+        )
+        raise TaskError(
+            f"{what} in epoch {runner.epoch + 1}; lower optimizer.lr (now "
+            f"{self._config['optimizer']['lr']}), set optimizer.clip_grad=1.0, or use precision=float32; {good}"
+        )
+
+
+def _has_finite_weights(net: nn.Module) -> bool:
+    """Return whether a model's parameters and statistics are finite, and of norms that are: beyond, no loss is."""
+    statistics = (value for name, value in net.named_buffers() if name.endswith(("running_mean", "running_var")))
+    norms = [value.detach().float().norm() for value in (*net.parameters(), *statistics)]
+    return not norms or bool(torch.isfinite(torch.stack(norms)).all())
 
 
 class TestProgressHook(Hook):

@@ -87,7 +87,14 @@ class ScaledOptimWrapper(OptimWrapper):
         if self.clip_grad_kwargs:
             self.scaler.unscale_(self.optimizer)
             self._clip_grad()
-        self.scaler.step(self.optimizer, **kwargs)
+        try:
+            self.scaler.step(self.optimizer, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            reason = str(error).splitlines()[0]
+            raise TaskError(f"the optimizer can't make a step of optimizer.lr={rate:g}: {reason}; lower it") from error
         self.scaler.update()
 
     @property

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..checkpoints import load_weights, read_checkpoint, write_whole
+from ..checkpoints import read_checkpoint, rebuilt_from, write_whole
 from ..detect.predict import Predictor as DetectionPredictor
 from .data import InputRule
 from .draw import draw_segmentation
@@ -21,6 +21,7 @@ class Predictor:
 
     Attributes:
         channels: Channels of the images.
+        card: What a file of this model has to say of it, to be read again; None if the model isn't known.
 
     Args:
         model: A segmenter.
@@ -33,6 +34,7 @@ class Predictor:
     """
 
     channels = 3
+    card: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -67,12 +69,12 @@ class Predictor:
         Raises:
             CheckpointError: If the file can't be read or is no such checkpoint.
         """
-        checkpoint = read_checkpoint(path, "segment")
-        card = checkpoint["card"]
-        model = build_segmenter(card, card["things"])
-        load_weights(model, checkpoint["state_dict"], path)
+        card = read_checkpoint(path, "segment")["card"]
+        model = build_segmenter(rebuilt_from(card, path), card["things"])
         rule = InputRule(**card["input"])
-        return cls(model, rule, card["classes"], card["things"], card["segments"], card["test"], device)
+        predictor = cls(model, rule, card["classes"], card["things"], card["segments"], card["test"], device)
+        predictor.card = card
+        return predictor
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Any]:

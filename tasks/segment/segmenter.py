@@ -11,7 +11,7 @@ from ...zoo import CheckpointError, UnknownModelError
 from ...zoo.backbone import check_name, recipes_of
 from ...zoo.weights import locate
 from .. import TaskError, nearest
-from ..dense import build_backbone, has_backbone, is_ours
+from ..dense import OtherClassesError, build_backbone, has_backbone, is_ours
 from .checkpoint import aux_channels_of, head_of, load_segmenter, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head
 from .fcn import FCNHead
@@ -52,6 +52,8 @@ class Segmenter(nn.Module):
 
     Shape:
         Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
+
+    `create_segmenter` notes its ``num_classes``.
     """
 
     def __init__(
@@ -201,10 +203,7 @@ def create_segmenter(
     if state is not None:
         options |= variant_of(head, state)
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
-            raise CheckpointError(
-                f"{checkpoint}: has {options['num_classes']} classes, not {num_classes}; leave num_classes out, or "
-                "start with a new classifier: reset_classifier=True"
-            )
+            raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
         aux_options = {"channels": aux_channels_of(state)}
         if aux and aux_options["channels"] is None:
             _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
@@ -248,6 +247,7 @@ def create_segmenter(
         aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
         aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
         model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
+    model.num_classes = num_classes
     if state is not None:
         loaded = published and isinstance(backbone, str)
         model.load_report = load_segmenter(model, state, checkpoint, loaded, reset_classifier)

@@ -1,6 +1,7 @@
 """Segmentation as the engine sees it: data, model, losses, predictions and metrics."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -160,7 +161,8 @@ class Segment:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
             freeze_statistics(model.backbone)
-        if self.model["head"] == "oneformer":
+        if self.as_masks:
+            # Of these, a file may have made Mask2Former a OneFormer, which needs to know.
             return model.loss(images, targets, task=self.task)
         return model.loss(images, targets)
 
@@ -233,15 +235,27 @@ class Segment:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        return {
-            "task": "segment",
-            "classes": self.classes,
-            "things": self.things,
-            "segments": self.task,
-            "input": dataclasses.asdict(self.rule),
-            "test": self.test,
-            **describe_model(self.model),
-        }
+        return segmenter_card(self.model, self.classes, self.things, self.task, self.rule, self.test)
+
+
+def segmenter_card(
+    model: Mapping[str, Any],
+    classes: Sequence[str],
+    things: Sequence[bool],
+    task: str,
+    rule: InputRule,
+    test: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return, in plain types, what prediction needs of a segmenter besides the weights."""
+    return {
+        "task": "segment",
+        "classes": list(classes),
+        "things": list(things),
+        "segments": task,
+        "input": dataclasses.asdict(rule),
+        "test": dict(test),
+        **describe_model(model),
+    }
 
 
 def build_segmenter(model: dict[str, Any], things: list[bool]) -> nn.Module:

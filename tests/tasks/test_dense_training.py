@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError, engine
+from foveate.tasks.detect import create_detector
 from foveate.tasks.engine.hooks import RunHook
 from foveate.tasks.predictors import load_predictor
+from foveate.tasks.segment import create_segmenter
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
 from PIL import Image
@@ -122,6 +124,61 @@ def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
         engine.evaluate(engine.load_config(MASK_RCNN), resumed["best"])
     predictor = load_predictor(resumed["best"])
     assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
+
+
+# What a file tells of a variant, and a config need not.
+FROM_A_FILE = {
+    MASK_RCNN: {"channels": 24, "hidden": 40},
+    UPERNET: {"channels": 24, "aux_head": False},
+    MASK2FORMER: {"num_queries": 10, "dim": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_hidden": 24},
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "head"),
+    [(MASK_RCNN, "mask_rcnn"), (UPERNET, "upernet"), (MASK2FORMER, "mask2former"), (MASK2FORMER, "oneformer")],
+)
+def test_a_run_from_another_variant_and_classes_is_rebuilt_from_its_folder_alone(recipe, head, tmp_path, image):
+    settings = (*SHORT[recipe], "epochs=1", "data.repeat=4", "batch_size=2", "schedule.warmup_iterations=0")
+    config = engine.load_config(recipe, (*settings, "schedule.name=step"))
+    model, variant = config["model"], FROM_A_FILE[recipe]
+    kwargs = {key: value for key, value in model["kwargs"].items() if key not in variant}
+    create = create_detector if recipe == MASK_RCNN else create_segmenter
+    start = tmp_path / "start.pth"
+    torch.manual_seed(0)
+    given = create(head, model["backbone"], num_classes=5, **kwargs, **variant)
+    torch.save({"state_dict": given.state_dict()}, start)
+
+    model |= {"checkpoint": str(start), "kwargs": kwargs}
+    with pytest.raises(CheckpointError, match=r"has 5 classes, the data \d; .*model\.kwargs\.reset_classifier=True"):
+        engine.train(config, tmp_path / "refused", progress=False)
+    model["kwargs"] = kwargs | {"reset_classifier": True}
+    run = tmp_path / "run"
+    result = engine.train(config, run, progress=False)
+    start.unlink()
+    argv = ["eval", str(run / "config.py"), str(run / "best.pth"), "--json", str(tmp_path / "metrics.json")]
+    assert main(argv) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(result["metrics"], nan_ok=True)
+    out = tmp_path / "out"
+    assert main(["predict", str(image), "--checkpoint", str(run / "best.pth"), "--output", str(out)]) == 0
+    assert main(["export", str(run), str(tmp_path / "maps.pt2"), "--features", "--size", "64"]) == 0
+    assert main(["export", str(run), str(tmp_path / "weights.safetensors")]) == 0
+    assert main(["predict", str(image), "--model", str(tmp_path / "weights.safetensors"), "--output", str(out)]) == 0
+    assert main(["train", str(run / "config.py"), "epochs=2", "--output", str(run), "--resume"]) == 0
+    assert [entry["epoch"] for entry in json.loads((run / "history.json").read_text())] == [1, 2]
+
+
+def test_a_run_that_began_before_cards_left_out_the_start_is_rebuilt_too(tmp_path, image):
+    """Its card says reset_classifier, and the widths are told by the weights alone."""
+    run = tmp_path / "run"
+    _, result = train(UPERNET, run, "epochs=1", "data.repeat=4", "batch_size=2", "schedule.warmup_iterations=0")
+    checkpoint = torch.load(result["best"], weights_only=True)
+    kwargs = {key: value for key, value in checkpoint["card"]["kwargs"].items() if key != "channels"}
+    checkpoint["card"]["kwargs"] = kwargs | {"reset_classifier": True}
+    torch.save(checkpoint, run / "old.pth")
+    predictor, expected = load_predictor(run / "old.pth"), load_predictor(result["best"])
+    with Image.open(image) as opened:
+        assert torch.equal(predictor([opened])[0], expected([opened])[0])
 
 
 @pytest.mark.parametrize(

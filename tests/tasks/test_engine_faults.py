@@ -91,6 +91,57 @@ def test_a_loss_that_is_no_number_stops_before_it_reaches_a_checkpoint(config_fi
     checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert checkpoint["meta"]["iter"] == 4
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+    assert message.endswith(f"the last good checkpoint is {tmp_path}/run/last.pth, after 4 batches")
+
+
+def written(run) -> list[dict]:
+    """Every checkpoint of a run; all that is in them must be finite."""
+    checkpoints = [torch.load(path, weights_only=True) for path in run.glob("*.pth")]
+    for checkpoint in checkpoints:
+        assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+    return checkpoints
+
+
+@pytest.mark.parametrize("interval", ["None", "1"])
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        ("adamw", "can't make a step of optimizer.lr=1e+38: "),
+        ("sgd", "in epoch 1; lower optimizer.lr (now 1e+38), set optimizer.clip_grad=1.0"),
+        ("lion", "in epoch 1; lower optimizer.lr (now 1e+38), set optimizer.clip_grad=1.0"),
+    ],
+)
+def test_weights_beyond_all_numbers_are_not_written(config_file, tmp_path, interval, optimizer, reason):
+    settings = ("optimizer.lr=1e38", f"optimizer.name={optimizer}", f"checkpoint.interval={interval}")
+    message = refused(config_file, tmp_path / "run", *settings)
+    assert reason in message
+    assert optimizer == "adamw" or message.endswith("no checkpoint was written yet")
+    assert written(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("interval", "last", "good"), [("None", 4, 2), ("1", 3, 2)])
+def test_a_step_that_ruins_the_weights_just_before_a_checkpoint_stops_the_run(
+    config_file, tmp_path, monkeypatch, interval, last, good
+):
+    """The loss of that batch is a number, its gradient is not."""
+    loss, seen = Classify.loss, []
+
+    def broken(self, model, images, targets):
+        seen.append(0)
+        value = loss(self, model, images, targets)["loss"]
+        # One was the batch that is tried.
+        if len(seen) == last + 1:
+            value.register_hook(lambda gradient: gradient * float("nan"))
+        return {"loss": value}
+
+    monkeypatch.setattr(Classify, "loss", broken)
+    message = refused(config_file, tmp_path / "run", "batch_size=6", f"checkpoint.interval={interval}", "epochs=3")
+    assert "the weights ceased to be finite in epoch 2" in message
+    assert message.endswith(f"the last good checkpoint is {tmp_path}/run/last.pth, after {good} batches")
+    assert max(checkpoint["meta"]["iter"] for checkpoint in written(tmp_path / "run")) == good
+    monkeypatch.undo()
+    (entry, *_) = train(config_file, tmp_path / "run", "batch_size=6", "epochs=3", resume=True)["history"]
+    assert entry["epoch"] == 1
 
 
 def test_what_cannot_work_is_said_before_the_first_epoch(config_file, tmp_path, monkeypatch):

@@ -135,6 +135,20 @@ def test_a_fine_tuned_classifier_is_kept(tmp_path):
     assert_same(load("nat_atto", tmp_path / "tuned.pth", num_classes=7), tuned.state_dict())
 
 
+def test_a_file_without_a_classifier_starts_a_new_one_if_classes_were_chosen(state, expected, tmp_path):
+    backbone = {key: value for key, value in state.items() if not key.startswith("head.")}
+    torch.save(backbone, tmp_path / "nat_mini.pth")
+    for classes in (10, 1000):
+        model = load("nat_mini", tmp_path / "nat_mini.pth", num_classes=classes)
+        assert model.head.fc.out_features == classes
+        assert set(model.load_report.missing) == {"head.fc.weight", "head.fc.bias"}
+        assert "2 keep their initial values" in str(model.load_report)
+        body = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
+        assert all(torch.equal(value, expected[key]) for key, value in body.items())
+    with pytest.raises(zoo.CheckpointError, match=r"no classifier: give num_classes=1000 to start a new one"):
+        load("nat_mini", tmp_path / "nat_mini.pth")
+
+
 def test_a_file_of_other_classes_is_refused_unless_they_were_chosen(tmp_path):
     tuned = timm.create_model("nat_atto", num_classes=10)
     torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
@@ -228,6 +242,19 @@ def test_a_truncated_file_is_refused(state, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(zoo.CheckpointError, match=r"nowhere\.pth: no such file"):
         load("nat_mini", tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_detectron2s_pickle_of_arrays_is_called_what_it_is(protocol, tmp_path):
+    arrays = {"backbone.bottom_up.stem.conv1.weight": np.ones((4, 3, 7, 7), np.float32)}
+    file = {"model": arrays, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(file, protocol))
+    with pytest.raises(
+        zoo.CheckpointError, match=r"model_final\.pkl: a pickle of NumPy arrays, as detectron2's"
+    ) as error:
+        load("nat_mini", tmp_path / "model_final.pkl")
+    assert "\n" not in str(error.value)
+    assert "corrupt" not in str(error.value)
 
 
 class Payload:
