@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="images at once; %(default)s by default")
+    parser.add_argument("--batch-size", type=int, default=16, help="images read at once; %(default)s by default")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -100,8 +100,9 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
         """Return, for every image, its ``top`` classes with their probabilities, the likeliest first."""
-        batch = torch.stack([self._transform(image) for image in images]).to(self.device)
-        best = self.model(batch).float().softmax(-1).topk(min(top or self.top, len(self.classes)))
+        # Each by itself: sharing a batch would move the last bits.
+        logits = [self.model(self._transform(image)[None].to(self.device))[0] for image in images]
+        best = torch.stack(logits).float().softmax(-1).topk(min(top or self.top, len(self.classes)))
         return [
             [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
