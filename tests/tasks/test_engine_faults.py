@@ -1,5 +1,6 @@
 """What goes wrong before and in training is said in one line that names the cause and the cure."""
 
+import re
 import sys
 
 import pytest
