@@ -24,7 +24,11 @@ DETECT = {
 }
 SEGMENT = {
     "segment_instances": {"head": "mask2former", "task": "instance", "kwargs": SMALL_QUERIES},
-    "segment_panoptic": {"head": "mask2former", "task": "panoptic", "kwargs": SMALL_QUERIES | {"object_threshold": 0.1}},
+    "segment_panoptic": {
+        "head": "mask2former",
+        "task": "panoptic",
+        "kwargs": SMALL_QUERIES | {"object_threshold": 0.1},
+    },
     "segment_semantic": {"head": "upernet", "kwargs": {"channels": 16}},
 }
 

@@ -69,7 +69,10 @@ def test_masks_of_0_and_255_are_refused_with_the_cure(tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "validation images have no class but 'ground'" in message
-    assert "counted as unlabelled: 255 (37.5% of the pixels); if one stands for a class, set data.values=[0,255]" in message
+    assert (
+        "counted as unlabelled: 255 (37.5% of the pixels); if one stands for a class, set data.values=[0,255]"
+        in message
+    )
     assert not (tmp_path / "run" / "last.pth").exists()
     assert task_of(path, "data.values=[0,255]").check_data() == []
 
