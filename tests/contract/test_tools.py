@@ -23,7 +23,7 @@ ROUTED = "first derivatives only, unless it is called with backend='reference'"
 REFUSED = {
     "torchvision": lambda family: None if family.startswith("ela_") else TORCHVISION,  # those are timm's own models
     "double_backward": {
-        **{name: NATIVE for name in ("nat_atto", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small", "dat_pp_tiny")},
+        **dict.fromkeys(("nat_atto", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small", "dat_pp_tiny"), NATIVE),
         **{"foveate_host_atto": NATIVE, "biformer_tiny": ROUTED, "biformer_stl_nchw": ROUTED},
     }.get,
 }

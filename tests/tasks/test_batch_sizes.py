@@ -1,4 +1,4 @@
-"""What is printed of an evaluation, a validation and a prediction doesn't depend on how many images are read at once."""
+"""What is printed of an evaluation, a validation and a prediction depends not on how many images are read at once."""
 
 import json
 
