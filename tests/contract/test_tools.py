@@ -23,7 +23,7 @@ ROUTED = "first derivatives only, unless it is called with backend='reference'"
 REFUSED = {
     "torchvision": lambda family: None if family.startswith("ela_") else TORCHVISION,  # those are timm's own models
     "double_backward": {
-        **{name: NATIVE for name in ("nat_atto", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small", "dat_pp_tiny")},
+        **dict.fromkeys(("nat_atto", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small", "dat_pp_tiny"), NATIVE),
         **{"foveate_host_atto": NATIVE, "biformer_tiny": ROUTED, "biformer_stl_nchw": ROUTED},
     }.get,
 }
@@ -173,4 +173,4 @@ def test_the_ways_out_lead_out(build, images):
     finally:
         set_neighborhood_backend(None)
     model = timm.create_model("nat_atto", features_only=True, feature_cls="fx", out_indices=(0, 1))
-    assert [x.shape[1] for x in model(images)] == model.feature_info.channels()
+    assert [x.shape[-1] for x in model(images)] == model.feature_info.channels()
