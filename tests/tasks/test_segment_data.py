@@ -251,6 +251,9 @@ def test_broken_label_maps_can_be_left_out(folder):
         train, val = build_datasets(data | {"broken": "drop"}, RULE)
     assert [[image.name for image, _ in part.files] for part in (train, val)] == [["1.jpg"], ["0.jpg"]]
     train[0], val[0]
+    (root / "masks" / "val" / "0.png").unlink()
+    with pytest.raises(TaskError, match=r"2 images without a label map .* without them no image is left"):
+        build_datasets(data | {"broken": "drop"}, RULE)
 
 
 def test_a_photo_that_exif_turns_is_named_beside_its_label_map(folder):
