@@ -131,7 +131,7 @@ def _qk(
         check_rpb(operator, query, rpb, axes)
     problem = Problem(query, key, axes)
     name = choose(operator, _BACKENDS, problem, backend)
-    slots = math.prod(axis.kernel_size for axis in axes)
+    slots = math.prod([axis.kernel_size for axis in axes])
     empty = 0 in query.shape
     scores = query.new_zeros(*query.shape[:-1], slots) if empty else _BACKENDS[name].run[0](problem)
     if rpb is not None:
@@ -160,7 +160,7 @@ def _av(
     operator = f"na{rank}d_av"
     _check(operator, rank, attention=weights, value=value)
     axes = make_axes(operator, rank, value.shape[1:-2], kernel_size, 1, dilation, is_causal)
-    slots = math.prod(axis.kernel_size for axis in axes)
+    slots = math.prod([axis.kernel_size for axis in axes])
     if additional_values is not None:
         _check_additional(operator, "additional_values", value, additional_values)
     more = 0 if additional_values is None else additional_values.shape[1]
