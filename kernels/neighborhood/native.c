@@ -69,7 +69,8 @@ typedef struct {
 typedef struct {
     int first, count;
     const int32_t *mask; /* [count][lanes], or NULL */
-    int64_t *slot;       /* of products: where from a row's weights those of a pair lie, [count][lanes]; -1 for none */
+    int64_t *slot;       /* for `SCATTER`: where from a row's weights that of a pair lies, [count][lanes]; -1 for none */
+    int64_t *run;        /* for other products, [lanes][3]: where a query's weights lie, its first offset, its number */
 } columns;
 
 typedef struct {
@@ -228,7 +229,7 @@ static columns join_columns(const axis *x, int from, int to) {
         end = any && end > high ? end : high;
         any = 1;
     }
-    return (columns){first, end - first, NULL, NULL};
+    return (columns){first, end - first, NULL, NULL, NULL};
 }
 
 /* How many planes share a vector: as few as make good use of the lanes. */
@@ -284,26 +285,27 @@ static int plan_columns(plan *p) {
     return DONE;
 }
 
-/* Where the weights of each pair of lane and offset lie in those of a row. */
+/* Where in the weights of a row those of the lanes lie. */
 static int plan_slots(plan *p) {
     const axis *x = &p->width;
     const int64_t next = p->a->value.position[2];
     int width = p->lanes / p->group;
     for (int v = 0; v < p->vectors; v++) {
         columns *c = &p->columns[v];
-        int64_t *slot = c->slot = own(p, (int64_t)c->count * p->lanes * sizeof(int64_t));
-        if (!slot) return NO_MEMORY;
-        for (int o = 0; o < c->count; o++)
-            for (int lane = 0; lane < p->lanes; lane++) {
-                int i = v * width + lane / p->group, place = i < x->length ? x->place[i] : 0;
-                int other = place + c->first + o;
-                *slot = -1;
-                if (i < x->length && other >= x->low[place] && other < x->high[place]) {
-                    int query = p->pass == SCATTER ? other : place, key = p->pass == SCATTER ? place : other;
-                    *slot = x->position[query] * next + key - x->first[query];
-                }
-                slot++;
+        int64_t *slot = c->slot = p->pass == SCATTER ? own(p, (int64_t)c->count * p->lanes * sizeof(int64_t)) : NULL;
+        int64_t *run = c->run = own(p, 3 * (int64_t)p->lanes * sizeof(int64_t));
+        if (!run || (p->pass == SCATTER && !slot)) return NO_MEMORY;
+        for (int lane = 0; lane < p->lanes; lane++) {
+            int i = v * width + lane / p->group, place = i < x->length ? x->place[i] : 0;
+            int inside = i < x->length;
+            run[3 * lane] = x->position[place] * next;
+            run[3 * lane + 1] = inside ? x->low[place] - place - c->first : 0;
+            run[3 * lane + 2] = inside ? x->high[place] - x->low[place] : 0;
+            for (int o = 0; slot && o < c->count; o++) {
+                int query = place + c->first + o, seen = inside && query >= x->low[place] && query < x->high[place];
+                slot[o * p->lanes + lane] = seen ? x->position[query] * next + place - x->first[query] : -1;
             }
+        }
     }
     return DONE;
 }
@@ -407,7 +409,8 @@ static int make_plan(plan *p, const call *a, int pass, int lanes, int most_rows)
                  + (a->bias ? 2 * p->entries * lanes : 0) /* bias and its gradient, by lane */
                  + 16 * (rows + 1)                        /* list of rows */
                  + 64 * lanes;
-    if (pass >= SCORES) p->scratch += (a->reach[0] + 1) * (a->reach[1] + 1) * (a->reach[2] + 1) * lanes; /* weights */
+    if (pass >= SCORES) /* a query's weights, or a row's of every lane */
+        p->scratch += ((a->reach[0] + 1) * (a->reach[1] + 1) * (a->reach[2] + 1) + p->most_columns) * lanes;
     return DONE;
 }
 
@@ -1291,22 +1294,26 @@ static void FN(run)(plan *p, int task, float *scratch) {
         }
 }
 
-/* Read or write the weight of one pair. */
-INLINE float FN(read_one)(const char *p, const int dtype) {
-    uint16_t h;
-    if (dtype == FLOAT32) return *(const float *)p;
-    memcpy(&h, p, 2);
-    if (dtype == FLOAT16) return half_to_float(h);
-    uint32_t bits = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+/* Read the weights that queries have for the lanes' keys. */
+INLINE void FN(read_pairs_as)(
+    const char *row, const columns *c, int group, const int64_t *plane, float *to, const int dtype) {
+    for (int64_t n = 0; n < (int64_t)c->count * LANES; n += LANES)
+        for (int l = 0; l < LANES; l++) {
+            const int64_t slot = c->slot[n + l], at = slot + plane[l % group];
+            if (dtype == FLOAT32) to[n + l] = slot < 0 ? 0 : ((const float *)row)[at];
+            if (dtype == FLOAT16) to[n + l] = slot < 0 ? 0 : half_to_float(((const uint16_t *)row)[at]);
+            if (dtype == BFLOAT16) {
+                uint32_t bits = slot < 0 ? 0 : (uint32_t)((const uint16_t *)row)[at] << 16;
+                memcpy(to + n + l, &bits, 4);
+            }
+        }
 }
 
-INLINE void FN(write_one)(char *p, float f, const int dtype) {
-    float lanes[LANES] = {f}, out[LANES];
-    FN(store_as)(out, load(lanes), dtype);
-    memcpy(p, out, dtype == FLOAT32 ? 4 : 2);
+static void FN(read_pairs)(
+    const char *row, const columns *c, int group, const int64_t *plane, float *to, int dtype) {
+    if (dtype == FLOAT32) FN(read_pairs_as)(row, c, group, plane, to, FLOAT32);
+    if (dtype == FLOAT16) FN(read_pairs_as)(row, c, group, plane, to, FLOAT16);
+    if (dtype == BFLOAT16) FN(read_pairs_as)(row, c, group, plane, to, BFLOAT16);
 }
 
 /* A product of unfused attention. `key` is what lies in the ring: keys, values, or what is scattered; `value` are the
@@ -1326,7 +1333,7 @@ static void FN(product)(plan *p, int task, float *scratch) {
     float *ring = scratch, *tile_a = ring + p->layers * p->ring * p->ring_row;
     float *sum = tile_a + MOST_ROWS * dim * LANES, *score = sum + MOST_ROWS * dim * LANES;
     float *held = score + p->block * MOST_ROWS * p->most_columns * LANES;
-    key_row *key = (key_row *)(held + slots * LANES);
+    key_row *key = (key_row *)(held + (slots + p->most_columns) * LANES);
     float zero[LANES] = {0}, one[LANES];
     store(one, ALL(1));
 
@@ -1387,13 +1394,21 @@ static void FN(product)(plan *p, int task, float *scratch) {
                                     (z->position[depth] * a->value.position[0] +
                                      y->position[height] * a->value.position[1] + first) *
                                         size;
-                        for (int64_t n = 0; n < row_size; n++) {
-                            const int64_t slot = c->slot[n];
-                            char *pair = row + (slot + plane.value[n % LANES % p->group]) * size;
-                            if (pass != SCORES) x[n] = slot < 0 ? 0 : FN(read_one)(pair, dtype);
-                            if (pass == SCORES && slot >= 0 && valid >> n % LANES & 1)
-                                FN(write_one)(pair, x[n], dtype);
+                        if (pass == SCATTER) {
+                            FN(read_pairs)(row, c, p->group, plane.value, x, dtype);
+                            continue;
                         }
+                        /* Lanes differ: each query's run of slots comes from, or goes to, its place among the offsets. */
+                        if (pass == VALUES) memset(held, 0, row_size * sizeof(float));
+                        for (int l = 0; l < LANES; l++) lane[l] = (char *)held + l * c->count * size;
+                        if (pass == SCORES) FN(scatter)(x, c->count, one, lane, valid, dtype);
+                        for (int l = 0; l < LANES; l++) {
+                            const int64_t *run = c->run + 3 * l;
+                            char *theirs = row + (run[0] + plane.value[l % p->group]) * size, *ours = lane[l] + run[1] * size;
+                            if (pass == VALUES) memcpy(ours, theirs, run[2] * size);
+                            if (pass == SCORES && valid >> l & 1) memcpy(theirs, ours, run[2] * size);
+                        }
+                        if (pass == VALUES) FN(gather)(lane, c->count, 1, x, LANES, dtype);
                     }
                     if (whole && pass == SCORES) FN(scatter)(held, slots, one, lane, valid, dtype);
                 }
