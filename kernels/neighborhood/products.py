@@ -6,13 +6,14 @@ are ``[B, *spatial, heads, slots]``; a slot is a key of a query's window, row-ma
 ones of an axis: there scores are 0, and weights are not read.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native_products, tiled_products
+from . import native, tiled_products
 from .window import Axis, unflatten_axes
 
 
@@ -25,16 +26,13 @@ class Products(NamedTuple):
 
 
 _PRODUCTS = {
-    name: Products(module.scores, module.values, module.scatter)
-    for name, module in (("native", native_products), ("tiled", tiled_products))
+    "native": Products(native.native_scores, native.native_values, native.native_scatter),
+    "tiled": Products(tiled_products.scores, tiled_products.values, tiled_products.scatter),
 }
 
 
 def _slots(axes: Sequence[int]) -> int:
-    slots = 1
-    for kernel_size in axes[1::5]:
-        slots *= kernel_size
-    return slots
+    return math.prod(axes[1::5])
 
 
 @torch.library.custom_op("foveate::neighborhood_scores", mutates_args=())
