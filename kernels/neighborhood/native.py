@@ -8,7 +8,6 @@ kernel sizes, strides or causality.
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..attention import attention, merge_attentions
 from ..backends import contiguous_rows, export_obstacle
 from .problem import Problem
-from .window import axis_ranges, flatten_axes, unflatten_axes
+from .window import Fields, axis_ranges, flatten_axes, unflatten_axes
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -100,7 +99,7 @@ def _call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     bias: Tensor | None,
     out: Tensor,
@@ -140,7 +139,7 @@ def native_forward(
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     with_lse: bool,
     lanes: int | None = None,
@@ -179,7 +178,7 @@ def native_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     lanes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -226,7 +225,7 @@ def _operator(
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -249,7 +248,7 @@ def _operator_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return native_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
