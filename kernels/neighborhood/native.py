@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention import attention, merge_attentions
 from ..backends import contiguous_rows, export_obstacle, transform_obstacle
 from .problem import Problem
-from .window import Axis, axis_ranges, flatten_axes, unflatten_axes
+from .window import Axis, Fields, axis_ranges, flatten_axes, unflatten_axes
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -108,7 +108,7 @@ def _call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     bias: Tensor | None,
     out: Tensor,
@@ -185,7 +185,7 @@ def native_forward(
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     with_lse: bool,
     lanes: int | None = None,
@@ -224,7 +224,7 @@ def native_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     lanes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -271,7 +271,7 @@ def _operator(
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -294,7 +294,7 @@ def _operator_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return native_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
