@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..zoo import CheckpointError
 from ..zoo._checkpoint import card_of, faults_of, open_checkpoint, state_of
 from . import TaskError
+from .images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
 _OF_THE_START = ("reset_classifier", "pretrained", "pretrained_cfg_overlay", "checkpoint_path")
@@ -181,7 +182,16 @@ def read_checkpoint(path: str | Path, task: str | None = None) -> dict:
         raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
     if not isinstance(checkpoint.get("state_dict"), dict):
         checkpoint = {"state_dict": state_of(checkpoint)}
-    return checkpoint | {"card": card}
+    return checkpoint | {"card": with_white(card, checkpoint)}
+
+
+def with_white(card: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a card that says which value of 16-bit pixels is white, as those of older runs don't.
+
+    They read the bundled micrograph as it is, and all other images of 16 bits by their full range.
+    """
+    data = (checkpoint.get("config") or {}).get("data", {})
+    return {"white": 255 if data.get("name") == "nuclei" else FULL_WHITE} | dict(card)
 
 
 def _kind_of(card: dict) -> str:

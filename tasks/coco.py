@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import TaskError
 from .annotations import Faults, distinct, has_area, in_threads, is_count, is_number
-from .images import DamagedImageError, read_image
+from .images import FULL_WHITE, DamagedImageError, read_image
 
 # COCO's own boxes leave their image by rounding, by less than this many pixels.
 BOX_TOLERANCE = 1.0
@@ -79,14 +79,18 @@ class Record:
     instances: Instances
 
 
-def read_picture(record: "Record | PanopticRecord") -> Image.Image:
+def read_picture(record: "Record | PanopticRecord", white: int = FULL_WHITE) -> Image.Image:
     """Return a record's image, RGB.
+
+    Args:
+        record: Which.
+        white: As for `read_image`.
 
     Raises:
         DamagedImageError: If it can't be read.
         TaskError: If it no longer has the size that it had when the annotations were checked.
     """
-    image = read_image(record.file)
+    image = read_image(record.file, white=white)
     if (image.height, image.width) != tuple(record.size):
         raise TaskError(
             f"{record.file}: has {image.height}x{image.width} pixels, but its annotations say "

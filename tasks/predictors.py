@@ -11,8 +11,6 @@ from ..zoo import CheckpointError
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
 
-# ImageNet's statistics, with which all published detectors and segmenters were trained.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TRANSFORMERS = ("mask2former", "oneformer")
 # Whose classes there are so many of; the panoptic ones of COCO are 133.
 _DATA = {80: "coco", 133: "coco", 150: "ade20k", 19: "cityscapes"}
@@ -123,11 +121,11 @@ def load_dense(
     data = data or _DATA.get(count, "")
     things = [False] * count
     if head in _TRANSFORMERS:
-        task, rule = task or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, _MEAN, _STD)
+        task, rule = task or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
         stretched = backbone.startswith(("biformer", "quadtree"))
-        task, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, _MEAN, _STD)
+        task, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, model.mean, model.std)
     classes = class_names(data, count)
     predictor = Predictor(model, rule, classes, things, task, test, device)
     predictor.card = segmenter_card(described, classes, things, task, rule, test)

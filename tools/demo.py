@@ -27,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo."""
+    from PIL import Image
+
     from ..tasks import TaskError, engine
     from ..tasks.checkpoints import write_whole
     from ..tasks.classify import Digits, Predictor
     from ..tasks.classify.draw import draw_confusion, draw_gallery
     from ..tasks.images import read_image
     from ..tasks.pictures import draw_curve, draw_neighborhoods
+    from ..tasks.samples import load_nuclei_half
 
     began = time.monotonic()
     output = args.output
@@ -68,9 +71,13 @@ def run(args: argparse.Namespace) -> None:
     for index, path in enumerate(paths):
         write_whole(path, held_out.image(index).save)
     predictor = Predictor.from_checkpoint(result["last"], engine.choose_device(args.device))
-    images = [read_image(path, predictor.rule.channels) for path in paths]
+    images = [read_image(path, predictor.channels, predictor.white) for path in paths]
     rankings = predictor(images)
     wrong = [index for index, ranking in enumerate(rankings) if ranking[0][0] != truths[index]]
+
+    # A picture for the commands on segmentation and detection: the half of the micrograph that their recipes hold out.
+    cells = Image.fromarray(load_nuclei_half("val")[0])
+    write_whole(output / "cells.png", cells.save)
 
     print("4/4 drawing")
     # Every mistake, as far as there is room, and digits that were right.
@@ -106,5 +113,6 @@ def run(args: argparse.Namespace) -> None:
     for name, what in pictures.items():
         print(f"  {name:<17} {what}")
     print("  heldout/          the 397 held-out digits as PNG files")
+    print("  cells.png         a 16-bit micrograph, which segment/upernet_nat_atto_nuclei holds out")
     print("  run/              config.py, history.json, best.pth, last.pth")
     print(f"next: foveate predict {output / 'heldout'} --checkpoint {run_folder / 'best.pth'}")

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
     )
+    parser.add_argument(
+        "--white", type=int, help="value of 16-bit pixels that is white; as in training by default, else 65535"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="images read at once; %(default)s by default")
 
 
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.checkpoints import write_whole
     from ..tasks.classify import Predictor
     from ..tasks.devices import choose_device
-    from ..tasks.images import find_images, read_image
+    from ..tasks.images import FULL_WHITE, find_images, read_image
     from ..tasks.predictors import is_file, is_published, load_predictor, load_published
 
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
@@ -48,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             raise TaskError(f"{option} is {value}, but must be at least 1")
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
+    if args.white is not None and not 1 <= args.white <= FULL_WHITE:
+        raise TaskError(f"--white is {args.white}, but must be from 1 to {FULL_WHITE}")
     paths = find_images(args.images)
     device = choose_device(args.device)
     checkpoint = args.checkpoint
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         predictor = Predictor.from_name(args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold
+    predictor.white = args.white or predictor.white
 
     results, unreadable = [], []
     names = _picture_names(paths)
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             batch = []
             for path in paths[start : start + args.batch_size]:
                 try:
-                    batch.append((path, read_image(path, predictor.channels)))
+                    batch.append((path, read_image(path, predictor.channels, predictor.white)))
                 except TaskError as error:
                     unreadable.append(str(error))
             found = predictor([image for _, image in batch]) if batch else []

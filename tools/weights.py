@@ -184,6 +184,7 @@ class _Loaded:
     """A file, and the model that it is of: a classifier, a detector, a segmenter or a dense backbone alone."""
 
     def __init__(self, reference: str, model: str | None, recipe: str | None = None):
+        from ..tasks.checkpoints import with_white
         from ..zoo import weights
         from ..zoo._checkpoint import card_of, metadata_of, open_checkpoint, state_of
         from ..zoo.backbone import check_name
@@ -195,7 +196,8 @@ class _Loaded:
         self.checkpoint = open_checkpoint(self.path)
         # `convert` leaves a note of what the file is, and all that we write has a card.
         note = metadata_of(self.path)
-        self.card = card_of(self.path, self.checkpoint)
+        card = card_of(self.path, self.checkpoint)
+        self.card = with_white(card, self.checkpoint) if card else None
         self.entry = weights.table().get(reference) or weights.table().get(note.get("weights"))
         card = self.card or {}
         known = card.get("backbone") or card.get("model") or note.get("model") or (self.entry and self.entry.model)
@@ -262,6 +264,13 @@ class _Loaded:
                 raise
             raise CheckpointError(f"{error}; the file is one of {' or '.join(others)}") from error
 
+    @property
+    def white(self) -> int:
+        """Value of 16-bit pixels that is white, as the file's run read them."""
+        from ..tasks.images import FULL_WHITE
+
+        return self.predictor.white if self.predictor else FULL_WHITE
+
     def describe(self) -> str:
         """Return what was loaded, in one line."""
         report = getattr(self.model, "load_report", None)
@@ -325,9 +334,9 @@ def _verify(args: argparse.Namespace) -> int | None:
             _show_dense(loaded, args.images, device)
         else:
             transform, classes = _inputs(loaded)
-            _show_classes(model, transform, classes, args.images, device)
+            _show_classes(loaded, model, transform, classes, args.images, device)
             if args.data:
-                _measure(model, transform, classes, loaded.entry, args, device)
+                _measure(loaded, model, transform, classes, args, device)
     stated = loaded.entry.stated if loaded.entry and loaded.task != "backbone" else {}
     if stated and not args.data:
         print(f"stated     {_numbers(stated)}; give --data FOLDER to measure it")
@@ -339,7 +348,7 @@ def _inputs(loaded: _Loaded) -> tuple[Callable, list[str]]:
     return loaded.predictor.rule.transform(), loaded.predictor.classes
 
 
-def _photos(images: list[str] | None, channels: int) -> list[tuple[str, object]]:
+def _photos(images: list[str] | None, channels: int, white: int) -> list[tuple[str, object]]:
     from ..tasks.images import find_images, read_image
 
     if images:
@@ -349,15 +358,17 @@ def _photos(images: list[str] | None, channels: int) -> list[tuple[str, object]]
 
         # The one photograph that is installed anyway: Grace Hopper in uniform, by the US Navy, in the public domain.
         paths = [Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))]
-    return [(path.name, read_image(path, channels)) for path in paths]
+    return [(path.name, read_image(path, channels, white)) for path in paths]
 
 
-def _show_classes(model, transform: Callable, classes: list[str], images: list[str] | None, device) -> None:
+def _show_classes(
+    loaded: _Loaded, model, transform: Callable, classes: list[str], images: list[str] | None, device
+) -> None:
     if not classes:
         print("photo      not run: the model has no classifier")
         return
     channels = getattr(model, "in_chans", 3)
-    for name, image in _photos(images, channels):
+    for name, image in _photos(images, channels, loaded.white):
         scores = model(transform(image)[None].to(device)).float().softmax(-1)[0]
         best = scores.topk(min(5, len(classes)))
         ranking = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -367,7 +378,7 @@ def _show_classes(model, transform: Callable, classes: list[str], images: list[s
 def _show_dense(loaded: _Loaded, images: list[str] | None, device) -> None:
     predictor = loaded.predictor
     predictor.device = device
-    for name, image in _photos(images, 3):
+    for name, image in _photos(images, 3, loaded.white):
         (found,) = predictor([image])
         if loaded.task == "detect":
             rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
@@ -414,7 +425,7 @@ def _compare(model, reference: Path, device) -> bool:
     return matches
 
 
-def _measure(model, transform: Callable, classes: list[str], entry, args: argparse.Namespace, device) -> None:
+def _measure(loaded: _Loaded, model, transform: Callable, classes: list[str], args: argparse.Namespace, device) -> None:
     """Print the accuracy on a folder of labelled images, beside the stated one."""
     from timm.data import ImageNetInfo
     from torch.utils.data import DataLoader
@@ -430,13 +441,16 @@ def _measure(model, transform: Callable, classes: list[str], entry, args: argpar
     # ImageNet's folders are named after its synsets; other folders after the checkpoint's own classes.
     names = ImageNetInfo("imagenet-1k").label_names() if len(classes) == 1000 else classes
     images = LabelledFolder(folder, transform, getattr(model, "in_chans", 3), names)
+    images.white = loaded.white
     right = 0
     for batch, labels in tqdm(
         DataLoader(images, batch_size, num_workers=args.workers), unit="batch", desc="measuring", disable=None
     ):
         right += (model(batch.to(device)).argmax(-1).cpu() == labels).sum().item()
     accuracy = 100 * right / len(images)
-    print(f"accuracy   top-1 {accuracy:.2f} on {len(images)} images of {folder}{_beside(entry, 'top-1', accuracy)}")
+    print(
+        f"accuracy   top-1 {accuracy:.2f} on {len(images)} images of {folder}{_beside(loaded.entry, 'top-1', accuracy)}"
+    )
 
 
 def _batch_size(args: argparse.Namespace, default: int) -> int:

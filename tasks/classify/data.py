@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,16 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine, Resize
 
 from .. import TaskError, nearest
-from ..images import EXTENSIONS, has_image_name, is_hidden, list_images, read_image
+from ..images import (
+    EXTENSIONS,
+    FULL_WHITE,
+    check_white,
+    choose_white,
+    has_image_name,
+    is_hidden,
+    list_images,
+    read_image,
+)
 from ..samples import DIGITS_TRAIN, load_digits
 
 DATA_SETS = ("csv", "digits", "folder")
@@ -101,6 +109,7 @@ class Digits(Dataset):
     """UCI's digits as dark ink on white, ``"train"`` (1400) or ``"val"`` (the other 397)."""
 
     classes = tuple("0123456789")
+    white = FULL_WHITE
 
     def __init__(self, split: str, transform=None):
         images, labels = load_digits()
@@ -125,14 +134,23 @@ class LabelledFolder(ImageFolder):
     """Images in one folder a class; ``classes`` fixes the order, and then any other folder is an error.
 
     What systems hide or add is left out, as `list_images` does it.
+
+    Attributes:
+        white: As for `read_image`.
     """
+
+    white = FULL_WHITE
 
     def __init__(self, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
         self._expected = classes
+        self.channels = channels
         try:
-            super().__init__(root, transform, loader=partial(read_image, channels=channels))
+            super().__init__(root, transform, loader=self._read)
         except FileNotFoundError as error:
             raise TaskError(f"{root}: {str(error).splitlines()[0]}") from error
+
+    def _read(self, path: str) -> Image.Image:
+        return read_image(path, self.channels, self.white)
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is in its file."""
@@ -174,6 +192,7 @@ class LabelledList(Dataset):
     Attributes:
         classes: Names of the classes: all labels in order, numbers by their value.
         samples: ``(file, index of its class)`` of every image.
+        white: As for `read_image`.
 
     Args:
         listing: The CSV file, with a header, in UTF-8.
@@ -185,6 +204,8 @@ class LabelledList(Dataset):
     Raises:
         TaskError: If the list is missing or empty, or a line of it is wrong; the message names file and line.
     """
+
+    white = FULL_WHITE
 
     def __init__(self, listing: Path, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
         entries = _read_list(listing, root)
@@ -206,7 +227,7 @@ class LabelledList(Dataset):
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is in its file."""
-        return read_image(self.samples[index][0], self.channels)
+        return read_image(self.samples[index][0], self.channels, self.white)
 
     def inventory(self) -> list[tuple[str, int]]:
         """Return every file with its class."""
@@ -216,8 +237,7 @@ class LabelledList(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(read_image(path, self.channels)), label
+        return self.transform(self.image(index)), self.samples[index][1]
 
 
 def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
@@ -270,6 +290,7 @@ def build_datasets(data: dict, rule: InputRule) -> tuple[Dataset, Dataset]:
             ``data["num_classes"]``.
     """
     augment = dict(data["augment"])
+    white = check_white(data.get("white"))
     if data["name"] == "digits":
         if rule.channels != 1:
             raise TaskError(f"the digits are grey: data.channels must be 1, not {rule.channels}")
@@ -290,6 +311,7 @@ def build_datasets(data: dict, rule: InputRule) -> tuple[Dataset, Dataset]:
         else:
             train = LabelledFolder(parts[0], rule.transform(augment), rule.channels)
             val = LabelledFolder(parts[1], rule.transform(), rule.channels, train.classes)
+        train.white = val.white = white or choose_white([path for path, _ in train.samples])
     else:
         raise TaskError(f"unknown data set {data['name']!r}{nearest(data['name'], DATA_SETS)}")
     if data["num_classes"] not in (None, len(train.classes)):

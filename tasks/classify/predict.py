@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, without_start
+from ..images import FULL_WHITE, to_pixels
 from .data import InputRule
 from .task import classifier_card, create_classifier
 
@@ -30,22 +31,32 @@ class Predictor:
         top: Classes that are named, unless a call says how many.
         channels: Channels of the images.
         card: What a file of this model has to say of it, to be read again; None if the model isn't known.
+        white: See below.
 
     Args:
         model: Maps ``[B, C, H, W]`` to logits ``[B, classes]``.
         rule: How an image becomes its input.
         classes: Names of the classes, in the order of the logits.
         device: Where to run.
+        white: Value of 16-bit pixels that is white; see `read_image`.
     """
 
     top = 5
     card: dict[str, Any] | None = None
 
-    def __init__(self, model: nn.Module, rule: InputRule, classes: Sequence[str], device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: InputRule,
+        classes: Sequence[str],
+        device: str | torch.device = "cpu",
+        white: int = FULL_WHITE,
+    ):
         self.model = model.eval().to(device)
         self.rule = rule
         self.classes = list(classes)
         self.device = device
+        self.white = white
         self.channels = rule.channels
         self._transform = rule.transform()
 
@@ -61,7 +72,7 @@ class Predictor:
         rule = InputRule(**card["input"])
         model = create_classifier(card["model"], len(card["classes"]), rule, **without_start(card["kwargs"]))
         load_weights(model, checkpoint["state_dict"], path)
-        predictor = cls(model, rule, card["classes"], device)
+        predictor = cls(model, rule, card["classes"], device, card["white"])
         predictor.card = card
         return predictor
 
@@ -99,9 +110,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
-        """Return, for every image, its ``top`` classes with their probabilities, the likeliest first."""
+        """Return, for every image of any mode, its ``top`` classes with their probabilities, the likeliest first."""
+        pixels = (to_pixels(image, self.channels, self.white) for image in images)
         # Each by itself: sharing a batch would move the last bits.
-        logits = [self.model(self._transform(image)[None].to(self.device))[0] for image in images]
+        logits = [self.model(self._transform(image)[None].to(self.device))[0] for image in pixels]
         best = torch.stack(logits).float().softmax(-1).topk(min(top or self.top, len(self.classes)))
         return [
             [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
@@ -120,5 +132,5 @@ class Predictor:
         """Draw the image beside its classes; return what was written beside the picture: nothing."""
         from .draw import draw_prediction
 
-        draw_prediction(image, ranking, path)
+        draw_prediction(to_pixels(image, self.channels, self.white), ranking, path)
         return {}

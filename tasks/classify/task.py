@@ -94,6 +94,7 @@ class Classify:
             "num_classes": None,  # checked if given
             "size": 224,
             "channels": 3,
+            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
@@ -115,6 +116,7 @@ class Classify:
         "data.train": str,
         "data.val": str,
         "data.num_classes": int,
+        "data.white": int,
     }
     metric = "accuracy"
 
@@ -250,7 +252,8 @@ class Classify:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        return classifier_card(self.model["name"], self.model["kwargs"], self.classes, self.rule)
+        card = classifier_card(self.model["name"], self.model["kwargs"], self.classes, self.rule)
+        return card | {"white": self.train_set.white}
 
 
 def classifier_card(name: str, kwargs: Mapping[str, Any], classes: Sequence[str], rule: InputRule) -> dict[str, Any]:

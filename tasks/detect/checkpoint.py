@@ -5,11 +5,12 @@ Read are the containers of mmdet 2.x and 3.x, whose heads have the same names, a
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...zoo import CheckpointError
-from ...zoo._checkpoint import LoadReport, open_checkpoint, state_of
+from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ..dense import load_dense
 from ..neck import convert_pyramid
 
@@ -41,6 +42,12 @@ _EXTRAS = ("data_preprocessor.",)
 _CLASSIFIERS = re.compile(
     r"roi_heads\.(box_heads\.\d+\.(cls_score|bbox_pred)|mask_heads\.\d+\.predictor\.mask_fcn_logits)\.|head\.cls_logits\."
 )
+
+
+def held_options(path: str | Path) -> dict[str, Any]:
+    """Return the options of `create_detector` that a checkpoint of `foveate train` was made with; else none."""
+    card = card_of(path, open_checkpoint(path)) or {}
+    return dict(card["kwargs"]) if card.get("task") == "detect" else {}
 
 
 def read_detector(path: str | Path) -> dict[str, Tensor]:

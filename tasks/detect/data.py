@@ -23,6 +23,7 @@ from ..coco import (
     read_picture,
     to_run_lengths,
 )
+from ..images import FULL_WHITE, check_white, choose_white, to_bytes, white_of_depth
 from ..samples import load_nuclei_half
 from ..voc import name_classes, read_voc
 
@@ -36,12 +37,17 @@ class DetectionSet(Dataset):
     ``labels`` ``[N]`` from 0, and ``masks`` ``[N, H, W]``, uint8, where there are masks; crowds are left out. To be
     measured: ``boxes`` in float64, ``labels``, ``iscrowd``, ``area``, ``size`` and ``masks`` as run lengths.
 
+    Attributes:
+        white: As for `read_image`.
+
     Args:
         records: The images.
         classes: Names of the classes, in the order of the labels.
         augment: Augmentation; the set is to be measured by if None.
         repeat: How often an epoch shows each image.
     """
+
+    white = FULL_WHITE
 
     def __init__(
         self, records: Sequence[Record], classes: Sequence[str], augment: Augment | None = None, repeat: int = 1
@@ -60,7 +66,7 @@ class DetectionSet(Dataset):
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        return read_picture(self.records[index % len(self.records)])
+        return read_picture(self.records[index % len(self.records)], self.white)
 
     def inventory(self) -> list[tuple[Path, list]]:
         """Return every file with its size and the labels of its objects."""
@@ -94,7 +100,8 @@ class Nuclei(DetectionSet):
 
     def __init__(self, split: str, augment: Augment | None = None, repeat: int = 1):
         pixels, labels = load_nuclei_half(split)
-        self.pixels = pixels.astype(np.uint8)
+        self.pixels = pixels
+        self.white = white_of_depth(int(pixels.max()))
         masks = [labels == number for number in np.unique(labels) if number]
         instances = Instances(
             np.array([mask_box(mask) for mask in masks]),
@@ -112,7 +119,7 @@ class Nuclei(DetectionSet):
 
     def image(self, index: int) -> Image.Image:
         """Return the half as RGB."""
-        return Image.fromarray(self.pixels).convert("RGB")
+        return Image.fromarray(to_bytes(self.pixels, self.white)).convert("RGB")
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:
@@ -149,10 +156,12 @@ def build_datasets(data: dict, with_masks: bool, skip_damaged: bool = False) -> 
         raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
     if data["repeat"] < 1:
         raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
+    white = check_white(data.get("white"))
     if data["name"] == "nuclei":
         train, val = Nuclei("train", augment, data["repeat"]), Nuclei("val")
         if data["classes"] is not None and list(data["classes"]) != train.classes:
             raise TaskError(f"data.classes is {list(data['classes'])}, but nuclei has {train.classes}")
+        train.white = val.white = white or train.white
     elif data["name"] in DATA_SETS:
         parts = {split: _read_part(data, split, with_masks, skip_damaged) for split in ("train", "val")}
         (records, classes), (held_out, found) = parts["train"], parts["val"]
@@ -163,6 +172,7 @@ def build_datasets(data: dict, with_masks: bool, skip_damaged: bool = False) -> 
             records = [record for record in records if not record.instances.crowd.all()]
         train = DetectionSet(records, classes, augment, data["repeat"])
         val = DetectionSet(held_out, classes)
+        train.white = val.white = white or choose_white([record.file for record in records])
     else:
         raise TaskError(f"unknown data set {data['name']!r}{nearest(str(data['name']), DATA_SETS)}")
     if data["num_classes"] not in (None, len(train.classes)):

@@ -15,9 +15,10 @@ from .. import TaskError, nearest
 from ..annotations import has_area
 from ..dense import OtherClassesError, build_backbone, has_backbone, is_ours
 from ..neck import FeaturePyramid
+from ..normalize import check_evaluation, dtype_of
 from .anchors import AnchorGrid
 from .assign import Draw, Sampler
-from .checkpoint import head_of, load_detector, read_detector, variant_of
+from .checkpoint import head_of, held_options, load_detector, read_detector, variant_of
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
@@ -31,7 +32,13 @@ Size = tuple[int, int]
 
 
 class Detector(nn.Module):
-    """What detectors have in common: images in, losses or detections out, in torchvision's convention.
+    """What detectors have in common: images in, losses or detections out, called as torchvision's.
+
+    ``model(images)`` and ``model(images, targets)`` are as there: lists of images of any sizes, targets with boxes in
+    pixels, losses in training and detections in evaluation. Two things differ from torchvision: labels are from 0 to
+    ``num_classes - 1``, without a background, where torchvision's are from 1; and masks are ``[D, H, W]``, bool, where
+    torchvision's are ``[D, 1, H, W]``, probabilities. ``torchvision_outputs`` gives detections as torchvision does;
+    targets are of labels from 0 all the same.
 
     Attributes:
         backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image.
@@ -39,6 +46,7 @@ class Detector(nn.Module):
         transform: Makes the batch of images.
         num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
         load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
+        torchvision_outputs: Whether detections have labels from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1.
 
     Args:
         backbone: See above; has ``channels``.
@@ -56,6 +64,7 @@ class Detector(nn.Module):
         self.transform = transform
         self.num_classes = num_classes
         self.load_report: LoadReport | None = None
+        self.torchvision_outputs = False
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -72,36 +81,89 @@ class Detector(nn.Module):
         Returns:
             In training a dict of scalar losses, whose sum is to be minimised. In evaluation, for each image, whatever
             the others are, a dict of ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and, with a mask
-            head, ``masks`` ``[D, H, W]`` (bool), best first, in pixels of the image as it was given.
+            head, ``masks`` ``[D, H, W]`` (bool), best first, in pixels of the image as it was given;
+            or as torchvision's, see ``torchvision_outputs``.
 
         Raises:
             TaskError: If images or targets are none of these.
         """
-        if not len(images):
-            raise TaskError("the list of images is empty")
         if not self.training:
-            return self._detect(images)
+            return self._detect(images, False, self.torchvision_outputs)
         if targets is None:
             raise TaskError("training needs targets; for detections, put the model into evaluation mode: model.eval()")
-        self._check(targets, images)
-        batch, targets, image_sizes = self.transform(images, targets)
-        return self.losses_from_features(self.backbone(batch), targets, image_sizes)
+        return self.loss(images, targets)
 
-    def _detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    def loss(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], normalized: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the losses of a batch, in training or evaluation; their sum is to be minimised.
+
+        Args:
+            images: As those of `forward`.
+            targets: As those of `forward`.
+            normalized: Whether the images are normalised already, by the transform's ``mean`` and ``std``.
+
+        Returns:
+            A dict of scalars.
+
+        Raises:
+            TaskError: If images or targets are none of these.
+        """
+        self._check_images(images)
+        self._check(targets, images)
+        batch, targets, image_sizes = self.transform(images, targets, normalized)
+        return self.losses_from_features(self.backbone(batch.to(dtype_of(self))), targets, image_sizes)
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Tensor], normalized: bool = False, torchvision_outputs: bool | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return the detections of each image, as `forward` does in evaluation, without gradients.
+
+        Args:
+            images: As those of `forward`.
+            normalized: Whether the images are normalised already, by the transform's ``mean`` and ``std``.
+            torchvision_outputs: Whether labels are from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1, as
+                torchvision's; the model's setting by default.
+
+        Raises:
+            TaskError: If the model is in training mode, or images are none of these.
+        """
+        check_evaluation(self)
+        wanted = self.torchvision_outputs if torchvision_outputs is None else torchvision_outputs
+        return self._detect(images, normalized, wanted)
+
+    @staticmethod
+    def _check_images(images: Sequence[Tensor]) -> None:
+        if not len(images):
+            raise TaskError("the list of images is empty")
+        if isinstance(images, Tensor) and images.dim() != 4:
+            raise TaskError(
+                f"images have shape {tuple(images.shape)}; they are a list of [C, H, W], or a batch [B, C, H, W]"
+            )
+
+    def _detect(self, images: Sequence[Tensor], normalized: bool, torchvision_outputs: bool) -> list[dict[str, Tensor]]:
         """Return what each image gets alone: only those that are padded to the same size share a batch."""
+        self._check_images(images)
         groups: dict[Size, list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(self.transform.padded_size(image), []).append(index)
         detections: dict[int, dict[str, Tensor]] = {}
         for members in groups.values():
-            batch, _, image_sizes = self.transform([images[index] for index in members])
+            batch, _, image_sizes = self.transform([images[index] for index in members], normalized=normalized)
             originals = [tuple(images[index].shape[-2:]) for index in members]
-            found = self.predict_from_features(self.backbone(batch), image_sizes, originals)
+            features = self.backbone(batch.to(dtype_of(self)))
+            found = self.predict_from_features(features, image_sizes, originals, soft_masks=torchvision_outputs)
+            found = [_as_torchvision(one) for one in found] if torchvision_outputs else found
             detections |= dict(zip(members, found, strict=True))
         return [detections[index] for index in range(len(images))]
 
     def predict_from_features(
-        self, features: Sequence[Tensor], image_sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
     ) -> list[dict[str, Tensor]]:
         """Return the detections of each image, as `forward` does, from maps of the backbone.
 
@@ -110,6 +172,7 @@ class Detector(nn.Module):
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             original_sizes: ``(height, width)`` of each image before it was resized, in whose pixels the answer is; as
                 ``image_sizes`` by default.
+            soft_masks: Whether masks are probabilities, float32, instead of bool.
         """
         raise NotImplementedError
 
@@ -158,6 +221,8 @@ class Detector(nn.Module):
                     f"target {index} has boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
                     "they must be [N, 4] and [N]"
                 )
+            if labels.is_floating_point():
+                raise TaskError(f"target {index} has labels of {labels.dtype}; they are integers")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise TaskError(
                     f"target {index} has labels {int(labels.min())} to {int(labels.max())}; "
@@ -177,6 +242,14 @@ class Detector(nn.Module):
                     f"target {index} has masks {tuple(masks.shape)}; for {len(boxes)} boxes they must be "
                     f"{(len(boxes), *size)}"
                 )
+            if masks.is_floating_point():
+                raise TaskError(f"target {index} has masks of {masks.dtype}; they are bool or uint8")
+
+
+def _as_torchvision(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an image's detections with labels from 1 and probabilities ``[D, 1, H, W]`` as masks."""
+    given = found | {"labels": found["labels"] + 1}
+    return given | {"masks": found["masks"][:, None]} if "masks" in found else given
 
 
 class RetinaNet(Detector):
@@ -231,7 +304,11 @@ class RetinaNet(Detector):
 
     @torch.no_grad()
     def predict_from_features(
-        self, features: Sequence[Tensor], image_sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
     ) -> list[dict[str, Tensor]]:
         logits, offsets = self.head(self.neck(features))
         return self.head.detect(logits, offsets, image_sizes, original_sizes or image_sizes)
@@ -311,12 +388,16 @@ class MaskRCNN(Detector):
 
     @torch.no_grad()
     def predict_from_features(
-        self, features: Sequence[Tensor], image_sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
     ) -> list[dict[str, Tensor]]:
         pyramid = self.neck(features)
         proposals = self.rpn.propose(*self.rpn(pyramid), image_sizes)
         regions = [boxes for boxes, _ in proposals]
-        return self.roi_heads(pyramid, regions, image_sizes, original_sizes or image_sizes)
+        return self.roi_heads(pyramid, regions, image_sizes, original_sizes or image_sizes, soft_masks)
 
     def losses_from_features(
         self,
@@ -402,6 +483,7 @@ def create_detector(
     checkpoint: str | Path | None = None,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
+    torchvision_outputs: bool = False,
     **kwargs,
 ) -> Detector:
     """Create a detector of any backbone.
@@ -420,9 +502,11 @@ def create_detector(
             and says so.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
+        torchvision_outputs: Whether detections are as torchvision's: labels from 1, masks ``[D, 1, H, W]``, float32 of
+            0 to 1; see `Detector`. Targets have labels from 0 all the same.
         **kwargs: Options of the detector's class (`RetinaNet`, `MaskRCNN`, `CascadeMaskRCNN`), such as ``channels``,
-            and of its transform (`DetectorTransform`): ``min_size``, ``max_size``, ``mean``, ``std``, ``divisor``. All
-            others are options of a named backbone.
+            and of its transform (`DetectorTransform`): ``min_size``, ``max_size``, ``mean``, ``std``, ``divisor``; by
+            default those of the run whose checkpoint it is. All others are options of a named backbone.
 
     Raises:
         TaskError: If the head or an option is unknown, or the backbone doesn't suit the head.
@@ -447,6 +531,8 @@ def create_detector(
         num_classes = variant.pop("num_classes")
         options = variant | options
         published = has_backbone(state) and not is_ours(state)
+        if is_ours(state):
+            transform = _split_options(kind, held_options(checkpoint))[1] | transform
     elif reset_classifier:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
@@ -464,6 +550,7 @@ def create_detector(
     )
     _check_maps(backbone, body)
     model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
+    model.torchvision_outputs = torchvision_outputs
     if state is not None:
         loaded = published and isinstance(backbone, str)
         model.load_report = load_detector(model, state, checkpoint, loaded, reset_classifier)

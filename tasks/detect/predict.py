@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoints import read_checkpoint, rebuilt_from
+from ..images import FULL_WHITE, to_pixels
 from .draw import draw_detections, keep_likely
 from .task import build_detector, detect_image
 
@@ -21,22 +22,31 @@ class Predictor:
         threshold: Least score of an object that is named.
         channels: Channels of the images.
         card: What a file of this model has to say of it, to be read again; None if the model isn't known.
+        white: See below.
 
     Args:
         model: Maps a list of images ``[3, H, W]``, uint8, to dicts of ``boxes``, ``labels``, ``scores`` and perhaps
             ``masks``.
         classes: Names of the classes, in the order of the labels.
         device: Where to run.
+        white: Value of 16-bit pixels that is white; see `read_image`.
     """
 
     threshold = 0.5
     channels = 3
     card: dict[str, Any] | None = None
 
-    def __init__(self, model: nn.Module, classes: Sequence[str], device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        device: str | torch.device = "cpu",
+        white: int = FULL_WHITE,
+    ):
         self.model = model.eval().to(device)
         self.classes = list(classes)
         self.device = device
+        self.white = white
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
@@ -46,14 +56,16 @@ class Predictor:
             CheckpointError: If the file can't be read or is no such checkpoint.
         """
         card = read_checkpoint(path, "detect")["card"]
-        predictor = cls(build_detector(rebuilt_from(card, path), len(card["classes"])), card["classes"], device)
+        model = build_detector(rebuilt_from(card, path), len(card["classes"]))
+        predictor = cls(model, card["classes"], device, card["white"])
         predictor.card = card
         return predictor
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Return ``boxes`` ``[N, 4]``, ``labels``, ``scores`` and perhaps ``masks`` (run lengths) of every image."""
-        batch = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(self.device) for image in images]
+        pixels = (np.array(to_pixels(image, self.channels, self.white)) for image in images)
+        batch = [torch.from_numpy(image).permute(2, 0, 1).to(self.device) for image in pixels]
         return [detect_image(self.model, image) for image in batch]
 
     def describe(self, found: dict[str, Any]) -> dict[str, Any]:
@@ -79,5 +91,6 @@ class Predictor:
 
     def draw(self, image: Image.Image, found: dict[str, Any], path: Path) -> dict[str, str]:
         """Draw the objects on the image; return what was written beside the picture: nothing."""
+        image = to_pixels(image, self.channels, self.white)
         draw_detections(image, found, self.classes, path, self.threshold)
         return {}

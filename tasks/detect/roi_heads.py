@@ -301,6 +301,7 @@ class RoIHeads(nn.Module):
         proposals: Sequence[Tensor],
         image_sizes: Sequence[tuple[int, int]],
         original_sizes: Sequence[tuple[int, int]],
+        soft_masks: bool = False,
     ) -> list[dict[str, Tensor]]:
         """Return the detections of each image, best first, in pixels of the original images.
 
@@ -309,10 +310,11 @@ class RoIHeads(nn.Module):
             proposals: Regions ``[P, 4]`` of each image.
             image_sizes: ``(height, width)`` of each image, without padding.
             original_sizes: ``(height, width)`` of each image before it was resized.
+            soft_masks: Whether masks are probabilities.
 
         Returns:
             For each image ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and ``masks``
-            ``[D, height, width]``, bool.
+            ``[D, height, width]``, bool, or float32 if they are soft.
         """
         found = self._boxes(pyramid, proposals, image_sizes)
         masks = self._masks(pyramid, [boxes for boxes, _, _ in found], [labels for _, _, labels in found])
@@ -321,9 +323,8 @@ class RoIHeads(nn.Module):
             found, masks, image_sizes, original_sizes, strict=True
         ):
             boxes = boxes / scale_of(boxes, size, original)
-            detections.append(
-                {"boxes": boxes, "labels": labels, "scores": scores, "masks": paste_masks(mask, boxes, original)}
-            )
+            pasted = paste_masks(mask, boxes, original, None if soft_masks else 0.5)
+            detections.append({"boxes": boxes, "labels": labels, "scores": scores, "masks": pasted})
         return detections
 
     def _boxes(

@@ -1,5 +1,6 @@
 """Detection and instance segmentation as the engine sees them: data, model, losses, predictions and metrics."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +46,7 @@ class Detect:
             "val": {"annotations": "annotations/instances_val2017.json", "images": "val2017", "split": "val"},
             "classes": None,  # names in the order of the labels; by default those of the file, or Pascal's 20
             "num_classes": None,  # checked if given
+            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
             "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
             "keep_empty": True,  # train on images without objects too
             "repeat": 1,  # how often an epoch shows each training image
@@ -60,6 +62,7 @@ class Detect:
         "data.root": str,
         "data.classes": tuple,
         "data.num_classes": int,
+        "data.white": int,
     }
 
     def __init__(self, config: dict):
@@ -155,7 +158,7 @@ class Detect:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        return detector_card(self.model, self.classes)
+        return detector_card(self.model, self.classes) | {"white": self.train_set.white}
 
 
 def detector_card(model: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
@@ -171,7 +174,11 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
         UnknownModelError: If the backbone or its recipe is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
-    return build_described(create_detector, model, classes, model["kwargs"])
+    if model["kwargs"].get("torchvision_outputs"):
+        raise TaskError("model.kwargs.torchvision_outputs: a run counts labels from 0; set it on the trained model")
+    # All that becomes of images is the run's own say, not that of a file that it starts from.
+    transform = {name: option.default for name, option in inspect.signature(DetectorTransform).parameters.items()}
+    return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:

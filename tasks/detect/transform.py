@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .. import TaskError
 from ..annotations import has_area
+from ..normalize import check_images, normalize
 from .boxes import scale_of
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[int, int]:
@@ -49,8 +48,8 @@ class DetectorTransform(nn.Module):
         self,
         min_size: int | Sequence[int] | None = 800,
         max_size: int = 1333,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
         divisor: int = 32,
     ):
         super().__init__()
@@ -65,7 +64,10 @@ class DetectorTransform(nn.Module):
         self.divisor = divisor
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+        normalized: bool = False,
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None, list[tuple[int, int]]]:
         """Return the batch ``[B, C, H, W]``, its targets, and the ``(height, width)`` of each image in it.
 
@@ -74,15 +76,20 @@ class DetectorTransform(nn.Module):
             targets: ``boxes`` ``[M, 4]``, and optionally ``masks`` ``[M, H, W]``, of each image, in its pixels. Masks
                 are resized by the nearest pixel and padded to the batch; objects of which no area is left go; all else
                 is passed on.
+            normalized: Whether the images are normalised already.
 
         Raises:
-            TaskError: If an image has another shape, dtype or number of channels.
+            TaskError: If an image has another shape, dtype, number of channels or values; of images on a GPU, values
+                are looked at in evaluation alone.
         """
         for image in images:
-            self._check(image)
+            self._check_shape(image)
+            check_images(image, len(self.mean), normalized, look=not self.training or image.device.type == "cpu")
         originals = [tuple(image.shape[-2:]) for image in images]
         sizes = [self._size(original) for original in originals]
-        images = [self.normalize(resize(image, size)) for image, size in zip(images, sizes, strict=True)]
+        images = [resize(image, size) for image, size in zip(images, sizes, strict=True)]
+        if not normalized:
+            images = [normalize(image, self.mean, self.std) for image in images]
         canvas = self._canvas(sizes)
         batch = torch.stack([_pad(image, canvas) for image in images])
         if targets is not None:
@@ -96,21 +103,19 @@ class DetectorTransform(nn.Module):
         """Return the ``(height, width)`` of a batch of an image ``[C, H, W]`` alone, in evaluation.
 
         Raises:
-            TaskError: As `forward` does.
+            TaskError: If the image has another shape.
         """
-        self._check(image)
+        self._check_shape(image)
         return self._canvas([self._size(tuple(image.shape[-2:]))])
 
     def _canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return tuple(-(-max(sides) // self.divisor) * self.divisor for sides in zip(*sizes, strict=True))
 
-    def _check(self, image: Tensor) -> None:
+    def _check_shape(self, image: Tensor) -> None:
         if image.dim() != 3 or len(image) != len(self.mean) or 0 in image.shape:
             raise TaskError(
-                f"an image has shape {tuple(image.shape)}; the detector takes [{len(self.mean)}, height, width]"
+                f"an image has shape {tuple(image.shape)}; the model takes [{len(self.mean)}, height, width]"
             )
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise TaskError(f"an image has dtype {image.dtype}; it can be uint8, or floating point of 0 to 1")
 
     def _size(self, original: tuple[int, int]) -> tuple[int, int]:
         if self.min_size is None:
@@ -118,13 +123,6 @@ class DetectorTransform(nn.Module):
         return resized_size(
             original, random.choice(self.min_size) if self.training else self.min_size[-1], self.max_size
         )
-
-    def normalize(self, image: Tensor) -> Tensor:
-        """Return an image ``[C, H, W]`` with the mean subtracted and divided by the standard deviation."""
-        scale = 255 if image.dtype == torch.uint8 else 1
-        image = image.float()
-        mean, std = (image.new_tensor(values)[:, None, None] * scale for values in (self.mean, self.std))
-        return (image - mean) / std
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

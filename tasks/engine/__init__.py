@@ -87,7 +87,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     if is_main_process():
         check_folder(output, needed=0)
         remove_partial(output)
-    task = task_class_of(config["task"])(_rebuilt(config, last) if resume else config)
+    task = task_class_of(config["task"])(config if checkpoint is None else _rebuilt(config, checkpoint, last))
     remarks = task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
@@ -161,7 +161,9 @@ def evaluate(
     """
     checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(config if checkpoint is None else _rebuilt(config, checkpoint_path))
+    task = task_class_of(config["task"])(
+        config if checkpoint is None else _rebuilt(config, checkpoint, checkpoint_path)
+    )
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
     for remark in task.check_data(training=False):
@@ -196,9 +198,14 @@ def _check_card(card: dict, expected: dict, path: str | Path) -> None:
             raise TaskError(f"{path}: its {key} is {card[key]}, but the config's is {expected[key]}")
 
 
-def _rebuilt(config: dict, path: str | Path) -> dict:
-    """Return a config whose model is built from a checkpoint of the run, whatever the run started from."""
-    return config | {"model": rebuilt_from(config["model"], path)}
+def _rebuilt(config: dict, checkpoint: dict, path: str | Path) -> dict:
+    """Return a config whose model is built from a checkpoint of the run, and images are read as the run did."""
+    white = checkpoint["card"]["white"]
+    if config["data"]["white"] not in (None, white):
+        raise TaskError(
+            f"{path}: was trained with data.white={white}, not {config['data']['white']}; leave data.white out"
+        )
+    return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
 
 
 def _launch(device_name: str) -> tuple[torch.device, bool]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .. import TaskError
 from ..checkpoints import keep_copy
+from ..images import FULL_WHITE
 from .config import plain
 from .loading import Samples, derive_seed, share_damaged
 from .run_folder import RunFolder
@@ -116,6 +117,8 @@ class RunHook(Hook):
         )
         for remark in remarks:
             self.folder.say(remark)
+        if (white := self._task.train_set.white) != FULL_WHITE:
+            self.folder.say(f"pixels of 16 bits: {white} is white, 255 (data.white)")
         if resume:
             self.folder.say("continued")
 

@@ -7,10 +7,11 @@ import logging
 import re
 from pathlib import Path
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ...zoo import CheckpointError
-from ...zoo._checkpoint import LoadReport, open_checkpoint, state_of
+from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ..dense import load_dense
 from ..neck import convert_pyramid
 
@@ -38,6 +39,13 @@ _NAMES = (
 _NETWORKS = ("text_encoder.", "text_projector.", "prompt_ctx.")
 _EXTRAS = (*_NETWORKS, "criterion.", "pixel_mean", "pixel_std", "data_preprocessor.")
 _CLASSIFIERS = ("head.conv_seg.", "aux_head.conv_seg.", "head.classifier.4.", "head.predictor.class_embed.")
+
+
+def held_statistics(path: str | Path) -> dict[str, tuple[float, ...]]:
+    """Return the ``mean`` and ``std`` of the images of a checkpoint of `foveate train`; ImageNet's of other files."""
+    rule = (card_of(path, open_checkpoint(path)) or {}).get("input", {})
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return {key: tuple(rule.get(key, value)) for key, value in usual.items()}
 
 
 def read_segmenter(path: str | Path) -> dict[str, Tensor]:

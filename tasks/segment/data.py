@@ -27,9 +27,22 @@ from ..coco import (
     read_segment_ids,
     to_run_lengths,
 )
-from ..images import DamagedImageError, list_images, read_image, read_size, read_values
+from ..images import (
+    FULL_WHITE,
+    DamagedImageError,
+    check_white,
+    choose_white,
+    list_images,
+    read_image,
+    read_size,
+    read_values,
+    to_bytes,
+    white_of_depth,
+)
+from ..normalize import normalize
 from ..samples import load_nuclei_half
 from ..voc import Names, check_classes, name_classes
+from .inference import pad_to
 
 DATA_SETS = ("ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc")
 
@@ -98,9 +111,7 @@ class InputRule:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
-        mean, std = (255 * torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return (image - mean) / std
+        return normalize(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), self.mean, self.std)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an RGB image as the input of evaluation, ``[3, H', W']``."""
@@ -117,6 +128,9 @@ class SegmentationSet(Dataset):
     count, or for Mask2Former with a dict of ``labels`` ``[N]`` and ``masks`` ``[N, h, w]``, bool. One to be measured by
     is a dict of ``image`` and ``size``, with the truth in the image's own size.
 
+    Attributes:
+        white: As for `read_image`.
+
     Args:
         classes: Names of the classes, in the order of the labels.
         things: For each class whether its objects are told apart.
@@ -129,6 +143,7 @@ class SegmentationSet(Dataset):
     """
 
     overlapping = False  # whether a pixel may be in several masks
+    white = FULL_WHITE
 
     def __init__(
         self,
@@ -203,9 +218,7 @@ class SegmentationSet(Dataset):
         return image, {"labels": torch.from_numpy(labels[left]), "masks": masks}
 
     def _padded(self, x: Tensor, value: float) -> Tensor:
-        height, width = self.pad or (0, 0)
-        below, right = max(height - x.shape[-2], 0), max(width - x.shape[-1], 0)
-        return torch.nn.functional.pad(x, (0, right, 0, below), value=value)
+        return pad_to(x, [max(sides) for sides in zip(self.pad or (0, 0), x.shape[-2:], strict=True)], value)
 
     def _truth(self, index: int) -> Any:
         if self.task == "semantic":
@@ -233,15 +246,11 @@ class SegmentationSet(Dataset):
         inputs, targets = zip(*items, strict=True)
         if self.augment is None:
             return list(inputs), list(targets)
-        height, width = (max(image.shape[side] for image in inputs) for side in (-2, -1))
-
-        def pad(x: Tensor, value: float) -> Tensor:
-            return torch.nn.functional.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
-
-        images = torch.stack([pad(image, 0.0) for image in inputs])
+        size = [max(image.shape[side] for image in inputs) for side in (-2, -1)]
+        images = torch.stack([pad_to(image, size) for image in inputs])
         if not self.as_masks:
-            return images, torch.stack([pad(labels, IGNORE) for labels in targets])
-        return images, [target | {"masks": pad(target["masks"], False)} for target in targets]
+            return images, torch.stack([pad_to(labels, size, IGNORE) for labels in targets])
+        return images, [target | {"masks": pad_to(target["masks"], size, False)} for target in targets]
 
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
@@ -269,9 +278,14 @@ class LabelMaps(SegmentationSet):
         """Number of different images."""
         return len(self.files)
 
+    @property
+    def image_files(self) -> list[Path]:
+        """Files of the images."""
+        return [image for image, _ in self.files]
+
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        return read_image(self.files[index][0])
+        return read_image(self.files[index][0], white=self.white)
 
     def inventory(self) -> list[tuple[Path, str]]:
         """Return all images and label maps."""
@@ -354,9 +368,14 @@ class CocoMaps(SegmentationSet):
         """Number of different images."""
         return len(self.records)
 
+    @property
+    def image_files(self) -> list[Path]:
+        """Files of the images."""
+        return [record.file for record in self.records]
+
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        return read_picture(self.records[index])
+        return read_picture(self.records[index], self.white)
 
     def inventory(self) -> list[tuple[Path, list]]:
         """Return every image with its size and the labels of its objects or segments."""
@@ -411,6 +430,7 @@ class Nuclei(SegmentationSet):
         names = ["nucleus"] if task == "instance" else ["background", "nucleus"]
         super().__init__(classes=names, things=[name == "nucleus" for name in names], task=task, **settings)
         pixels, numbers = load_nuclei_half(split)
+        self.white = white_of_depth(int(pixels.max()))
         height, width = numbers.shape
         down, across = (height, width) if tile is None else (tile, tile)
         if tile is not None and not 0 < tile <= width:
@@ -425,7 +445,7 @@ class Nuclei(SegmentationSet):
 
     def image(self, index: int) -> Image.Image:
         """Return the half, or a tile of it, as RGB."""
-        return Image.fromarray(self.tiles[index][0].astype(np.uint8)).convert("RGB")
+        return Image.fromarray(to_bytes(self.tiles[index][0], self.white)).convert("RGB")
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return background, unless instances are asked for, and nuclei; for semantic masks all nuclei as one."""
@@ -476,6 +496,7 @@ def build_datasets(
             raise TaskError(
                 f"data.{key} is for label maps of data.name=folder; those of {name} have values of their own"
             )
+    white = check_white(data.get("white"))
     crop = data["augment"].get("crop")
     pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
     shared = {"rule": rule, "task": task, "as_masks": as_masks}
@@ -483,6 +504,7 @@ def build_datasets(
     if name == "nuclei":
         shared.pop("task")
         sets = Nuclei("train", task, **shared, **to_train), Nuclei("val", task, data["tile"], **shared)
+        white = white or sets[0].white
     else:
         if data["root"] is None:
             raise TaskError("data.root is not set; name the folder that holds images and annotations")
@@ -494,6 +516,8 @@ def build_datasets(
             read(root, data, split, shared | settings, skip_damaged)
             for split, settings in (("train", to_train), ("val", {}))
         )
+        white = white or choose_white(sets[0].image_files)
+    sets[0].white = sets[1].white = white
     _order_classes(sets, data)
     if data["num_classes"] not in (None, len(sets[0].classes)):
         raise TaskError(

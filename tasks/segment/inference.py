@@ -18,6 +18,11 @@ def resize_to(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def pad_to(x: Tensor, size: Sequence[int], value: float = 0.0) -> Tensor:
+    """Pad maps ``[..., h, w]``, on the right and below, to ``size``, (height, width)."""
+    return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]), value=value)
+
+
 def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop_size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """Return the mean of the logits of all windows that see a pixel.
 

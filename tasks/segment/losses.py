@@ -1,9 +1,56 @@
 """Losses of the heads that label every pixel."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import TaskError
+from .inference import pad_to
+
 MEANS = ("all", "valid")
+
+
+def batch_labels(
+    labels: Tensor | Sequence[Tensor], sizes: Sequence[Sequence[int]], canvas: Sequence[int], ignore_index: int = 255
+) -> Tensor:
+    """Return the label maps of a batch's images as one tensor ``[B, H, W]``, padded by ``ignore_index``.
+
+    Args:
+        labels: ``[B, H, W]``, or a list of ``[H_i, W_i]``; integers.
+        sizes: ``(height, width)`` of each image.
+        canvas: Height and width of the batch.
+        ignore_index: Label of pixels that don't count.
+
+    Raises:
+        TaskError: If they are of another number, rank, size or type.
+    """
+    if len(labels) != len(sizes):
+        raise TaskError(f"there are {len(sizes)} images and {len(labels)} label maps; each image needs one")
+    for index, (label, size) in enumerate(zip(labels, sizes, strict=True)):
+        if tuple(label.shape) != tuple(size):
+            raise TaskError(
+                f"the label map of image {index} has shape {tuple(label.shape)}; it must have that of the image, "
+                f"{tuple(size)}"
+            )
+        if label.is_floating_point():
+            raise TaskError(f"the label map of image {index} has dtype {label.dtype}; labels are integers")
+    if isinstance(labels, Tensor):
+        return labels
+    return torch.stack([pad_to(label.long(), canvas, ignore_index) for label in labels])
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None, whose: str = "the label maps") -> None:
+    """Raise a TaskError unless labels are from 0 to ``classes - 1`` or ``ignore_index``; those on a GPU pass unseen."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    found = labels if ignore_index is None else labels[labels != ignore_index]
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < classes:
+        ignored = "" if ignore_index is None else f", or {ignore_index} for pixels that don't count"
+        raise TaskError(
+            f"{whose} have labels {int(found.min())} to {int(found.max())}; they must be 0 to {classes - 1}{ignored}"
+        )
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255, mean: str = "all") -> Tensor:

@@ -3,14 +3,18 @@
 Written anew after github.com/facebookresearch/Mask2Former and github.com/SHI-Labs/OneFormer (both MIT).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .. import TaskError, nearest
-from .inference import check_scales, resize_to, views
+from ..normalize import check_evaluation
+from .base import BaseSegmenter
+from .inference import check_scales, pad_to, resize_to, views
+from .losses import check_labels
 from .masked_decoder import MaskedDecoder
 from .oneformer import OneFormerDecoder, task_embedding, task_tokens
 from .pixel_decoder import PixelDecoder
@@ -168,8 +172,11 @@ class OneFormerHead(Mask2FormerHead):
         return self.task_mlp(tokens).expand(features[0].shape[0], -1)
 
 
-class Mask2Former(nn.Module):
+class Mask2Former(BaseSegmenter):
     """A backbone and a head that predicts a set of masks with classes; for label maps, objects and panoptic segments.
+
+    `predict` and `loss` take images of 0 to 1 or uint8, and normalise them by ``mean`` and ``std``; ``forward``, the
+    backbone and the head take normalised ones.
 
     Args:
         backbone: Maps images to four maps.
@@ -183,6 +190,8 @@ class Mask2Former(nn.Module):
         number_things: Whether instances are labelled by their index among ``things`` (OneFormer on ADE20K).
         fusion: Whose rules make panoptic segments, ``"mask2former"`` or ``"mmdet"``; see `postprocess.postprocess`.
         divisor: Images are padded, right and below, to a multiple of it.
+        mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
+        std: Their standard deviation.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` to scores ``[B, num_classes, H, W]`` of every class at every pixel, which are
@@ -204,8 +213,10 @@ class Mask2Former(nn.Module):
         number_things: bool = False,
         fusion: str = "mask2former",
         divisor: int = 32,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ):
-        super().__init__()
+        super().__init__(mean, std)
         self.backbone = backbone
         self.head = head
         self.criterion = criterion
@@ -221,31 +232,64 @@ class Mask2Former(nn.Module):
         self.divisor = divisor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[B, 3, H, W]`` to scores ``[B, num_classes, H, W]``."""
+        """Map normalised images ``[B, 3, H, W]`` to scores ``[B, num_classes, H, W]``."""
         results = self._results(x, "semantic", x.shape[-2:], x.shape[-2:])
         return torch.stack(results)
 
-    def loss(self, x: Tensor, targets: Sequence[Target], task: str | None = None) -> dict[str, Tensor]:
+    def loss(
+        self,
+        images: Tensor | Sequence[Tensor],
+        targets: Sequence[Target],
+        task: str | None = None,
+        normalized: bool = False,
+    ) -> dict[str, Tensor]:
         """Return the losses of a batch, weighted; their sum is what one minimises.
 
         Args:
-            x: Images ``[B, 3, H, W]``.
-            targets: For each image ``labels`` ``[N]``, integers below the number of classes, and ``masks``
-                ``[N, H, W]``, or smaller ones where the image was padded; `semantic_targets` makes them of label maps.
+            images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
+                Those of a list are padded, by zeros after they are normalised.
+            targets: For each image ``labels`` ``[N]``, integers from 0 to the number of classes less 1, and ``masks``
+                ``[N, H, W]`` of the image's size, bool, uint8 or floating point of 0 and 1; `semantic_targets` makes
+                them of label maps.
             task: For OneFormer, which is trained without its contrastive loss here.
+            normalized: Whether the images are normalised already, by ``mean`` and ``std``.
+
+        Raises:
+            TaskError: If images or targets are none of these; of tensors on a GPU, values are not looked at.
         """
-        height, width = x.shape[-2:]
-        classes = self.criterion.num_classes
-        for index, target in enumerate(targets):
-            if target["masks"].shape[-2] > height or target["masks"].shape[-1] > width:
-                raise TaskError(f"the masks of image {index} are larger than the images, {height} x {width}")
-            if len(target["labels"]) and not 0 <= target["labels"].min() <= target["labels"].max() < classes:
-                raise TaskError(f"the labels of image {index} are not all from 0 to {classes - 1}")
+        x, sizes = self.prepare_batch(images, normalized)
+        self._check(targets, sizes)
         padded = self._pad(x)
         # Masks cover what the predictions cover: the padded images.
-        targets = [target | {"masks": self._pad_to(target["masks"].float(), padded)} for target in targets]
+        canvas = padded.shape[-2:]
+        targets = [target | {"masks": pad_to(target["masks"].float(), canvas)} for target in targets]
         predictions = self.head.predictions(self.backbone(padded), task)
         return self.criterion.weighted(self.criterion(predictions, targets))
+
+    def _check(self, targets: Sequence[Target], sizes: Sequence[Sequence[int]]) -> None:
+        """Raise a TaskError that names the first fault of the targets."""
+        if isinstance(targets, Tensor) or not all(isinstance(target, Mapping) for target in targets):
+            raise TaskError("each image needs a dict of labels and masks; semantic_targets makes them of label maps")
+        if len(targets) != len(sizes):
+            raise TaskError(f"there are {len(sizes)} images and {len(targets)} targets; each image needs one")
+        for index, (target, size) in enumerate(zip(targets, sizes, strict=True)):
+            for key in ("labels", "masks"):
+                if key not in target:
+                    raise TaskError(f"target {index} has no {key!r}; it needs labels and masks")
+            labels, masks = target["labels"], target["masks"]
+            if labels.dim() != 1 or masks.dim() != 3 or len(labels) != len(masks):
+                raise TaskError(
+                    f"target {index} has labels {tuple(labels.shape)} and masks {tuple(masks.shape)}; "
+                    "they must be [N] and [N, H, W]"
+                )
+            if tuple(masks.shape[1:]) != tuple(size):
+                raise TaskError(
+                    f"the masks of image {index} have {masks.shape[1]} x {masks.shape[2]} pixels, but the image has "
+                    f"{size[0]} x {size[1]}; images of different sizes can be given as a list"
+                )
+            if labels.is_floating_point():
+                raise TaskError(f"target {index} has labels of {labels.dtype}; they are integers")
+            check_labels(labels, self.criterion.num_classes, whose=f"the objects of image {index}")
 
     def predict(
         self,
@@ -254,31 +298,37 @@ class Mask2Former(nn.Module):
         output_size: Sequence[int] | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        normalized: bool = False,
     ) -> Tensor | list:
         """Segment images; put the model into evaluation mode first.
 
         Args:
-            images: Normalised images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``.
+            images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
             task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
             output_size: Height and width of the results, such as an image's before it was resized; the images' own by
                 default.
             scales: semantic: factors of the images' size; the scores of all views are averaged.
             flip: semantic: whether to look at the mirror images too.
+            normalized: Whether the images are normalised already, by ``mean`` and ``std``.
 
         Returns:
             semantic: classes ``[B, H, W]``, or a list of ``[H_i, W_i]``. Otherwise a list with a dict for each image:
             of instances (`instance_masks`), or of ``segments`` and ``segments_info`` (`panoptic_segments`).
 
         Raises:
-            TaskError: If the task is unknown or scales are not positive.
+            TaskError: If the model is in training mode, images are none of these, the task is unknown or scales are
+                not positive.
         """
+        check_evaluation(self)
         if task not in TASKS:
             raise TaskError(f"there is no task {task!r}{nearest(task, TASKS)}")
         check_scales(scales)
         if task != "semantic" and (tuple(scales) != (1.0,) or flip):
             raise TaskError(f"scales and flip average the scores of pixels; they don't go with the {task} task")
         if not isinstance(images, Tensor):
-            return [self.predict(image[None], task, output_size, scales, flip)[0] for image in images]
+            batches = (self.prepare_one(image, normalized) for image in images)
+            return [self.predict(batch, task, output_size, scales, flip, normalized=True)[0] for batch in batches]
+        images = self.prepare(images, normalized)
         with torch.inference_mode():
             size = tuple(images.shape[-2:]) if output_size is None else tuple(output_size)
             if task != "semantic":
@@ -330,7 +380,3 @@ class Mask2Former(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[-1] % self.divisor, 0, -x.shape[-2] % self.divisor))
-
-    @staticmethod
-    def _pad_to(x: Tensor, like: Tensor) -> Tensor:
-        return F.pad(x, (0, like.shape[-1] - x.shape[-1], 0, like.shape[-2] - x.shape[-2]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.multi_scale_deformable import MultiScaleDeformableAttention, pixel_centres
+from .. import TaskError
 from .inference import resize_to
 
 _GROUPS = 32
@@ -95,7 +96,7 @@ class _Transformer(nn.Module):
 class PixelDecoder(nn.Module):
     """From a backbone's four maps to three of equal channels for the queries, and a fine one for the masks.
 
-    Everything is computed in float32, under autocast too, as published.
+    Everything is computed in float32, under autocast too, as published; points of half precision would miss pixels.
 
     Args:
         in_channels: Channels of the backbone's four maps, from the finest to the coarsest.
@@ -145,7 +146,16 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Map the backbone's features to ``[B, dim, H_0, W_0]`` for the masks and three maps, coarsest first."""
+        """Map the backbone's features to ``[B, dim, H_0, W_0]`` for the masks and three maps, coarsest first.
+
+        Raises:
+            TaskError: If the parameters aren't float32.
+        """
+        if self.mask_features.weight.dtype != torch.float32:
+            raise TaskError(
+                f"this head computes in float32, as published, but was brought to {self.mask_features.weight.dtype}; "
+                "use torch.autocast, or bring it back: model.head.float()"
+            )
         with torch.autocast(features[0].device.type, enabled=False):
             finest, *others = (x.float() for x in features)
             maps = self.transformer([proj(x) for proj, x in zip(self.input_proj, reversed(others), strict=True)])

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoints import read_checkpoint, rebuilt_from, write_whole
 from ..detect.predict import Predictor as DetectionPredictor
+from ..images import FULL_WHITE, to_pixels
 from .data import InputRule
 from .draw import draw_segmentation
 from .task import build_segmenter, segment_image
@@ -22,6 +23,7 @@ class Predictor:
     Attributes:
         channels: Channels of the images.
         card: What a file of this model has to say of it, to be read again; None if the model isn't known.
+        white: See below.
 
     Args:
         model: A segmenter.
@@ -31,6 +33,7 @@ class Predictor:
         task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         test: As in `Segment.DEFAULTS`.
         device: Where to run.
+        white: Value of 16-bit pixels that is white; see `read_image`.
     """
 
     channels = 3
@@ -45,11 +48,13 @@ class Predictor:
         task: str,
         test: dict[str, Any],
         device: str | torch.device = "cpu",
+        white: int = FULL_WHITE,
     ):
         self.model = model.eval().to(device)
         self.rule, self.task, self.test = rule, task, dict(test)
         self.classes, self.things = list(classes), list(things)
         self.device = device
+        self.white = white
         # Instances are what a detector finds.
         self._instances = DetectionPredictor(nn.Identity(), classes)
 
@@ -70,25 +75,27 @@ class Predictor:
             CheckpointError: If the file can't be read or is no such checkpoint.
         """
         card = read_checkpoint(path, "segment")["card"]
-        model = build_segmenter(rebuilt_from(card, path), card["things"])
         rule = InputRule(**card["input"])
-        predictor = cls(model, rule, card["classes"], card["things"], card["segments"], card["test"], device)
+        model = build_segmenter(rebuilt_from(card, path), card["things"], rule)
+        how = (card["classes"], card["things"], card["segments"], card["test"], device, card["white"])
+        predictor = cls(model, rule, *how)
         predictor.card = card
         return predictor
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Any]:
-        """Return for every image what `segment_image` does, in the image's own size."""
+        """Return for every image what `segment_image` does, in the upright image's own size."""
+        pixels = (to_pixels(image, self.channels, self.white) for image in images)
         return [
             segment_image(
                 self.model,
-                self.rule(image.convert("RGB")).to(self.device),
+                self.rule(image).to(self.device),
                 (image.height, image.width),
                 self.task,
                 self.test,
                 len(self.classes),
             )
-            for image in images
+            for image in pixels
         ]
 
     def describe(self, found: Any) -> dict[str, Any]:
@@ -122,6 +129,7 @@ class Predictor:
         That is, but for instances, a PNG of the size of the image: of labels, 255 for none, or of the segments' ids in
         COCO's panoptic code.
         """
+        image = to_pixels(image, self.channels, self.white)
         if self.task == "instance":
             return self._instances.draw(image, found, path)
         draw_segmentation(image, found, self.classes, path, self.things)

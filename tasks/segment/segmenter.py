@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ...zoo import CheckpointError, UnknownModelError
@@ -12,11 +13,13 @@ from ...zoo.backbone import check_name, recipes_of
 from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..dense import OtherClassesError, build_backbone, has_backbone, is_ours
-from .checkpoint import aux_channels_of, head_of, load_segmenter, read_segmenter, variant_of
+from ..normalize import check_evaluation, statistics_of
+from .base import BaseSegmenter
+from .checkpoint import aux_channels_of, head_of, held_statistics, load_segmenter, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head
 from .fcn import FCNHead
 from .inference import predict_labels, resize_to
-from .losses import pixel_cross_entropy
+from .losses import batch_labels, check_labels, pixel_cross_entropy
 from .mask2former import RECIPES, Mask2Former, Mask2FormerHead, OneFormerHead
 from .semantic_fpn import SemanticFPNHead
 from .set_loss import SetCriterion
@@ -35,11 +38,14 @@ HEADS = {
 _WITH_AUX = ("upernet", "deeplabv3")
 
 
-class Segmenter(nn.Module):
+class Segmenter(BaseSegmenter):
     """A backbone and a head that gives every pixel a class; for training perhaps an auxiliary head.
 
     ``head(features)`` and ``aux_head(features)`` give logits at their own scale, 1/4 of the image for UperNet and
     Semantic FPN.
+
+    `predict` and `loss` take images of 0 to 1 or uint8, and normalise them by ``mean`` and ``std``; ``forward``, the
+    backbone and the heads take normalised ones.
 
     Args:
         backbone: Maps images to a list of maps.
@@ -49,6 +55,8 @@ class Segmenter(nn.Module):
         loss_mean: Whether the cross entropy is divided by ``"all"`` pixels, as in mmseg, or the ``"valid"`` ones; see
             `pixel_cross_entropy`.
         aux_weight: Weight of the auxiliary loss.
+        mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
+        std: Their standard deviation.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
@@ -64,8 +72,10 @@ class Segmenter(nn.Module):
         ignore_index: int = 255,
         loss_mean: str = "all",
         aux_weight: float = 0.4,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ):
-        super().__init__()
+        super().__init__(mean, std)
         self.backbone = backbone
         self.head = head
         self.aux_head = aux_head
@@ -79,22 +89,30 @@ class Segmenter(nn.Module):
         return self.aux_head is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[B, 3, H, W]`` to logits ``[B, num_classes, H, W]``."""
+        """Map normalised images ``[B, 3, H, W]`` to logits ``[B, num_classes, H, W]``."""
         return resize_to(self.head(self.backbone(x)), x.shape[-2:])
 
-    def loss(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self, images: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], normalized: bool = False
+    ) -> dict[str, Tensor]:
         """Return the losses of a batch, weighted; their sum is what one minimises.
 
         Args:
-            x: Images ``[B, 3, H, W]``.
-            labels: ``[B, H, W]``, integers below the number of classes, or ``ignore_index``.
+            images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
+                Those of a list are padded, by zeros after they are normalised.
+            targets: Label maps ``[B, H, W]``, or a list of ``[H_i, W_i]``: integers from 0 to the number of classes
+                less 1, or ``ignore_index``.
+            normalized: Whether the images are normalised already, by ``mean`` and ``std``.
 
         Returns:
             ``decode.loss_ce`` and, with an auxiliary head, ``aux.loss_ce``, as mmseg calls them.
 
         Raises:
-            TaskError: If UperNet or DeepLabV3 is trained on a single image, whose pooled pixel has no variance.
+            TaskError: If images or targets are none of these (of tensors on a GPU, values are not looked at), or
+                UperNet or DeepLabV3 is trained on a single image, whose pooled pixel has no variance.
         """
+        x, sizes = self.prepare_batch(images, normalized)
+        labels = batch_labels(targets, sizes, x.shape[-2:], self.ignore_index)
         features = self.backbone(x)
         try:
             logits = self.head(features)
@@ -102,6 +120,7 @@ class Segmenter(nn.Module):
             if "more than 1 value per channel" not in str(error):
                 raise
             raise TaskError("the batch norm of a map pooled to one pixel needs at least 2 images in a batch") from error
+        check_labels(labels, logits.shape[1], self.ignore_index)
         losses = {"decode.loss_ce": self._cross_entropy(logits, labels)}
         if self.aux_head is not None:
             losses["aux.loss_ce"] = self.aux_weight * self._cross_entropy(self.aux_head(features), labels)
@@ -119,11 +138,12 @@ class Segmenter(nn.Module):
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         output_size: Sequence[int] | None = None,
+        normalized: bool = False,
     ) -> Tensor | list[Tensor]:
         """Label every pixel; put the model into evaluation mode first.
 
         Args:
-            images: Normalised images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``.
+            images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
             mode: ``"whole"``, or ``"slide"``: logits are averaged over overlapping windows.
             crop_size: Height and width of the windows; 512 by default.
             stride: Steps between them; two thirds of the window by default.
@@ -132,18 +152,20 @@ class Segmenter(nn.Module):
             flip: Whether to look at the mirror images too.
             output_size: Height and width of the label maps, such as an image's before it was resized; logits are
                 resized to it. The images' own by default.
+            normalized: Whether the images are normalised already, by ``mean`` and ``std``.
 
         Returns:
             Classes ``[B, H, W]``, or a list of ``[H_i, W_i]``.
 
         Raises:
-            TaskError: If the mode is unknown, windows leave gaps, or scales are not positive.
+            TaskError: If the model is in training mode, images are none of these, the mode is unknown, windows leave
+                gaps, or scales are not positive.
         """
+        check_evaluation(self)
+        options = (mode, crop_size, stride, scales, flip, output_size)
         if isinstance(images, Tensor):
-            return predict_labels(self, images, mode, crop_size, stride, scales, flip, output_size)
-        return [
-            predict_labels(self, image[None], mode, crop_size, stride, scales, flip, output_size)[0] for image in images
-        ]
+            return predict_labels(self, self.prepare(images, normalized), *options)
+        return [predict_labels(self, self.prepare_one(image, normalized), *options)[0] for image in images]
 
 
 def create_segmenter(
@@ -175,7 +197,9 @@ def create_segmenter(
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
         **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
-            of Mask2Former's `SetCriterion`; all others are options of a named backbone.
+            of Mask2Former's `SetCriterion`; all others are options of a named backbone. ``mean`` and ``std`` of the
+            images are by default those of the run whose checkpoint it is; ImageNet's of published segmenters; else the
+            backbone's own.
 
     Raises:
         TaskError: If the head or an option is unknown, or the backbone does not suit the head.
@@ -237,6 +261,7 @@ def create_segmenter(
         body = build()
     if head == "deeplabv3":
         parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
+    parts[1] = _statistics(state, checkpoint, body) | parts[1]
     if transformer:
         criterion = SetCriterion(num_classes, **parts[2])
         module = HEADS[head](body.channels, num_classes, **parts[0])
@@ -252,6 +277,13 @@ def create_segmenter(
         loaded = published and isinstance(backbone, str)
         model.load_report = load_segmenter(model, state, checkpoint, loaded, reset_classifier)
     return model
+
+
+def _statistics(state: dict[str, Tensor] | None, path: Path | None, body: nn.Module) -> dict[str, Sequence[float]]:
+    """Return mean and std of a segmenter's images: of a run's file, of published files, or else of its backbone."""
+    if state is None:
+        return statistics_of(body)
+    return held_statistics(path) if is_ours(state) else {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
 
 def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:

@@ -161,7 +161,7 @@ class SetCriterion(nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(found, wanted, reduction="none")
         # The empty sum keeps the masks in the graph where there are no objects.
         return {
-            "loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight),
+            "loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight.to(logits)),
             "loss_mask": cross_entropy.mean(1).sum() / objects + 0.0 * masks[:, :0].sum(),
             "loss_dice": dice.sum() / objects,
         }

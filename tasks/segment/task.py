@@ -66,6 +66,7 @@ class Segment:
             "short": 512,  # evaluation resizes images to fit into short x long pixels, at the same ratio; None: not
             "long": 2048,
             "divisor": 1,  # and then stretches their sides to a multiple of this
+            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "augment": {},  # keys of tasks.augment.SETTINGS
@@ -93,6 +94,7 @@ class Segment:
         "data.num_classes": int,
         "data.tile": int,
         "data.short": int,
+        "data.white": int,
         "test.crop_size": int,
         "test.stride": int,
     }
@@ -130,7 +132,7 @@ class Segment:
 
     def build_model(self) -> nn.Module:
         """Return the segmenter, initialised or with the weights the config starts from."""
-        return build_segmenter(self.model, self.things)
+        return build_segmenter(self.model, self.things, self.rule)
 
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
@@ -166,8 +168,8 @@ class Segment:
             freeze_statistics(model.backbone)
         if self.as_masks:
             # Of these, a file may have made Mask2Former a OneFormer, which needs to know.
-            return model.loss(images, targets, task=self.task)
-        return model.loss(images, targets)
+            return model.loss(images, targets, task=self.task, normalized=True)
+        return model.loss(images, targets, normalized=True)
 
     def predict(self, model: nn.Module, images: list[dict[str, Any]]) -> list[Any]:
         """Return for every image what `segment_image` does."""
@@ -238,7 +240,8 @@ class Segment:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        return segmenter_card(self.model, self.classes, self.things, self.task, self.rule, self.test)
+        card = segmenter_card(self.model, self.classes, self.things, self.task, self.rule, self.test)
+        return card | {"white": self.train_set.white}
 
 
 def segmenter_card(
@@ -261,12 +264,13 @@ def segmenter_card(
     }
 
 
-def build_segmenter(model: dict[str, Any], things: list[bool]) -> nn.Module:
+def build_segmenter(model: dict[str, Any], things: list[bool], rule: InputRule) -> nn.Module:
     """Return the segmenter that ``model`` describes, as in `Segment.DEFAULTS`.
 
     Args:
         model: Its settings.
         things: For each class whether its objects are told apart.
+        rule: How images become inputs.
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
@@ -274,6 +278,10 @@ def build_segmenter(model: dict[str, Any], things: list[bool]) -> nn.Module:
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     kwargs = dict(model["kwargs"])
+    wrong = next((key for key in ("mean", "std") if key in kwargs), None)
+    if wrong is not None:
+        raise TaskError(f"model.kwargs.{wrong}: the data are normalised by data.{wrong}; set that")
+    kwargs |= {"mean": rule.mean, "std": rule.std}
     if model["head"] in MASK_HEADS:
         kwargs.setdefault("things", [label for label, is_thing in enumerate(things) if is_thing])
     return build_described(create_segmenter, model, len(things), kwargs)
@@ -296,7 +304,7 @@ def segment_image(
         On the CPU: classes ``[H, W]``, uint8; or a dict of ``boxes``, ``labels``, ``scores`` and ``masks`` (run
         lengths); or class and number of every pixel's segment ``[H, W, 2]``, int32; void has the class after the last.
     """
-    views = {"scales": tuple(test["scales"]), "flip": test["flip"]}
+    views = {"scales": tuple(test["scales"]), "flip": test["flip"], "normalized": True}
     if not hasattr(model, "things"):
         windows = {key: test[key] for key in ("mode", "crop_size", "stride")}
         return model.predict([image], **windows, **views, output_size=size)[0].to(torch.uint8).cpu()

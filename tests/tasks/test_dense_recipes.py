@@ -92,16 +92,19 @@ def test_a_recipe_s_data_can_be_read_and_augmented(name, root):
 
 
 def build(name):
-    config = engine._without_start(engine.load_config(name, ["data.root=nowhere"]))
-    model, classes = dict(config["model"]), config["data"]["num_classes"]
+    config = engine.load_config(name, ["data.root=nowhere"])
+    start = {"pretrained": False, "checkpoint": None, "backbone_checkpoint": None}
+    model, classes, data = config["model"] | start, config["data"]["num_classes"], config["data"]
     with torch.device("meta"):
         if config["task"] == "detect":
             from foveate.tasks.detect.task import build_detector
 
             return config, build_detector(model, classes)
+        from foveate.tasks.segment.data import InputRule
         from foveate.tasks.segment.task import build_segmenter
 
-        return config, build_segmenter(model, [False] * classes)
+        rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
+        return config, build_segmenter(model, [False] * classes, rule)
 
 
 @pytest.mark.parametrize(

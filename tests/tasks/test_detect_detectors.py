@@ -274,7 +274,7 @@ def test_wrong_images_and_targets_are_one_line():
     with pytest.raises(TaskError, match=r"boxes \(2, 5\) and labels \(2,\)"):
         model(images, wrong(boxes=torch.zeros(2, 5)))
     model.eval()
-    with pytest.raises(TaskError, match=r"shape \(1, 61, 83\); the detector takes \[3, height, width\]"):
+    with pytest.raises(TaskError, match=r"shape \(1, 61, 83\); the model takes \[3, height, width\]"):
         model([torch.zeros(1, 61, 83)])
     with pytest.raises(TaskError, match=r"dtype torch.int64"):
         model([torch.zeros(3, 61, 83, dtype=torch.int64)])

@@ -79,11 +79,11 @@ def test_logits_label_maps_and_losses(name, open_fixture, tmp_path):
         model.head.forward = lambda maps: logits  # once is enough: it takes seconds
         resized = model(images)
         fixture.assert_output("resized", resized[: fixture.spec["outputs"]["resized"]["shape"][0]], 2e-5)
-        losses = model.loss(images, labels)
+        losses = model.loss(images, labels, normalized=True)
         for key, loss in losses.items():
             fixture.assert_output(key, loss[None], 2e-5)
         fixture.assert_output("decode.acc_seg", 100 * pixel_accuracy(logits, labels)[None], 1e-3)
-        predicted = model.predict(images)
+        predicted = model.predict(images, normalized=True)
         assert predicted.shape == labels.shape
         index = torch.from_numpy(fixture.samples["argmax.index"])
         wrong = predicted.flatten()[index] != torch.from_numpy(fixture.samples["argmax.value"])
@@ -107,7 +107,7 @@ def test_training_losses_and_gradients(name, open_fixture, tmp_path):
     model = segmenter_of(fixture, tmp_path, features, dropout=0.0).train()
     images = torch.zeros(len(features[0]), 3, *image_size_of(fixture))
     labels = labels_of(fixture, model.head.conv_seg.out_channels, len(images), *images.shape[-2:])
-    losses = model.loss(images, labels)
+    losses = model.loss(images, labels, normalized=True)
     for key, loss in losses.items():
         fixture.assert_output(f"train.{key}", loss[None], 2e-5)
     gradients = torch.autograd.grad(sum(losses.values()), features)
@@ -132,7 +132,7 @@ def test_whole_and_sliding_inference(open_fixture, tmp_path):
         ):
             fixture.assert_output(f"{mode}_logits", logits, 2e-6)
             fixture.assert_output(f"{mode}_final_logits", resize_to(logits, size)[0], 2e-6)
-            predicted = model.predict(image, mode=mode, output_size=size, **options)
+            predicted = model.predict(image, mode=mode, output_size=size, **options, normalized=True)
             fixture.assert_output(f"{mode}_pred", predicted, 0)
 
 
@@ -179,7 +179,7 @@ def test_mask2former_matching_and_losses(open_fixture, tmp_path):
         torch.manual_seed(2023)
         losses = model.criterion(predictions, targets)
         torch.manual_seed(2023)
-        weighted = model.loss(torch.zeros(2, 3, 128, 160), targets)
+        weighted = model.loss(torch.zeros(2, 3, 128, 160), targets, normalized=True)
     assert set(losses) == set(weighted) == {key for key in fixture.spec["outputs"] if key.startswith("loss")}
     for key, loss in losses.items():
         fixture.assert_output(key, loss[None], 5e-5)

@@ -52,7 +52,7 @@ def test_odd_images_train_and_give_maps_of_their_size(head, size):
     torch.manual_seed(0)
     model = small(head)
     images, labels = torch.randn(2, 3, *size), torch.randint(3, (2, *size))
-    losses = model.loss(images, labels)
+    losses = model.loss(images, labels, normalized=True)
     assert set(losses) == {"decode.loss_ce"} | ({"aux.loss_ce"} if head == "upernet" else set())
     sum(losses.values()).backward()
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -64,7 +64,7 @@ def test_odd_images_train_and_give_maps_of_their_size(head, size):
         assert logits.shape == (2, 3, *size)
         assert model.head(model.backbone(images)).shape == (2, 3, -(-size[0] // 4), -(-size[1] // 4))
         torch.testing.assert_close(model(images[1:]), logits[1:], atol=1e-4, rtol=1e-4)
-    assert torch.equal(model.predict(images), logits.argmax(1))
+    assert torch.equal(model.predict(images, normalized=True), logits.argmax(1))
 
 
 @pytest.mark.heavy
@@ -78,7 +78,7 @@ def test_timm_backbones(head, backbone):
     if head == "mask2former":
         masks = [(label == torch.arange(3)[:, None, None]) for label in labels]
         labels = [{"labels": torch.arange(3), "masks": mask} for mask in masks]
-    sum(model.loss(images, labels).values()).backward()
+    sum(model.loss(images, labels, normalized=True).values()).backward()
     assert model.eval()(images).shape == (2, 3, 96, 64)
 
 
@@ -100,8 +100,8 @@ def test_deeplab_on_the_stride_it_was_published_with():
 def test_a_batch_of_one_is_too_small_to_train_upernet():
     images, labels = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.long)
     with pytest.raises(TaskError, match="needs at least 2 images in a batch"):
-        small(backbone=Maps()).loss(images, labels)
-    assert small("semantic_fpn", Maps()).loss(images, labels)["decode.loss_ce"].isfinite()
+        small(backbone=Maps()).loss(images, labels, normalized=True)
+    assert small("semantic_fpn", Maps()).loss(images, labels, normalized=True)["decode.loss_ce"].isfinite()
 
 
 def test_the_two_means_of_the_cross_entropy():
@@ -153,19 +153,21 @@ def test_scales_and_flips_average_probabilities():
             for logits in (model(view), model(view.flip(-1)).flip(-1)):
                 views.append(nn.functional.interpolate(logits, (33, 47), mode="bilinear").softmax(1))
         expected = (sum(views) / 4).argmax(1)
-    predicted = model.predict(images, scales=(0.5, 1.5), flip=True, output_size=(33, 47))
+    predicted = model.predict(images, scales=(0.5, 1.5), flip=True, output_size=(33, 47), normalized=True)
     assert torch.equal(predicted, expected)
-    assert not torch.equal(predicted, model.predict(images, output_size=(33, 47)))
-    mirrored = model.predict(images.flip(-1), flip=True).flip(-1)
-    assert (mirrored == model.predict(images, flip=True)).float().mean() > 0.999
+    assert not torch.equal(predicted, model.predict(images, output_size=(33, 47), normalized=True))
+    mirrored = model.predict(images.flip(-1), flip=True, normalized=True).flip(-1)
+    assert (mirrored == model.predict(images, flip=True, normalized=True)).float().mean() > 0.999
 
 
 def test_a_list_of_images_of_any_sizes():
     model = small(backbone=Maps()).eval()
     images = [torch.randn(3, 33, 47), torch.randn(3, 20, 64)]
-    maps = model.predict(images, mode="slide", crop_size=16, stride=11)
+    maps = model.predict(images, mode="slide", crop_size=16, stride=11, normalized=True)
     assert [tuple(x.shape) for x in maps] == [(33, 47), (20, 64)]
-    assert torch.equal(maps[1], model.predict(images[1][None], mode="slide", crop_size=16, stride=11)[0])
+    assert torch.equal(
+        maps[1], model.predict(images[1][None], mode="slide", crop_size=16, stride=11, normalized=True)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_a_list_of_images_of_any_sizes():
 )
 def test_impossible_inference_is_refused(options, message):
     with pytest.raises(TaskError, match=message):
-        small(backbone=Maps()).eval().predict(torch.randn(1, 3, 32, 32), **options)
+        small(backbone=Maps()).eval().predict(torch.randn(1, 3, 32, 32), **options, normalized=True)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,7 @@ def test_autocast_is_finite_and_returns_to_float():
     model = small(backbone=Maps())
     images, labels = torch.randn(2, 3, 32, 48), torch.randint(3, (2, 32, 48))
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model.loss(images, labels)
+        losses = model.loss(images, labels, normalized=True)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 

@@ -1,8 +1,11 @@
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from foveate.tools.cli import main
+from foveate.tasks.samples import load_nuclei_half
+from foveate.tools.cli import EXAMPLES, main
 from PIL import Image
 
 PICTURES = ("gallery.png", "confusion.png", "curve.png", "neighborhood.png")
@@ -21,6 +24,13 @@ def test_the_demo_reproduces_its_number_and_draws(tmp_path, capsys):
             assert np.asarray(picture.convert("L")).std() > 10
         assert name in text
     assert len(list((tmp_path / "demo" / "heldout").iterdir())) == 397
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    left = set(re.findall(r"runs/demo/(\S+)", readme + EXAMPLES))
+    assert {"heldout", "cells.png"} <= left
+    assert all((tmp_path / "demo" / name).exists() for name in left)
+    # As it is bundled, with 16 bits.
+    with Image.open(tmp_path / "demo" / "cells.png") as cells:
+        assert np.array_equal(np.asarray(cells), load_nuclei_half("val")[0])
 
 
 @pytest.mark.heavy
