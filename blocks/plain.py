@@ -1,8 +1,9 @@
 """Whether a fast path may use a layer's parameters instead of calling the layer."""
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
+
+from ..kernels.backends import is_exporting
 
 # Of each kind of layer that a fast path stands in for, the forward that it knows.
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)}
@@ -17,8 +18,14 @@ def is_plain(*layers: nn.Module) -> bool:
     of a subclass. Such a layer must be called.
     """
     # What looks on while a graph is exported is the exporter.
-    watched = not torch.compiler.is_exporting() and (nn.Module.__call__ is not _CALL or _has_any_global_hook())
+    watched = not is_exporting() and (nn.Module.__call__ is not _CALL or _hooks_of_all_modules())
     return not watched and all(_is_plain(layer) for layer in layers)
+
+
+def _hooks_of_all_modules() -> bool:
+    # torch has a function that says so only since 2.9; these are what `nn.Module.__call__` itself looks at.
+    forward, backward = _module._global_forward_hooks, _module._global_backward_hooks
+    return bool(forward or backward or _module._global_forward_pre_hooks or _module._global_backward_pre_hooks)
 
 
 def _is_plain(layer: nn.Module) -> bool:

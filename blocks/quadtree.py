@@ -9,6 +9,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from ..kernels import quadtree_scores, quadtree_values
+from ..kernels.backends import is_exporting
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
 from .layout import channels_last
@@ -437,7 +438,7 @@ def _coarsest(
     """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
     batch, heads, tokens, _ = query.shape
     # An exported graph must not depend on the number of tokens.
-    rows = tokens if torch.compiler.is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
+    rows = tokens if is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
     chunks = []
     for part in query.split(rows, 2):
         with full_precision(part):

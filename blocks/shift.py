@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ..kernels.backends import is_exporting
+
 # Along which axis each group of channels moves, height or width, and by how many positions towards the end.
 _MOVES = ((1, -1), (1, 1), (0, -1), (0, 1))
 
@@ -50,7 +52,7 @@ class Shift2d(nn.Module):
 @torch.jit.ignore
 def writes_shifts(x: Tensor) -> bool:
     """Return whether a result may be written piece by piece: not in a graph, whose compiler does it better."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting())
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting())
 
 
 @register_notrace_function

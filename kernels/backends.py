@@ -59,9 +59,17 @@ def check_name(operator: str, backends: Mapping[str, Backend], name: str) -> Non
         raise ValueError(f"{operator} has no backend {name!r}; it has {', '.join(map(repr, backends))}")
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export follows the model."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # In torch 2.6 both torch.compile and torch.export say that they compile, and only the former is dynamo.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def exporting() -> bool:
     """Return whether a graph is made for other runtimes, which must consist of torch's own operators."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def export_obstacle() -> str | None:

@@ -68,20 +68,23 @@ class Faults:
                 listed.append(f"{len(places)} {KINDS[kind][len(places) > 1]} ({shown})")
         return f"{self.source}: {'; '.join(listed)}"
 
-    def settle(self, broken: str, cure: str) -> None:
+    def settle(self, broken: str, cure: str, left: int) -> None:
         """Answer the faults, if there are any, in one line that counts and lists them.
 
         Args:
             broken: ``"refuse"``: raise; ``"drop"``: warn that they are left out.
             cure: What can be done besides leaving them out, such as ``"correct the file"``.
+            left: How many images are left without them.
 
         Raises:
-            TaskError: See ``broken``.
+            TaskError: See ``broken``; also if nothing is left.
         """
         if not self.found:
             return
         if broken != "drop":
             raise TaskError(f"{self}; {cure}, or leave them out with data.broken=drop")
+        if not left:
+            raise TaskError(f"{self}; without them no image is left; {cure}")
         warnings.warn(f"{self}; left out", stacklevel=3)
 
     def check_pictures(self, pictures: Sequence[tuple[Path, tuple[int, int]]], skip_damaged: bool) -> list[bool]:

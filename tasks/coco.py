@@ -201,7 +201,7 @@ def read_instances(
             checked = _check_object(annotation, present[key], with_masks, faults, place)
             if checked is not None:
                 objects[key].append((*checked, label_of[category]))
-    faults.settle(broken, "correct the file")
+    faults.settle(broken, "correct the file", len(present))
     records = [
         Record(folder / image["file_name"], _size(image), key, Instances.gather(objects[key], with_masks))
         for key, image in present.items()
@@ -275,7 +275,7 @@ def _read_images(content: dict, faults: Faults) -> dict[Any, dict | None]:
 def _refuse_nothing(images: dict, categories: dict, faults: Faults) -> None:
     for what, found in (("images", images), ("categories", categories)):
         if not any(found.values()):
-            faults.settle("refuse", "correct the file")
+            faults.settle("refuse", "correct the file", 0)
             raise TaskError(f"{faults.source}: holds no {what}")
 
 
@@ -484,7 +484,7 @@ def read_panoptic(
             checked.append(dataclasses.replace(record, **arrays))
         else:
             faults.add(kind, found)
-    faults.settle(broken, "correct the file or the pictures")
+    faults.settle(broken, "correct the file or the pictures", len(checked))
     things = [bool(category.get("isthing", 1)) for category in categories.values()]
     return checked, [category["name"] for category in categories.values()], things
 

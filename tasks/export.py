@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -151,11 +152,18 @@ def _trace(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.expo
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(copy.deepcopy(model), (inputs,), dynamic_shapes=shapes)
+            return torch.export.export(copy.deepcopy(model), (inputs,), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         advice = "; it may go without --dynamic-batch" if dynamic_batch else ""
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TaskError(f"torch.export can't follow {type(model).__name__}: {reason[:300]}{advice}") from error
+        raise TaskError(f"torch.export can't follow {type(model).__name__}: {_reason(error)}{advice}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what the first error in a chain says: the later ones only say where it happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return next((line.strip()[:300] for line in plain.splitlines() if line.strip()), type(error).__name__)
 
 
 def _write_program(
@@ -184,7 +192,8 @@ def _write_onnx(
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        # With gradients, torch 2.14 can't decompose a program whose parameters are reshaped.
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             written = torch.onnx.export(
                 program, (), input_names=["images"], output_names=names, dynamo=True, verbose=False
@@ -192,8 +201,7 @@ def _write_onnx(
         written.model.metadata_props["foveate"] = json.dumps(card)
         written.save(file, external_data=False)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TaskError(f"torch.onnx can't write this model: {reason[:300]}") from error
+        raise TaskError(f"torch.onnx can't write this model: {_reason(error)}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

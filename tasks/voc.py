@@ -133,7 +133,7 @@ def read_voc(
                 objects.append((*checked, classes.index(label)))
         records.append(Record(file, size, name, Instances.gather(objects, with_masks)))
     cure = f"if these are your classes, name all with data.classes, such as {list(unknown)[:5]}" if unknown else None
-    faults.settle(broken, cure or "correct them")
+    faults.settle(broken, cure or "correct them", len(records))
     return records
 
 

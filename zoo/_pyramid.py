@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, get_device_dtype, nhwc_to, trunc_normal_
+from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, nhwc_to, trunc_normal_
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -143,7 +143,11 @@ class Pyramid(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; ``num_classes=0`` removes it, ``global_pool=""`` keeps the map."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        # timm's heads take channels, device and dtype as arguments only since 1.0.29.
+        self.head.in_features = self.head.num_features = self.num_features
+        self.head.reset(num_classes, global_pool)
+        parameter = next(self.parameters())
+        self.head.to(parameter.device, parameter.dtype).train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's normalised map, in ``output_fmt``."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..blocks import QuadTreeAttention2d
 from ..blocks.plain import is_plain
+from ..kernels.backends import is_exporting
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -65,7 +66,7 @@ class ConvMlp(MlpWithDepthwiseConv):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
         if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
             return False
         return is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2)

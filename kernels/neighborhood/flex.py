@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import typing
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from torch._subclasses import FakeTensor
 
 from ..backends import exporting
 from .problem import Problem
-from .window import Axis, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
+from .window import Axis, Fields, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
 
 _BLOCK = 128
 _MIN_DIM = 16  # of triton's matrix products
@@ -66,7 +67,11 @@ def _not_on_gpu(query: Tensor, value: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _missing(device: str) -> str | None:
-    """Return what torch.compile lacks on this machine to make a kernel, or None."""
+    """Return what torch, or torch.compile on this machine, lacks to make a kernel, or None."""
+    from torch.nn.attention import flex_attention
+
+    if not hasattr(flex_attention, "AuxRequest"):
+        return f"it needs torch 2.9 or newer; this is {torch.__version__}"
     if device == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs triton, which is not installed"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -158,7 +163,7 @@ def clear_masks() -> None:
 
 # In a compiled caller's graph the mask is a node: torch's own constants can be one of a function only.
 @torch.library.custom_op("foveate::neighborhood_flex_mask", mutates_args=())
-def _mask_operator(axes: Sequence[int], more: int, device: torch.device) -> list[Tensor]:
+def _mask_operator(axes: Fields, more: int, device: torch.device) -> typing.List[Tensor]:  # noqa: UP006 (torch before 2.9)
     # Compiled code may write into what an operator returned.
     return [table.clone() for table in _mask(unflatten_axes(axes), more, device)]
 
@@ -233,7 +238,7 @@ def _operator(
     rpb: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
 ) -> Tensor:
     tensors = (query, key, value, rpb, additional_keys, additional_values)

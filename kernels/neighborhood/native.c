@@ -11,6 +11,9 @@
  * with a lane per key, over the queries that see it, for those of key and value. Nothing is added to by two threads, so
  * gradients are deterministic.
  *
+ * The products of unfused attention (`product`) walk alike, but hold one number for each pair of a query and a slot of its
+ * window in memory: scores write it, values and their transpose read it.
+ *
  * The second half of this file is compiled once per instruction set, chosen at run time. Nothing here knows torch.
  */
 #ifndef LANES
@@ -31,7 +34,7 @@
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++) /* unrolled */
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
-enum { FORWARD, BACKWARD_QUERY, BACKWARD_KEY };
+enum { FORWARD, BACKWARD_QUERY, BACKWARD_KEY, SCORES, VALUES, SCATTER };
 enum { DONE, NO_MEMORY, BAD_WINDOWS, NO_SUCH_ISA };
 
 /* Address and strides in elements; the last axis, dim, is contiguous. */
@@ -58,13 +61,16 @@ typedef struct {
 typedef struct {
     int length;
     int *position, *place; /* of a place in that order, and back */
-    int *low, *high;       /* per place, the places it sees; in the backward pass of keys, by which it is seen */
+    int *low, *high;       /* per place, the places it sees; where lanes are keys, by which it is seen */
+    int *first;            /* per place, the first that it sees */
 } axis;
 
 /* The lanes of one vector: which offsets they use, and which of these each lane uses if they differ. */
 typedef struct {
     int first, count;
     const int32_t *mask; /* [count][lanes], or NULL */
+    int64_t *slot;       /* for `SCATTER`: where from a row's weights that of a pair lies, [count][lanes]; -1 for none */
+    int64_t *run;        /* for other products, [lanes][3]: where a query's weights lie, its first offset, its number */
 } columns;
 
 typedef struct {
@@ -85,12 +91,18 @@ struct plan {
     float *partial;                 /* gradient of the bias by part and plane */
     void (*run)(plan *, int, float *);
     int next, status;
-    void *owned[32];
-    int owners;
+    void **owned;
+    int owners, space;
 };
 
 static void *own(plan *p, size_t size) {
-    void *memory = p->owners < 32 ? malloc(size ? size : 1) : NULL;
+    if (p->owners == p->space) {
+        void **owned = realloc(p->owned, (p->space + 64) * sizeof(void *));
+        if (!owned) return NULL;
+        p->owned = owned;
+        p->space += 64;
+    }
+    void *memory = malloc(size ? size : 1);
     if (memory) p->owned[p->owners++] = memory;
     return memory;
 }
@@ -180,7 +192,7 @@ static int plan_axis(plan *p, int i, axis *x) {
                   *count = (const int32_t *)(intptr_t)p->a->count[i];
     int length = (int)p->a->length[i], step = (int)p->a->step[i], *memory = own(p, 6 * sizeof(int) * length);
     if (!memory) return NO_MEMORY;
-    *x = (axis){length, memory, memory + length, memory + 2 * length, memory + 3 * length};
+    *x = (axis){length, memory, memory + length, memory + 2 * length, memory + 3 * length, memory + 2 * length};
     int place = 0;
     for (int residue = 0; residue < step; residue++)
         for (int position = residue; position < length; position += step) {
@@ -195,7 +207,7 @@ static int plan_axis(plan *p, int i, axis *x) {
         x->high[place] = x->low[place] + keys;
         if (place && (x->low[place] < x->low[place - 1] || x->high[place] < x->high[place - 1])) return BAD_WINDOWS;
     }
-    if (p->pass != BACKWARD_KEY) return DONE;
+    if (p->pass != BACKWARD_KEY && p->pass != SCATTER) return DONE;
     int *low = memory + 4 * length, *high = memory + 5 * length, from = 0, to = 0;
     for (place = 0; place < length; place++) { /* both ends only grow, so the queries of a key lie side by side */
         while (from < length && x->high[from] <= place) from++;
@@ -217,7 +229,7 @@ static columns join_columns(const axis *x, int from, int to) {
         end = any && end > high ? end : high;
         any = 1;
     }
-    return (columns){first, end - first, NULL};
+    return (columns){first, end - first, NULL, NULL, NULL};
 }
 
 /* How many planes share a vector: as few as make good use of the lanes. */
@@ -268,6 +280,31 @@ static int plan_columns(plan *p) {
                     int key = place + c->first + o;
                     *mask++ = i < to && key >= x->low[place] && key < x->high[place] ? -1 : 0;
                 }
+        }
+    }
+    return DONE;
+}
+
+/* Where in the weights of a row those of the lanes lie. */
+static int plan_slots(plan *p) {
+    const axis *x = &p->width;
+    const int64_t next = p->a->value.position[2];
+    int width = p->lanes / p->group;
+    for (int v = 0; v < p->vectors; v++) {
+        columns *c = &p->columns[v];
+        int64_t *slot = c->slot = p->pass == SCATTER ? own(p, (int64_t)c->count * p->lanes * sizeof(int64_t)) : NULL;
+        int64_t *run = c->run = own(p, 3 * (int64_t)p->lanes * sizeof(int64_t));
+        if (!run || (p->pass == SCATTER && !slot)) return NO_MEMORY;
+        for (int lane = 0; lane < p->lanes; lane++) {
+            int i = v * width + lane / p->group, place = i < x->length ? x->place[i] : 0;
+            int inside = i < x->length;
+            run[3 * lane] = x->position[place] * next;
+            run[3 * lane + 1] = inside ? x->low[place] - place - c->first : 0;
+            run[3 * lane + 2] = inside ? x->high[place] - x->low[place] : 0;
+            for (int o = 0; slot && o < c->count; o++) {
+                int query = place + c->first + o, seen = inside && query >= x->low[place] && query < x->high[place];
+                slot[o * p->lanes + lane] = seen ? x->position[query] * next + place - x->first[query] : -1;
+            }
         }
     }
     return DONE;
@@ -355,6 +392,7 @@ static int make_plan(plan *p, const call *a, int pass, int lanes, int most_rows)
     p->group = choose_group(p, &p->width);
     p->groups = (p->planes + p->group - 1) / p->group;
     if (!status) status = plan_columns(p);
+    if (!status && pass >= SCORES) status = plan_slots(p);
     if (!status) status = plan_tiles(p, most_rows);
     if (status) return status;
     p->entries = (2 * a->reach[0] + 1) * (2 * a->reach[1] + 1) * (2 * a->reach[2] + 1);
@@ -362,7 +400,7 @@ static int make_plan(plan *p, const call *a, int pass, int lanes, int most_rows)
     /* Scores of a block stay in the first-level cache where the window allows it. */
     int64_t row_scores = most_rows * (p->most_columns ? p->most_columns : 1) * lanes;
     int64_t rows = p->layers * p->ring, held = (pass == FORWARD ? 12288 : 6144) / row_scores;
-    p->block = held < 1 ? 1 : held > rows ? rows : held;
+    p->block = held < 1 ? 1 : held > rows || pass >= SCORES ? rows : held;
     if (p->block < 1) p->block = 1;
     int64_t dims = a->dim + a->dim_v;
     p->scratch = rows * p->ring_row                       /* ring */
@@ -371,19 +409,68 @@ static int make_plan(plan *p, const call *a, int pass, int lanes, int most_rows)
                  + (a->bias ? 2 * p->entries * lanes : 0) /* bias and its gradient, by lane */
                  + 16 * (rows + 1)                        /* list of rows */
                  + 64 * lanes;
+    if (pass >= SCORES) /* a query's weights, or a row's of every lane */
+        p->scratch += ((a->reach[0] + 1) * (a->reach[1] + 1) * (a->reach[2] + 1) + p->most_columns) * lanes;
     return DONE;
 }
 
 static void free_plan(plan *p) {
     for (int i = 0; i < p->owners; i++) free(p->owned[i]);
+    free(p->owned);
 }
 
 /* A row of keys (or of queries, backward) and the query rows of the tile that see it. */
 typedef struct {
     const float *a, *b; /* transposed key and value, at the first column */
     int64_t bias;       /* entry of the bias for the tile's first row at offset 0 of the columns */
-    int from, to;
+    int from, to, layer, row;
 } key_row;
+
+/* What of the map a task computes. */
+typedef struct {
+    int first_plane, part, v_from, v_to, z_from, z_to, tile_from, tile_to, layer_from, layer_to;
+} share;
+
+static share share_of(const plan *p, int task) {
+    const int parts = p->tasks / p->groups, part = task % parts;
+    const int64_t depth_part = part / p->width_parts / p->height_parts,
+                  height_part = part / p->width_parts % p->height_parts, width_part = part % p->width_parts;
+    share s = {.first_plane = task / parts * p->group, .part = part};
+    s.v_from = (int)(p->vectors * width_part / p->width_parts);
+    s.v_to = (int)(p->vectors * (width_part + 1) / p->width_parts);
+    s.z_from = (int)(p->depth.length * depth_part / p->depth_parts);
+    s.z_to = (int)(p->depth.length * (depth_part + 1) / p->depth_parts);
+    s.tile_from = (int)(p->tiles * height_part / p->height_parts);
+    s.tile_to = (int)(p->tiles * (height_part + 1) / p->height_parts);
+    s.layer_from = p->depth.low[s.z_from];
+    s.layer_to = p->depth.high[s.z_to - 1];
+    return s;
+}
+
+/* List the rows of the ring that a tile's rows see from layer `zi`; return how many. */
+static int list_rows(const plan *p, const share *s, const tile *t, int zi, float *ring, key_row *key) {
+    const axis *z = &p->depth, *y = &p->height;
+    const int64_t width = 2 * p->a->reach[2] + 1, height = 2 * p->a->reach[1] + 1;
+    /* A lane per key looks at queries, so its offsets are those of the bias mirrored. */
+    const int64_t mirror = p->pass == BACKWARD_KEY ? -1 : 1;
+    const int start = t->start, rows = t->rows;
+    int keys = 0;
+    for (int layer = z->low[zi]; layer < z->high[zi]; layer++)
+        for (int row = y->low[start]; row < y->high[start + rows - 1]; row++) {
+            key_row *k = &key[keys];
+            k->layer = layer;
+            k->row = row;
+            k->a = ring + ((layer - s->layer_from) * p->ring + row % p->ring) * p->ring_row + p->lead;
+            k->b = k->a + p->a->dim * p->ld;
+            k->bias = ((mirror * (layer - zi) + p->a->reach[0]) * height + mirror * (row - start) + p->a->reach[1]) *
+                          width +
+                      p->a->reach[2];
+            for (k->from = 0; k->from < rows && y->high[start + k->from] <= row;) k->from++;
+            for (k->to = rows; k->to > k->from && y->low[start + k->to - 1] > row;) k->to--;
+            keys += k->from < k->to;
+        }
+    return keys;
+}
 
 INLINE float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13, bits;
@@ -491,13 +578,17 @@ EXPORT int foveate_neighborhood_lanes(void) {
 static int run_pass(const call *a, int pass) {
     plan p;
     int lanes = (int)a->isa, status;
-    void (*run)(plan *, int, float *) = run_generic;
+    void (*run)(plan *, int, float *) = run_generic, (*product)(plan *, int, float *) = product_generic;
     int most_rows = 3;
     if (lanes > foveate_neighborhood_lanes()) return NO_SUCH_ISA;
 #if defined(__x86_64__)
-    if (lanes == 8) run = run_avx2;
+    if (lanes == 8) {
+        run = run_avx2;
+        product = product_avx2;
+    }
     if (lanes == 16) {
         run = run_avx512;
+        product = product_avx512;
         most_rows = 4;
     }
 #endif
@@ -507,7 +598,7 @@ static int run_pass(const call *a, int pass) {
         if (!p.partial) status = NO_MEMORY;
     }
     if (!status) {
-        p.run = run;
+        p.run = pass >= SCORES ? product : run;
         status = run_tasks(&p);
     }
     if (!status && p.partial) { /* parts and images are summed in one order, whoever computed them */
@@ -531,6 +622,12 @@ EXPORT int foveate_neighborhood_backward(const call *a) {
     int status = run_pass(a, BACKWARD_QUERY);
     return status ? status : run_pass(a, BACKWARD_KEY);
 }
+
+EXPORT int foveate_neighborhood_scores(const call *a) { return run_pass(a, SCORES); }
+
+EXPORT int foveate_neighborhood_values(const call *a) { return run_pass(a, VALUES); }
+
+EXPORT int foveate_neighborhood_scatter(const call *a) { return run_pass(a, SCATTER); }
 
 #else /* compiled once per instruction set */
 
@@ -1011,21 +1108,12 @@ static void FN(score_gradients)(
 static void FN(run)(plan *p, int task, float *scratch) {
     const call *a = p->a;
     const int pass = p->pass, forward = pass == FORWARD;
-    const int parts = p->tasks / p->groups, part = task % parts, first_plane = task / parts * p->group;
-    const int depth_part = part / p->width_parts / p->height_parts,
-              height_part = part / p->width_parts % p->height_parts;
-    const int width_part = part % p->width_parts;
-    const int v_from = (int)((int64_t)p->vectors * width_part / p->width_parts);
-    const int v_to = (int)((int64_t)p->vectors * (width_part + 1) / p->width_parts);
+    const share mine = share_of(p, task);
+    const int first_plane = mine.first_plane, v_from = mine.v_from, v_to = mine.v_to;
     const axis *z = &p->depth, *y = &p->height;
-    const int z_from = (int)((int64_t)z->length * depth_part / p->depth_parts);
-    const int z_to = (int)((int64_t)z->length * (depth_part + 1) / p->depth_parts);
-    const int tile_from = (int)((int64_t)p->tiles * height_part / p->height_parts);
-    const int tile_to = (int)((int64_t)p->tiles * (height_part + 1) / p->height_parts);
-    const int layer_from = z->low[z_from], layer_to = z->high[z_to - 1];
     const int64_t size = a->dtype == FLOAT32 ? 4 : 2, dim = a->dim, dim_v = a->dim_v, ld = p->ld;
     const int64_t next = a->step[2] * p->group;
-    const int64_t width = 2 * a->reach[2] + 1, height = 2 * a->reach[1] + 1;
+    const int64_t width = 2 * a->reach[2] + 1;
     const int dtype = (int)a->dtype;
 
     const tensor lse = {
@@ -1067,30 +1155,17 @@ static void FN(run)(plan *p, int task, float *scratch) {
     const int64_t bias_row = a->bias ? -mirror * width * LANES : 0, bias_next = a->bias ? mirror * LANES : 0;
 
     int filled = 0;
-    for (int t = tile_from; t < tile_to; t++) {
+    for (int t = mine.tile_from; t < mine.tile_to; t++) {
         const int start = p->tile[t].start, rows = p->tile[t].rows;
         const int low = y->low[start], high = y->high[start + rows - 1];
         for (filled = filled > low ? filled : low; filled < high; filled++)
-            for (int layer = layer_from; layer < layer_to; layer++)
+            for (int layer = mine.layer_from; layer < mine.layer_to; layer++)
                 FN(fill_row)(
                     p, &plane, &lse, z->position[layer], y->position[filled], v_from, v_to,
-                    ring + ((layer - layer_from) * p->ring + filled % p->ring) * p->ring_row);
+                    ring + ((layer - mine.layer_from) * p->ring + filled % p->ring) * p->ring_row);
 
-        for (int zi = z_from; zi < z_to; zi++) {
-            int keys = 0;
-            for (int layer = z->low[zi]; layer < z->high[zi]; layer++)
-                for (int row = low; row < high; row++) {
-                    key_row *k = &key[keys];
-                    k->a = ring + ((layer - layer_from) * p->ring + row % p->ring) * p->ring_row + p->lead;
-                    k->b = k->a + dim * ld;
-                    k->bias = ((mirror * (layer - zi) + a->reach[0]) * height + mirror * (row - start) + a->reach[1]) *
-                                  width +
-                              a->reach[2];
-                    for (k->from = 0; k->from < rows && y->high[start + k->from] <= row;) k->from++;
-                    for (k->to = rows; k->to > k->from && y->low[start + k->to - 1] > row;) k->to--;
-                    keys += k->from < k->to;
-                }
-
+        for (int zi = mine.z_from; zi < mine.z_to; zi++) {
+            const int keys = list_rows(p, &mine, &p->tile[t], zi, ring, key);
             for (int v = v_from; v < v_to; v++) {
                 const columns *c = &p->columns[v];
                 const int64_t at = (int64_t)(v - v_from) * LANES + c->first * next,
@@ -1210,13 +1285,151 @@ static void FN(run)(plan *p, int task, float *scratch) {
     }
     if (p->partial)
         for (int g = 0; g < p->group; g++) {
-            float *to = p->partial + ((int64_t)part * p->groups * p->group + first_plane + g) * p->entries;
+            float *to = p->partial + ((int64_t)mine.part * p->groups * p->group + first_plane + g) * p->entries;
             for (int64_t e = 0; e < p->entries; e++) {
                 float sum = 0;
                 for (int lane = g; lane < LANES; lane += p->group) sum += grad_bias[e * LANES + lane];
                 to[e] = sum;
             }
         }
+}
+
+/* Read the weights that queries have for the lanes' keys. */
+INLINE void FN(read_pairs_as)(
+    const char *row, const columns *c, int group, const int64_t *plane, float *to, const int dtype) {
+    for (int64_t n = 0; n < (int64_t)c->count * LANES; n += LANES)
+        for (int l = 0; l < LANES; l++) {
+            const int64_t slot = c->slot[n + l], at = slot + plane[l % group];
+            if (dtype == FLOAT32) to[n + l] = slot < 0 ? 0 : ((const float *)row)[at];
+            if (dtype == FLOAT16) to[n + l] = slot < 0 ? 0 : half_to_float(((const uint16_t *)row)[at]);
+            if (dtype == BFLOAT16) {
+                uint32_t bits = slot < 0 ? 0 : (uint32_t)((const uint16_t *)row)[at] << 16;
+                memcpy(to + n + l, &bits, 4);
+            }
+        }
+}
+
+static void FN(read_pairs)(
+    const char *row, const columns *c, int group, const int64_t *plane, float *to, int dtype) {
+    if (dtype == FLOAT32) FN(read_pairs_as)(row, c, group, plane, to, FLOAT32);
+    if (dtype == FLOAT16) FN(read_pairs_as)(row, c, group, plane, to, FLOAT16);
+    if (dtype == BFLOAT16) FN(read_pairs_as)(row, c, group, plane, to, BFLOAT16);
+}
+
+/* A product of unfused attention. `key` is what lies in the ring: keys, values, or what is scattered; `value` are the
+ * weights or scores, by slot; `query` is read for scores, `out` written else. */
+static void FN(product)(plan *p, int task, float *scratch) {
+    const call *a = p->a;
+    const int pass = p->pass, dtype = (int)a->dtype;
+    const share mine = share_of(p, task);
+    const axis *z = &p->depth, *y = &p->height;
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, dim = a->dim, ld = p->ld, next = a->step[2] * p->group;
+    const int64_t slots_y = a->reach[1] + 1, slots_x = a->reach[2] + 1, slots = (a->reach[0] + 1) * slots_y * slots_x;
+    FN(planes) plane;
+    FN(planes_of)(p, &a->query, mine.first_plane, a->heads, plane.query);
+    FN(planes_of)(p, &a->key, mine.first_plane, a->heads, plane.key);
+    FN(planes_of)(p, &a->value, mine.first_plane, a->heads, plane.value);
+    FN(planes_of)(p, &a->out, mine.first_plane, a->heads, plane.out);
+    float *ring = scratch, *tile_a = ring + p->layers * p->ring * p->ring_row;
+    float *sum = tile_a + MOST_ROWS * dim * LANES, *score = sum + MOST_ROWS * dim * LANES;
+    float *held = score + p->block * MOST_ROWS * p->most_columns * LANES;
+    key_row *key = (key_row *)(held + (slots + p->most_columns) * LANES);
+    float zero[LANES] = {0}, one[LANES];
+    store(one, ALL(1));
+
+    int filled = 0;
+    for (int t = mine.tile_from; t < mine.tile_to; t++) {
+        const int start = p->tile[t].start, rows = p->tile[t].rows;
+        const int low = y->low[start], high = y->high[start + rows - 1];
+        for (filled = filled > low ? filled : low; filled < high; filled++)
+            for (int layer = mine.layer_from; layer < mine.layer_to; layer++)
+                FN(fill_row)(
+                    p, &plane, NULL, z->position[layer], y->position[filled], mine.v_from, mine.v_to,
+                    ring + ((layer - mine.layer_from) * p->ring + filled % p->ring) * p->ring_row);
+        for (int zi = mine.z_from; zi < mine.z_to; zi++) {
+            const int keys = list_rows(p, &mine, &p->tile[t], zi, ring, key);
+            for (int v = mine.v_from; v < mine.v_to; v++) {
+                const columns *c = &p->columns[v];
+                const int64_t at = (int64_t)(v - mine.v_from) * LANES + c->first * next,
+                              row_size = (int64_t)c->count * LANES;
+                const uint32_t valid = FN(valid_lanes)(p, mine.first_plane, v);
+                const int whole = !c->mask && pass != SCATTER; /* all lanes have the same slots */
+                char *lane[LANES];
+                if (pass == SCORES) {
+                    for (int r = 0; r < rows; r++) {
+                        FN(lanes_of)(
+                            p, &a->query, plane.query, z->position[zi], y->position[start + r], v, size, lane);
+                        FN(gather)(lane, dim, 1, tile_a + r * dim * LANES, LANES, dtype);
+                    }
+                    for (int i = 0; i < keys; i++)
+                        FN(scores)(
+                            key[i].to - key[i].from, c->count, dim, tile_a + key[i].from * dim * LANES, key[i].a + at,
+                            ld, next, zero, 0, 0, score + ((int64_t)i * rows + key[i].from) * row_size, row_size);
+                }
+                for (int r = 0; r < rows; r++) {
+                    if (whole) {
+                        FN(lanes_of)(
+                            p, &a->value, plane.value, z->position[zi], y->position[start + r], v, size, lane);
+                        if (pass == SCORES) memset(held, 0, slots * LANES * sizeof(float));
+                        if (pass == VALUES) FN(gather)(lane, slots, 1, held, LANES, dtype);
+                    }
+                    for (int i = 0; i < keys; i++) {
+                        if (r < key[i].from || r >= key[i].to) continue;
+                        float *x = score + ((int64_t)i * rows + r) * row_size;
+                        int depth = zi, height = start + r, slot_z = key[i].layer - z->first[zi],
+                            slot_y = key[i].row - y->first[start + r];
+                        if (pass == SCATTER) {
+                            depth = key[i].layer;
+                            height = key[i].row;
+                            slot_z = zi - z->first[depth];
+                            slot_y = start + r - y->first[height];
+                        }
+                        const int64_t first = (slot_z * slots_y + slot_y) * slots_x;
+                        if (whole) {
+                            float *to = pass == SCORES ? held + first * LANES : x;
+                            memcpy(to, pass == SCORES ? x : held + first * LANES, row_size * sizeof(float));
+                            continue;
+                        }
+                        char *row = (char *)(intptr_t)a->value.data +
+                                    (z->position[depth] * a->value.position[0] +
+                                     y->position[height] * a->value.position[1] + first) *
+                                        size;
+                        if (pass == SCATTER) {
+                            FN(read_pairs)(row, c, p->group, plane.value, x, dtype);
+                            continue;
+                        }
+                        /* Lanes differ: each query's run of slots comes from, or goes to, its place among the offsets. */
+                        if (pass == VALUES) memset(held, 0, row_size * sizeof(float));
+                        for (int l = 0; l < LANES; l++) lane[l] = (char *)held + l * c->count * size;
+                        if (pass == SCORES) FN(scatter)(x, c->count, one, lane, valid, dtype);
+                        for (int l = 0; l < LANES; l++) {
+                            const int64_t *run = c->run + 3 * l;
+                            char *theirs = row + (run[0] + plane.value[l % p->group]) * size, *ours = lane[l] + run[1] * size;
+                            if (pass == VALUES) memcpy(ours, theirs, run[2] * size);
+                            if (pass == SCORES && valid >> l & 1) memcpy(theirs, ours, run[2] * size);
+                        }
+                        if (pass == VALUES) FN(gather)(lane, c->count, 1, x, LANES, dtype);
+                    }
+                    if (whole && pass == SCORES) FN(scatter)(held, slots, one, lane, valid, dtype);
+                }
+                if (pass == SCORES) continue;
+                memset(sum, 0, rows * dim * LANES * sizeof(float));
+                for (int i = 0, same; i < keys; i += same) { /* rows that the same rows of the tile see */
+                    for (same = 1; i + same < keys && key[i + same].from == key[i].from && key[i + same].to == key[i].to;)
+                        same++;
+                    const int r = key[i].from;
+                    FN(weighted)(
+                        key[i].to - r, dim, key + i, same, 1, c->count, at, ld, next, c->mask,
+                        score + ((int64_t)i * rows + r) * row_size, row_size, rows * row_size, sum + r * dim * LANES,
+                        dim * LANES);
+                }
+                for (int r = 0; r < rows; r++) {
+                    FN(lanes_of)(p, &a->out, plane.out, z->position[zi], y->position[start + r], v, size, lane);
+                    FN(scatter)(sum + r * dim * LANES, dim, one, lane, valid, dtype);
+                }
+            }
+        }
+    }
 }
 
 #undef V

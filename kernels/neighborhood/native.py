@@ -7,6 +7,7 @@ kernel sizes, strides or causality.
 
 import ctypes
 import functools
+import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..attention import attention, merge_attentions
 from ..backends import contiguous_rows, export_obstacle, transform_obstacle
 from .problem import Problem
-from .window import axis_ranges, flatten_axes, unflatten_axes
+from .window import Axis, Fields, axis_ranges, flatten_axes, unflatten_axes
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -34,6 +35,9 @@ class _Library:
         library = ctypes.CDLL(str(path))
         self.forward = library.foveate_neighborhood_forward
         self.backward = library.foveate_neighborhood_backward
+        self.scores = library.foveate_neighborhood_scores
+        self.values = library.foveate_neighborhood_values
+        self.scatter = library.foveate_neighborhood_scatter
         self.lanes = library.foveate_neighborhood_lanes()
         self.parallel = _openmp()
 
@@ -104,13 +108,14 @@ def _call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
     *gradients: int,
     lanes: int | None = None,
+    dims: tuple[int, int] | None = None,
 ) -> None:
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
@@ -123,8 +128,7 @@ def _call(
         query.shape[0],
         query.shape[-2],
         key.shape[-2],
-        query.shape[-1],
-        value.shape[-1],
+        *(dims or (query.shape[-1], value.shape[-1])),
         *numbers,
         0 if bias is None else bias.data_ptr(),
         scale,
@@ -139,12 +143,49 @@ def _call(
         raise RuntimeError(f"foveate's native neighborhood attention failed: {_ERRORS[status]}")
 
 
+def native_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], lanes: int | None = None) -> Tensor:
+    """Return the products of each query with the keys of its window; see `products.neighborhood_scores`."""
+    query, key = contiguous_rows(query), contiguous_rows(key)
+    slots = math.prod(axis.kernel_size for axis in axes)
+    # A causal window has slots without a key, which are left alone.
+    empty = query.new_zeros if any(axis.is_causal for axis in axes) else query.new_empty
+    out = empty(*query.shape[:-1], slots)
+    if query.numel():
+        _product("scores", key, out, query, query, axes, lanes)
+    return out
+
+
+def native_values(weights: Tensor, value: Tensor, axes: Sequence[Axis], lanes: int | None = None) -> Tensor:
+    """Return the sums of each window's values by weights; see `products.neighborhood_values`."""
+    weights, value = contiguous_rows(weights.to(value.dtype)), contiguous_rows(value)
+    out = value.new_empty(value.shape)
+    if out.numel():
+        _product("values", value, weights, out, out, axes, lanes)
+    return out
+
+
+def native_scatter(weights: Tensor, x: Tensor, axes: Sequence[Axis], lanes: int | None = None) -> Tensor:
+    """Return what each key gets of the queries' ``x``; see `products.neighborhood_scatter`."""
+    weights, x = contiguous_rows(weights.to(x.dtype)), contiguous_rows(x)
+    out = x.new_empty(x.shape)
+    if out.numel():
+        _product("scatter", x, weights, out, out, axes, lanes)
+    return out
+
+
+def _product(
+    function: str, rows: Tensor, weights: Tensor, query: Tensor, out: Tensor, axes: Sequence[Axis], lanes: int | None
+) -> None:
+    numbers, dims = flatten_axes(axes), (rows.shape[-1], 0)
+    _call(function, query, rows, weights, numbers, 1.0, None, out, None, lanes=lanes, dims=dims)
+
+
 def native_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     with_lse: bool,
     lanes: int | None = None,
@@ -183,7 +224,7 @@ def native_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     lanes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -230,7 +271,7 @@ def _operator(
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -253,7 +294,7 @@ def _operator_backward(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return native_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)

@@ -6,14 +6,15 @@ are ``[B, *spatial, heads, slots]``; a slot is a key of a query's window, row-ma
 ones of an axis: there scores are 0, and weights are not read.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native_products, tiled_products
-from .window import Axis, unflatten_axes
+from . import native, tiled_products
+from .window import Axis, Fields, unflatten_axes
 
 
 class Products(NamedTuple):
@@ -25,20 +26,17 @@ class Products(NamedTuple):
 
 
 _PRODUCTS = {
-    name: Products(module.scores, module.values, module.scatter)
-    for name, module in (("native", native_products), ("tiled", tiled_products))
+    "native": Products(native.native_scores, native.native_values, native.native_scatter),
+    "tiled": Products(tiled_products.scores, tiled_products.values, tiled_products.scatter),
 }
 
 
-def _slots(axes: Sequence[int]) -> int:
-    slots = 1
-    for kernel_size in axes[1::5]:
-        slots *= kernel_size
-    return slots
+def _slots(axes: Fields) -> int:
+    return math.prod(axes[1::5])
 
 
 @torch.library.custom_op("foveate::neighborhood_scores", mutates_args=())
-def neighborhood_scores(query: Tensor, key: Tensor, axes: Sequence[int], backend: str) -> Tensor:
+def neighborhood_scores(query: Tensor, key: Tensor, axes: Fields, backend: str) -> Tensor:
     """Return the products of each query with the keys of its window, ``[B, *spatial, heads, slots]``.
 
     Args:
@@ -51,13 +49,13 @@ def neighborhood_scores(query: Tensor, key: Tensor, axes: Sequence[int], backend
 
 
 @torch.library.custom_op("foveate::neighborhood_values", mutates_args=())
-def neighborhood_values(weights: Tensor, value: Tensor, axes: Sequence[int], backend: str) -> Tensor:
+def neighborhood_values(weights: Tensor, value: Tensor, axes: Fields, backend: str) -> Tensor:
     """Return the sums of each window's values ``[B, *spatial, heads, dim]`` by weights; in the value's dtype."""
     return _PRODUCTS[backend].values(weights, value, unflatten_axes(axes))
 
 
 @torch.library.custom_op("foveate::neighborhood_scatter", mutates_args=())
-def neighborhood_scatter(weights: Tensor, x: Tensor, axes: Sequence[int], backend: str) -> Tensor:
+def neighborhood_scatter(weights: Tensor, x: Tensor, axes: Fields, backend: str) -> Tensor:
     """Return what each key gets of the queries' ``x`` ``[B, *spatial, heads, dim]`` by the weights of those it has."""
     return _PRODUCTS[backend].scatter(weights, x, unflatten_axes(axes))
 

@@ -4,6 +4,7 @@ It holds every window in memory (a copy of keys and values per neighbor), so it 
 source of attention maps, not a path for training.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from .problem import Problem
 from .window import Axis, axis_offsets, axis_windows
 
 
-def window_tables(axes: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=16)
+def window_tables(axes: tuple[Axis, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return key tokens ``[tokens, neighbors]``, -1 for none, and their entries in a flattened bias table."""
     tokens, entries = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
     for axis in axes:
@@ -34,7 +36,7 @@ def reference_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], scale: fl
     Neighbors are in row-major order of the axes' windows.
     """
     query, key = query.flatten(1, -3), key.flatten(1, -3)
-    tokens, entries = (torch.from_numpy(table).to(query.device) for table in window_tables(axes))
+    tokens, entries = (torch.from_numpy(table).to(query.device) for table in window_tables(tuple(axes)))
     key = key.repeat_interleave(query.shape[2] // max(key.shape[2], 1), dim=2)
     scores = torch.einsum("bnhd,bnkhd->bnhk", query * scale, key[:, tokens])
     if rpb is not None:
@@ -45,7 +47,7 @@ def reference_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], scale: fl
 def neighborhood_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """Neighborhood attention by brute force, with the log-sum-exp of the scores; see `api.na2d` for the arguments."""
     query, key, value, axes, scale, rpb, additional_keys, additional_values, _ = problem
-    tokens = torch.from_numpy(window_tables(axes)[0]).to(query.device)
+    tokens = torch.from_numpy(window_tables(tuple(axes))[0]).to(query.device)
     group = query.shape[-2] // max(key.shape[-2], 1)
     values = value.flatten(1, -3).repeat_interleave(group, dim=2)[:, tokens]
     scores = reference_scores(query, key, axes, scale, rpb)

@@ -44,7 +44,7 @@ def _tables(axes: tuple[Axis, ...]) -> list[Tensor]:
 
 
 class _Tiles:
-    """The rows of tiles of a map, and the tables of their windows, for tensors as ``x`` ``[B, *spatial, heads, _]``."""
+    """The rows of tiles of a map ``[B, *spatial, heads, _]`` like ``x``, and the tables of their windows."""
 
     def __init__(self, axes: tuple[Axis, ...], x: Tensor):
         self.plan, self._tables = _plan(axes, False), _tables(axes)

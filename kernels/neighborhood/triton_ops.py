@@ -1,7 +1,6 @@
 """The triton path as torch operators, and how its kernels are launched."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from ..backends import contiguous_rows
 from ..triton_launch import LOG2E, interpreted, launch, power_of_two, triton_obstacle
 from .problem import Problem
 from .triton_tiles import Shape, kernel_shape
-from .window import Axis, flatten_axes, unflatten_axes
+from .window import Axis, Fields, flatten_axes, unflatten_axes
 
 _MAX_DIM = 512
 
@@ -192,7 +191,7 @@ def _run(step: Launch, device: torch.device) -> None:
 
 @torch.library.custom_op("foveate::neighborhood_triton", mutates_args=())
 def neighborhood_triton_op(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Sequence[int], scale: float
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, axes: Fields, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp ``[B, *spatial, heads]``, float32.
 
@@ -227,7 +226,7 @@ def neighborhood_triton_backward_op(
     rpb: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    axes: Sequence[int],
+    axes: Fields,
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,7 +4,6 @@ NATTEN had these operators until 0.17. They hold all weights in memory, tokens t
 none.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from . import native
 from .problem import AXIS_NAMES, check_rpb, make_axes
 from .products import neighborhood_scores, neighborhood_values
 from .reference import window_tables
-from .window import Axis, axis_ranges, flatten_axes
+from .window import Axis, flatten_axes
 
 
 class Problem(NamedTuple):
@@ -63,23 +62,12 @@ _BACKENDS: dict[str, Backend] = {
 }
 
 
-@functools.lru_cache(maxsize=256)
-def _missing(axes: tuple[Axis, ...]) -> Tensor | None:
+def _missing(axes: tuple[Axis, ...], device: torch.device) -> Tensor | None:
     """Return which slots of each token's window hold no key, ``[*spatial, 1, slots]``, or None if all do."""
     if not any(axis.is_causal for axis in axes):
         return None
-    missing = torch.zeros((), dtype=torch.bool)
-    for i, axis in enumerate(axes):
-        slots = torch.arange(axis.kernel_size) >= torch.from_numpy(axis_ranges(axis)[1])[:, None]
-        shape = [1] * (2 * len(axes))
-        shape[i], shape[len(axes) + i] = slots.shape
-        missing = missing | slots.view(shape)
-    return missing.flatten(-len(axes))[..., None, :]
-
-
-def _mask(axes: tuple[Axis, ...], device: torch.device) -> Tensor | None:
-    missing = _missing(axes)
-    return None if missing is None else missing.to(device)
+    tokens = torch.from_numpy(window_tables(axes)[0]).to(device)
+    return (tokens < 0).unflatten(0, [axis.length for axis in axes]).unsqueeze(-2)
 
 
 def _check(operator: str, rank: int, **tensors: Tensor) -> None:
@@ -131,14 +119,14 @@ def _qk(
         check_rpb(operator, query, rpb, axes)
     problem = Problem(query, key, axes)
     name = choose(operator, _BACKENDS, problem, backend)
-    slots = math.prod(axis.kernel_size for axis in axes)
+    slots = math.prod([axis.kernel_size for axis in axes])
     empty = 0 in query.shape
     scores = query.new_zeros(*query.shape[:-1], slots) if empty else _BACKENDS[name].run[0](problem)
     if rpb is not None:
         entries = torch.from_numpy(window_tables(axes)[1]).to(query.device)
         bias = rpb.flatten(1).index_select(1, entries.flatten()).view(-1, *entries.shape).transpose(0, 1)
         scores = (scores + bias.unflatten(0, query.shape[1:-2])).to(scores.dtype)
-    if (missing := _mask(axes, query.device)) is not None:
+    if (missing := _missing(axes, query.device)) is not None:
         scores = scores.masked_fill(missing, float("-inf"))
     if additional_keys is not None:
         _check_additional(operator, "additional_keys", query, additional_keys)
@@ -160,7 +148,7 @@ def _av(
     operator = f"na{rank}d_av"
     _check(operator, rank, attention=weights, value=value)
     axes = make_axes(operator, rank, value.shape[1:-2], kernel_size, 1, dilation, is_causal)
-    slots = math.prod(axis.kernel_size for axis in axes)
+    slots = math.prod([axis.kernel_size for axis in axes])
     if additional_values is not None:
         _check_additional(operator, "additional_values", value, additional_values)
     more = 0 if additional_values is None else additional_values.shape[1]
@@ -171,7 +159,7 @@ def _av(
         )
     weights = weights.to(value.dtype)  # a softmax under autocast is in float32
     own = weights[..., :slots]
-    if (missing := _mask(axes, value.device)) is not None:
+    if (missing := _missing(axes, value.device)) is not None:
         own = own.masked_fill(missing, 0)
     problem = Problem(own, value, axes)
     name = choose(operator, _BACKENDS, problem, backend)

@@ -7,10 +7,14 @@ position and up to ``kernel_size - 1`` before it. Sources: NAT (arXiv 2204.07143
 eq. 4) and GNA (arXiv 2504.16922), as implemented by NATTEN 0.21.
 """
 
+import typing
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+# The fields of axes one after another; of all spellings, operators of torch before 2.9 know only this one.
+Fields = typing.Sequence[int]
 
 
 class Axis(NamedTuple):
@@ -28,7 +32,7 @@ def flatten_axes(axes: Sequence[Axis]) -> list[int]:
     return [int(field) for axis in axes for field in axis]
 
 
-def unflatten_axes(fields: Sequence[int], least: int = 1) -> tuple[Axis, ...]:
+def unflatten_axes(fields: Fields, least: int = 1) -> tuple[Axis, ...]:
     """Return the axes of `flatten_axes`, after as many axes of length one as make ``least``."""
     axes = [Axis(*fields[i : i + 4], bool(fields[i + 4])) for i in range(0, len(fields), 5)]
     return (*(Axis(1, 1),) * (least - len(axes)), *axes)

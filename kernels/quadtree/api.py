@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, report
+from ..backends import Backend, choose, is_exporting, report
 from ..precision import full_precision
 from ..triton_launch import off_gpu, triton_obstacle
 from .chunked import scores_chunked, values_chunked
@@ -137,4 +137,4 @@ def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, sec
 
 def _traced() -> bool:
     mapped = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func's tensors hide their values
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing() or mapped
+    return torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing() or mapped

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends import is_exporting
 from ..precision import full_precision
 from .reference import accumulation_dtype
 
@@ -25,7 +26,7 @@ def _by_chunks(product: Callable[..., Tensor], row_bytes: int, *operands: Tensor
     """Return ``product(*operands)``, computed for some of the operands' rows at a time."""
     rows = operands[0].shape[0]
     # An exported graph must not depend on the number of rows.
-    whole = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    whole = is_exporting() or torch.jit.is_tracing()
     step = rows if whole else max(1, CHUNK_BYTES // row_bytes)
     if step >= rows:
         return product(*operands)
@@ -157,7 +158,7 @@ class _Scatter(_Product):
 
 def _differentiates(*tensors: Tensor) -> bool:
     # An exported graph holds plain operators only; they are differentiable as they are.
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not is_exporting()
 
 
 def scores_chunked(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:

@@ -561,7 +561,7 @@ def _read_maps(root: Path, data: dict, split: str, settings: dict, skip_damaged:
             pairs.append((image, path))
     found = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
     found.check(faults)
-    faults.settle(data["broken"], "correct or complete them")
+    faults.settle(data["broken"], "correct or complete them", len(found.files))
     if not found.files:
         raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
     return found

@@ -115,7 +115,10 @@ class Segment:
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks, skip_damaged)
-        self._source, self._by_values = data["root"] or data["name"], data["name"] == "folder"
+        self._source, self._by_values = (
+            data["root"] or data["name"],
+            data["name"] == "folder" and data["unlabelled"] is None,
+        )
         self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
         named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
         self.shown = {

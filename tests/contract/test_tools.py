@@ -173,4 +173,4 @@ def test_the_ways_out_lead_out(build, images):
     finally:
         set_neighborhood_backend(None)
     model = timm.create_model("nat_atto", features_only=True, feature_cls="fx", out_indices=(0, 1))
-    assert [x.shape[1] for x in model(images)] == model.feature_info.channels()
+    assert [x.shape[-1] for x in model(images)] == model.feature_info.channels()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from foveate.kernels import na1d, na2d, na3d, neighborhood_backends
 from foveate.kernels.neighborhood import clear_plans, flex
+from foveate.kernels.neighborhood.problem import Problem
 from foveate.kernels.neighborhood.window import Axis
 from torch.nn.attention import flex_attention as torch_flex
 
@@ -46,8 +47,8 @@ def test_fixtures(golden_folder, uncompiled):
         extra = {"rpb": rpb, "additional_keys": more[0], "additional_values": more[1], "scale": scale}
         out = OPERATORS[len(meta["spatial"])](q, k, v, **settings, **extra, backend="flex")
         # The operator refuses the log-sum-exp on CPUs, where only the uncompiled mathematics has it.
-        axes = tuple(zip(meta["spatial"], *settings.values(), strict=True))
-        _, lse = flex._attention(q, k, v, axes, scale, rpb, *more, True)
+        axes = tuple(Axis(*axis) for axis in zip(meta["spatial"], *settings.values(), strict=True))
+        _, lse = flex._attention(Problem(q, k, v, axes, scale, rpb, *more, True))
         for name, actual in (("out", out), ("lse", lse)):
             error = (actual - torch.from_numpy(case[name])).abs().max().item()
             assert error <= 2e-6, f"{path.stem}: {name} {error:.1e}"
@@ -65,8 +66,8 @@ def test_fixtures(golden_folder, uncompiled):
 )
 def test_blocks_are_those_of_the_whole_mask(axes, more):
     count = len(flex._BLOCK_LISTS)
+    axes = tuple(Axis(*axis) for axis in axes)
     tensors = flex._mask(axes, more, torch.device("cpu"))
-    axes = [Axis(*axis) for axis in axes]
     tokens = int(np.prod([axis.length for axis in axes]))
     visible = flex._visible(axes, [tensors[i : i + 3] for i in range(count, len(tensors), 3)])
     whole = torch_flex.create_block_mask(visible, None, None, tokens, tokens + more, device="cpu")
@@ -94,7 +95,7 @@ def test_masks_are_remembered_until_plans_are_cleared(uncompiled):
 
 def test_masks_made_in_inference_serve_training():
     clear_plans()
-    axes = ((7, 3, 1, 1, False),)
+    axes = (Axis(7, 3),)
     with torch.inference_mode():
         tensors = flex._mask(axes, 0, torch.device("cpu"))
     assert not any(x.is_inference() for x in tensors)
@@ -163,8 +164,8 @@ def test_compiled_callers_take_it_into_their_graph_on_gpus():
     rpb, more = random(4, 5, 5), random(2, 1, 3, 2, 16, seed=1)
     for size in ((9, 7), (8, 11)):
         q, (k, v) = random(1, *size, 4, 16), random(2, 1, *size, 2, 16, seed=1)
-        axes = tuple((length, 3, 1, 2, False) for length in size)
-        out, lse = compiled(q, k, v, axes, 0.3, rpb, *more, True)
+        axes = tuple(Axis(length, 3, dilation=2) for length in size)
+        out, lse = compiled(Problem(q, k, v, axes, 0.3, rpb, *more, True))
         extra = {"additional_keys": more[0], "additional_values": more[1], "rpb": rpb}
         expected = na2d(q, k, v, 3, dilation=2, scale=0.3, **extra, backend="reference", return_lse=True)
         torch.testing.assert_close((out, lse), expected)
@@ -176,7 +177,8 @@ def test_gradients_as_on_gpus(monkeypatch):
     inputs = [random(2, 7, 9, 2, 4, seed=i) for i in range(3)] + [random(2, 9, 5), *random(2, 2, 3, 2, 4)]
     inputs = [x.detach().requires_grad_() for x in inputs]
     q, k, v, rpb, more_k, more_v = inputs
-    out, _ = flex._attention(q, k, v, ((7, 5, 1, 1, False), (9, 3, 1, 2, False)), 0.5, rpb, more_k, more_v, False)
+    axes = (Axis(7, 5), Axis(9, 3, dilation=2))
+    out, _ = flex._attention(Problem(q, k, v, axes, 0.5, rpb, more_k, more_v, False))
     options = {"dilation": (1, 2), "scale": 0.5, "additional_keys": more_k, "additional_values": more_v}
     expected = na2d(q, k, v, (5, 3), rpb=rpb, **options, backend="reference")
     grads = [torch.autograd.grad((x * random(*x.shape, seed=9)).sum(), inputs) for x in (out, expected)]

@@ -138,3 +138,37 @@ def test_contrast_comes_before_or_after_saturation_by_a_coin():
     np.testing.assert_array_equal(distortion.apply(image, contrast_last=True, **fixed), last)
     distortion.set_random_seed(0)
     assert {distortion.get_params()["contrast_last"] for _ in range(20)} == {False, True}
+
+
+def test_what_has_no_area_in_float32_goes_whatever_the_transform():
+    # Borders of windows cut boxes to widths that float64 tells from nothing and float32 doesn't.
+    draw = np.random.default_rng(0)
+    chains = (
+        {"crop": 33},
+        {"shorts": (37, 61), "long": 90, "crop": 31},
+        {"crop_policy": True},
+        {"rotate": 1.0, "crop": 29},
+    )
+    image = np.zeros((97, 131, 3), np.uint8)
+    for settings in chains:
+        augment = Augment(settings)
+        for seed in range(40):
+            torch.manual_seed(seed)
+            low = np.column_stack([draw.integers(0, 130, 60), draw.integers(0, 96, 60)]).astype(float)
+            sides = 10.0 ** draw.uniform(-12, 1.5, (60, 2))
+            boxes = np.concatenate([low, np.minimum(low + sides, [131, 97])], 1)
+            boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+            _, found, _, left = augment.instances(image, boxes, None)
+            found = found.astype(np.float32)
+            assert len(found) == len(left)
+            assert (found[:, 2:] > found[:, :2]).all()
+            masks = np.zeros((len(boxes), 97, 131), np.uint8)
+            masks[:, 40, 50] = 1
+            _, found, cut, left = augment.instances(image, boxes, masks)
+            assert len(found) == len(cut) == len(left)
+            assert cut.any((1, 2)).all()
+
+
+def test_a_line_keeps_a_pixel():
+    assert fit_size(1, 3000, 600, 800) == (1, 800)
+    assert resize_within(np.zeros((1, 3000, 3), np.uint8), 600, 800).shape == (1, 800, 3)

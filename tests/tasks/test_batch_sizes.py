@@ -1,4 +1,4 @@
-"""What is printed of an evaluation, a validation and a prediction depends not on how many images are read at once."""
+"""What is printed of evaluations, validations and predictions doesn't depend on how many images are read at once."""
 
 import json
 
@@ -24,11 +24,7 @@ DETECT = {
 }
 SEGMENT = {
     "segment_instances": {"head": "mask2former", "task": "instance", "kwargs": SMALL_QUERIES},
-    "segment_panoptic": {
-        "head": "mask2former",
-        "task": "panoptic",
-        "kwargs": SMALL_QUERIES | {"object_threshold": 0.1},
-    },
+    "segment_panoptic": {"head": "mask2former", "task": "panoptic", "kwargs": {**SMALL_QUERIES, "object_threshold": 0}},
     "segment_semantic": {"head": "upernet", "kwargs": {"channels": 16}},
 }
 

@@ -137,3 +137,24 @@ def test_a_missing_list_is_named(folder):
     (folder / "train.csv").write_bytes("path,label\ntrain/dark/0.png,grün\n".encode("latin-1"))
     with pytest.raises(TaskError, match=r"train\.csv: is not text in UTF-8"):
         build_datasets(data, RULE)
+
+
+def test_what_systems_hide_or_add_is_no_class(folder, tmp_path):
+    expected = build_datasets(DATA | {"root": str(folder)}, RULE)
+    for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        for place in ("train", "train/dark", "val"):
+            (folder / place / hidden).mkdir()
+            shutil.copy(folder / "train" / "dark" / "0.png", folder / place / hidden / "0.png")
+    shutil.copy(folder / "train" / "dark" / "0.png", folder / "train" / "dark" / "._0.png")
+    found = build_datasets(DATA | {"root": str(folder)}, RULE)
+    for before, after in zip(expected, found, strict=True):
+        assert after.classes == ["bright", "dark"]
+        assert after.samples == before.samples
+
+
+def test_linked_folders_are_followed_once(folder, tmp_path):
+    expected = len(build_datasets(DATA | {"root": str(folder)}, RULE)[0])
+    (folder / "train" / "dark").rename(tmp_path / "away")
+    (folder / "train" / "dark").symlink_to(tmp_path / "away", target_is_directory=True)
+    (tmp_path / "away" / "again").symlink_to(tmp_path / "away", target_is_directory=True)
+    assert len(build_datasets(DATA | {"root": str(folder)}, RULE)[0]) == expected

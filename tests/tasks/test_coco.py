@@ -177,3 +177,16 @@ def test_faults_of_panoptic_annotations_are_listed(panoptic):
         read_panoptic(folder / "panoptic.json", folder)
     for part in ("1 image without a label map (b.jpg)", "1 unknown category", "1 annotation of an unknown image"):
         assert part in str(caught.value)
+
+
+def test_a_file_of_which_nothing_is_left_is_refused_though_faults_may_be_left_out(coco, panoptic, tmp_path):
+    content, write = coco
+    for image in content["images"]:
+        image["height"] = "30"
+    with pytest.raises(TaskError, match=r"2 missing or malformed entries .* correct the file"):
+        read_instances(write(), tmp_path, broken="drop")
+    content, folder, _ = panoptic
+    content["annotations"][0]["segments_info"] = None
+    (folder / "panoptic.json").write_text(json.dumps(content))
+    with pytest.raises(TaskError, match="without them no image is left"):
+        read_panoptic(folder / "panoptic.json", folder, broken="drop")

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -138,3 +139,161 @@ def test_faults_of_voc_annotations_are_listed(voc_root):
         assert part in str(caught.value)
     with pytest.raises(TaskError, match=r"val\.txt: no such file"):
         read_voc(root, "val")
+
+
+def test_a_list_may_hold_names_with_spaces_and_pascal_s_second_column(voc_root):
+    root = voc_root(OBJECT.format(name="dog", difficult=0, box=(1, 3, 20, 10)))
+    for name in ("cell", "cell 1", "cell 2"):
+        shutil.copy(root / "JPEGImages" / "x1.jpg", root / "JPEGImages" / f"{name}.jpg")
+        shutil.copy(root / "Annotations" / "x1.xml", root / "Annotations" / f"{name}.xml")
+    listing = root / "ImageSets" / "Main" / "train.txt"
+    for text, names in (
+        ("cell\r\ncell 1\r\ncell 2\r\n", ["cell", "cell 1", "cell 2"]),
+        ("\ufeffcell 1\n", ["cell 1"]),
+        ("x1  1\ncell -1\n", ["x1", "cell"]),
+    ):
+        listing.write_text(text, encoding="utf-8")
+        assert [record.id for record in read_voc(root, "train")] == names
+    listing.write_bytes("x1\ncaf\u00e9\n".encode("cp1252"))
+    with pytest.raises(TaskError, match=r"train\.txt, line 2: is not text in UTF-8"):
+        read_voc(root, "train")
+
+
+@pytest.mark.parametrize("name", ["x1.JPG", "x1.png", "x1.bmp"])
+def test_pictures_of_voc_may_have_any_ending(voc_root, name):
+    root = voc_root(OBJECT.format(name="dog", difficult=0, box=(1, 3, 20, 10)))
+    with Image.open(root / "JPEGImages" / "x1.jpg") as picture:
+        picture.load()
+    (root / "JPEGImages" / "x1.jpg").unlink()
+    picture.save(root / "JPEGImages" / name)
+    (record,) = read_voc(root, "train", with_masks=True)
+    assert record.file.name == name
+    picture.save(root / "JPEGImages" / "x1.tif")
+    with pytest.raises(TaskError, match=rf"1 duplicate id \(.*{name} and .*x1\.tif"):
+        read_voc(root, "train")
+
+
+def test_a_size_that_labelimg_does_not_know_is_the_picture_s(voc_root):
+    root = voc_root(OBJECT.format(name="dog", difficult=0, box=(1, 3, 20, 10)))
+    path = root / "Annotations" / "x1.xml"
+    whole = path.read_text()
+    for text in (
+        whole.replace("47", "0").replace("30", "0"),
+        whole.replace("<size><width>47</width><height>30</height></size>", ""),
+    ):
+        path.write_text(text)
+        (record,) = read_voc(root, "train")
+        assert record.size == (30, 47)
+        assert len(record.instances) == 1
+
+
+VOC_FORMS = {
+    "truncated": (lambda text: text[:-9], "1 damaged file (Annotations/x1.xml)"),
+    "unknown encoding": (lambda text: '<?xml version="1.0" encoding="foo"?>' + text, "1 damaged file"),
+    "size in words": (lambda text: text.replace(">47<", ">wide<"), "x1.xml: size 30 x wide"),
+    "negative size": (lambda text: text.replace(">47<", ">-47<"), "x1.xml: size 30 x -47"),
+    "size that is NaN": (lambda text: text.replace(">47<", ">nan<"), "x1.xml: size 30 x nan"),
+    "half a size": (lambda text: text.replace("<width>47</width>", ""), "x1.xml: size 30 x 0"),
+    "another size": (lambda text: text.replace(">47<", ">46<"), "1 image of another size than annotated"),
+    "box that is NaN": (lambda text: text.replace("<xmin>1<", "<xmin>nan<"), "box that isn't four numbers"),
+    "huge box": (lambda text: text.replace("<xmax>20<", "<xmax>1e400<"), "box that isn't four numbers"),
+    "box beyond": (lambda text: text.replace("<xmax>20<", "<xmax>1e30<"), "1 box outside its image"),
+    "no box": (lambda text: text.replace("<xmin>1</xmin>", ""), "box that isn't four numbers"),
+    "nested number": (lambda text: text.replace("<xmin>1<", "<xmin><a>1</a><"), "box that isn't four numbers"),
+    "no name": (lambda text: text.replace("<name>dog</name>", ""), "1 unknown category (x1.xml, object 1: no name)"),
+    "difficult in words": (lambda text: text.replace("<difficult>0<", "<difficult>no<"), "object 1: difficult 'no'"),
+}
+
+
+@pytest.mark.parametrize("form", VOC_FORMS)
+def test_every_malformed_form_of_voc_is_answered_before_training_and_can_be_left_out(voc_root, form):
+    root = voc_root(OBJECT.format(name="dog", difficult=0, box=(1, 3, 20, 10)))
+    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationObject", "png")):
+        shutil.copy(root / folder / f"x1.{ending}", root / folder / f"good.{ending}")
+    for folder in ("Main", "Segmentation"):
+        (root / "ImageSets" / folder / "train.txt").write_text("x1\ngood\n")
+    spoil, expected = VOC_FORMS[form]
+    path = root / "Annotations" / "x1.xml"
+    path.write_text(spoil(path.read_text()))
+    part = {split: DATA[split] | {"split": "train"} for split in ("train", "val")}
+    for with_masks in (False, True):
+        with pytest.raises(TaskError) as caught:
+            read_voc(root, "train", with_masks=with_masks)
+        assert expected in str(caught.value)
+        assert "\n" not in str(caught.value)
+        data = DATA | {"name": "voc", "root": str(root), "broken": "drop"} | part
+        with pytest.warns(UserWarning, match="left out"):
+            train, val = build_datasets(data, with_masks)
+        train.collate([train[index] for index in range(len(train))])
+        assert sum(len(val[index][1]["labels"]) for index in range(len(val))) == 1
+
+
+def test_damaged_object_maps_of_voc_are_listed(voc_root):
+    root = voc_root(OBJECT.format(name="dog", difficult=0, box=(1, 3, 20, 10)))
+    path = root / "SegmentationObject" / "x1.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(TaskError, match=r"1 damaged file .*no image"):
+        read_voc(root, "train", with_masks=True)
+    Image.fromarray(np.zeros((30, 47, 3), np.uint8)).save(path)
+    with pytest.raises(TaskError, match=r"1 damaged file .*a label map has one"):
+        read_voc(root, "train", with_masks=True)
+
+
+def test_voc_s_own_classes_are_named_as_the_cure_and_taken(voc_root):
+    root = voc_root(OBJECT.format(name="cell", difficult=0, box=(1, 3, 20, 10)))
+    part = {split: DATA[split] | {"split": "train"} for split in ("train", "val")}
+    data = DATA | {"name": "voc", "root": str(root)} | part
+    with pytest.raises(TaskError, match=r"1 unknown category .*name all with data\.classes, such as \['cell'\]"):
+        build_datasets(data, False)
+    train, _ = build_datasets(data | {"classes": ("debris", "cell")}, False)
+    assert train.classes == ["debris", "cell"]
+    assert train[0][1]["labels"].tolist() == [1]
+    for classes, reason in ((("background", "cell"), "objects' classes only"), (("cell", "cell"), "twice")):
+        with pytest.raises(TaskError, match=reason):
+            build_datasets(data | {"classes": classes}, False)
+
+
+def test_categories_in_another_order_are_mapped_by_name(coco_root):
+    root, data = coco_root
+    _, before = build_datasets(data, True)
+    content = json.loads((root / "val.json").read_text())
+    content["categories"] = [{"id": 2, "name": "b"}, {"id": 1, "name": "a"}]
+    (root / "val.json").write_text(json.dumps(content))
+    train, val = build_datasets(data, True)
+    assert val.classes == train.classes == ["a", "b"]
+    assert val[0][1]["labels"].tolist() == before[0][1]["labels"].tolist() == [0, 1]
+    train, val = build_datasets(data | {"classes": ("b", "a")}, True)
+    assert val.classes == train.classes == ["b", "a"]
+    assert val[0][1]["labels"].tolist() == [1, 0]
+    with pytest.raises(TaskError, match=r"data\.classes is \['b', 'c'\], but .*train\.json has \['a', 'b'\]"):
+        build_datasets(data | {"classes": ("b", "c")}, True)
+
+
+def test_a_photo_that_exif_turns_is_found_before_training(coco_root):
+    root, data = coco_root
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / "train" / "0.png"
+    Image.fromarray(np.zeros((40, 61, 3), np.uint8)).save(path, exif=exif)
+    for with_masks in (True, False):
+        with pytest.raises(TaskError, match=r"1 image that its EXIF entry turns .*0\.png is 61x40, annotated 40x61"):
+            build_datasets(data, with_masks)
+        with pytest.warns(UserWarning, match="EXIF"):
+            train, _ = build_datasets(data | {"broken": "drop"}, with_masks)
+        assert [record.file.name for record in train.records] == ["1.png", "2.png"]
+    path.write_bytes(b"no image")
+    with pytest.raises(TaskError, match="1 damaged file"):
+        build_datasets(data, True)
+    train, _ = build_datasets(data, True, skip_damaged=True)
+    assert len(train) == 3
+
+
+def test_an_area_that_is_not_given_is_the_mask_s(coco_root):
+    root, data = coco_root
+    content = json.loads((root / "val.json").read_text())
+    runs = {"size": [40, 61], "counts": [45, 7, 33, 7, 40 * 61 - 92]}
+    content["annotations"][0] |= {"segmentation": runs}
+    del content["annotations"][0]["area"], content["annotations"][1]["area"], content["annotations"][1]["segmentation"]
+    (root / "val.json").write_text(json.dumps(content))
+    _, val = build_datasets(data, False)
+    assert val[0][1]["area"].tolist() == [14, 108]

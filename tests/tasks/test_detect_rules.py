@@ -1,13 +1,16 @@
 """The rules of published detectors, each beside its plain form."""
 
+import numpy as np
 import pytest
 import torch
+from foveate.tasks.annotations import has_area
 from foveate.tasks.detect.anchors import AnchorGrid
 from foveate.tasks.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, draw_evenly
 from foveate.tasks.detect.boxes import BoxCoder, giou_loss, grouped_nms, pairwise_iou, top_k
 from foveate.tasks.detect.masks import crop_masks, paste_masks
 from foveate.tasks.detect.roi_heads import RoIExtractor
 from foveate.tasks.detect.rpn import RegionProposalNetwork
+from foveate.tasks.detect.transform import DetectorTransform
 from torchvision.ops import box_iou, generalized_box_iou, nms
 
 
@@ -153,3 +156,22 @@ def test_training_considers_more_regions(training, considered, most):
     assert len(unlimited) == considered + 9
     assert len(boxes) == len(scores) == most
     assert torch.equal(scores, logits[0].sigmoid().flatten().sort(descending=True).values[:most])
+
+
+def test_objects_that_a_resize_leaves_without_area_go():
+    transform = DetectorTransform(min_size=6, max_size=6, divisor=8).train()
+    # Neighbours in float32 that are one number after the resize.
+    left = np.float32(42.708333)
+    boxes = torch.tensor([[2.0, 2, 40, 40], [left, 1, np.nextafter(left, np.float32(64)), 30], [5, 5, 6, 6]])
+    assert has_area(boxes).all()
+    masks = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    masks[0, 2:40, 2:40] = masks[1, :40, :40] = masks[2, 5, 5] = 1
+    labels = torch.tensor([1, 2, 3])
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    _, (target,), _ = transform([image], [{"boxes": boxes, "labels": labels, "masks": masks, "note": "kept"}])
+    assert target["labels"].tolist() == [1]
+    assert target["masks"].shape == (1, 8, 8)
+    assert target["note"] == "kept"
+    assert has_area(target["boxes"]).all()
+    _, (target,), _ = transform([image], [{"boxes": boxes[2:], "labels": labels[2:]}])
+    assert target["labels"].tolist() == [3]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from foveate.tasks import TaskError
-from foveate.tasks.images import find_images, read_image
+from foveate.tasks.images import EXTENSIONS, find_images, list_images, read_image, read_size, read_values
 from PIL import Image
 
 GRADIENT = np.linspace(0, 255, 7 * 5).astype(np.uint8).reshape(5, 7)
@@ -73,3 +73,77 @@ def test_files_folders_and_globs_expand_in_order_and_once(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TaskError, match="no image in this folder"):
         find_images([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("ending", EXTENSIONS)
+def test_a_size_by_the_header_is_that_of_the_image(tmp_path, ending, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo{ending}"
+    mode = {".pbm": "1", ".pgm": "L"}.get(ending, "RGB")
+    Image.fromarray(np.zeros((30, 47, 3), np.uint8)).convert(mode).save(path, exif=exif)
+    image = read_image(path)
+    size, turned = read_size(path)
+    assert size == (image.height, image.width)
+    assert turned == (size == (47, 30))
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(GRADIENT).save(tmp_path / "front.png", exif=exif)
+    whole = (tmp_path / "front.png").read_bytes()
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4], "big")
+    tail = whole.index(b"IEND") - 4
+    (tmp_path / "behind.png").write_bytes(whole[:start] + whole[end:tail] + whole[start:end] + whole[tail:])
+    assert read_image(tmp_path / "behind.png").size == (5, 7)
+    assert read_size(tmp_path / "behind.png") == ((7, 5), True)
+
+
+def test_the_limit_of_pixels_is_named_and_can_be_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = tmp_path / "large.png"
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(path)
+    for read in (read_image, read_size, read_values):
+        with pytest.raises(TaskError, match=r"large\.png: has more than 200 pixels, .* FOVEATE_MAX_PIXELS") as caught:
+            read(path)
+        assert "damaged" not in str(caught.value)
+    monkeypatch.setenv("FOVEATE_MAX_PIXELS", "400")
+    assert read_image(path).size == (20, 20)
+    monkeypatch.setenv("FOVEATE_MAX_PIXELS", "399")
+    with pytest.raises(TaskError, match="more than 399 pixels"):
+        read_size(path)
+    monkeypatch.setenv("FOVEATE_MAX_PIXELS", "many")
+    with pytest.raises(TaskError, match="FOVEATE_MAX_PIXELS is 'many'"):
+        read_image(path)
+
+
+def test_folders_are_searched_through_links_but_not_where_systems_keep_things(tmp_path):
+    for name in (
+        "data/a.jfif",
+        "data/deep/b.JPG",
+        "away/c.png",
+        "data/.ipynb_checkpoints/a.png",
+        "data/@eaDir/a.png",
+        "data/__MACOSX/a.png",
+        "data/._a.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "away", target_is_directory=True)
+    (tmp_path / "data" / "deep" / "up").symlink_to(tmp_path / "data", target_is_directory=True)
+    for found in (list_images(tmp_path / "data"), find_images([tmp_path / "data"])):
+        assert [path.relative_to(tmp_path / "data").as_posix() for path in found] == [
+            "a.jfif",
+            "deep/b.JPG",
+            "link/c.png",
+        ]
+
+
+def test_pictures_that_are_left_out_are_counted(tmp_path):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.svg", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"formats that aren't read are left out: 2 \.heic, 1 \.svg"):
+        assert [path.name for path in list_images(tmp_path)] == ["a.png"]

@@ -75,29 +75,23 @@ def root(tmp_path_factory):
     for name in ("a.png", "b.png"):
         save(root / "images" / name, np.zeros((*SIZE, 3)))
         save(root / "maps" / name, np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1))
-    (root / "good_instances.json").write_text(json.dumps(good_instances()))
-    (root / "good_panoptic.json").write_text(json.dumps(good_panoptic()))
     return root
 
 
 def readers(root, kind, broken):
     """Yield for every task a function that reads a file's every sample, to train on and to be measured by."""
-    parts = {
-        "train": {"annotations": "changed.json", "images": "images", "maps": "maps", "split": "train"},
-        "val": {"annotations": f"good_{kind}.json", "images": "images", "maps": "maps", "split": "val"},
-    }
-    changes = {"root": str(root), "broken": broken, "augment": {"crop": 20}}
+    part = {"annotations": "changed.json", "images": "images", "maps": "maps", "split": "train"}
+    changes = {"root": str(root), "broken": broken, "augment": {"crop": 20}, "train": part, "val": part}
     detect, segment = Detect.DEFAULTS["data"] | changes, Segment.DEFAULTS["data"] | changes
-    for data in ({"train": parts["train"], "val": parts["val"]}, {"train": parts["val"], "val": parts["train"]}):
-        if kind == "instances":
-            for with_masks in (True, False):
-                yield lambda data=data, with_masks=with_masks: build_detection(detect | data, with_masks)
-            yield lambda data=data: build_segmentation(segment | data | {"name": "coco"}, RULE, "instance", True)
-        else:
-            for task in ("panoptic", "semantic"):
-                yield lambda data=data, task=task: build_segmentation(
-                    segment | data | {"name": "coco_panoptic"}, RULE, task, as_masks=task == "panoptic"
-                )
+    if kind == "instances":
+        for with_masks in (True, False):
+            yield lambda with_masks=with_masks: build_detection(detect, with_masks)
+        yield lambda: build_segmentation(segment | {"name": "coco"}, RULE, "instance", True)
+    else:
+        for task in ("panoptic", "semantic"):
+            yield lambda task=task: build_segmentation(
+                segment | {"name": "coco_panoptic"}, RULE, task, as_masks=task == "panoptic"
+            )
 
 
 def read_all(root, kind, content, broken="refuse"):
@@ -244,7 +238,6 @@ FORMS = {
     "panoptic: isthing in a string": (panoptic("categories", 0, isthing="0"), "category 1: isthing '0'"),
     "panoptic: null image": (panoptic("annotations", 0, image_id=None), "1 annotation of an unknown image"),
 }
-BOX_ONLY = ("mask", "polygon", "run", "size of")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -255,18 +248,14 @@ def test_every_malformed_form_is_answered_before_training_and_can_be_left_out(ro
     messages = read_all(root, kind, content)
     of_masks = any(word in expected for word in ("mask", "polygon", "run lengths"))
     # Detectors of boxes alone don't look at masks.
-    assert len(messages) == (4 if of_masks or kind == "panoptic" else 6)
+    assert len(messages) == (2 if of_masks or kind == "panoptic" else 3)
     for message in messages:
         assert expected in message
         assert "data.broken=drop" in message
-    left = read_all(root, kind, content, "drop")
-    # A file without a category has other classes than the other one; all else can be left out.
-    assert all("different classes" in message for message in left)
-    assert bool(left) == (("categor" in form and "name" in form) or "isthing" in form)
+    assert not read_all(root, kind, content, "drop")
 
 
-WILD = [GONE, None, "", "x", "12", True, -1, 0, 0.5, 1e30, -1e30, 10**400, float("nan"), float("inf"), [], {}, [None]]
-WILD += [[[]], {"x": 1}, "\0", "a" * 300, [1, 2, 3], [[1.0, 2.0]], 2**63, "\ud800"]
+WILD = [GONE, None, "", "12", True, -1, 0.5, 1e30, 10**400, float("nan"), [], {"x": 1}, [None], [[1.0, 2.0]], "\ud800"]
 
 
 def paths(node, prefix=()):
@@ -287,13 +276,14 @@ def test_any_value_at_any_place_is_read_or_refused_with_its_place(root, kind, go
         messages = read_all(root, kind, content)
         refused += bool(messages)
         for message in messages:
-            assert "changed.json" in message or "differ" in message
-        read_all(root, kind, content, "drop")
+            assert "changed.json" in message
+        if messages:
+            read_all(root, kind, content, "drop")
     assert refused > len(places)
 
 
 @pytest.mark.parametrize(("kind", "good"), [("instances", good_instances), ("panoptic", good_panoptic)])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_several_values_at_once_are_read_or_refused(root, kind, good, draw):
     value = st.recursive(

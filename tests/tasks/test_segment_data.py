@@ -196,3 +196,159 @@ def test_nuclei_for_every_task(task, classes, count):
 def test_what_does_not_fit_is_refused(folder, change, task, reason):
     with pytest.raises(TaskError, match=reason):
         build_datasets(folder[1] | change, RULE, task)
+
+
+def test_a_value_may_be_said_to_be_unlabelled(folder):
+    root, data = folder
+    for split in ("train", "val"):
+        for index in range(2):
+            write(root / "masks" / split / f"{index}.png", labels_of([0, 1, 2, 3]))
+    train, _ = build_datasets(data | {"unlabelled": (0,)}, RULE)
+    assert np.unique(train.labels(0)).tolist() == [0, 1, 2, IGNORE]
+    assert train.labels(0)[0, 0] == IGNORE
+    train, _ = build_datasets(data | {"unlabelled": (0, 2), "classes": ("b", "a"), "values": (3, 1)}, RULE)
+    assert train.labels(0)[0, [0, 10, 20, 30]].tolist() == [IGNORE, 1, IGNORE, 0]
+    write(root / "masks" / "val" / "1.png", labels_of([0, 255]))
+    with pytest.raises(TaskError, match=r"1\.png has values that stand for no class: 255"):
+        build_datasets(data | {"unlabelled": (0,)}, RULE)
+    for change, reason in (
+        ({"unlabelled": (0,), "values": (0, 1, 2)}, "both hold 0"),
+        ({"unlabelled": (-1,)}, r"data\.unlabelled takes different numbers"),
+        ({"values": (1, 1, 2)}, r"data\.values takes different numbers"),
+        ({"unlabelled": (0,), "name": "ade20k"}, r"data\.unlabelled is for label maps of data\.name=folder"),
+    ):
+        with pytest.raises(TaskError, match=reason):
+            build_datasets(data | change, RULE)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("ciel\nforêt\nroute\n".encode("cp1252"), r"classes\.txt, line 2: is not text in UTF-8"),
+        ("ciel\nforêt\nroute\n".encode("utf-16"), r"classes\.txt, line 1: is not text in UTF-8"),
+        (b"sky\n\nroad\n", "class 2 of 3 has no name"),
+        (b"sky\nsky\nroad\n", "names the class 'sky' twice"),
+        (b"\n", "names no class"),
+    ],
+)
+def test_a_list_of_classes_that_is_wrong_is_answered(folder, content, reason):
+    (folder[0] / "classes.txt").write_bytes(content)
+    with pytest.raises(TaskError, match=reason):
+        build_datasets(folder[1], RULE)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_list_of_classes_may_have_a_mark(folder, encoding):
+    (folder[0] / "classes.txt").write_text("ciel\r\nforêt\r\nroute\r\n\r\n", encoding=encoding)
+    assert build_datasets(folder[1], RULE)[0].classes == ["ciel", "forêt", "route"]
+
+
+def test_broken_label_maps_can_be_left_out(folder):
+    root, data = folder
+    write(root / "masks" / "train" / "0.png", labels_of([0, 7]))
+    (root / "masks" / "val" / "1.png").unlink()
+    with pytest.warns(UserWarning, match="1 label map with unknown values"):
+        train, val = build_datasets(data | {"broken": "drop"}, RULE)
+    assert [[image.name for image, _ in part.files] for part in (train, val)] == [["1.jpg"], ["0.jpg"]]
+    train[0], val[0]
+    (root / "masks" / "val" / "0.png").unlink()
+    with pytest.raises(TaskError, match=r"2 images without a label map .* without them no image is left"):
+        build_datasets(data | {"broken": "drop"}, RULE)
+
+
+def test_a_photo_that_exif_turns_is_named_beside_its_label_map(folder):
+    root, data = folder
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    path = root / "images" / "train" / "0.jpg"
+    Image.fromarray(np.zeros((21, 34, 3), np.uint8)).save(path, exif=exif)
+    with pytest.raises(TaskError, match=r"1 image that its EXIF entry turns .*0\.jpg is 34x21, 0\.png 21x34"):
+        build_datasets(data, RULE)
+    path.write_bytes(b"no image")
+    with pytest.raises(TaskError, match="1 damaged file"):
+        build_datasets(data, RULE)
+    assert len(build_datasets(data, RULE, skip_damaged=True)[0]) == 2
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_sizes_of_pictures_and_maps_are_compared_for_segments(panoptic, task):
+    root, data = panoptic
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((20, 33, 3), np.uint8)).save(root / "images" / "a.jpg", exif=exif)
+    with pytest.raises(TaskError, match=r"EXIF entry turns .*a\.jpg is 33x20, annotated 20x33"):
+        build_datasets(data, RULE, task, as_masks=True)
+    write(root / "images" / "a.jpg", np.zeros((20, 33, 3)))
+    write(root / "train" / "a.png", np.zeros((33, 20, 3)))
+    with pytest.raises(TaskError, match=r"1 mask of another size than its image .*a\.png is 33x20, not 20x33"):
+        build_datasets(data, RULE, task, as_masks=True)
+
+
+def test_segments_that_are_left_out_become_void(panoptic):
+    root, data = panoptic
+    content = json.loads((root / "train.json").read_text())
+    content["annotations"][0]["segments_info"][1]["category_id"] = 4
+    (root / "train.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="1 unknown category"):
+        train, _ = build_datasets(data | {"broken": "drop"}, RULE, "panoptic", as_masks=True)
+    assert train[0][1]["labels"].tolist() == [1, 0]
+    assert (train.labels(0)[5:9, 12:20] == IGNORE).all()
+
+
+def test_categories_of_segments_in_another_order_are_mapped_by_name(panoptic):
+    root, data = panoptic
+    content = json.loads((root / "val.json").read_text())
+    content["categories"].reverse()
+    (root / "val.json").write_text(json.dumps(content))
+    train, val = build_datasets(data, RULE, "panoptic", as_masks=True)
+    assert val.classes == train.classes == ["cup", "sky"]
+    assert val.things == [True, False]
+    assert val.segments(0)[1].tolist() == train.segments(0)[1].tolist() == [1, 0, 0, 0]
+    content["categories"][1]["isthing"] = 0
+    (root / "val.json").write_text(json.dumps(content))
+    with pytest.raises(TaskError, match="differ in isthing of cup"):
+        build_datasets(data, RULE, "panoptic", as_masks=True)
+
+
+def test_voc_s_label_maps_have_the_classes_that_are_named(tmp_path):
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for part in ("train", "val"):
+        (tmp_path / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("cell 1\n")
+    write(tmp_path / "JPEGImages" / "cell 1.PNG", np.zeros((21, 34, 3)))
+    write(tmp_path / "SegmentationClass" / "cell 1.png", labels_of([0, 1, 2, 255]))
+    data = DATA | {"name": "voc", "root": str(tmp_path), "augment": {"crop": 16}}
+    with pytest.warns(UserWarning, match=r"taken for Pascal's, .* data\.classes"):
+        build_datasets(data, RULE)
+    train, _ = build_datasets(data | {"classes": ("cell", "debris")}, RULE)
+    assert train.classes == ["background", "cell", "debris"]
+    assert np.unique(train.labels(0)).tolist() == [0, 1, 2, IGNORE]
+    with pytest.raises(TaskError, match="values that stand for no class: 2"):
+        build_datasets(data | {"classes": ("cell",)}, RULE)
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations" / "cell 1.xml").write_text("<annotation><object><name>cell</name></object></annotation>")
+    with pytest.raises(TaskError, match=r"other classes than Pascal: cell; name yours, .* with data\.classes"):
+        build_datasets(data, RULE)
+    assert build_datasets(data | {"classes": ("cell", "debris")}, RULE)[0].classes[1] == "cell"
+
+
+@pytest.mark.parametrize("name", ["ade20k", "cityscapes", "nuclei"])
+def test_data_sets_with_classes_of_their_own_have_no_others(tmp_path, name):
+    for part, split in (("training", "train"), ("validation", "val")):
+        write(tmp_path / "images" / part / "a.jpg", np.zeros((21, 34, 3)))
+        write(tmp_path / "annotations" / part / "a.png", labels_of([1]))
+        write(tmp_path / "leftImg8bit" / split / "ulm" / "ulm_0_1_leftImg8bit.png", np.zeros((21, 34, 3)))
+        write(tmp_path / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of([7]))
+    data = DATA | {"name": name, "root": str(tmp_path), "augment": {"crop": 16}, "classes": ("a", "b")}
+    with pytest.raises(TaskError, match=rf"data\.classes is \['a', 'b'\], but {name} has"):
+        build_datasets(data, RULE)
+
+
+def test_linked_folders_of_images_are_followed(folder, tmp_path_factory):
+    root, data = folder
+    for kind in ("images", "masks"):
+        away = tmp_path_factory.mktemp(kind)
+        (root / kind / "train").rename(away / "more")
+        (root / kind / "train").mkdir()
+        (root / kind / "train" / "link").symlink_to(away / "more", target_is_directory=True)
+    write(root / "images" / "train" / ".ipynb_checkpoints" / "0.jpg", np.zeros((21, 34, 3)))
+    assert len(build_datasets(data, RULE)[0]) == 2
