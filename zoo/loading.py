@@ -108,7 +108,8 @@ def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module
             raise CheckpointError(f"the checkpoint is not one of {name}: {_reason(converted)}") from converted
         model, load = converted
         missing = load.missing_in(model)
-        strange = _strange({key: state.get(key, _FLOAT) for key in load.unexpected}, wanted, classifier)
+        # What the conversion made up counts as learned.
+        strange = _strange({key: state.get(key, torch.empty(0)) for key in load.unexpected}, wanted, classifier)
         _refuse(name, model, _needed(model, missing, inner, fresh), strange)
         for module in (model, getattr(model, "model", None), getattr(model, "body", None)):
             if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
@@ -125,9 +126,6 @@ def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module
     unused = sorted(key for key in state if key in classifier | wanted.keys() and key not in arrived)
     model.load_report = LoadReport(len(arrived), tuple(missing), tuple(unused), tuple(reshaped))
     return model
-
-
-_FLOAT = torch.empty(0)
 
 
 def _whole(name: str, options: dict) -> nn.Module:
