@@ -8,6 +8,7 @@ from ..kernels.backends import is_exporting
 # Of each kind of layer that a fast path stands in for, the forward that it knows.
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)}
 _CALL = nn.Module.__call__
+_ORDINARY = (nn.Parameter, Tensor)
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -18,26 +19,30 @@ def is_plain(*layers: nn.Module) -> bool:
     of a subclass. Such a layer must be called.
     """
     # What looks on while a graph is exported is the exporter.
-    watched = not is_exporting() and (nn.Module.__call__ is not _CALL or _hooks_of_all_modules())
-    return not watched and all(_is_plain(layer) for layer in layers)
+    if (nn.Module.__call__ is not _CALL or _hooks_of_all_modules()) and not is_exporting():
+        return False
+    for layer in layers:  # a microsecond each: this runs at every call of a layer
+        kind = type(layer)
+        if (
+            _FORWARDS.get(kind) is not kind.forward
+            or "forward" in layer.__dict__
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or layer._compiled_call_impl is not None
+            or layer._modules
+            or layer._buffers
+        ):
+            return False
+        for parameter in layer._parameters.values():
+            # Quantized and distributed tensors are subclasses with rules of their own.
+            if parameter is not None and type(parameter) not in _ORDINARY:
+                return False
+    return True
 
 
 def _hooks_of_all_modules() -> bool:
     # torch has a function that says so only since 2.9; these are what `nn.Module.__call__` itself looks at.
     forward, backward = _module._global_forward_hooks, _module._global_backward_hooks
     return bool(forward or backward or _module._global_forward_pre_hooks or _module._global_backward_pre_hooks)
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    kind = type(layer)
-    if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind] or "forward" in layer.__dict__:
-        return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if hooked or layer._compiled_call_impl is not None or layer._modules or layer._buffers:
-        return False
-    return all(_is_ordinary(getattr(layer, name, None)) for name in ("weight", "bias"))
-
-
-def _is_ordinary(parameter: Tensor | None) -> bool:
-    # Quantized and distributed tensors are subclasses with rules of their own.
-    return parameter is None or type(parameter) in (Tensor, nn.Parameter)
