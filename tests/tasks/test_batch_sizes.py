@@ -17,10 +17,11 @@ COMMON = {
     "schedule": {"warmup_iterations": 1},
 }
 BODY = {"backbone": "nat_atto", "backbone_kwargs": {"drop_path_rate": 0.0}}
-SMALL_QUERIES = {"num_queries": 12, "dim": 32, "num_points": 128}
+SMALL_QUERIES = {"num_queries": 12, "dim": 32, "num_points": 128, "topk": 10}
+SMALL_BOXES = {"channels": 32, "min_size": 64, "max_size": 100, "max_detections": 10}
 DETECT = {
-    "detect_boxes": {"head": "retinanet", "kwargs": {"channels": 32, "min_size": 64, "max_size": 100}},
-    "detect_masks": {"head": "mask_rcnn", "kwargs": {"channels": 32, "hidden": 32, "min_size": 64, "max_size": 100}},
+    "detect_boxes": {"head": "retinanet", "kwargs": SMALL_BOXES},
+    "detect_masks": {"head": "mask_rcnn", "kwargs": {**SMALL_BOXES, "hidden": 32}},
 }
 SEGMENT = {
     "segment_instances": {"head": "mask2former", "task": "instance", "kwargs": SMALL_QUERIES},
