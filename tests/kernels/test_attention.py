@@ -4,6 +4,8 @@ import pytest
 import torch
 from foveate.kernels import attention, merge_attentions, na1d
 
+pytestmark = pytest.mark.versions
+
 
 def tensors(keys=11, heads_kv=2):
     generator = torch.Generator().manual_seed(0)

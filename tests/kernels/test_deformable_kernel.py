@@ -5,6 +5,8 @@ import torch
 from foveate.kernels import deformable_backends, multi_scale_deformable_attention
 from torch.autograd import gradcheck
 
+pytestmark = pytest.mark.versions
+
 BACKENDS = ("reference", "bags")
 SHAPES = [(3, 5), (1, 4), (6, 2)]
 PIXELS = sum(height * width for height, width in SHAPES)

@@ -15,7 +15,10 @@ from foveate.kernels.neighborhood import native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.skipif(native._library is None, reason=str(native._missing))
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.skipif(native._library is None, reason=str(native._missing)),
+]
 LANES = [lanes for lanes in (16, 8, 4) if native._library and lanes <= native._library.lanes]
 OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 

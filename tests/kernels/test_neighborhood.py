@@ -10,6 +10,8 @@ from foveate.kernels.neighborhood.window import Axis, axis_offsets, axis_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.versions
+
 BACKENDS = ("reference", "tiled")
 
 

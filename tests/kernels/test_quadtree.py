@@ -5,6 +5,8 @@ import torch
 from foveate.kernels import quadtree_scores, quadtree_values
 from foveate.kernels.quadtree import chunked
 
+pytestmark = pytest.mark.versions
+
 
 def inputs(batch=2, heads=3, parents=5, tokens=7, chosen=3, dim=6, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)

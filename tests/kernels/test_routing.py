@@ -7,6 +7,8 @@ from foveate.kernels.routing import chunked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.versions
+
 BACKENDS = ("reference", "chunked")
 
 

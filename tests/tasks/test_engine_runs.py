@@ -23,6 +23,7 @@ def train(config_file, output, *overrides, resume=False):
     return engine.train(config, output, resume=resume, progress=False)
 
 
+@pytest.mark.versions
 def test_a_run_says_what_it_was_done_with_and_how_to_do_it_again(config_file, tmp_path):
     run = tmp_path / "run"
     result = train(config_file, run)
@@ -141,6 +142,7 @@ def test_a_model_that_cannot_recompute_says_so(config_file, tmp_path):
 
 
 @pytest.mark.heavy
+@pytest.mark.versions
 def test_a_compiled_run_learns_the_same_and_its_checkpoint_is_like_any_other(config_file, tmp_path):
     base = ("epochs=1", "model.name=test_resnet", "model.kwargs={}", "ema=0.5")
     plain = train(config_file, tmp_path / "plain", *base)

@@ -1,0 +1,50 @@
+"""Every family trains, compiles and is exported: what .ci/wide runs on every torch, timm and Python that we claim."""
+
+import numpy as np
+import pytest
+import torch
+from foveate.tasks.export import export_model
+
+pytestmark = pytest.mark.versions
+
+
+def test_gradients_reach_every_parameter(model, images):
+    model.train()
+    logits = model(images)
+    assert logits.shape == (2, 5)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 3])).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_compiled_models_compute_the_same(model, images):
+    model.train()
+    compiled = torch.compile(model, backend="aot_eager")
+    results = []
+    for function in (model, compiled):
+        # The statistics of batch norms are not compared, but what they are made of is.
+        model.zero_grad()
+        logits = function(images)
+        logits.square().sum().backward()
+        results.append((logits.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    (expected, gradients), (actual, compiled_gradients) = results
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    for gradient, compiled_gradient in zip(gradients, compiled_gradients, strict=True):
+        scale = gradient.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(compiled_gradient / scale, gradient / scale, atol=1e-3, rtol=0)
+
+
+def test_onnxruntime_computes_the_same(model, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "model.onnx"
+    facts = export_model(model.eval(), images, path, {})
+    assert facts["operators"] == []
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    others = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+    (logits,) = session.run(["output"], {"images": others.numpy()})
+    with torch.no_grad():
+        expected = model(others).numpy()
+    assert np.abs(expected).max() > 0.01
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()

@@ -1,0 +1,68 @@
+"""What is required is what is claimed: the installed wheel's requirements, one OpenCV, README's table of versions."""
+
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+
+
+def required(name: str) -> dict[str, Requirement]:
+    """Return what a package needs without its extras."""
+    requirements = map(Requirement, importlib.metadata.requires(name) or ())
+    needed = [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return {re.sub(r"[-_.]+", "-", each.name).lower(): each for each in needed}
+
+
+def all_required(name: str) -> set[str]:
+    """Return what a package brings with it, directly or not."""
+    found, rest = set(), [name]
+    while rest:
+        new = set(required(rest.pop())) - found
+        found |= new
+        rest += new
+    return found
+
+
+def test_one_opencv_is_brought():
+    """Every distribution of OpenCV writes the same folder `cv2`: of two, the last one installed wins."""
+    assert {name for name in all_required("foveate") if name.startswith("opencv")} == {"opencv-python-headless"}
+
+
+@pytest.fixture
+def versions():
+    spec = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_versions_is_the_one_that_was_measured(versions):
+    """Regenerate it with ``.ci/wide versions``."""
+    table = (ROOT / "README.md").read_text().split(versions.MARK)[1].strip()
+    assert table == versions.render(versions.read_rows())
+
+
+def test_the_oldest_versions_claimed_are_the_oldest_in_the_table(versions):
+    rows, needed = versions.read_rows(), required("foveate")
+    for name in ("torch", "timm"):
+        oldest = min((row[name] for row in rows), key=versions.version)
+        (floor,) = needed[name].specifier
+        assert floor.operator == ">="
+        assert versions.version(oldest)[: len(versions.version(floor.version))] == versions.version(floor.version)
+    python = importlib.metadata.metadata("foveate")["Requires-Python"]
+    assert python == ">=" + min((row["python"] for row in rows), key=versions.version)
+
+
+def test_tables_say_what_failed_and_what_was_not_run(versions):
+    keys = dict(torch="2.6.0", torchvision="0.21.0", timm="1.0.24", date="2026-01-02")
+    rows = [keys | dict(python="3.10", passed="7", failed="0"), keys | dict(python="3.9", passed="5", failed="2")]
+    rows.append(keys | dict(python="3.9", torch="2.7.0", passed="", failed="", date=""))
+    lines = versions.render(rows).splitlines()
+    assert lines[0] == "| torch | torchvision | timm | Python 3.9 | Python 3.10 |"
+    assert lines[2] == "| 2.6.0 | 0.21.0 | 1.0.24 | 2 of 7 failed, 2026-01-02 | 7 passed, 2026-01-02 |"
+    assert lines[3] == "| 2.7.0 | 0.21.0 | 1.0.24 | not run | not run |"
