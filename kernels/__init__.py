@@ -13,6 +13,7 @@ from .neighborhood import (
     na3d_av,
     na3d_qk,
     neighborhood_backends,
+    neighborhood_cost,
     set_neighborhood_backend,
 )
 from .pointwise import pointwise_backends
@@ -34,6 +35,7 @@ __all__ = [
     "na3d_av",
     "na3d_qk",
     "neighborhood_backends",
+    "neighborhood_cost",
     "pointwise_backends",
     "quadtree_backends",
     "quadtree_scores",

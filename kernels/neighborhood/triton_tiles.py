@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from ..triton_launch import TileSize, power_of_two, size_for
+from .cost import axis_visits
 from .window import Axis
 
 
@@ -119,16 +120,16 @@ def kernel_shape(kernel: str, axes: tuple[Axis, ...], row_bytes: int, biased: bo
     lengths = tuple(-(-axis.length // axis.dilation) for axis in axes)
 
     def cost(shape: Shape) -> tuple:
-        boxes = tiles = 1
-        for n, axis, tile, box in zip(lengths, axes, shape.tile, shape.box, strict=True):
-            seen = min(n, -(-tile // axis.stride) * axis.stride + axis.kernel_size - 1)
-            tiles *= -(-n // tile)
-            boxes *= -(-seen // box)
+        visits = tiles = 1
+        for axis, tile, box in zip(axes, shape.tile, shape.box, strict=True):
+            axis_boxes = axis_visits(axis, tile, box)
+            tiles *= len(axis_boxes)
+            visits *= int(axis_boxes.sum())
         pairs = size.own * size.walked
         if biased and kernel == "backward_query":  # the rows of a box are skewed to the columns of the bias
             pairs += size.own * shape.box[0] * shape.box[1] * power_of_two(2 * axes[2].kernel_size - 1)
         # In units of a pair's softmax: a key and its value move as slowly as 20 of them for 64 bytes.
-        work = tiles * (boxes * (pairs + 20 * size.walked * row_bytes // 64 + 512) + 2048)
+        work = visits * (pairs + 20 * size.walked * row_bytes // 64 + 512) + tiles * 2048
         return work, -shape.box[2], -shape.tile[2], shape
 
     shapes = [

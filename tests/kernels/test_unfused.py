@@ -18,6 +18,8 @@ from foveate.kernels import (
     na3d_av,
     na3d_qk,
 )
+from foveate.kernels.neighborhood import native, tiled_products, unfused
+from foveate.kernels.neighborhood.window import Axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -303,3 +305,21 @@ def test_memory_is_tokens_times_window():
     scores = na1d_qk(q, q, 9, backend="tiled")
     assert scores.shape == (1, 32768, 1, 9)
     assert math.isfinite(na1d_av(scores, q, 9, backend="tiled").sum().item())
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_instruction_set(lanes, causal):
+    if native._library is None or lanes > native._library.lanes:
+        pytest.skip("this processor lacks it")
+    axes = (Axis(7, 3, is_causal=causal), Axis(19, 4, dilation=2))
+    q, x = (torch.randn(2, 7, 19, 3, 21) for _ in range(2))
+    weights = torch.randn(2, 7, 19, 3, 12)
+    missing = unfused._missing(axes, q.device)
+    weights = weights if missing is None else weights.masked_fill(missing, 0)
+    for name, first in (("scores", q), ("values", weights), ("scatter", weights)):
+        actual = getattr(native, f"native_{name}")(first, x, axes, lanes)
+        expected = getattr(tiled_products, name)(first.double(), x.double(), axes)
+        if name == "scores" and causal:
+            actual, expected = (part.masked_fill(missing, 0) for part in (actual, expected))
+        torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=2e-5)
