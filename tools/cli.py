@@ -82,9 +82,6 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}; {hint}")
 
-    from ..tasks import TaskError
-    from ..zoo import CheckpointError, UnknownModelError
-
     command = importlib.import_module(f".{name}", __package__)
     parser = _Parser(
         prog=f"foveate {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,10 +92,16 @@ def _run(argv: list[str]) -> int:
         mixed = not hasattr(command, "ACTIONS") and name != "run"
         parse = parser.parse_intermixed_args if mixed else parser.parse_args
         return command.run(parse(argv[1:])) or 0
-    except (TaskError, CheckpointError, UnknownModelError) as error:
-        return _fail(str(error))
     except SystemExit as stop:
         return stop.code
+    except Exception as error:
+        # These import torch; whatever raised one of them has done so.
+        from ..tasks import TaskError
+        from ..zoo import CheckpointError, UnknownModelError
+
+        if not isinstance(error, TaskError | CheckpointError | UnknownModelError):
+            raise
+        return _fail(str(error))
 
 
 def _fail(message: str) -> int:
