@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "find what is in images: classes, objects, regions; with pictures and JSON",
     "curves": "draw and compare the learning curves of runs",
     "browse": "look at the training data as the model sees it, after augmentation",
+    "recipes": "list the recipes: model, data, what they were run on, result",
     "config": "print a recipe with every setting, overrides applied",
     "export": "write a model for use elsewhere: ONNX, torch.export, safetensors",
     "list": "list the models",
