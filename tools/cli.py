@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "find what is in images: classes, objects, regions; with pictures and JSON",
     "curves": "draw and compare the learning curves of runs",
     "browse": "look at the training data as the model sees it, after augmentation",
+    "recipes": "list the recipes: model, data, what they were run on, result",
     "config": "print a recipe with every setting, overrides applied",
     "export": "write a model for use elsewhere: ONNX, torch.export, safetensors",
     "list": "list the models",
@@ -82,9 +83,6 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}; {hint}")
 
-    from ..tasks import TaskError
-    from ..zoo import CheckpointError, UnknownModelError
-
     command = importlib.import_module(f".{name}", __package__)
     parser = _Parser(
         prog=f"foveate {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,10 +93,16 @@ def _run(argv: list[str]) -> int:
         mixed = not hasattr(command, "ACTIONS") and name != "run"
         parse = parser.parse_intermixed_args if mixed else parser.parse_args
         return command.run(parse(argv[1:])) or 0
-    except (TaskError, CheckpointError, UnknownModelError) as error:
-        return _fail(str(error))
     except SystemExit as stop:
         return stop.code
+    except Exception as error:
+        # These import torch; whatever raised one of them has done so.
+        from ..tasks import TaskError
+        from ..zoo import CheckpointError, UnknownModelError
+
+        if not isinstance(error, TaskError | CheckpointError | UnknownModelError):
+            raise
+        return _fail(str(error))
 
 
 def _fail(message: str) -> int:

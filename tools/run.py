@@ -3,7 +3,7 @@
 timm's scripts aren't installed with it; take them from its repository, in the release of the installed timm:
 git clone --depth 1 --branch vVERSION https://github.com/huggingface/pytorch-image-models
 Everything after SCRIPT is the script's own. On several GPUs:
-torchrun --nproc-per-node 8 -m foveate.tools.run pytorch-image-models/train.py --model nat_tiny ...
+torchrun --nproc-per-node 8 -m foveate run pytorch-image-models/train.py --model nat_tiny ...
 """
 
 import argparse

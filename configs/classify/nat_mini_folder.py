@@ -4,7 +4,7 @@ FOLDER/train/CLASS/*.jpg trains and FOLDER/val/CLASS/*.jpg is held out. With few
 classify/nat_tiny_finetune. For ImageNet-1k there is classify/nat_tiny_imagenet.
 
 Command: foveate train classify/nat_mini_folder data.root=FOLDER
-Expect: on ImageNet-1k the paper states 81.8 % top-1 (arXiv 2204.07143); not run by us.
+Expect: depends on the data; not run by us.
 Cost: not measured by us.
 """
 

@@ -17,51 +17,52 @@ from timm.optim import list_optimizers
 
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
 from .. import TASKS, TaskError, nearest
+from .keys import meaning
 
-# Every key that a config of any task may have, with its default; a task adds its own.
+# Every key that a config of any task may have, with its default; a task adds its own. `keys` says what they mean.
 DEFAULTS = {
     "task": None,
     "seed": 0,
-    "deterministic": False,  # refuse nondeterministic CUDA kernels
-    "device": "auto",  # "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "mps"
-    "precision": "float32",  # or "bfloat16", "float16": autocast
-    "batch_size": 64,  # of each process
-    "workers": 0,  # processes that load data, for each process that trains
+    "deterministic": False,
+    "device": "auto",
+    "precision": "float32",
+    "batch_size": 64,
+    "workers": 0,
     "epochs": 10,
-    "iterations": None,  # instead of epochs: batches to train on, rounded up to whole epochs
-    "val_interval": 1,  # epochs between validations; the last epoch always has one
-    "sync_batchnorm": False,  # batch norm over the images of all processes, on CUDA
-    "grad_checkpointing": False,  # compute activations twice instead of keeping them
-    "channels_last": False,  # memory order of images and weights
-    "compile": False,  # by torch.compile: the model, or the backbone of a detector or segmenter
-    "damaged_images": "refuse",  # or "skip": take the next one instead, count them, leave them out of measurements
-    "log": (),  # "tensorboard", "wandb": also report there
+    "iterations": None,
+    "val_interval": 1,
+    "sync_batchnorm": False,
+    "grad_checkpointing": False,
+    "channels_last": False,
+    "compile": False,
+    "damaged_images": "refuse",
+    "log": (),
     "checkpoint": {
-        "interval": None,  # batches between checkpoints inside an epoch; each epoch ends with one
-        "keep": 0,  # so many of the latest epochs keep theirs, as epoch_0012.pth
+        "interval": None,
+        "keep": 0,
     },
     "optimizer": {
-        "name": "adamw",  # any optimizer of timm
+        "name": "adamw",
         "lr": 1e-3,
         "weight_decay": 0.05,
-        "no_decay": None,  # parts of parameters' names without weight decay; None: biases and norms
-        "layer_decay": None,  # factor of the learning rate from a layer to the one below it
-        "factors": {},  # of the learning rate, by part of parameters' names, such as {"backbone.": 0.1}
-        "clip_grad": None,  # greatest norm of the gradient
-        "accumulate": 1,  # batches for each step
+        "no_decay": None,
+        "layer_decay": None,
+        "factors": {},
+        "clip_grad": None,
+        "accumulate": 1,
         "kwargs": {},
     },
     "schedule": {
-        "name": "cosine",  # or "poly", "step"
-        "warmup_epochs": 0,  # linear, from warmup_factor
-        "warmup_iterations": 0,  # the same, counted in batches
+        "name": "cosine",
+        "warmup_epochs": 0,
+        "warmup_iterations": 0,
         "warmup_factor": 0.01,
-        "final_factor": 0.01,  # of the learning rate, at the end of cosine and poly
-        "power": 1.0,  # of poly
-        "steps": (),  # epochs after which the learning rate is multiplied by gamma
+        "final_factor": 0.01,
+        "power": 1.0,
+        "steps": (),
         "gamma": 0.1,
     },
-    "ema": None,  # weight of the newest parameters in their running average, such as 2e-4
+    "ema": None,
 }
 FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
 # Types of what may be None.
@@ -188,8 +189,25 @@ def _unknown(name: str) -> str:
 
 
 def format_config(config: dict[str, Any]) -> str:
-    """Return a config as the Python file that gives it."""
-    return Config(config).pretty_text
+    """Return a complete config as the Python file that gives it, with what each key means."""
+    task = config["task"]
+    free = FREE + tuple(task_class_of(task).FREE)
+    lines = []
+
+    def write(tree: dict, parents: tuple[str, ...]) -> None:
+        indent, equals, end = "    " * len(parents), "=" if parents else " = ", "," if parents else ""
+        for name, value in tree.items():
+            key = ".".join((*parents, name))
+            if isinstance(value, dict) and value and key not in free:
+                lines.append(f"{indent}{name}{equals}dict(")
+                write(value, (*parents, name))
+                lines.append(f"{indent}){end}")
+            else:
+                comment = meaning(key, task)
+                lines.append(f"{indent}{name}{equals}{value!r}{end}" + (f"  # {comment}" if comment else ""))
+
+    write(config, ())
+    return "\n".join(lines) + "\n"
 
 
 def task_class_of(name: str):

@@ -86,8 +86,43 @@ def test_no_room_without_a_name():
     assert not [path for room in ROOMS for path in sources(room) if path.name in nameless]
 
 
-def test_import_is_light():
-    """Importing the package registers the models and loads neither mmengine nor triton nor opencv."""
+HEAVY = {"torch", "timm", "numpy", "mmengine", "triton", "cv2", "albumentations", "torchmetrics", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import foveate; foveate.__version__",
+        *(
+            f"from foveate.tools.cli import main; main({argv})"
+            for argv in ([], ["--help"], ["trian"], ["train"], ["train", "--help"], ["list", "--detektors"])
+        ),
+    ],
+)
+def test_what_needs_no_model_imports_no_torch(code):
+    code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import foveate, timm",
+        "import timm, foveate",
+        "import foveate.blocks, timm",
+        "import foveate.kernels, timm.layers, foveate.zoo.nat, timm",
+        "from foveate.tasks.detect import create_detector; import timm",
+        "import foveate, importlib.util; importlib.util.find_spec('timm'); import timm",
+    ],
+)
+def test_who_imports_the_package_and_timm_has_the_models(imports):
+    code = f"{imports}; assert timm.is_model('nat_tiny') and timm.is_model('agent_swin_tiny')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registering_is_light():
+    """The models load neither mmengine nor triton nor opencv."""
     code = (
         "import torch, timm, sys; before = set(sys.modules); import foveate; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "

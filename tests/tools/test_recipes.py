@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 from foveate.configs import list_recipes, read_recipe, recipes_of_model
-from foveate.tasks import TaskError, engine
+from foveate.tasks import TASKS, TaskError, engine
 from foveate.tasks.classify import Classify, create_classifier
 from foveate.tasks.engine.config import leaves, load_config, plain, task_class_of
+from foveate.tasks.engine.keys import KEYS
 from foveate.tasks.engine.runner import TaskRunner
+from foveate.tools.cli import main
 from foveate.zoo.backbone import recipes_of
 from PIL import Image
 
@@ -139,6 +141,39 @@ def test_a_base_that_is_not_there_is_named(base, reason, tmp_path):
     with pytest.raises(TaskError, match=re.escape(reason)) as refused:
         load_config(tmp_path / "mine.py")
     assert str(refused.value).startswith(f"{tmp_path / 'mine.py'}: _base_: ")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_key_of_a_config_is_documented_and_no_other(task):
+    free = (*engine.FREE, *task_class_of(task).FREE)
+    known = {key for key, _ in leaves(engine.DEFAULTS | task_class_of(task).DEFAULTS, free)}
+    assert known == KEYS[None].keys() | KEYS[task].keys()
+
+
+def test_a_printed_config_says_what_its_keys_mean_and_runs_alone(capsys, tmp_path):
+    assert main(["config", "segment/semantic_fpn_quadtree_b0_160k_ade20k", "seed=3"]) == 0
+    path = tmp_path / "my.py"
+    path.write_text(text := capsys.readouterr().out)
+    assert "\n    divisor=32,  # evaluation stretches the sides" in text
+    assert "\nseed = 3  # of everything that is drawn\n" in text
+    assert "_base_" not in text
+    assert load_config(path) == load_config("segment/semantic_fpn_quadtree_b0_160k_ade20k", ["seed=3"])
+
+
+def test_recipes_are_listed_with_what_they_were_run_on(capsys):
+    assert main(["recipes", "nat_atto"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["recipe", "model", "data", "run", "on", "result"]
+    assert len(lines) == 5
+    digits = next(line for line in lines if line.startswith("classify/nat_atto_digits "))
+    assert "two idle CPU cores" in digits
+    assert digits.endswith("97.7 % held-out accuracy after the last epoch")
+    assert main(["recipes", "detect/mask_rcnn_nat_*_coco"]) == 0
+    published = capsys.readouterr().out.splitlines()
+    assert len(published) == 4
+    assert re.search(r"mask_rcnn nat_tiny +coco +- +the authors state box AP 47.7; mask AP 42.6$", published[3])
+    assert main(["recipes", "zzz"]) == 2
+    assert "no recipe matches 'zzz'" in capsys.readouterr().err
 
 
 def test_a_model_given_as_a_config_is_answered_with_its_recipes():

@@ -105,7 +105,7 @@ def scripts(tmp_path_factory) -> Path:
 def run_script(script: Path, *arguments: str, cwd: Path) -> str:
     if not script.is_file():
         pytest.skip(f"{script} is not there")
-    command = [sys.executable, "-m", "foveate.tools.run", str(script), *arguments]
+    command = [sys.executable, "-m", "foveate", "run", str(script), *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
