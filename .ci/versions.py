@@ -1,4 +1,4 @@
-"""The short suite on every supported Python, torch and timm: called by `.ci/wide versions` with a folder and rows.
+"""The short suite on a table of Pythons, torches and timms: called by `.ci/wide versions` with a folder and rows.
 
 The rows stand in versions.csv, and what came of each is written there and into README's table. Every row gets an
 environment of its own, one at a time: each takes 6 GB of disk while it is tested.

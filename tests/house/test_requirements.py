@@ -47,15 +47,14 @@ def test_the_table_of_versions_is_the_one_that_was_measured(versions):
     assert table == versions.render(versions.read_rows())
 
 
-def test_the_oldest_versions_claimed_are_the_oldest_in_the_table(versions):
-    rows, needed = versions.read_rows(), required("foveate")
-    for name in ("torch", "timm"):
-        oldest = min((row[name] for row in rows), key=versions.version)
-        (floor,) = needed[name].specifier
-        assert floor.operator == ">="
-        assert versions.version(oldest)[: len(versions.version(floor.version))] == versions.version(floor.version)
-    python = importlib.metadata.metadata("foveate")["Requires-Python"]
-    assert python == ">=" + min((row["python"] for row in rows), key=versions.version)
+def test_nothing_that_is_claimed_has_failed(versions):
+    needed = required("foveate")
+    python = Requirement(f"python{importlib.metadata.metadata('foveate')['Requires-Python']}")
+    rows = versions.read_rows()
+    claimed = [row for row in rows if all(row[name] in needed[name].specifier for name in ("torch", "timm"))]
+    claimed = [row for row in claimed if row["python"] in python.specifier]
+    assert claimed
+    assert not [row for row in claimed if row["failed"] not in ("", "0")]
 
 
 def test_tables_say_what_failed_and_what_was_not_run(versions):
