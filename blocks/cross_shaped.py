@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
+from ..kernels.attention import without_cudnn
 from .pointwise import apply_linear
 from .window import cut_windows, join_windows
 
@@ -30,6 +31,14 @@ def unpad_stripes(x: Tensor, height: int, width: int) -> Tensor:
     """Undo `pad_to_stripes` for a map of ``height x width``."""
     top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
     return x[:, top : top + height, left : left + width]
+
+
+@register_notrace_function
+@torch.jit.ignore
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within windows: ``[windows, heads, tokens, dim]`` each, to the same shape."""
+    with without_cudnn(q):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class CrossShapedAttention2d(nn.Module):
@@ -112,7 +121,7 @@ class CrossShapedAttention2d(nn.Module):
             padded_height, padded_width = branch.shape[1], branch.shape[2]
             windows = cut_windows(branch, stripe_height, stripe_width, 0, 0)
             q, k, v = windows.unflatten(-1, (3, self.num_heads // branches, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            out = attend(q, k, v).transpose(1, 2).flatten(2)
             local = windows.chunk(3, dim=-1)[2].unflatten(1, (stripe_height, stripe_width)).permute(0, 3, 1, 2)
             out = out + lepe(local).flatten(2).transpose(1, 2)
             out = join_windows(out, padded_height, padded_width, stripe_height, stripe_width, 0, 0)

@@ -1,10 +1,12 @@
 """Dense attention in the layout of the neighborhood operators, and the merging of partial attentions."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attention(
@@ -55,6 +57,17 @@ def attention(
         scores = scores.masked_fill(hidden, float("-inf"))
     output = scores.softmax(-1).to(value.dtype) @ value
     return output.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
+
+
+def without_cudnn(x: Tensor) -> AbstractContextManager:
+    """Return a context in which `F.scaled_dot_product_attention` of tensors like ``x`` leaves cuDNN out.
+
+    cuDNN's backward pass gives NaN for the strided windows of cross-shaped attention in bfloat16: seen with torch 2.11
+    on an H200, where torch's other paths are right.
+    """
+    if not x.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
