@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from foveate.kernels import set_neighborhood_backend
+from foveate.kernels import neighborhood_backends, set_neighborhood_backend
 from timm.models._features_fx import create_feature_extractor as timms_extractor
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -19,14 +19,21 @@ TORCHVISION = r"use timm's create_model\(..., features_only=True\)"
 NATIVE = "first derivatives only; use backend='tiled'"
 ROUTED = "first derivatives only, unless it is called with backend='reference'"
 
-# Which tools refuse, or which of the families; everything else holds.
-REFUSED = {
-    "torchvision": lambda family: None if family.startswith("ela_") else TORCHVISION,  # those are timm's own models
-    "double_backward": {
-        **dict.fromkeys(("nat_atto", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small", "dat_pp_tiny"), NATIVE),
-        **{"foveate_host_atto": NATIVE, "biformer_tiny": ROUTED, "biformer_stl_nchw": ROUTED},
-    }.get,
-}
+
+def torchvisions_refusal(family: str) -> str | None:
+    return None if family.startswith("ela_") else TORCHVISION  # those are timm's own models
+
+
+def second_refusal(family: str) -> str | None:
+    if family.startswith("biformer_"):
+        return ROUTED
+    map_ = torch.zeros(1, 3, 3, 1, 4)
+    native = neighborhood_backends(map_, map_, map_, 3)["native"] == "chosen"  # not without the C library
+    return NATIVE if native and family.startswith(("nat_", "dinat_", "dat_p", "foveate_host_")) else None
+
+
+# Which tools refuse which families; everything else holds.
+REFUSED = {"torchvision": torchvisions_refusal, "double_backward": second_refusal}
 
 
 def same(actual: Tensor, expected: Tensor) -> None:
