@@ -179,9 +179,11 @@ def test_a_file_of_other_classes_is_not_measured(publish, tmp_path, refused):
     photo, *_ = noise(tmp_path / "images" / "validation", (5, 170))
     folder = tmp_path / "annotations" / "validation"
     folder.mkdir(parents=True)
-    Image.fromarray(np.ones((5, 170), np.uint8)).save(folder / "0.png")
+    labels = np.ones((5, 170), np.uint8)
+    labels[:, 85:] = 2
+    Image.fromarray(labels).save(folder / "0.png")
     options = ["--images", str(photo), "--workers", "0", "--data", str(tmp_path)]
-    assert "has 19 classes, not 150" in refused("weights", "verify", SEGMENTER, *options)
+    assert "has 19 classes, the data 150" in refused("weights", "verify", SEGMENTER, *options)
 
 
 def test_without_data_the_stated_numbers_are_shown(publish, tmp_path, capsys):
