@@ -73,8 +73,9 @@ def jit_trace(model: nn.Module, images: Tensor) -> None:
 
 
 def middle(model: nn.Module) -> tuple[str, nn.Module]:
-    name = "stages.1" if hasattr(model, "stages") else "layer2"
-    return name, model.get_submodule(name)
+    names = dict(model.named_modules())
+    name = next(name for name in ("stages.1", "layer2", "blocks.1") if name in names)
+    return name, names[name]
 
 
 def extracts(model: nn.Module, images: Tensor, create) -> None:
