@@ -59,23 +59,36 @@ def create_model(name: str, checkpoint: str | Path | None = None, **options: Any
     files = [file for file in (checkpoint, options.pop("checkpoint_path", None), overlay.pop("file", None)) if file]
     if len(files) > 1:
         raise CheckpointError(f"{name}: its weights are named twice, {files[0]} and {files[1]}; give one of them")
-    if model_entrypoint(name).__module__.startswith(f"{__package__}."):
-        if files:
-            options["pretrained"] = True
-            overlay["file"] = str(locate(files[0]))
-        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
-        if hasattr(getattr(model, "model", None), "load_report"):
-            model.load_report = _of_features(model.model.load_report, model)
+    path = locate(files[0]) if files else None
+    with _naming(path):
+        if model_entrypoint(name).__module__.startswith(f"{__package__}."):
+            if path is not None:
+                options["pretrained"] = True
+                overlay["file"] = str(path)
+            model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
+            if hasattr(getattr(model, "model", None), "load_report"):
+                model.load_report = _of_features(model.model.load_report, model)
+            return model
+        if path is not None:
+            return _from_file(name, path, overlay, options)
+        with _watch() as loads:
+            model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
+        if loads:
+            missing = _Load(*loads[-1]).missing_in(model)
+            _refuse(name, model, _needed(model, missing, {}, set()), [])
+            model.load_report = LoadReport(len(model.state_dict()) - len(missing), tuple(missing))
         return model
-    if files:
-        return _from_file(name, locate(files[0]), overlay, options)
-    with _watch() as loads:
-        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
-    if loads:
-        missing = _Load(*loads[-1]).missing_in(model)
-        _refuse(name, model, _needed(model, missing, {}, set()), [])
-        model.load_report = LoadReport(len(model.state_dict()) - len(missing), tuple(missing))
-    return model
+
+
+@contextlib.contextmanager
+def _naming(path: Path | None) -> Iterator[None]:
+    """Let an error begin with the file that it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        if path is None or str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module:

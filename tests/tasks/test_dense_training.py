@@ -122,7 +122,7 @@ def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     states = [torch.load(run["last"], weights_only=True)["state_dict"] for run in (straight, resumed)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert resumed["pictures"]
-    with pytest.raises(CheckpointError, match="holds a model to segment, not to detect"):
+    with pytest.raises(CheckpointError, match="holds a model to segment, not a model to detect"):
         engine.evaluate(engine.load_config(MASK_RCNN), resumed["best"])
     predictor = load_predictor(resumed["best"])
     assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
