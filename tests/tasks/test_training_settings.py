@@ -14,8 +14,10 @@ import torch
 from foveate.tasks import engine
 from foveate.tasks.classify import task as classify
 from foveate.tasks.dense import freeze_statistics
+from foveate.tasks.engine import run_folder
 from foveate.tasks.engine import runner as runner_module
 from foveate.tasks.engine.hooks import SeedHook
+from foveate.tasks.images import FULL_WHITE
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -39,6 +41,12 @@ class Line(nn.Module):
         return out
 
 
+class Inputs(TensorDataset):
+    """Inputs that are no pictures."""
+
+    white = FULL_WHITE
+
+
 class LineTask:
     """A task of the engine: the mean of the line's outputs is what is minimised."""
 
@@ -49,7 +57,7 @@ class LineTask:
     inputs = torch.tensor([[1.0, 2.0], [3.0, 5.0], [-1.0, 4.0], [2.0, 0.0]])
 
     def __init__(self, config):
-        self.train_set = self.val_set = TensorDataset(self.inputs, torch.zeros(len(self.inputs)))
+        self.train_set = self.val_set = Inputs(self.inputs, torch.zeros(len(self.inputs)))
         self.model = Line()
 
     def check_data(self, training=True):
@@ -83,6 +91,7 @@ def train(monkeypatch, tmp_path):
             return tasks[-1]
 
         monkeypatch.setattr(engine, "task_class_of", lambda name: make)
+        monkeypatch.setattr(run_folder, "format_config", repr)  # it knows the keys of the house's tasks alone
         make.FREE, make.DEFAULTS = (), {}
         settings = {"epochs": 1, "batch_size": 4, "ema": None, "precision": "float32"} | settings
         optimizer = {"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "kwargs": {"momentum": 0.0, "nesterov": False}}
