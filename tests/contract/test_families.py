@@ -46,5 +46,5 @@ def test_onnxruntime_computes_the_same(model, images, tmp_path):
     (logits,) = session.run(["output"], {"images": others.numpy()})
     with torch.no_grad():
         expected = model(others).numpy()
-    assert np.abs(expected).max() > 0.01
+    assert np.abs(expected).max() > 1e-4  # of random weights, but of more than rounding
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
