@@ -213,7 +213,7 @@ class BiLevelRoutingAttention2d(nn.Module):
         if not self.ragged:
             x = pad_to_regions(x, region_height, region_width, self.n_win, self.n_win)
         if torch.jit.is_scripting():
-            qk, v, routes = self._project_at_once(x, region_height, region_width)
+            qk, v, routes = self._call_projection(x, region_height, region_width)
         else:
             qk, v, routes = self._project(x, region_height, region_width)
         if self.ragged:
