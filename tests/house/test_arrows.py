@@ -140,7 +140,7 @@ def test_what_needs_no_model_imports_no_torch(code):
         "import timm, foveate",
         "import foveate.blocks, timm",
         "import foveate.kernels, timm.layers, foveate.zoo.nat, timm",
-        "from foveate.tasks.detect import create_detector; import timm",
+        "from foveate.tasks.dense.detect import create_detector; import timm",
         "import foveate, importlib.util; importlib.util.find_spec('timm'); import timm",
     ],
 )
