@@ -201,7 +201,7 @@ class Classify:
             title: What is shown.
             train: Whether they are to train on; then they are mixed as the config says, if they are even in number.
         """
-        from .draw import draw_inputs
+        from ..pictures.classes import draw_inputs
 
         images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
         if train and self.mixup is not None and len(items) % 2 == 0:
@@ -231,7 +231,7 @@ class Classify:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        from .draw import draw_confusion, draw_gallery
+        from ..pictures.classes import draw_confusion, draw_gallery
 
         shares = torch.stack(predictions).softmax(-1)
         labels = torch.as_tensor(targets)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoints import read_checkpoint, rebuilt_from
 from ..data.images import FULL_WHITE, to_pixels
-from .draw import draw_detections, keep_likely
+from ..pictures.objects import draw_detections, keep_likely
 from .task import build_detector, detect_image
 
 

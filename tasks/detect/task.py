@@ -117,7 +117,7 @@ class Detect:
 
     def measure(self, predictions: list[dict], targets: list[dict]) -> dict[str, float]:
         """Return COCO's measures of boxes, and of masks, as fractions; those with nothing to find are left out."""
-        from .metrics import NUMBERS, measure_ap
+        from ..metrics.average_precision import NUMBERS, measure_ap
 
         metrics = {}
         for kind in self._kinds():
@@ -137,8 +137,8 @@ class Detect:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        from .draw import draw_comparison, draw_precision
-        from .metrics import measure_ap
+        from ..metrics.average_precision import measure_ap
+        from ..pictures.objects import draw_comparison, draw_precision
 
         shown = list(zip(indices, targets, predictions, strict=True))[:4]
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
@@ -152,7 +152,7 @@ class Detect:
 
     def draw_inputs(self, items: list[tuple[Tensor, dict]], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set, of training or not, with their boxes and masks; ``title`` says what is shown."""
-        from .draw import draw_inputs
+        from ..pictures.objects import draw_inputs
 
         draw_inputs(items, self.classes, path, title)
 

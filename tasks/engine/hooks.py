@@ -263,7 +263,7 @@ class RunHook(Hook):
 
         A continued run that had its best epoch before shows the last one, and one that was complete draws nothing new.
         """
-        from ..pictures import draw_curve
+        from ..pictures.figures import draw_curve
 
         draw_curve(self._history, self._task.metric, self.output / "curves.png")
         pictures = [("curves.png", "loss and metric over the epochs")]

@@ -13,7 +13,7 @@ from ..checkpoints import read_checkpoint, rebuilt_from, write_whole
 from ..data.images import FULL_WHITE, to_pixels
 from ..data.segmentation import InputRule
 from ..detect.predict import Predictor as DetectionPredictor
-from .draw import draw_segmentation
+from ..pictures.regions import draw_segmentation
 from .task import build_segmenter, segment_image
 
 
