@@ -76,6 +76,7 @@ class Classify:
         train_set: Training images with labels.
         val_set: Held-out images with labels.
         metric: The metric by which the best checkpoint is chosen.
+        shown: The metrics that a line of progress names.
     """
 
     # Every key a config may have, with its default.
@@ -119,6 +120,7 @@ class Classify:
         "data.white": int,
     }
     metric = "accuracy"
+    shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
         data, loss = config["data"], config["loss"]

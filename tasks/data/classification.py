@@ -110,6 +110,7 @@ class Digits(Dataset):
 
     classes = tuple("0123456789")
     white = FULL_WHITE
+    collate = None
 
     def __init__(self, split: str, transform=None):
         images, labels = load_digits()
@@ -122,6 +123,10 @@ class Digits(Dataset):
     def image(self, index: int) -> Image.Image:
         """Return a digit as it is, 8x8 grey."""
         return Image.fromarray(self.pixels[index])
+
+    def inventory(self) -> list:
+        """Return nothing: the digits have no place of their own."""
+        return []
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -140,6 +145,7 @@ class LabelledFolder(ImageFolder):
     """
 
     white = FULL_WHITE
+    collate = None
 
     def __init__(self, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
         self._expected = classes
@@ -206,6 +212,7 @@ class LabelledList(Dataset):
     """
 
     white = FULL_WHITE
+    collate = None
 
     def __init__(self, listing: Path, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
         entries = _read_list(listing, root)

@@ -443,6 +443,10 @@ class Nuclei(SegmentationSet):
         """Number of different images."""
         return len(self.tiles)
 
+    def inventory(self) -> list:
+        """Return nothing: the micrograph has no place of its own."""
+        return []
+
     def image(self, index: int) -> Image.Image:
         """Return the half, or a tile of it, as RGB."""
         return Image.fromarray(to_bytes(self.tiles[index][0], self.white)).convert("RGB")

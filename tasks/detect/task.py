@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.coco import encode_mask
 from ..data.detection import build_datasets
 from ..data.occurrence import check_classes
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
+from ..detections import to_plain
 
 
 class Detect:
@@ -184,12 +184,3 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:
     """Return a detector's answer for an image ``[3, H, W]``, by itself: sharing a batch would move its last bits."""
     return to_plain(model([image])[0])
-
-
-def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Return a detector's answer for an image on the CPU, its masks as run lengths."""
-    plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
-    plain["labels"] = found["labels"].cpu()
-    if "masks" in found:
-        plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
-    return plain

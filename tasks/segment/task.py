@@ -15,7 +15,7 @@ from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet, build_datasets
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.segment.segmenter import HEADS, create_segmenter
-from ..detect.task import to_plain
+from ..detections import to_plain
 
 TASKS = ("semantic", "instance", "panoptic")
 # The heads that predict a set of masks; the others label pixels.
