@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.detection import build_datasets
+from ..data.formats import open_objects
 from ..data.occurrence import check_classes
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.detect.detector import DETECTORS, create_detector
@@ -75,7 +75,7 @@ class Detect:
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = build_datasets(data, self.with_masks, config["damaged_images"] == "skip")
+        self.train_set, self.val_set = open_objects(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
