@@ -8,6 +8,7 @@ import torch
 
 from ..configs.published import read_published
 from ..zoo import CheckpointError
+from ..zoo.backbone import head_options_of
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
 
@@ -126,8 +127,8 @@ def load_dense(
         output, rule = output or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
-        stretched = backbone.startswith(("biformer", "quadtree"))
-        output, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, model.mean, model.std)
+        divisor = head_options_of(backbone, "images").get("divisor", 1)
+        output, rule = "semantic", InputRule(512, 2048, divisor, model.mean, model.std)
     classes = class_names(data, count)
     predictor = Predictor(model, rule, classes, things, output, test, device)
     predictor.card = segmenter_card(described, classes, things, output, rule, test)

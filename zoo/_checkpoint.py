@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .library_errors import first_line, needs_unpickling
+
 _logger = logging.getLogger(__name__)
 
 # In order of trust: the averaged weights are the published ones where a file holds both.
@@ -172,12 +174,11 @@ def open_checkpoint(path: str | Path) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
-        objects = any(kind in str(error).lower() for kind in ("unsupported global", "unsupported class"))
+        objects = needs_unpickling(error)
         reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
         raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint

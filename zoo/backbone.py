@@ -3,12 +3,15 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
+from .library_errors import unknown_option
 from .loading import create_model
 
 # What lets timm's models of a fixed input size take any; each model has one of these options, or none.
@@ -47,6 +50,24 @@ def dense_settings_of(name: str) -> dict[str, dict]:
     """Return the published dense settings of a model by setting; empty if there are none."""
     module = sys.modules[model_entrypoint(name).__module__]
     return getattr(module, "dense_settings", {}).get(name.split(".")[0], {})
+
+
+def head_options_of(name: str, head: str) -> dict[str, Any]:
+    """Return what a family's published dense models do otherwise than others.
+
+    Args:
+        name: Model.
+        head: A detector's or segmenter's name, whose options they are; or ``"images"``, for the published evaluation's
+            ``divisor`` of an image's sides.
+    """
+    module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
+    options = getattr(module, "head_options", {})
+    return {
+        key: value
+        for pattern, heads in options.items()
+        if fnmatchcase(name, pattern)
+        for key, value in heads.get(head, {}).items()
+    }
 
 
 def check_name(name: str) -> None:
@@ -92,6 +113,6 @@ def create_backbone(
         try:
             return Backbone(create_model(name, checkpoint, **freedom | options))
         except TypeError as error:
-            if f"unexpected keyword argument {next(iter(freedom))!r}" not in str(error):
+            if unknown_option(error) not in freedom:
                 raise
     return Backbone(create_model(name, checkpoint, **options))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ....zoo import CheckpointError
 from ....zoo._checkpoint import LoadReport
+from ....zoo.backbone import head_options_of
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
@@ -25,8 +26,6 @@ from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
 
 _STRIDES = [4, 8, 16, 32]
-# Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
-_CHOOSE_ANCHORS = ("foveate_davit", "biformer")
 
 Size = tuple[int, int]
 
@@ -535,10 +534,8 @@ def create_detector(
             transform = _split_options(kind, held_options(checkpoint))[1] | transform
     elif reset_classifier:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
-    if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
-        options.setdefault("selection", "anchors")
-    if head == "mask_rcnn" and isinstance(backbone, str) and backbone.startswith("dat_pp"):
-        options.setdefault("extra_convs", "on_input")  # as published, for this head of theirs alone
+    if isinstance(backbone, str):
+        options = head_options_of(backbone, head) | options
     body = build_backbone(
         head,
         backbone,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, dense_settings_of
+from ....zoo.library_errors import lacks_variance
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
@@ -117,7 +118,7 @@ class Segmenter(BaseSegmenter):
         try:
             logits = self.head(features)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_variance(error):
                 raise
             raise TaskError("the batch norm of a map pooled to one pixel needs at least 2 images in a batch") from error
         check_labels(labels, logits.shape[1], self.ignore_index)
