@@ -11,8 +11,8 @@ from torch import nn
 
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, without_start
-from ..images import FULL_WHITE, to_pixels
-from .data import InputRule
+from ..data.classification import InputRule
+from ..data.images import FULL_WHITE, to_pixels
 from .task import classifier_card, create_classifier
 
 
@@ -130,7 +130,7 @@ class Predictor:
 
     def draw(self, image: Image.Image, ranking: list[tuple[str, float]], path: Path) -> dict[str, str]:
         """Draw the image beside its classes; return what was written beside the picture: nothing."""
-        from .draw import draw_prediction
+        from ..pictures.classes import draw_prediction
 
         draw_prediction(to_pixels(image, self.channels, self.white), ranking, path)
         return {}

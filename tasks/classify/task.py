@@ -16,8 +16,8 @@ from ...zoo.backbone import check_name
 from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
-from ..occurrence import check_classes
-from .data import InputRule, build_datasets
+from ..data.classification import InputRule, build_datasets
+from ..data.occurrence import check_classes
 
 # Images of a gallery.
 SHOWN = 30
@@ -76,6 +76,7 @@ class Classify:
         train_set: Training images with labels.
         val_set: Held-out images with labels.
         metric: The metric by which the best checkpoint is chosen.
+        shown: The metrics that a line of progress names.
     """
 
     # Every key a config may have, with its default.
@@ -119,6 +120,7 @@ class Classify:
         "data.white": int,
     }
     metric = "accuracy"
+    shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
         data, loss = config["data"], config["loss"]
@@ -201,7 +203,7 @@ class Classify:
             title: What is shown.
             train: Whether they are to train on; then they are mixed as the config says, if they are even in number.
         """
-        from .draw import draw_inputs
+        from ..pictures.classes import draw_inputs
 
         images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
         if train and self.mixup is not None and len(items) % 2 == 0:
@@ -231,7 +233,7 @@ class Classify:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        from .draw import draw_confusion, draw_gallery
+        from ..pictures.classes import draw_confusion, draw_gallery
 
         shares = torch.stack(predictions).softmax(-1)
         labels = torch.as_tensor(targets)

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..dense import build_described, describe_model, freeze_statistics
-from ..detect.task import to_plain
-from ..occurrence import check_classes
-from .data import InputRule, LabelMaps, SegmentationSet, build_datasets
-from .segmenter import HEADS, create_segmenter
+from ..data.occurrence import check_classes
+from ..data.segmentation import InputRule, LabelMaps, SegmentationSet, build_datasets
+from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.segment.segmenter import HEADS, create_segmenter
+from ..detections import to_plain
 
 TASKS = ("semantic", "instance", "panoptic")
 # The heads that predict a set of masks; the others label pixels.
@@ -180,7 +180,7 @@ class Segment:
 
     def measure(self, predictions: list, targets: list) -> dict[str, float]:
         """Return metrics as fractions: of labels mIoU, accuracies and Dice; of instances AP; of segments PQ."""
-        from .metrics import count_labels, measure_labels, measure_panoptic
+        from ..metrics.segmentation import count_labels, measure_labels, measure_panoptic
 
         pairs = zip(predictions, targets, strict=True)
         if self.task == "semantic":
@@ -193,7 +193,7 @@ class Segment:
             measured = measure_panoptic(pairs, self.things)
             metrics = {key: value for key, value in measured.items() if isinstance(value, float)}
         else:
-            from ..detect.metrics import NUMBERS, measure_ap
+            from ..metrics.average_precision import NUMBERS, measure_ap
 
             measured = measure_ap(predictions, targets, "mask")
             metrics = {f"mask_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
@@ -215,18 +215,18 @@ class Segment:
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
         title = f"held-out images, epoch {epoch}"
         if self.task == "instance":
-            from ..detect.draw import draw_comparison
+            from ..pictures.objects import draw_comparison
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title)
         else:
-            from .draw import draw_comparison
+            from ..pictures.regions import draw_comparison
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title, self.things)
         return [("predictions.png", "truth and prediction side by side")]
 
     def draw_inputs(self, items: list[Any], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set, of training or not, under their classes or segments; ``title`` says what it is."""
-        from .draw import draw_inputs
+        from ..pictures.regions import draw_inputs
 
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.rule.mean, self.rule.std))
         images, truths = [], []
@@ -318,6 +318,3 @@ def segment_image(
     for info in found["segments_info"]:
         label_of[info["id"]] = info["category_id"]
     return torch.stack([label_of[numbers.long()], numbers.int()], -1)
-
-
-Task = Segment
