@@ -65,9 +65,9 @@ def filter_maps(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
 class InLineAttention2d(nn.Module):
     """Multi-head linear attention over a map, and a convolution of the values with kernels made from the map.
 
-    The weights of a query add up to one and may be negative; queries that differ have different weights, which softmax
-    attention grants and other linear attention doesn't. The kernels, a 3x3 one for each image and channel, are made from
-    the mean of the map. Nothing depends on the size of the map, and the cost is linear in its positions.
+    The weights of a query add up to one and may be negative; queries that differ have different weights, as in softmax
+    attention, but not in other linear attention. The kernels, a 3x3 one for each image and channel, are made from the
+    mean of the map. Nothing depends on the size of the map, and the cost is linear in its positions.
 
     Args:
         dim: Channels.

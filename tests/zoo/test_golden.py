@@ -13,6 +13,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCES = {
     "agent": (2e-5, 2e-5),
     "biformer": (1e-5, 5e-5),
+    "inline": (2e-5, 2e-5),
     "nat": (5e-6, 2e-5),
     "dinat": (5e-6, 2e-5),
     "dinat_s": (5e-6, 2e-5),
@@ -24,7 +25,7 @@ TOLERANCES = {
     "shiftvit": (1.5e-5, 1.5e-5),
 }
 # Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "shiftvit"}
+RELATIVE = {"biformer", "inline", "shiftvit"}
 RELATIVE_MAPS = {"shiftvit"}
 RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former", "features": None}
 
