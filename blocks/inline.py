@@ -8,15 +8,6 @@ from torch import Tensor, nn
 from .pointwise import apply_linear
 
 
-@register_notrace_function
-@torch.jit.ignore
-def takes_images_one_by_one(x: Tensor) -> bool:
-    """Return whether each image is computed for itself: on a CPU its heads and kernels then need no copies."""
-    if not x.is_cpu or x.shape[0] == 1 or torch._C._functorch.maybe_get_level(x) != -1:
-        return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-
-
 def attend_linearly(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Attend with the weights ``(1 + s * q_i.(k_j - mean of k)) / N``, linear in the tokens (Eq. 6, identity kernel).
 
@@ -60,6 +51,46 @@ def filter_maps(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     if batch > 1:
         out = out[0].unflatten(0, (batch, dim))
     return out.permute(0, 2, 3, 1)
+
+
+def takes_images_one_by_one(x: Tensor) -> bool:
+    """Return whether each image is computed for itself: on a CPU its heads and kernels then need no copies."""
+    if not x.is_cpu or x.shape[0] == 1 or torch._C._functorch.maybe_get_level(x) != -1:
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+@register_notrace_function
+def attend_and_filter(qkv: Tensor, kernels: Tensor, height: int, width: int, num_heads: int) -> Tensor:
+    """Add the attention of all tokens and the convolution of a map's values, which are the last tokens.
+
+    Args:
+        qkv: Queries, keys and values ``[B, N, 3 * C]``.
+        kernels: ``[B, C, 3, 3]``.
+        height: Height H of the map.
+        width: Width W of the map; N is at least ``H * W``.
+        num_heads: Heads.
+
+    Returns:
+        ``[B, N, C]``.
+    """
+    if torch.jit.is_scripting():
+        return _attend_and_filter(qkv, kernels, height, width, num_heads)
+    else:
+        if not takes_images_one_by_one(qkv):
+            return _attend_and_filter(qkv, kernels, height, width, num_heads)
+        images = zip(qkv.split(1), kernels.split(1), strict=True)
+        return torch.cat([_attend_and_filter(*image, height, width, num_heads) for image in images])
+
+
+def _attend_and_filter(qkv: Tensor, kernels: Tensor, height: int, width: int, num_heads: int) -> Tensor:
+    q, k, v = qkv.chunk(3, dim=-1)
+    out, mean = attend_linearly(q, k, v, num_heads)
+    before = v.shape[1] - height * width
+    local = filter_maps(v[:, before:].unflatten(1, (height, width)), kernels, mean).flatten(1, 2)
+    if before > 0:
+        local = torch.cat([mean[:, None].expand(-1, before, -1), local], dim=1)
+    return out + local
 
 
 class InLineAttention2d(nn.Module):
@@ -139,7 +170,7 @@ class InLineAttention2d(nn.Module):
         height, width = x.shape[1], x.shape[2]
         kernels = self._kernels((x if source is None else source).mean((1, 2)))
         qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
-        out = self._attend(qkv.flatten(1, 2), kernels, height, width, 0)
+        out = attend_and_filter(qkv.flatten(1, 2), kernels, height, width, self.num_heads)
         out = out.unflatten(1, (height, width))
         lepe = self.lepe
         if lepe is not None:
@@ -148,22 +179,7 @@ class InLineAttention2d(nn.Module):
 
     def _kernels(self, mean: Tensor) -> Tensor:
         """Return the kernels ``[B, dim, 3, 3]`` made from a mean ``[B, dim]``."""
-        return self.residual(mean.unsqueeze(2)).unflatten(1, (-1, 9)).reshape(mean.shape[0], -1, 3, 3)
-
-    def _attend(self, qkv: Tensor, kernels: Tensor, height: int, width: int, extra: int) -> Tensor:
-        """Attend over ``extra`` tokens and those of a map after them, ``[B, N, 3 * dim]`` to ``[B, N, dim]``."""
-        if torch.jit.is_scripting() or not takes_images_one_by_one(qkv):
-            return self._attend_at_once(qkv, kernels, height, width, extra)
-        images = zip(qkv.split(1), kernels.split(1), strict=True)
-        return torch.cat([self._attend_at_once(image, filters, height, width, extra) for image, filters in images])
-
-    def _attend_at_once(self, qkv: Tensor, kernels: Tensor, height: int, width: int, extra: int) -> Tensor:
-        q, k, v = qkv.chunk(3, dim=-1)
-        out, mean = attend_linearly(q, k, v, self.num_heads)
-        local = filter_maps(v[:, extra:].unflatten(1, (height, width)), kernels, mean).flatten(1, 2)
-        if extra > 0:
-            local = torch.cat([mean[:, None].expand(-1, extra, -1), local], dim=1)
-        return out + local
+        return self.residual(mean.unsqueeze(2)).reshape(mean.shape[0], -1, 3, 3)
 
 
 class InLineTokenAttention(InLineAttention2d):
@@ -195,5 +211,5 @@ class InLineTokenAttention(InLineAttention2d):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Attend over tokens ``x`` ``[B, 1 + height * width, dim]``."""
         qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
-        out = self._attend(qkv, self._kernels(x.mean(1)), height, width, 1)
+        out = attend_and_filter(qkv, self._kernels(x.mean(1)), height, width, self.num_heads)
         return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))

@@ -14,6 +14,7 @@ TOLERANCES = {
     "agent": (2e-5, 2e-5),
     "biformer": (1e-5, 5e-5),
     "inline": (2e-5, 2e-5),
+    "litv2": (2e-5, (6e-6, 5e-5, 5e-5, 1.2e-4)),
     "nat": (5e-6, 2e-5),
     "dinat": (5e-6, 2e-5),
     "dinat_s": (5e-6, 2e-5),
@@ -25,8 +26,8 @@ TOLERANCES = {
     "shiftvit": (1.5e-5, 1.5e-5),
 }
 # Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "inline", "shiftvit"}
-RELATIVE_MAPS = {"shiftvit"}
+RELATIVE = {"biformer", "inline", "litv2", "shiftvit"}
+RELATIVE_MAPS = {"litv2", "shiftvit"}
 RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former", "features": None}
 
 
