@@ -69,13 +69,13 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
     weights = name if weights is None else weights
     if row["head"] not in _TRANSFORMERS:
         return load_dense(row["head"], row["backbone"], weights, device, data=row["data"])
-    from .dense.segment.mask2former import RECIPES
+    from .dense.segment.mask2former import SETTINGS
 
-    # What follows the head in the name: the data set, and the task or the training's size.
+    # What follows the head in the name: the data set, and the output or the training's size.
     variant = name.partition(f"{row['head']}_")[2]
-    recipe = next(known for known in sorted(RECIPES[row["head"]], key=len, reverse=True) if variant.startswith(known))
-    task = next((task for task in ("semantic", "instance") if task in variant), "panoptic")
-    return load_dense(row["head"], row["backbone"], weights, device, recipe, task, row["data"])
+    setting = next(known for known in sorted(SETTINGS[row["head"]], key=len, reverse=True) if variant.startswith(known))
+    output = next((output for output in ("semantic", "instance") if output in variant), "panoptic")
+    return load_dense(row["head"], row["backbone"], weights, device, setting, output, row["data"])
 
 
 def load_dense(
@@ -83,8 +83,8 @@ def load_dense(
     backbone: str,
     weights: str | Path,
     device: str | torch.device = "cpu",
-    recipe: str = "auto",
-    task: str | None = None,
+    setting: str = "auto",
+    output: str | None = None,
     data: str | None = None,
 ) -> Any:
     """Return the predictor of a detector's or segmenter's file, whoever wrote it, with the published settings.
@@ -94,20 +94,20 @@ def load_dense(
         backbone: A timm name.
         weights: A path, an address or the name of published weights.
         device: Where to run.
-        recipe: As there.
-        task: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
+        setting: As there.
+        output: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
         data: Whose classes it has, for their names; told by their number if None.
 
     Raises:
         CheckpointError: If the weights can't be had, or don't fit.
     """
-    described = {"head": head, "backbone": backbone, "recipe": recipe, "backbone_kwargs": {}, "kwargs": {}}
+    described = {"head": head, "backbone": backbone, "setting": setting, "backbone_kwargs": {}, "kwargs": {}}
     if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
         from .dense.detect import create_detector
         from .detect import Predictor
         from .detect.task import detector_card
 
-        model = create_detector(head, backbone, recipe=recipe, checkpoint=weights)
+        model = create_detector(head, backbone, setting=setting, checkpoint=weights)
         count = model.num_classes
         predictor = Predictor(model, class_names(data or _DATA.get(count, ""), count), device)
         predictor.card = detector_card(described, predictor.classes)
@@ -118,25 +118,25 @@ def load_dense(
     from .segment.task import segmenter_card
 
     test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
-    model = create_segmenter(head, backbone, recipe=recipe, checkpoint=weights)
+    model = create_segmenter(head, backbone, setting=setting, checkpoint=weights)
     count = model.num_classes
     data = data or _DATA.get(count, "")
     things = [False] * count
     if head in _TRANSFORMERS:
-        task, rule = task or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
+        output, rule = output or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
         stretched = backbone.startswith(("biformer", "quadtree"))
-        task, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, model.mean, model.std)
+        output, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, model.mean, model.std)
     classes = class_names(data, count)
-    predictor = Predictor(model, rule, classes, things, task, test, device)
-    predictor.card = segmenter_card(described, classes, things, task, rule, test)
+    predictor = Predictor(model, rule, classes, things, output, test, device)
+    predictor.card = segmenter_card(described, classes, things, output, rule, test)
     return predictor
 
 
 def class_names(data: str, count: int) -> list[str]:
     """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here."""
-    from .data.segmentation import ADE20K_CLASSES, CITYSCAPES_IDS
+    from .data import ade20k, cityscapes
 
     if data == "coco":
         from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
@@ -144,7 +144,7 @@ def class_names(data: str, count: int) -> list[str]:
         names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         known = [name for name in names if name not in ("__background__", "N/A")]
     else:
-        known = {"ade20k": ADE20K_CLASSES, "cityscapes": list(CITYSCAPES_IDS.values())}.get(data, [])
+        known = {"ade20k": ade20k.CLASSES, "cityscapes": list(cityscapes.CLASS_OF_ID.values())}.get(data, [])
         # Fewer are those of instances, in an order of their own.
         known = known if len(known) == count else []
     return [*known[:count], *(f"class {label}" for label in range(len(known), count))]

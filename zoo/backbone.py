@@ -16,7 +16,7 @@ _FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
 
 
 class UnknownModelError(ValueError):
-    """A name or a recipe that is not registered; the message names the nearest, or what there is."""
+    """A name or a setting that is not registered; the message names the nearest, or what there is."""
 
 
 class Backbone(nn.Module):
@@ -43,10 +43,10 @@ class Backbone(nn.Module):
         return [level.permute(0, 3, 1, 2) for level in maps] if self._channels_last else maps
 
 
-def recipes_of(name: str) -> dict[str, dict]:
-    """Return the published dense settings of a model by recipe; empty if there are none."""
+def dense_settings_of(name: str) -> dict[str, dict]:
+    """Return the published dense settings of a model by setting; empty if there are none."""
     module = sys.modules[model_entrypoint(name).__module__]
-    return getattr(module, "recipes", {}).get(name.split(".")[0], {})
+    return getattr(module, "dense_settings", {}).get(name.split(".")[0], {})
 
 
 def check_name(name: str) -> None:
@@ -58,7 +58,7 @@ def check_name(name: str) -> None:
 
 def create_backbone(
     name: str,
-    recipe: str | None = None,
+    setting: str | None = None,
     checkpoint: str | Path | None = None,
     out_indices: Sequence[int] = (0, 1, 2, 3),
     **kwargs,
@@ -67,23 +67,25 @@ def create_backbone(
 
     Args:
         name: Registered name, with an optional tag.
-        recipe: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
+        setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
         checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
             classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read.
         out_indices: Which maps to return.
-        **kwargs: Options of the model; they win over the recipe's.
+        **kwargs: Options of the model; they win over the setting's.
 
     Raises:
-        UnknownModelError: If the model or the recipe is unknown.
+        UnknownModelError: If the model or the setting is unknown.
         CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
     check_name(name)
     options = {}
-    if recipe is not None:
-        known = recipes_of(name)
-        if recipe not in known:
-            raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
-        options = dict(known[recipe])
+    if setting is not None:
+        known = dense_settings_of(name)
+        if setting not in known:
+            raise UnknownModelError(
+                f"{name} has no setting {setting!r}; it has {', '.join(map(repr, known)) or 'none'}"
+            )
+        options = dict(known[setting])
     options |= {"features_only": True, "out_indices": tuple(out_indices)} | kwargs
     free = _FREE_SIZE if get_pretrained_cfg(name).fixed_input_size and "img_size" not in options else ()
     for freedom in free:

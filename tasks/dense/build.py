@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...zoo import CheckpointError, create_backbone
 from ...zoo._checkpoint import LoadReport
-from ...zoo.backbone import Backbone, UnknownModelError, check_name, recipes_of
+from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
 from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..checkpoints import load_weights, without_start
@@ -48,7 +48,7 @@ def is_ours(state: dict[str, Tensor]) -> bool:
 def build_backbone(
     head: str,
     backbone: str | nn.Module,
-    recipe: str | None,
+    setting: str | None,
     auto: Sequence[str],
     checkpoint: str | Path | None,
     options: dict,
@@ -59,22 +59,22 @@ def build_backbone(
     Args:
         head: The dense model's name, for messages.
         backbone: A timm name, or a module with ``channels``.
-        recipe: The named backbone's recipe, None for none, or ``"auto"``.
-        auto: The recipes from which ``"auto"`` takes the first that the backbone has; none if it has none of them.
+        setting: The named backbone's setting, None for none, or ``"auto"``.
+        auto: Those from which ``"auto"`` takes the first that the backbone has; none if it has none of them.
         checkpoint: A published dense model's file, of which the named backbone is read.
         options: Options of the named backbone.
         known_options: Those of the dense model, of which a wrong one may have been meant.
 
     Raises:
         TaskError: If the module has no ``channels``, or an option is unknown.
-        UnknownModelError: If the name or the recipe is unknown.
+        UnknownModelError: If the name or the setting is unknown.
         CheckpointError: If the checkpoint can't be read or isn't one of this backbone.
     """
     if not isinstance(backbone, str):
         if not hasattr(backbone, "channels"):
             raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
-        if recipe not in (None, "auto"):
-            raise TaskError(f"recipe {recipe!r} is for a backbone given by name; create_backbone takes it")
+        if setting not in (None, "auto"):
+            raise TaskError(f"setting {setting!r} is for a backbone given by name; create_backbone takes it")
         if options:
             wrong = next(iter(options))
             raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known_options)}")
@@ -85,11 +85,11 @@ def build_backbone(
             )
         return backbone
     check_name(backbone)
-    if recipe == "auto":
-        known = recipes_of(backbone)
-        recipe = next((name for name in auto if name in known), None)
+    if setting == "auto":
+        known = dense_settings_of(backbone)
+        setting = next((name for name in auto if name in known), None)
     try:
-        return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        return create_backbone(backbone, setting, checkpoint, out_indices=(-4, -3, -2, -1), **options)
     except TypeError as error:
         wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
         if wrong is None:
@@ -165,7 +165,7 @@ def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a config's ``model``, in plain types, what `build_described` needs to build it again from a file."""
     return {
         "model": f"{model['head']} on {model['backbone']}",
-        **{key: model[key] for key in ("head", "backbone", "recipe")},
+        **{key: model[key] for key in ("head", "backbone", "setting")},
         **{key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs")},
     }
 
@@ -179,13 +179,13 @@ def build_described(
 
     Args:
         create: `create_detector` or `create_segmenter`.
-        model: ``head``, ``backbone``, ``recipe``, ``backbone_kwargs``, and what to start from.
+        model: ``head``, ``backbone``, ``setting``, ``backbone_kwargs``, and what to start from.
         classes: Number of classes.
         kwargs: Further options of ``create``.
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     options = dict(model["backbone_kwargs"])
@@ -198,7 +198,7 @@ def build_described(
             model["head"],
             model["backbone"],
             num_classes=classes,
-            recipe=model["recipe"],
+            setting=model["setting"],
             checkpoint=model.get("checkpoint"),
             backbone_kwargs=options,
             **kwargs,

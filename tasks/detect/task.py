@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.detection import build_datasets
+from ..data.formats import open_objects
 from ..data.occurrence import check_classes
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.detect.detector import DETECTORS, create_detector
@@ -31,7 +31,7 @@ class Detect:
         "model": {
             "head": "mask_rcnn",  # or "retinanet", "cascade_mask_rcnn"
             "backbone": None,  # a timm name
-            "recipe": "auto",  # its dense setting; "auto": the one for the head, where there is one
+            "setting": "auto",  # its dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole detector: a file or an address
@@ -56,7 +56,7 @@ class Detect:
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
     OPTIONAL: ClassVar[dict] = {
         "model.backbone": str,
-        "model.recipe": str,
+        "model.setting": str,
         "model.backbone_checkpoint": str,
         "model.checkpoint": str,
         "data.root": str,
@@ -75,7 +75,7 @@ class Detect:
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = build_datasets(data, self.with_masks, config["damaged_images"] == "skip")
+        self.train_set, self.val_set = open_objects(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
@@ -171,7 +171,7 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     if model["kwargs"].get("torchvision_outputs"):
