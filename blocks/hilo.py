@@ -99,7 +99,8 @@ class HiLoAttention2d(nn.Module):
         """Attend within windows."""
         height, width, size = x.shape[1], x.shape[2], self.window_size
         h_qkv, h_proj = self.h_qkv, self.h_proj
-        assert h_qkv is not None and h_proj is not None
+        assert h_qkv is not None
+        assert h_proj is not None
         windows = cut_windows(x, size, size, 0, 0)
         qkv = h_qkv(windows) if torch.jit.is_scripting() else apply_linear(h_qkv, windows)
         q, k, v = qkv.unflatten(-1, (3, self.high_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -111,7 +112,9 @@ class HiLoAttention2d(nn.Module):
         """Attend to the averages of windows."""
         height, width = x.shape[1], x.shape[2]
         l_q, l_kv, l_proj = self.l_q, self.l_kv, self.l_proj
-        assert l_q is not None and l_kv is not None and l_proj is not None
+        assert l_q is not None
+        assert l_kv is not None
+        assert l_proj is not None
         tokens = x.flatten(1, 2)
         pooled = tokens if self.window_size == 1 else pool_windows(x, self.window_size)
         q = l_q(tokens) if torch.jit.is_scripting() else apply_linear(l_q, tokens)

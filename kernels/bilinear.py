@@ -21,7 +21,7 @@ def sample_bilinear(x: Tensor, rows: Tensor, columns: Tensor, backend: str | Non
     """Read maps at points, bilinear between the pixels, which are zero outside.
 
     That is the sampling of deformable convolution (arXiv 1703.06211, eq. 3), in absolute positions, which `grid_sample`
-    would have rounded once more. Points that are not numbers give values that are not numbers, and read nothing else.
+    would have rounded once more. Points that are not finite numbers give values that are not numbers, and read nothing else.
 
     Args:
         x: Maps ``[B, H, W, C]``.
@@ -70,7 +70,7 @@ def neighbors(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 def gather_bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Do what `sample_bilinear` does, by four gathers."""
-    batch, height, width, dim = x.shape
+    height, width, dim = x.shape[1], x.shape[2], x.shape[3]
     upper, lower, upper_share, lower_share = neighbors(rows, torch.full_like(rows[:1, :1], height))
     left, right, left_share, right_share = neighbors(columns, torch.full_like(columns[:1, :1], width))
     pixels = x.flatten(1, 2).to(rows.dtype)

@@ -189,8 +189,8 @@ def _create(cls: type[nn.Module], name: str, pretrained: bool, options: dict, co
     return build(cls, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
-# Dense settings for `create_backbone(name, recipe=...)`, ours, after Agent Attention's.
-recipes: dict[str, dict[str, dict]] = {
+# Dense settings for `create_backbone(name, setting=...)`, ours, after Agent Attention's.
+dense_settings: dict[str, dict[str, dict]] = {
     name: {task: dict(drop_path_rate=rate) for task in ("detection", "segmentation")}
     for name, rate in (
         ("inline_pvt_tiny", 0.1),

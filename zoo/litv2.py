@@ -1,7 +1,7 @@
 """LITv2: convolutional MLPs alone on large maps, HiLo attention on small ones, and patches whose points move.
 
-Paper: Fast Vision Transformers with HiLo Attention, Pan et al., NeurIPS 2022, arXiv 2205.13213. Deformable token merging
-is that of LIT (arXiv 2105.14217).
+Paper: Fast Vision Transformers with HiLo Attention, Pan et al., NeurIPS 2022, arXiv 2205.13213. Deformable token
+merging is that of LIT (arXiv 2105.14217).
 
 Origin: github.com/ziplab/LITv2, code and weights Apache-2.0. Written anew on `blocks.HiLoAttention2d`; the published
 classifiers and dense backbones load through `convert_checkpoint`. Their compiled deformable convolution, which takes no
@@ -99,10 +99,7 @@ def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
     moves = offset.unflatten(3, (2, 2, 2))
     rows = (rows[:, None, None, None] + one[:, None] + moves[..., 0]).flatten(1)
     columns = (columns[:, None, None] + one + moves[..., 1]).flatten(1)
-    if torch.jit.is_scripting():
-        points = gather_bilinear(x, rows, columns)
-    else:
-        points = sample_bilinear(x, rows, columns)
+    points = gather_bilinear(x, rows, columns) if torch.jit.is_scripting() else sample_bilinear(x, rows, columns)
     return points.unflatten(1, (height, width, 4)).flatten(3)
 
 
@@ -297,8 +294,8 @@ _BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop
 
 _DETECTION = dict(out_norms=(False, True, True, True))
 
-# The published dense settings, for `create_backbone(name, recipe=...)`. In detection the first stage has no norm.
-recipes: dict[str, dict[str, dict]] = {
+# The published dense settings, for `create_backbone(name, setting=...)`. In detection the first stage has no norm.
+dense_settings: dict[str, dict[str, dict]] = {
     name: {
         "detection": dict(**_DETECTION, drop_path_rate=rate),
         "detection_ws4": dict(**_DETECTION, window_sizes=(0, 0, 4, 1), drop_path_rate=rate),

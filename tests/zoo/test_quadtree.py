@@ -6,8 +6,8 @@ import foveate
 import pytest
 import timm
 import torch
-from foveate.zoo import CheckpointError
 from foveate.blocks.depthwise_mlp import DepthwiseMlp
+from foveate.zoo import CheckpointError
 from foveate.zoo.quadtree import recipes
 
 PARAMETERS = {
