@@ -9,6 +9,8 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .hilo import HiLoAttention2d
+from .inline import InLineAttention2d, InLineTokenAttention
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -30,6 +32,9 @@ __all__ = [
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
+    "HiLoAttention2d",
+    "InLineAttention2d",
+    "InLineTokenAttention",
     "LePEAttention2d",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
