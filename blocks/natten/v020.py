@@ -13,8 +13,8 @@ from .v017 import Causal, bool_or_each
 def _refuse_backend(operator: str, backend: str | None) -> None:
     if backend is not None:
         raise ValueError(
-            f"{operator}'s backend {backend!r} is one of NATTEN's own, which foveate.natten does not have; leave it out, "
-            "or call foveate.kernels, whose backends have names of their own"
+            f"{operator}'s backend {backend!r} is one of NATTEN's own, which are not here; leave it out, or call "
+            "foveate.kernels, whose backends have names of their own"
         )
 
 
