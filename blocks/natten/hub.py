@@ -4,6 +4,7 @@ From 4.57 to 5.24 its attention module is broken with any natten: it takes maps 
 heads and width on the way to the operator (5.24). The repair replaces the module's forward, in every version.
 """
 
+import importlib.util
 import sys
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -63,15 +64,14 @@ def _repair(module: ModuleType) -> None:
 def _ask_again() -> None:
     """Make transformers look for natten again when it is next asked."""
     answers = sys.modules.get("transformers.utils.import_utils")
+    if hasattr(answers, "_natten_available"):  # up to 4.57 the answer is a constant
+        answers._natten_available = importlib.util.find_spec("natten") is not None
     if clear := getattr(getattr(answers, "is_natten_available", None), "cache_clear", None):
         clear()
 
 
 def repair_imported() -> None:
     """Repair what of transformers has been imported."""
-    answers = sys.modules.get("transformers.utils.import_utils")
-    if hasattr(answers, "_natten_available"):  # up to 4.57 the answer is a constant
-        _replace(answers, "_natten_available", True)
     _ask_again()
     for name in _MODULES:
         if hasattr(sys.modules.get(name), "NeighborhoodAttention"):
