@@ -15,8 +15,8 @@ __all__ = ["__version__", "create_backbone", "create_detector", "create_segmente
 
 _HOMES = {
     "create_backbone": ".zoo",
-    "create_detector": ".tasks.detect",
-    "create_segmenter": ".tasks.segment",
+    "create_detector": ".tasks.dense.detect",
+    "create_segmenter": ".tasks.dense.segment",
     "list_models": ".zoo",
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..zoo import CheckpointError
 from ..zoo._checkpoint import card_of, faults_of, open_checkpoint, state_of
 from . import TaskError
-from .images import FULL_WHITE
+from .data.images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
 _OF_THE_START = ("reset_classifier", "pretrained", "pretrained_cfg_overlay", "checkpoint_path")

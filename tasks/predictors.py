@@ -69,7 +69,7 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
     weights = name if weights is None else weights
     if row["head"] not in _TRANSFORMERS:
         return load_dense(row["head"], row["backbone"], weights, device, data=row["data"])
-    from .segment.mask2former import RECIPES
+    from .dense.segment.mask2former import RECIPES
 
     # What follows the head in the name: the data set, and the task or the training's size.
     variant = name.partition(f"{row['head']}_")[2]
@@ -103,7 +103,8 @@ def load_dense(
     """
     described = {"head": head, "backbone": backbone, "recipe": recipe, "backbone_kwargs": {}, "kwargs": {}}
     if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
-        from .detect import Predictor, create_detector
+        from .dense.detect import create_detector
+        from .detect import Predictor
         from .detect.task import detector_card
 
         model = create_detector(head, backbone, recipe=recipe, checkpoint=weights)
@@ -111,8 +112,9 @@ def load_dense(
         predictor = Predictor(model, class_names(data or _DATA.get(count, ""), count), device)
         predictor.card = detector_card(described, predictor.classes)
         return predictor
-    from .segment import Predictor, create_segmenter
-    from .segment.data import InputRule
+    from .data.segmentation import InputRule
+    from .dense.segment import create_segmenter
+    from .segment import Predictor
     from .segment.task import segmenter_card
 
     test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
@@ -134,7 +136,7 @@ def load_dense(
 
 def class_names(data: str, count: int) -> list[str]:
     """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here."""
-    from .segment.data import ADE20K_CLASSES, CITYSCAPES_IDS
+    from .data.segmentation import ADE20K_CLASSES, CITYSCAPES_IDS
 
     if data == "coco":
         from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights

@@ -243,7 +243,7 @@ def bench_detectors(names: Sequence[str], image_size: tuple[int, int], rounds: i
 
     The weights are random, but such that there are as many detections as there may be.
     """
-    from ..tasks.detect import create_detector
+    from ..tasks.dense.detect import create_detector
 
     rows = []
     for name in names:
@@ -353,7 +353,7 @@ def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds:
 
     from timm.data import ImageDataset, create_loader
 
-    from ..tasks.classify.data import InputRule, LabelledFolder, keep_posterize_total
+    from ..tasks.data.classification import InputRule, LabelledFolder, keep_posterize_total
     from ..tasks.engine.loading import build_loader
 
     settings = {

@@ -31,11 +31,12 @@ def run(args: argparse.Namespace) -> None:
 
     from ..tasks import TaskError, engine
     from ..tasks.checkpoints import write_whole
-    from ..tasks.classify import Digits, Predictor
+    from ..tasks.classify import Predictor
     from ..tasks.classify.draw import draw_confusion, draw_gallery
-    from ..tasks.images import read_image
+    from ..tasks.data.classification import Digits
+    from ..tasks.data.images import read_image
+    from ..tasks.data.samples import load_nuclei_half
     from ..tasks.pictures import draw_curve, draw_neighborhoods
-    from ..tasks.samples import load_nuclei_half
 
     began = time.monotonic()
     output = args.output

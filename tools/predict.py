@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks import TaskError
     from ..tasks.checkpoints import write_whole
     from ..tasks.classify import Predictor
+    from ..tasks.data.images import FULL_WHITE, find_images, read_image
     from ..tasks.devices import choose_device
-    from ..tasks.images import FULL_WHITE, find_images, read_image
     from ..tasks.predictors import is_file, is_published, load_predictor, load_published
 
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):

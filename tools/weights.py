@@ -267,7 +267,7 @@ class _Loaded:
     @property
     def white(self) -> int:
         """Value of 16-bit pixels that is white, as the file's run read them."""
-        from ..tasks.images import FULL_WHITE
+        from ..tasks.data.images import FULL_WHITE
 
         return self.predictor.white if self.predictor else FULL_WHITE
 
@@ -291,8 +291,8 @@ class _Loaded:
 
 def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
     """Return the task and the name of a dense model's head; None for classifiers and bare backbones."""
-    from ..tasks.detect import checkpoint as detectors
-    from ..tasks.segment import checkpoint as segmenters
+    from ..tasks.dense.detect import checkpoint as detectors
+    from ..tasks.dense.segment import checkpoint as segmenters
     from ..zoo import CheckpointError
 
     if not any(key.startswith("backbone.") for key in state):
@@ -349,7 +349,7 @@ def _inputs(loaded: _Loaded) -> tuple[Callable, list[str]]:
 
 
 def _photos(images: list[str] | None, channels: int, white: int) -> list[tuple[str, object]]:
-    from ..tasks.images import find_images, read_image
+    from ..tasks.data.images import find_images, read_image
 
     if images:
         paths = find_images(images)
@@ -432,7 +432,7 @@ def _measure(loaded: _Loaded, model, transform: Callable, classes: list[str], ar
     from tqdm import tqdm
 
     from ..tasks import TaskError
-    from ..tasks.classify.data import LabelledFolder
+    from ..tasks.data.classification import LabelledFolder
 
     if not args.data.is_dir():
         raise TaskError(f"{args.data}: no such folder; --data needs CLASS/*.jpg")

@@ -1,9 +1,8 @@
-"""Image classification."""
+"""Image classification as a task: what the engine trains, and what predicts."""
 
-from .data import Digits, InputRule, build_datasets
 from .predict import Predictor
 from .task import Classify, create_classifier
 
 Task = Classify
 
-__all__ = ["Classify", "Digits", "InputRule", "Predictor", "Task", "build_datasets", "create_classifier"]
+__all__ = ["Classify", "Predictor", "Task", "create_classifier"]

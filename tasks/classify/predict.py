@@ -11,8 +11,8 @@ from torch import nn
 
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, without_start
-from ..images import FULL_WHITE, to_pixels
-from .data import InputRule
+from ..data.classification import InputRule
+from ..data.images import FULL_WHITE, to_pixels
 from .task import classifier_card, create_classifier
 
 

@@ -16,8 +16,8 @@ from ...zoo.backbone import check_name
 from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
-from ..occurrence import check_classes
-from .data import InputRule, build_datasets
+from ..data.classification import InputRule, build_datasets
+from ..data.occurrence import check_classes
 
 # Images of a gallery.
 SHOWN = 30

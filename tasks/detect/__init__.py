@@ -1,29 +1,8 @@
-"""Object detection and instance segmentation."""
+"""Object detection and instance segmentation as a task: what the engine trains, and what predicts."""
 
-from .assign import draw_evenly, draw_randomly
-from .detector import CascadeMaskRCNN, Detector, MaskRCNN, RetinaNet, create_detector
-from .transform import DetectorTransform
+from .predict import Predictor
+from .task import Detect
 
-__all__ = [
-    "CascadeMaskRCNN",
-    "Detector",
-    "DetectorTransform",
-    "MaskRCNN",
-    "RetinaNet",
-    "create_detector",
-    "draw_evenly",
-    "draw_randomly",
-]
+Task = Detect
 
-
-def __getattr__(name: str):
-    # The engine's task reads data with libraries that a detector doesn't need.
-    if name in ("Task", "Detect"):
-        from .task import Detect
-
-        return Detect
-    if name == "Predictor":
-        from .predict import Predictor
-
-        return Predictor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Detect", "Predictor", "Task"]

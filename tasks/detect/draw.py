@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from ..coco import decode_masks, encode_mask
+from ..data.coco import decode_masks, encode_mask
 from ..pictures import BLUE, GREEN, ORANGE, add_legend, choose_styles, new_figure, save_figure
 
 # More objects than this get no text of their own: the legend says what they are.

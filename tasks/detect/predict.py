@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoints import read_checkpoint, rebuilt_from
-from ..images import FULL_WHITE, to_pixels
+from ..data.images import FULL_WHITE, to_pixels
 from .draw import draw_detections, keep_likely
 from .task import build_detector, detect_image
 

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..coco import encode_mask
-from ..dense import build_described, describe_model, freeze_statistics
-from ..occurrence import check_classes
-from .data import build_datasets
-from .detector import DETECTORS, create_detector
-from .transform import DetectorTransform
+from ..data.coco import encode_mask
+from ..data.detection import build_datasets
+from ..data.occurrence import check_classes
+from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.detect.detector import DETECTORS, create_detector
+from ..dense.detect.transform import DetectorTransform
 
 
 class Detect:
@@ -193,6 +193,3 @@ def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
     if "masks" in found:
         plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
     return plain
-
-
-Task = Detect

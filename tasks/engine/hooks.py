@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import TaskError
 from ..checkpoints import keep_copy
-from ..images import FULL_WHITE
+from ..data.images import FULL_WHITE
 from .config import plain
 from .loading import Samples, derive_seed, share_damaged
 from .run_folder import RunFolder

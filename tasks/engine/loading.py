@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import TaskError
-from ..images import DamagedImageError
+from ..data.images import DamagedImageError
 
 
 def derive_seed(*numbers: int) -> int:

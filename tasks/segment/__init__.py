@@ -1,19 +1,8 @@
-"""Segmentation: every pixel its class, and with Mask2Former every object its mask."""
+"""Segmentation as a task: what the engine trains, and what predicts."""
 
-from .mask2former import Mask2Former
-from .segmenter import Segmenter, create_segmenter
+from .predict import Predictor
+from .task import Segment
 
-__all__ = ["Mask2Former", "Segmenter", "create_segmenter"]
+Task = Segment
 
-
-def __getattr__(name: str):
-    # The engine's task reads data with libraries that a segmenter doesn't need.
-    if name in ("Task", "Segment"):
-        from .task import Segment
-
-        return Segment
-    if name == "Predictor":
-        from .predict import Predictor
-
-        return Predictor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Predictor", "Segment", "Task"]

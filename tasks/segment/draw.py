@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
 
-from ..augment import IGNORE
-from ..coco import decode_masks
+from ..data.augment import IGNORE
+from ..data.coco import decode_masks
 from ..pictures import GREY, add_legend, choose_styles, new_figure, save_figure
 
 Styles = Mapping[int, tuple[str, str | None]]

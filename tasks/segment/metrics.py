@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.detection import PanopticQuality
 
-from ..augment import IGNORE
+from ..data.augment import IGNORE
 
 
 def count_labels(pairs: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:

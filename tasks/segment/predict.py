@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoints import read_checkpoint, rebuilt_from, write_whole
+from ..data.images import FULL_WHITE, to_pixels
+from ..data.segmentation import InputRule
 from ..detect.predict import Predictor as DetectionPredictor
-from ..images import FULL_WHITE, to_pixels
-from .data import InputRule
 from .draw import draw_segmentation
 from .task import build_segmenter, segment_image
 

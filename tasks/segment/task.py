@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..dense import build_described, describe_model, freeze_statistics
+from ..data.occurrence import check_classes
+from ..data.segmentation import InputRule, LabelMaps, SegmentationSet, build_datasets
+from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.segment.segmenter import HEADS, create_segmenter
 from ..detect.task import to_plain
-from ..occurrence import check_classes
-from .data import InputRule, LabelMaps, SegmentationSet, build_datasets
-from .segmenter import HEADS, create_segmenter
 
 TASKS = ("semantic", "instance", "panoptic")
 # The heads that predict a set of masks; the others label pixels.
@@ -318,6 +318,3 @@ def segment_image(
     for info in found["segments_info"]:
         label_of[info["id"]] = info["category_id"]
     return torch.stack([label_of[numbers.long()], numbers.int()], -1)
-
-
-Task = Segment

@@ -59,6 +59,34 @@ def test_imports_never_run_up_the_house(room):
     assert not wrong, wrong
 
 
+# Of tasks/: what each wing may not import. Models need no data and no engine, data no engine.
+WINGS = {
+    "tasks/dense": ("tasks.data", "tasks.engine", *(f"tasks.{task}" for task in ("classify", "detect", "segment"))),
+    "tasks/data": ("tasks.engine", *(f"tasks.{task}" for task in ("classify", "detect", "segment"))),
+    "tasks/engine": tuple(f"tasks.{task}" for task in ("classify", "detect", "segment")),
+}
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_wings_of_the_tasks_stand_apart(wing):
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(wing)
+        for name, _ in imports(path)
+        if name.removeprefix("foveate.").startswith(WINGS[wing])
+    ]
+    assert not wrong, wrong
+
+
+def test_dense_models_need_torch_and_timm_alone():
+    code = (
+        "import sys, foveate.tasks.dense.detect, foveate.tasks.dense.segment; "
+        "heavy = ('mmengine', 'cv2', 'albumentations', 'torchmetrics', 'matplotlib', 'pandas', 'faster_coco_eval'); "
+        "sys.exit(' '.join(name for name in heavy if name in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("package", RESTRICTED)
 def test_heavy_packages_stay_in_their_rooms(package):
     wrong = [

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.augment import IGNORE, Augment, PhotometricDistortion, fit_size, resize_within
+from foveate.tasks.data.augment import IGNORE, Augment, PhotometricDistortion, fit_size, resize_within
 
 
 def test_sizes_are_those_of_the_published_rule(golden_folder):

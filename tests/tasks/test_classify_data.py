@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.classify import Digits, InputRule, build_datasets
+from foveate.tasks.data.classification import Digits, InputRule, build_datasets
 from PIL import Image
 
 RULE = InputRule(32, 3, (0.5,) * 3, (0.5,) * 3)

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from foveate.tasks import TaskError
-from foveate.tasks.coco import (
+from foveate.tasks.data.coco import (
     decode_masks,
     encode_mask,
     mask_box,

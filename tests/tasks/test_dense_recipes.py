@@ -8,7 +8,7 @@ import torch
 from foveate.configs import list_recipes
 from foveate.configs.published import read_published
 from foveate.tasks import engine
-from foveate.tasks.coco import encode_mask
+from foveate.tasks.data.coco import encode_mask
 from foveate.tasks.engine.runner import _groups_by_name
 from foveate.tools.cli import main
 from PIL import Image
@@ -100,7 +100,7 @@ def build(name):
             from foveate.tasks.detect.task import build_detector
 
             return config, build_detector(model, classes)
-        from foveate.tasks.segment.data import InputRule
+        from foveate.tasks.data.segmentation import InputRule
         from foveate.tasks.segment.task import build_segmenter
 
         rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError, engine
-from foveate.tasks.detect import create_detector
+from foveate.tasks.dense.detect import create_detector
+from foveate.tasks.dense.segment import create_segmenter
 from foveate.tasks.engine.hooks import RunHook
 from foveate.tasks.predictors import load_predictor
-from foveate.tasks.segment import create_segmenter
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
 from PIL import Image
@@ -66,7 +66,7 @@ def train(recipe, output, *overrides, resume=False):
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    from foveate.tasks.samples import load_nuclei_half
+    from foveate.tasks.data.samples import load_nuclei_half
 
     path = tmp_path_factory.mktemp("images") / "heldout.png"
     # With 16 bits, as it is bundled and as the demo leaves it.

@@ -7,7 +7,7 @@ import foveate
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.detect import create_detector
+from foveate.tasks.dense.detect import create_detector
 from foveate.zoo import CheckpointError
 from torch import nn
 

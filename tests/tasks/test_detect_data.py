@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.coco import decode_masks
+from foveate.tasks.data.coco import decode_masks
+from foveate.tasks.data.detection import build_datasets
+from foveate.tasks.data.voc import read_voc
 from foveate.tasks.detect import Task
-from foveate.tasks.detect.data import build_datasets
-from foveate.tasks.voc import read_voc
 from PIL import Image
 
 DATA = Task.DEFAULTS["data"]

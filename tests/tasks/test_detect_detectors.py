@@ -4,7 +4,7 @@ import foveate
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.detect import DetectorTransform, create_detector, draw_evenly
+from foveate.tasks.dense.detect import DetectorTransform, create_detector, draw_evenly
 from torch import nn
 
 HEADS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")

@@ -6,14 +6,14 @@ import foveate
 import numpy as np
 import pytest
 import torch
-from foveate.tasks.detect import draw_evenly
-from foveate.tasks.detect.boxes import BoxCoder, multiclass_nms
-from foveate.tasks.detect.checkpoint import renamed
-from foveate.tasks.detect.masks import paste_masks
-from foveate.tasks.detect.roi_heads import BoxHead, MaskHead, RoIExtractor
-from foveate.tasks.detect.transform import DetectorTransform, resize, resized_size
-from foveate.tasks.neck import FeaturePyramid, convert_pyramid
-from foveate.tasks.normalize import normalize
+from foveate.tasks.dense.detect import draw_evenly
+from foveate.tasks.dense.detect.boxes import BoxCoder, multiclass_nms
+from foveate.tasks.dense.detect.checkpoint import renamed
+from foveate.tasks.dense.detect.masks import paste_masks
+from foveate.tasks.dense.detect.roi_heads import BoxHead, MaskHead, RoIExtractor
+from foveate.tasks.dense.detect.transform import DetectorTransform, resize, resized_size
+from foveate.tasks.dense.neck import FeaturePyramid, convert_pyramid
+from foveate.tasks.dense.normalize import normalize
 from torch import nn
 
 DENSE = Path(__file__).parents[1] / "golden" / "dense"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval.core import mask as rle_codec
-from foveate.tasks.coco import encode_mask, mask_box, to_run_lengths
+from foveate.tasks.data.coco import encode_mask, mask_box, to_run_lengths
 from foveate.tasks.detect.metrics import NUMBERS, measure_ap
 
 

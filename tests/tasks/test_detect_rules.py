@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from foveate.tasks.annotations import has_area
-from foveate.tasks.detect.anchors import AnchorGrid
-from foveate.tasks.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, draw_evenly
-from foveate.tasks.detect.boxes import BoxCoder, giou_loss, grouped_nms, pairwise_iou, top_k
-from foveate.tasks.detect.masks import crop_masks, paste_masks
-from foveate.tasks.detect.roi_heads import RoIExtractor
-from foveate.tasks.detect.rpn import RegionProposalNetwork
-from foveate.tasks.detect.transform import DetectorTransform
+from foveate.tasks.dense.detect.anchors import AnchorGrid
+from foveate.tasks.dense.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, draw_evenly
+from foveate.tasks.dense.detect.boxes import BoxCoder, giou_loss, grouped_nms, has_area, pairwise_iou, top_k
+from foveate.tasks.dense.detect.masks import crop_masks, paste_masks
+from foveate.tasks.dense.detect.roi_heads import RoIExtractor
+from foveate.tasks.dense.detect.rpn import RegionProposalNetwork
+from foveate.tasks.dense.detect.transform import DetectorTransform
 from torchvision.ops import box_iou, generalized_box_iou, nms
 
 

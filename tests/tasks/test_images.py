@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from foveate.tasks import TaskError
-from foveate.tasks.images import EXTENSIONS, find_images, list_images, read_image, read_size, read_values
+from foveate.tasks.data.images import EXTENSIONS, find_images, list_images, read_image, read_size, read_values
 from PIL import Image
 
 GRADIENT = np.linspace(0, 255, 7 * 5).astype(np.uint8).reshape(5, 7)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.classify import InputRule
+from foveate.tasks.data.classification import InputRule
+from foveate.tasks.data.images import DamagedImageError
 from foveate.tasks.engine.loading import Order, Samples, build_loader
-from foveate.tasks.images import DamagedImageError
 from PIL import Image
 from torch.utils.data import Dataset
 

@@ -8,12 +8,12 @@ import warnings
 import numpy as np
 import pytest
 from foveate.tasks import TaskError
-from foveate.tasks.coco import encode_mask
+from foveate.tasks.data.coco import encode_mask
+from foveate.tasks.data.detection import build_datasets as build_detection
+from foveate.tasks.data.segmentation import InputRule
+from foveate.tasks.data.segmentation import build_datasets as build_segmentation
 from foveate.tasks.detect import Task as Detect
-from foveate.tasks.detect.data import build_datasets as build_detection
 from foveate.tasks.segment import Task as Segment
-from foveate.tasks.segment.data import InputRule
-from foveate.tasks.segment.data import build_datasets as build_segmentation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image

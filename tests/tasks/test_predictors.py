@@ -3,9 +3,9 @@
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.detect import create_detector
+from foveate.tasks.dense.detect import create_detector
+from foveate.tasks.dense.segment import create_segmenter
 from foveate.tasks.predictors import class_names, is_published, load_published
-from foveate.tasks.segment import create_segmenter
 from foveate.zoo import CheckpointError
 from PIL import Image
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from foveate.tasks import TaskError, engine
 from foveate.tasks.checkpoints import read_checkpoint, save_checkpoint
+from foveate.tasks.data.images import FULL_WHITE, choose_white, read_image
 from foveate.tasks.engine.config import plain, task_class_of
-from foveate.tasks.images import FULL_WHITE, choose_white, read_image
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from PIL import Image

@@ -1,7 +1,7 @@
 from importlib.resources import files
 
 import numpy as np
-from foveate.tasks.samples import load_digits, load_nuclei
+from foveate.tasks.data.samples import load_digits, load_nuclei
 
 
 def test_digits_are_the_1797_of_uci():
@@ -21,7 +21,7 @@ def test_nuclei_are_125_instances_on_a_micrograph_of_the_same_size():
 
 
 def test_every_sample_is_installed_with_its_licence():
-    folder = files("foveate.tasks.samples")
+    folder = files("foveate.tasks.data.samples")
     for name in ("digits_LICENSE.txt", "nuclei_LICENSE.txt"):
         assert "BSD 3-Clause License" in (folder / name).read_text()
     assert "CC BY 4.0" in (folder / "README.md").read_text()

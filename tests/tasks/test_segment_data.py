@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.augment import IGNORE
+from foveate.tasks.data.augment import IGNORE
+from foveate.tasks.data.segmentation import ADE20K_CLASSES, InputRule, build_datasets
 from foveate.tasks.segment import Task
-from foveate.tasks.segment.data import ADE20K_CLASSES, InputRule, build_datasets
 from PIL import Image
 
 DATA = Task.DEFAULTS["data"]

@@ -6,10 +6,10 @@ import foveate
 import pytest
 import torch
 import torch.nn.functional as F
-from foveate.tasks.segment.inference import resize_to, slide
-from foveate.tasks.segment.losses import pixel_accuracy
-from foveate.tasks.segment.pixel_decoder import sine_position
-from foveate.tasks.segment.postprocess import postprocess
+from foveate.tasks.dense.segment.inference import resize_to, slide
+from foveate.tasks.dense.segment.losses import pixel_accuracy
+from foveate.tasks.dense.segment.pixel_decoder import sine_position
+from foveate.tasks.dense.segment.postprocess import postprocess
 from torch import nn
 
 DENSE = Path(__file__).parents[1] / "golden" / "dense"

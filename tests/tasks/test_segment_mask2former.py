@@ -6,9 +6,14 @@ import foveate
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.segment.mask2former import RECIPES, THINGS
-from foveate.tasks.segment.postprocess import boxes_around, fused_panoptic, instance_masks, panoptic_segments
-from foveate.tasks.segment.set_loss import semantic_targets
+from foveate.tasks.dense.segment.mask2former import RECIPES, THINGS
+from foveate.tasks.dense.segment.postprocess import (
+    boxes_around,
+    fused_panoptic,
+    instance_masks,
+    panoptic_segments,
+)
+from foveate.tasks.dense.segment.set_loss import semantic_targets
 from foveate.zoo import CheckpointError
 from foveate.zoo.backbone import recipes_of
 from torch import nn

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from foveate.tasks.augment import IGNORE
+from foveate.tasks.data.augment import IGNORE
 from foveate.tasks.segment.metrics import count_labels, measure_labels, measure_panoptic
 
 

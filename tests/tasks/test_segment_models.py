@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.segment.fcn import FCNHead
-from foveate.tasks.segment.inference import slide
-from foveate.tasks.segment.losses import pixel_accuracy, pixel_cross_entropy
-from foveate.tasks.segment.mask2former import RECIPES
-from foveate.tasks.segment.segmenter import HEADS
+from foveate.tasks.dense.segment.fcn import FCNHead
+from foveate.tasks.dense.segment.inference import slide
+from foveate.tasks.dense.segment.losses import pixel_accuracy, pixel_cross_entropy
+from foveate.tasks.dense.segment.mask2former import RECIPES
+from foveate.tasks.dense.segment.segmenter import HEADS
 from foveate.zoo import CheckpointError, UnknownModelError
 from foveate.zoo.backbone import recipes_of
 from torch import nn

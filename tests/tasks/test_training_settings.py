@@ -13,11 +13,11 @@ import timm
 import torch
 from foveate.tasks import engine
 from foveate.tasks.classify import task as classify
-from foveate.tasks.dense import freeze_statistics
+from foveate.tasks.data.images import FULL_WHITE
+from foveate.tasks.dense.build import freeze_statistics
 from foveate.tasks.engine import run_folder
 from foveate.tasks.engine import runner as runner_module
 from foveate.tasks.engine.hooks import SeedHook
-from foveate.tasks.images import FULL_WHITE
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -156,7 +156,7 @@ def test_without_libgl_commands_work_or_name_the_cure(digits_run, tmp_path):
     (tmp_path / "cv2.py").write_text(
         "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
     )
-    (tmp_path / "image.png").write_bytes((TOOLS.parent / "tasks/samples/nuclei_image.png").read_bytes())
+    (tmp_path / "image.png").write_bytes((TOOLS.parent / "tasks/data/samples/nuclei_image.png").read_bytes())
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_LIBGL, "image.png", "--checkpoint", str(digits_run / "best.pth")],
         cwd=tmp_path,

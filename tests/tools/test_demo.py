@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foveate.tasks.samples import load_nuclei_half
+from foveate.tasks.data.samples import load_nuclei_half
 from foveate.tools.cli import EXAMPLES, main
 from PIL import Image
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from foveate.tasks.classify import Digits
+from foveate.tasks.data.classification import Digits
 from foveate.tools.cli import main
 from foveate.zoo._download import DownloadError
 from PIL import Image

@@ -16,8 +16,8 @@ import timm
 import torch
 import torchvision
 from foveate.tasks.classify import create_classifier
-from foveate.tasks.detect import create_detector
-from foveate.tasks.segment import create_segmenter
+from foveate.tasks.dense.detect import create_detector
+from foveate.tasks.dense.segment import create_segmenter
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError, weights
 from foveate.zoo._checkpoint import metadata_of, open_checkpoint

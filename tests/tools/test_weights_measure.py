@@ -11,7 +11,7 @@ import pytest
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from foveate.tasks import TaskError, engine
-from foveate.tasks.coco import decode_masks
+from foveate.tasks.data.coco import decode_masks
 from foveate.tasks.predictors import load_published
 from foveate.tools.cli import main
 from foveate.tools.weights import _measure_dense as measure_dense

@@ -1,0 +1,1 @@
+"""Reading data: formats, checks of annotations, pixels, augmentation, bundled samples."""

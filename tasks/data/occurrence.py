@@ -1,0 +1,52 @@
+"""Which classes a data set holds, said before training: what never occurs is neither learned nor measured."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from .. import TaskError
+
+# So many classes are named in a message.
+_NAMED = 10
+
+
+def check_classes(
+    part: str,
+    images: Iterable[Sequence[int]],
+    classes: Sequence[str],
+    source: object,
+    what: str,
+    needed: int = 1,
+    hint: Callable[[], str] = str,
+) -> list[str]:
+    """Return a line that names the classes that never occur; none if all do.
+
+    Args:
+        part: ``"training"`` or ``"validation"``.
+        images: Of each image the labels that count: not those of crowds, nor of unlabelled pixels.
+        classes: Names of the classes, in the order of the labels.
+        source: The data set's folder or name; a refusal begins with it.
+        what: What has a label, such as ``"object"``.
+        needed: How many classes must occur: 1, or 2 where one alone would always be labelled rightly.
+        hint: What may be the cause; called after the images were looked at.
+
+    Raises:
+        TaskError: If fewer classes than ``needed`` occur, so that there is nothing to learn or to measure.
+    """
+    occurs, looked = np.zeros(len(classes), bool), 0
+    for labels in images:
+        occurs[np.asarray(labels, np.int64)] = True
+        looked += 1
+    aim = "learn from" if part == "training" else "measure by"
+    if not occurs.any():
+        raise TaskError(f"{source}: the {part} images have no {what} that counts, and so nothing to {aim}{hint()}")
+    if occurs.sum() < needed:
+        raise TaskError(
+            f"{source}: the {part} images have no class but {classes[occurs.argmax()]!r}, and so nothing to {aim}: "
+            f"whatever is predicted well there says nothing of other classes{hint()}"
+        )
+    absent = [classes[label] for label in np.flatnonzero(~occurs)]
+    if not absent:
+        return []
+    listed = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
+    return [f"{len(absent)} of {len(classes)} classes have no {what} in {looked} {part} images: {listed}{hint()}"]

@@ -1,0 +1,1 @@
+"""Detectors and segmenters on any backbone: necks, heads, losses, files. Torch and timm alone."""

@@ -1,0 +1,605 @@
+"""Detectors: any backbone, a published head, and how they are trained, evaluated and loaded."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....zoo import CheckpointError
+from ....zoo._checkpoint import LoadReport
+from ....zoo.weights import locate
+from ... import TaskError, nearest
+from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
+from ..neck import FeaturePyramid
+from ..normalize import check_evaluation, dtype_of
+from .anchors import AnchorGrid
+from .assign import Draw, Sampler
+from .boxes import has_area
+from .checkpoint import head_of, held_options, load_detector, read_detector, variant_of
+from .retinanet import RetinaHead
+from .roi_heads import CASCADE_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
+from .rpn import RegionProposalNetwork
+from .transform import DetectorTransform
+
+_STRIDES = [4, 8, 16, 32]
+# Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
+_CHOOSE_ANCHORS = ("foveate_davit", "biformer")
+
+Size = tuple[int, int]
+
+
+class Detector(nn.Module):
+    """What detectors have in common: images in, losses or detections out, called as torchvision's.
+
+    ``model(images)`` and ``model(images, targets)`` are as there: lists of images of any sizes, targets with boxes in
+    pixels, losses in training and detections in evaluation. Two things differ from torchvision: labels are from 0 to
+    ``num_classes - 1``, without a background, where torchvision's are from 1; and masks are ``[D, H, W]``, bool, where
+    torchvision's are ``[D, 1, H, W]``, probabilities. ``torchvision_outputs`` gives detections as torchvision does;
+    targets are of labels from 0 all the same.
+
+    Attributes:
+        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image.
+        neck: The pyramid on them.
+        transform: Makes the batch of images.
+        num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
+        load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
+        torchvision_outputs: Whether detections have labels from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1.
+
+    Args:
+        backbone: See above; has ``channels``.
+        neck: See above.
+        transform: See above.
+        num_classes: See above.
+    """
+
+    needs_masks: ClassVar[bool] = False
+
+    def __init__(self, backbone: nn.Module, neck: nn.Module, transform: DetectorTransform, num_classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.transform = transform
+        self.num_classes = num_classes
+        self.load_report: LoadReport | None = None
+        self.torchvision_outputs = False
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Return losses in training, detections in evaluation.
+
+        Args:
+            images: RGB images ``[3, H, W]`` of any sizes, floating point of 0 to 1, or uint8, which are resized exactly
+                as in the published models.
+            targets: For training, of each image ``boxes`` ``[N, 4]`` (xyxy in pixels), ``labels`` ``[N]`` (int64 from 0
+                to ``num_classes - 1``) and, where there is a mask head, ``masks`` ``[N, H, W]`` (bool or uint8). An
+                image without objects has tensors of length 0.
+
+        Returns:
+            In training a dict of scalar losses, whose sum is to be minimised. In evaluation, for each image, whatever
+            the others are, a dict of ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and, with a mask
+            head, ``masks`` ``[D, H, W]`` (bool), best first, in pixels of the image as it was given;
+            or as torchvision's, see ``torchvision_outputs``.
+
+        Raises:
+            TaskError: If images or targets are none of these.
+        """
+        if not self.training:
+            return self._detect(images, False, self.torchvision_outputs)
+        if targets is None:
+            raise TaskError("training needs targets; for detections, put the model into evaluation mode: model.eval()")
+        return self.loss(images, targets)
+
+    def loss(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], normalized: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the losses of a batch, in training or evaluation; their sum is to be minimised.
+
+        Args:
+            images: As those of `forward`.
+            targets: As those of `forward`.
+            normalized: Whether the images are normalised already, by the transform's ``mean`` and ``std``.
+
+        Returns:
+            A dict of scalars.
+
+        Raises:
+            TaskError: If images or targets are none of these.
+        """
+        self._check_images(images)
+        self._check(targets, images)
+        batch, targets, image_sizes = self.transform(images, targets, normalized)
+        return self.losses_from_features(self.backbone(batch.to(dtype_of(self))), targets, image_sizes)
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Tensor], normalized: bool = False, torchvision_outputs: bool | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return the detections of each image, as `forward` does in evaluation, without gradients.
+
+        Args:
+            images: As those of `forward`.
+            normalized: Whether the images are normalised already, by the transform's ``mean`` and ``std``.
+            torchvision_outputs: Whether labels are from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1, as
+                torchvision's; the model's setting by default.
+
+        Raises:
+            TaskError: If the model is in training mode, or images are none of these.
+        """
+        check_evaluation(self)
+        wanted = self.torchvision_outputs if torchvision_outputs is None else torchvision_outputs
+        return self._detect(images, normalized, wanted)
+
+    @staticmethod
+    def _check_images(images: Sequence[Tensor]) -> None:
+        if not len(images):
+            raise TaskError("the list of images is empty")
+        if isinstance(images, Tensor) and images.dim() != 4:
+            raise TaskError(
+                f"images have shape {tuple(images.shape)}; they are a list of [C, H, W], or a batch [B, C, H, W]"
+            )
+
+    def _detect(self, images: Sequence[Tensor], normalized: bool, torchvision_outputs: bool) -> list[dict[str, Tensor]]:
+        """Return what each image gets alone: only those that are padded to the same size share a batch."""
+        self._check_images(images)
+        groups: dict[Size, list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(self.transform.padded_size(image), []).append(index)
+        detections: dict[int, dict[str, Tensor]] = {}
+        for members in groups.values():
+            batch, _, image_sizes = self.transform([images[index] for index in members], normalized=normalized)
+            originals = [tuple(images[index].shape[-2:]) for index in members]
+            features = self.backbone(batch.to(dtype_of(self)))
+            found = self.predict_from_features(features, image_sizes, originals, soft_masks=torchvision_outputs)
+            found = [_as_torchvision(one) for one in found] if torchvision_outputs else found
+            detections |= dict(zip(members, found, strict=True))
+        return [detections[index] for index in range(len(images))]
+
+    def predict_from_features(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
+    ) -> list[dict[str, Tensor]]:
+        """Return the detections of each image, as `forward` does, from maps of the backbone.
+
+        Args:
+            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            image_sizes: ``(height, width)`` of each image in the batch, without padding.
+            original_sizes: ``(height, width)`` of each image before it was resized, in whose pixels the answer is; as
+                ``image_sizes`` by default.
+            soft_masks: Whether masks are probabilities, float32, instead of bool.
+        """
+        raise NotImplementedError
+
+    def losses_from_features(
+        self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
+    ) -> dict[str, Tensor]:
+        """Return the losses, as `forward` does, from maps of the backbone.
+
+        Args:
+            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
+            image_sizes: ``(height, width)`` of each image in the batch, without padding.
+        """
+        raise NotImplementedError
+
+    @property
+    def draw(self) -> Draw | None:
+        """What draws the anchors and regions that learn: ``draw(gallery, count)``; None if none are drawn.
+
+        It returns ``count`` of the ascending indices ``gallery`` ``[N]``, and is called where there are more than
+        wanted. It is random; set ``detector.draw = draw_evenly``, or a function of your own, for losses that can be
+        reproduced. Setting it sets it for all samplers, ``detector.rpn.sampler`` and ``detector.roi_heads.sampler``.
+        """
+        return next((sampler.draw for sampler in self._samplers()), None)
+
+    @draw.setter
+    def draw(self, draw: Draw) -> None:
+        for sampler in self._samplers():
+            sampler.draw = draw
+
+    def _samplers(self) -> list[Sampler]:
+        return [module.sampler for module in self.modules() if isinstance(getattr(module, "sampler", None), Sampler)]
+
+    def _check(self, targets: Sequence[dict[str, Tensor]], images: Sequence[Tensor] | None = None) -> None:
+        """Raise a TaskError that names the first fault of the targets."""
+        if images is not None and len(targets) != len(images):
+            raise TaskError(f"there are {len(images)} images and {len(targets)} targets; each image needs one")
+        for index, target in enumerate(targets):
+            needed = ("boxes", "labels", "masks") if self.needs_masks else ("boxes", "labels")
+            for key in needed:
+                if key not in target:
+                    raise TaskError(f"target {index} has no {key!r}; {type(self).__name__} needs {', '.join(needed)}")
+            boxes, labels = target["boxes"], target["labels"]
+            if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+                raise TaskError(
+                    f"target {index} has boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
+                    "they must be [N, 4] and [N]"
+                )
+            if labels.is_floating_point():
+                raise TaskError(f"target {index} has labels of {labels.dtype}; they are integers")
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise TaskError(
+                    f"target {index} has labels {int(labels.min())} to {int(labels.max())}; "
+                    f"they must be 0 to {self.num_classes - 1}, without a background"
+                )
+            if not bool(has_area(boxes).all()):
+                wrong = int((~has_area(boxes)).nonzero()[0])
+                raise TaskError(
+                    f"target {index} has the box {boxes[wrong].tolist()}, which is empty; boxes are x1, y1, x2, y2"
+                )
+            if not self.needs_masks:
+                continue
+            masks = target["masks"]
+            size = masks.shape[1:] if images is None else images[index].shape[-2:]
+            if masks.shape != (len(boxes), *size) or len(masks.shape) != 3:
+                raise TaskError(
+                    f"target {index} has masks {tuple(masks.shape)}; for {len(boxes)} boxes they must be "
+                    f"{(len(boxes), *size)}"
+                )
+            if masks.is_floating_point():
+                raise TaskError(f"target {index} has masks of {masks.dtype}; they are bool or uint8")
+
+
+def _as_torchvision(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an image's detections with labels from 1 and probabilities ``[D, 1, H, W]`` as masks."""
+    given = found | {"labels": found["labels"] + 1}
+    return given | {"masks": found["masks"][:, None]} if "masks" in found else given
+
+
+class RetinaNet(Detector):
+    """RetinaNet (Lin et al. 2017).
+
+    Attributes:
+        head: Classes and boxes of every anchor, a `RetinaHead`.
+
+    Args:
+        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        num_classes: Classes of objects.
+        transform: Makes the batch of images.
+        channels: Channels of the pyramid.
+        extra_convs: How the pyramid gets its coarsest levels; see `FeaturePyramid`.
+        anchor_scales: Sides of anchors in strides.
+        anchor_ratios: Heights of anchors over their widths.
+        score_threshold: Detections have higher scores.
+        nms_threshold: Largest overlap of detections of a class.
+        max_detections: Most detections of an image.
+        per_level: How many pairs of anchor and class, or anchors, of a level are considered.
+        selection: ``"pairs"``, or ``"anchors"`` for what was published with mmdet until 2.18, here DaViT and BiFormer;
+            see `RetinaHead`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int = 80,
+        transform: DetectorTransform | None = None,
+        channels: int = 256,
+        extra_convs: str | None = "on_input",
+        anchor_scales: Sequence[float] = tuple(4 * 2 ** (octave / 3) for octave in range(3)),
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+        per_level: int = 1000,
+        selection: str = "pairs",
+    ):
+        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, start_level=1, extra_convs=extra_convs)
+        super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
+        self.head = RetinaHead(
+            channels,
+            num_classes,
+            AnchorGrid((8, 16, 32, 64, 128), anchor_scales, anchor_ratios),
+            score_threshold,
+            nms_threshold,
+            max_detections,
+            per_level,
+            selection,
+        )
+
+    @torch.no_grad()
+    def predict_from_features(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
+    ) -> list[dict[str, Tensor]]:
+        logits, offsets = self.head(self.neck(features))
+        return self.head.detect(logits, offsets, image_sizes, original_sizes or image_sizes)
+
+    def losses_from_features(
+        self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
+    ) -> dict[str, Tensor]:
+        self._check(targets)
+        logits, offsets = self.head(self.neck(features))
+        objects = [target["boxes"].float() for target in targets]
+        losses = self.head.loss(logits, offsets, objects, [target["labels"] for target in targets])
+        return {name: levels.sum() for name, levels in losses.items()}
+
+
+class MaskRCNN(Detector):
+    """Mask R-CNN (He et al. 2017).
+
+    Attributes:
+        rpn: Proposes regions, a `RegionProposalNetwork`.
+        roi_heads: Boxes and masks of regions, `RoIHeads`.
+
+    Args:
+        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        num_classes: Classes of objects.
+        transform: Makes the batch of images.
+        channels: Channels of the pyramid and of the heads' convolutions.
+        hidden: Width of the box heads' hidden layers.
+        extra_convs: How the pyramid gets its coarsest level: None, or ``"on_input"`` as in DAT++; see
+            `FeaturePyramid`.
+        anchor_scales: Sides of anchors in strides.
+        anchor_ratios: Heights of anchors over their widths.
+        anchor_samples: Anchors of an image that learn.
+        region_samples: Regions of an image that learn.
+        score_threshold: Detections have higher scores.
+        nms_threshold: Largest overlap of detections of a class.
+        max_detections: Most detections of an image.
+    """
+
+    needs_masks: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int = 80,
+        transform: DetectorTransform | None = None,
+        channels: int = 256,
+        hidden: int = 1024,
+        extra_convs: str | None = None,
+        anchor_scales: Sequence[float] = (8.0,),
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_samples: int = 256,
+        region_samples: int = 512,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+    ):
+        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, extra_convs=extra_convs)
+        super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
+        rpn, regions, stages = self._design()
+        anchors = AnchorGrid((4, 8, 16, 32, 64), anchor_scales, anchor_ratios)
+        self.rpn = RegionProposalNetwork(channels, anchors, samples=anchor_samples, **rpn)
+        self.roi_heads = RoIHeads(
+            channels,
+            num_classes,
+            stages,
+            hidden=hidden,
+            samples=region_samples,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+            **regions,
+        )
+
+    def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
+        """Return the options of the RPN and of the heads on regions, and the stages."""
+        return {}, {}, MASK_RCNN_STAGES
+
+    @torch.no_grad()
+    def predict_from_features(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
+    ) -> list[dict[str, Tensor]]:
+        pyramid = self.neck(features)
+        proposals = self.rpn.propose(*self.rpn(pyramid), image_sizes)
+        regions = [boxes for boxes, _ in proposals]
+        return self.roi_heads(pyramid, regions, image_sizes, original_sizes or image_sizes, soft_masks)
+
+    def losses_from_features(
+        self,
+        features: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]],
+        image_sizes: Sequence[Size],
+        proposals: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the losses, as `forward` does, from maps of the backbone.
+
+        Which anchors and regions learn is drawn at random; see ``draw`` for how to fix it.
+
+        Args:
+            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
+            image_sizes: ``(height, width)`` of each image in the batch, without padding.
+            proposals: Regions ``[P, 4]`` of each image, in pixels of the batch, instead of those of the RPN. Objects
+                are always added to them.
+
+        Returns:
+            ``loss_rpn_cls``, ``loss_rpn_bbox``, ``loss_cls``, ``loss_bbox`` and ``loss_mask``; of a cascade the latter
+            for each stage, ``s0.loss_cls`` and so on.
+        """
+        self._check(targets)
+        targets = [{**target, "boxes": target["boxes"].float()} for target in targets]
+        pyramid = self.neck(features)
+        logits, offsets = self.rpn(pyramid)
+        losses = self.rpn.loss(logits, offsets, [target["boxes"] for target in targets], image_sizes)
+        losses = {name: levels.sum() for name, levels in losses.items()}
+        if proposals is None:
+            proposals = [boxes for boxes, _ in self.rpn.propose(logits, offsets, image_sizes, training=True)]
+        found = self.roi_heads.loss(pyramid, proposals, targets, image_sizes)
+        return losses | {name: value for name, value in found.items() if not name.endswith("acc")}
+
+
+class CascadeMaskRCNN(MaskRCNN):
+    """Cascade Mask R-CNN (Cai & Vasconcelos 2018): three stages of boxes and masks.
+
+    Args:
+        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        num_classes: Classes of objects.
+        transform: Makes the batch of images.
+        style: ``"swin"``: box heads with four convolutions and batch norm, offsets for each class, GIoU loss, as in all
+            models published with the backbones here; or ``"default"``, mmdet's: two hidden layers, offsets for all
+            classes, smooth L1 loss.
+        **options: As those of `MaskRCNN`.
+
+    Raises:
+        TaskError: If there is no such style.
+    """
+
+    STYLES: ClassVar[dict[str, dict]] = {
+        "swin": {"convs": 4, "per_class": True, "box_loss": "giou"},
+        "default": {"convs": 0, "per_class": False, "box_loss": "smooth_l1"},
+    }
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int = 80,
+        transform: DetectorTransform | None = None,
+        style: str = "swin",
+        **options,
+    ):
+        if style not in self.STYLES:
+            raise TaskError(f"style is {style!r}; it can be {' or '.join(map(repr, self.STYLES))}")
+        self._style = style
+        super().__init__(backbone, num_classes, transform, **options)
+
+    def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
+        rpn = {"most_in_training": 2000, "inside_only": True, "beta": 1 / 9}
+        return rpn, self.STYLES[self._style], CASCADE_STAGES
+
+
+DETECTORS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN, "cascade_mask_rcnn": CascadeMaskRCNN}
+
+
+def create_detector(
+    head: str,
+    backbone: str | nn.Module,
+    num_classes: int | None = None,
+    recipe: str | None = "auto",
+    checkpoint: str | Path | None = None,
+    backbone_kwargs: Mapping | None = None,
+    reset_classifier: bool = False,
+    torchvision_outputs: bool = False,
+    **kwargs,
+) -> Detector:
+    """Create a detector of any backbone.
+
+    Args:
+        head: ``"retinanet"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
+        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of four maps, of 1/4 to
+            1/32 of the image, and has their ``channels``.
+        num_classes: Classes of objects; the checkpoint's, or else 80 (COCO), by default. Labels are 0 to
+            ``num_classes - 1``; background is no label.
+        recipe: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
+            default the one for the head, where the backbone has it.
+        checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
+            (`foveate weights list`). The variant is read from it unless given: Swin-style or default cascade, the
+            pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the backbone as it is,
+            and says so.
+        backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
+        reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
+        torchvision_outputs: Whether detections are as torchvision's: labels from 1, masks ``[D, 1, H, W]``, float32 of
+            0 to 1; see `Detector`. Targets have labels from 0 all the same.
+        **kwargs: Options of the detector's class (`RetinaNet`, `MaskRCNN`, `CascadeMaskRCNN`), such as ``channels``,
+            and of its transform (`DetectorTransform`): ``min_size``, ``max_size``, ``mean``, ``std``, ``divisor``; by
+            default those of the run whose checkpoint it is. All others are options of a named backbone.
+
+    Raises:
+        TaskError: If the head or an option is unknown, or the backbone doesn't suit the head.
+        UnknownModelError: If the backbone or its recipe is unknown.
+        CheckpointError: If the checkpoint can't be read, or is of another model.
+
+    Example:
+        >>> model = create_detector("mask_rcnn", "nat_atto", num_classes=3, min_size=64).eval()
+        >>> model([torch.rand(3, 65, 97)])[0]["boxes"].shape[1]
+        4
+    """
+    if head not in DETECTORS:
+        raise TaskError(f"there is no detector {head!r}{nearest(head, DETECTORS)}")
+    kind = DETECTORS[head]
+    options, transform, others = _split_options(kind, kwargs)
+    body_options = {**(backbone_kwargs or {}), **others}
+    state, published = None, False
+    if checkpoint is not None:
+        checkpoint = locate(checkpoint)
+        state = read_detector(checkpoint)
+        variant = _variant(head, state, checkpoint, num_classes, reset_classifier)
+        num_classes = variant.pop("num_classes")
+        options = variant | options
+        published = has_backbone(state) and not is_ours(state)
+        if is_ours(state):
+            transform = _split_options(kind, held_options(checkpoint))[1] | transform
+    elif reset_classifier:
+        raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
+    if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
+        options.setdefault("selection", "anchors")
+    if head == "mask_rcnn" and isinstance(backbone, str) and backbone.startswith("dat_pp"):
+        options.setdefault("extra_convs", "on_input")  # as published, for this head of theirs alone
+    body = build_backbone(
+        head,
+        backbone,
+        recipe,
+        (head, "detection"),
+        checkpoint if published else None,
+        body_options,
+        _known_options(kind),
+    )
+    _check_maps(backbone, body)
+    model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
+    model.torchvision_outputs = torchvision_outputs
+    if state is not None:
+        loaded = published and isinstance(backbone, str)
+        model.load_report = load_detector(model, state, checkpoint, loaded, reset_classifier)
+    return model
+
+
+def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int | None, reset_classifier: bool) -> dict:
+    """Return the class count and the options of the detector that a state dict is of, or say why it can't be that."""
+    held = head_of(state, path)
+    if held != head:
+        raise CheckpointError(f"{path}: holds a {held}, not a {head}; create_detector({held!r}, ...) reads it")
+    variant = variant_of(head, state, path)
+    if num_classes not in (None, variant["num_classes"]):
+        if not reset_classifier:
+            raise OtherClassesError(path, variant["num_classes"], num_classes)
+        variant["num_classes"] = num_classes
+    return variant
+
+
+def _options_of(kind: type[Detector]) -> list[str]:
+    """Return the names of the options of a detector's class and of those it passes them on to."""
+    names = []
+    for base in kind.__mro__:
+        if base is Detector:
+            break
+        names += list(inspect.signature(base).parameters)[3:]
+    return [name for name in dict.fromkeys(names) if name != "options"]
+
+
+def _known_options(kind: type[Detector]) -> list[str]:
+    return [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
+
+
+def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]:
+    """Return the options of the detector, those of its transform, and all others."""
+    of_detector, of_transform = _options_of(kind), list(inspect.signature(DetectorTransform).parameters)
+    return (
+        {name: value for name, value in given.items() if name in of_detector},
+        {name: value for name, value in given.items() if name in of_transform},
+        {name: value for name, value in given.items() if name not in of_detector + of_transform},
+    )
+
+
+def _check_maps(backbone: str | nn.Module, body: nn.Module) -> None:
+    """Raise a TaskError unless a backbone returns four maps of 1/4 to 1/32."""
+    strides = list(getattr(body, "reductions", _STRIDES))
+    if len(body.channels) != len(_STRIDES) or strides != _STRIDES:
+        name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        raise TaskError(
+            f"{name} returns {len(body.channels)} maps of strides {', '.join(map(str, strides))}; "
+            f"a detector needs four, of strides {', '.join(map(str, _STRIDES))}"
+        )

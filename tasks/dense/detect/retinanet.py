@@ -1,0 +1,191 @@
+"""The head of RetinaNet (Lin et al. 2017), with the post-processing of both eras of published models."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops.misc import Conv2dNormActivation
+
+from ... import TaskError
+from .anchors import AnchorGrid
+from .assign import BACKGROUND, IGNORED, Matcher
+from .boxes import BoxCoder, grouped_nms, has_area, multiclass_nms, scale_of, top_k
+from .rpn import EPS, flatten_map
+
+SELECTIONS = ("pairs", "anchors")
+
+# Anchors [N, 4], logits [N, K] and offsets [N, 4] of every level of an image.
+_Levels = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+class RetinaHead(nn.Module):
+    """Classes and boxes of every anchor.
+
+    Attributes:
+        anchors: The anchors of the levels.
+        score_threshold: Detections have higher scores.
+        nms_threshold: Largest overlap of detections of a class.
+        max_detections: Most detections of an image.
+        per_level: How many of each level are considered.
+        selection: How those are chosen. ``"pairs"``: pairs of anchor and class above the threshold, by score;
+            ``"anchors"``: anchors by their best class, then all of their classes, as mmdet did it until 2.18.
+
+    Args:
+        channels: Channels of the pyramid.
+        num_classes: Classes of objects; there is no background.
+        anchors: See above.
+        score_threshold: See above.
+        nms_threshold: See above.
+        max_detections: See above.
+        per_level: See above.
+        selection: See above.
+
+    Raises:
+        TaskError: If ``selection`` is none of those.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        anchors: AnchorGrid,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+        per_level: int = 1000,
+        selection: str = "pairs",
+    ):
+        super().__init__()
+        if selection not in SELECTIONS:
+            raise TaskError(f"selection is {selection!r}; it can be {' or '.join(map(repr, SELECTIONS))}")
+        self.num_classes = num_classes
+        self.anchors = anchors
+        self.coder = BoxCoder()
+        self.matcher = Matcher(0.5, 0.4, minimum=0.0)
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_detections = max_detections
+        self.per_level = per_level
+        self.selection = selection
+        self.cls_tower = self._tower(channels)
+        self.reg_tower = self._tower(channels)
+        self.cls_logits = nn.Conv2d(channels, anchors.per_cell * num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(channels, anchors.per_cell * 4, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_logits.bias, -math.log(99))
+
+    @staticmethod
+    def _tower(channels: int) -> nn.Sequential:
+        return nn.Sequential(*(Conv2dNormActivation(channels, channels, norm_layer=None) for _ in range(4)))
+
+    def forward(self, pyramid: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return, for every level, logits ``[B, A * K, H, W]`` and offsets ``[B, A * 4, H, W]``."""
+        logits = [self.cls_logits(self.cls_tower(level)) for level in pyramid]
+        return logits, [self.bbox_pred(self.reg_tower(level)) for level in pyramid]
+
+    def loss(
+        self,
+        logits: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        objects: Sequence[Tensor],
+        labels: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Return ``loss_cls`` and ``loss_bbox``, each with the values ``[levels]`` that are to be added.
+
+        Args:
+            logits: As `forward` returns them.
+            offsets: As `forward` returns them.
+            objects: Boxes ``[M, 4]`` of each image's objects.
+            labels: Their classes ``[M]``.
+        """
+        grids = self.anchors(logits)
+        anchors, counts = torch.cat(grids), [len(grid) for grid in grids]
+        matches = torch.stack([self.matcher(anchors, boxes) for boxes in objects])
+        divisor = sum((match >= 0).sum().clamp(min=1) for match in matches) + EPS
+        cls, bbox = [], []
+        for grid, logit, offset, match in zip(grids, logits, offsets, matches.split(counts, dim=1), strict=True):
+            logit, offset = flatten_map(logit, self.num_classes), flatten_map(offset, 4)
+            goals, references, truths = torch.zeros_like(logit), [], []
+            for image, (boxes, label) in enumerate(zip(objects, labels, strict=True)):
+                positive = (match[image] >= 0).nonzero().squeeze(1)
+                taken = match[image, positive]
+                goals[image, positive, label[taken]] = 1
+                references.append(grid[positive])
+                truths.append(boxes[taken])
+            learns = match != IGNORED
+            cls.append(sigmoid_focal_loss(logit[learns], goals[learns], alpha=0.25, gamma=2.0, reduction="sum"))
+            encoded = self.coder.encode(torch.cat(references), torch.cat(truths))
+            bbox.append(F.l1_loss(offset[match > BACKGROUND], encoded, reduction="sum"))
+        return {"loss_cls": torch.stack(cls) / divisor, "loss_bbox": torch.stack(bbox) / divisor}
+
+    @torch.no_grad()
+    def detect(
+        self,
+        logits: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        original_sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Return the detections of each image, best first, in pixels of the original images.
+
+        Args:
+            logits: As `forward` returns them.
+            offsets: As `forward` returns them.
+            image_sizes: ``(height, width)`` of each image, without padding.
+            original_sizes: ``(height, width)`` of each image before it was resized.
+
+        Returns:
+            For each image ``boxes`` ``[D, 4]``, ``labels`` ``[D]`` and ``scores`` ``[D]``.
+        """
+        anchors = self.anchors(logits)
+        logits = [flatten_map(level, self.num_classes) for level in logits]
+        offsets = [flatten_map(level, 4) for level in offsets]
+        choose = self._by_pairs if self.selection == "pairs" else self._by_anchors
+        detections = []
+        for image, (image_size, original) in enumerate(zip(image_sizes, original_sizes, strict=True)):
+            levels = zip(anchors, (level[image] for level in logits), (level[image] for level in offsets), strict=True)
+            scale = scale_of(offsets[0], image_size, original)
+            boxes, labels, scores = choose(levels, image_size, scale)
+            detections.append({"boxes": boxes, "labels": labels, "scores": scores})
+        return detections
+
+    def _by_pairs(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, labels, scores = [], [], []
+        floor = torch.logit(scale.new_tensor(self.score_threshold))
+        for grid, logit, offset in levels:
+            # Few pairs pass; those that may are found by their logits, and the test is made on their sigmoids alone.
+            pairs = (logit.flatten() > floor - 1e-2).nonzero().squeeze(1)
+            score = logit.flatten()[pairs].sigmoid()
+            above = score > self.score_threshold
+            pairs, score = pairs[above], score[above]
+            chosen = top_k(score, self.per_level)
+            pairs, score = pairs[chosen], score[chosen]
+            cells = pairs // self.num_classes
+            boxes.append(self.coder.decode(grid[cells], offset[cells], image_size))
+            labels.append(pairs % self.num_classes)
+            scores.append(score)
+        boxes, labels, scores = torch.cat(boxes) / scale, torch.cat(labels), torch.cat(scores)
+        valid = has_area(boxes)
+        boxes, labels, scores = boxes[valid], labels[valid], scores[valid]
+        kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
+        return boxes[kept], labels[kept], scores[kept]
+
+    def _by_anchors(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores = [], []
+        for grid, logit, offset in levels:
+            score = logit.sigmoid()
+            if len(score) > self.per_level:
+                chosen = top_k(score.amax(dim=1), self.per_level)
+                grid, score, offset = grid[chosen], score[chosen], offset[chosen]
+            boxes.append(self.coder.decode(grid, offset, image_size))
+            scores.append(score)
+        boxes, scores, candidates = multiclass_nms(
+            torch.cat(boxes) / scale, torch.cat(scores), self.score_threshold, self.nms_threshold, self.max_detections
+        )
+        return boxes, candidates % self.num_classes, scores

@@ -1,0 +1,323 @@
+"""Segmenters: any backbone, a head that labels every pixel, and how they are trained, evaluated and loaded."""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from ....zoo import CheckpointError, UnknownModelError
+from ....zoo.backbone import check_name, recipes_of
+from ....zoo.weights import locate
+from ... import TaskError, nearest
+from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
+from ..normalize import check_evaluation, statistics_of
+from .base import BaseSegmenter
+from .checkpoint import aux_channels_of, head_of, held_statistics, load_segmenter, read_segmenter, variant_of
+from .deeplabv3 import DeepLabV3Head
+from .fcn import FCNHead
+from .inference import predict_labels, resize_to
+from .losses import batch_labels, check_labels, pixel_cross_entropy
+from .mask2former import RECIPES, Mask2Former, Mask2FormerHead, OneFormerHead
+from .semantic_fpn import SemanticFPNHead
+from .set_loss import SetCriterion
+from .upernet import UPerHead
+
+_logger = logging.getLogger(__name__)
+
+HEADS = {
+    "semantic_fpn": SemanticFPNHead,
+    "upernet": UPerHead,
+    "deeplabv3": DeepLabV3Head,
+    "mask2former": Mask2FormerHead,
+    "oneformer": OneFormerHead,
+}
+# The heads that are trained with an auxiliary one.
+_WITH_AUX = ("upernet", "deeplabv3")
+
+
+class Segmenter(BaseSegmenter):
+    """A backbone and a head that gives every pixel a class; for training perhaps an auxiliary head.
+
+    ``head(features)`` and ``aux_head(features)`` give logits at their own scale, 1/4 of the image for UperNet and
+    Semantic FPN.
+
+    `predict` and `loss` take images of 0 to 1 or uint8, and normalise them by ``mean`` and ``std``; ``forward``, the
+    backbone and the heads take normalised ones.
+
+    Args:
+        backbone: Maps images to a list of maps.
+        head: Maps the list to logits.
+        aux_head: Another one, used for the loss only.
+        ignore_index: Label of pixels that don't count.
+        loss_mean: Whether the cross entropy is divided by ``"all"`` pixels, as in mmseg, or the ``"valid"`` ones; see
+            `pixel_cross_entropy`.
+        aux_weight: Weight of the auxiliary loss.
+        mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
+        std: Their standard deviation.
+
+    Shape:
+        Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
+
+    `create_segmenter` notes its ``num_classes``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        aux_head: nn.Module | None = None,
+        ignore_index: int = 255,
+        loss_mean: str = "all",
+        aux_weight: float = 0.4,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ):
+        super().__init__(mean, std)
+        self.backbone = backbone
+        self.head = head
+        self.aux_head = aux_head
+        self.ignore_index = ignore_index
+        self.loss_mean = loss_mean
+        self.aux_weight = aux_weight
+
+    @property
+    def has_aux_head(self) -> bool:
+        """Whether there is an auxiliary head."""
+        return self.aux_head is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images ``[B, 3, H, W]`` to logits ``[B, num_classes, H, W]``."""
+        return resize_to(self.head(self.backbone(x)), x.shape[-2:])
+
+    def loss(
+        self, images: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], normalized: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the losses of a batch, weighted; their sum is what one minimises.
+
+        Args:
+            images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
+                Those of a list are padded, by zeros after they are normalised.
+            targets: Label maps ``[B, H, W]``, or a list of ``[H_i, W_i]``: integers from 0 to the number of classes
+                less 1, or ``ignore_index``.
+            normalized: Whether the images are normalised already, by ``mean`` and ``std``.
+
+        Returns:
+            ``decode.loss_ce`` and, with an auxiliary head, ``aux.loss_ce``, as mmseg calls them.
+
+        Raises:
+            TaskError: If images or targets are none of these (of tensors on a GPU, values are not looked at), or
+                UperNet or DeepLabV3 is trained on a single image, whose pooled pixel has no variance.
+        """
+        x, sizes = self.prepare_batch(images, normalized)
+        labels = batch_labels(targets, sizes, x.shape[-2:], self.ignore_index)
+        features = self.backbone(x)
+        try:
+            logits = self.head(features)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TaskError("the batch norm of a map pooled to one pixel needs at least 2 images in a batch") from error
+        check_labels(labels, logits.shape[1], self.ignore_index)
+        losses = {"decode.loss_ce": self._cross_entropy(logits, labels)}
+        if self.aux_head is not None:
+            losses["aux.loss_ce"] = self.aux_weight * self._cross_entropy(self.aux_head(features), labels)
+        return losses
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return pixel_cross_entropy(logits, labels, self.ignore_index, self.loss_mean)
+
+    def predict(
+        self,
+        images: Tensor | Sequence[Tensor],
+        mode: str = "whole",
+        crop_size: Sequence[int] | int | None = None,
+        stride: Sequence[int] | int | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        output_size: Sequence[int] | None = None,
+        normalized: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Label every pixel; put the model into evaluation mode first.
+
+        Args:
+            images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
+            mode: ``"whole"``, or ``"slide"``: logits are averaged over overlapping windows.
+            crop_size: Height and width of the windows; 512 by default.
+            stride: Steps between them; two thirds of the window by default.
+            scales: Factors of the images' size. With several, or with ``flip``, probabilities are averaged over the
+                views; the published multi-scale numbers use 0.5, 0.75, 1, 1.25, 1.5, 1.75 and ``flip``.
+            flip: Whether to look at the mirror images too.
+            output_size: Height and width of the label maps, such as an image's before it was resized; logits are
+                resized to it. The images' own by default.
+            normalized: Whether the images are normalised already, by ``mean`` and ``std``.
+
+        Returns:
+            Classes ``[B, H, W]``, or a list of ``[H_i, W_i]``.
+
+        Raises:
+            TaskError: If the model is in training mode, images are none of these, the mode is unknown, windows leave
+                gaps, or scales are not positive.
+        """
+        check_evaluation(self)
+        options = (mode, crop_size, stride, scales, flip, output_size)
+        if isinstance(images, Tensor):
+            return predict_labels(self, self.prepare(images, normalized), *options)
+        return [predict_labels(self, self.prepare_one(image, normalized), *options)[0] for image in images]
+
+
+def create_segmenter(
+    head: str,
+    backbone: str | nn.Module,
+    num_classes: int | None = None,
+    recipe: str | None = "auto",
+    checkpoint: str | Path | None = None,
+    aux_head: bool = True,
+    backbone_kwargs: Mapping | None = None,
+    reset_classifier: bool = False,
+    **kwargs,
+) -> Segmenter | Mask2Former:
+    """Create a segmenter of any backbone.
+
+    Args:
+        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"mask2former"`` or ``"oneformer"``.
+        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
+            finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
+        num_classes: Classes; the checkpoint's, or else the recipe's or 150 (ADE20K), by default.
+        recipe: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
+            default the one for the head, where the backbone has it. Mask2Former and OneFormer have recipes of their
+            own, which include the backbone's: `mask2former.RECIPES`, such as ``"coco_panoptic"``.
+        checkpoint: Weights of a whole segmenter, a path or an address: mmseg's, detectron2's, or ours. The variant of
+            the head is read from it unless given; ``"mask2former"`` reads OneFormer's too. A file of a head alone
+            leaves the backbone as it is, and says so.
+        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet
+            and DeepLabV3; the others never have one.
+        backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
+        reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
+        **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
+            of Mask2Former's `SetCriterion`; all others are options of a named backbone. ``mean`` and ``std`` of the
+            images are by default those of the run whose checkpoint it is; ImageNet's of published segmenters; else the
+            backbone's own.
+
+    Raises:
+        TaskError: If the head or an option is unknown, or the backbone does not suit the head.
+        UnknownModelError: If the backbone or its recipe is unknown.
+        CheckpointError: If the checkpoint can't be had or read, or is of another model.
+
+    Example:
+        >>> model = create_segmenter("upernet", "nat_atto", num_classes=19, channels=32).eval()
+        >>> model(torch.randn(1, 3, 65, 97)).shape
+        torch.Size([1, 19, 65, 97])
+    """
+    if head not in HEADS:
+        raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
+    if reset_classifier and checkpoint is None:
+        raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
+    checkpoint = None if checkpoint is None else locate(checkpoint)
+    state = None
+    if checkpoint is not None:
+        state = read_segmenter(checkpoint)
+        head = _held_head(head, state, checkpoint)
+    options, aux_options = {}, {}
+    aux = aux_head and head in _WITH_AUX
+    if recipe in RECIPES.get(head, {}):
+        options = {name: value for name, value in RECIPES[head][recipe].items() if name != "backbone"}
+    if state is not None:
+        options |= variant_of(head, state)
+        if num_classes not in (None, options["num_classes"]) and not reset_classifier:
+            raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
+        aux_options = {"channels": aux_channels_of(state)}
+        if aux and aux_options["channels"] is None:
+            _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
+            aux = False
+    default_classes = options.pop("num_classes", 150)
+    num_classes = default_classes if num_classes is None else num_classes
+
+    transformer = head in ("mask2former", "oneformer")
+    kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
+    *parts, others = _split_options(options | kwargs, *kinds)
+    body_options = {**(backbone_kwargs or {}), **others}
+    published = state is not None and has_backbone(state) and not is_ours(state)
+
+    def build(**more: int) -> nn.Module:
+        return build_backbone(
+            head,
+            backbone,
+            _backbone_recipe(head, backbone, recipe),
+            (head, "segmentation"),
+            checkpoint if published else None,
+            body_options | more,
+            [name for kind in kinds for name in _options_of(kind)],
+        )
+
+    if head == "deeplabv3" and isinstance(backbone, str) and "output_stride" not in body_options:
+        try:
+            body = build(output_stride=16)
+        except TaskError:  # most transformers can't trade stride for dilation
+            body = build()
+    else:
+        body = build()
+    if head == "deeplabv3":
+        parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
+    parts[1] = _statistics(state, checkpoint, body) | parts[1]
+    if transformer:
+        criterion = SetCriterion(num_classes, **parts[2])
+        module = HEADS[head](body.channels, num_classes, **parts[0])
+        if head == "oneformer":
+            parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
+        model = Mask2Former(body, module, criterion, **parts[1])
+    else:
+        aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
+        aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
+        model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
+    model.num_classes = num_classes
+    if state is not None:
+        loaded = published and isinstance(backbone, str)
+        model.load_report = load_segmenter(model, state, checkpoint, loaded, reset_classifier)
+    return model
+
+
+def _statistics(state: dict[str, Tensor] | None, path: Path | None, body: nn.Module) -> dict[str, Sequence[float]]:
+    """Return mean and std of a segmenter's images: of a run's file, of published files, or else of its backbone."""
+    if state is None:
+        return statistics_of(body)
+    return held_statistics(path) if is_ours(state) else {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+
+
+def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
+    """Return the head that a state dict is of, if it is the one that was asked for."""
+    held = head_of(state, path)
+    if held != head and (head, held) != ("mask2former", "oneformer"):
+        raise CheckpointError(f"{path}: holds a {held}, not a {head}; create it as {held!r}")
+    return held
+
+
+# What create_segmenter passes itself.
+_PARTS = ("in_channels", "num_classes", "backbone", "head", "aux_head", "criterion", "options")
+
+
+def _options_of(kind: type[nn.Module]) -> list[str]:
+    """Return the names of the options of a class and of those it passes them on to."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return [name for base in bases for name in inspect.signature(base).parameters if name not in _PARTS]
+
+
+def _split_options(given: dict, *kinds: type[nn.Module]) -> list[dict]:
+    """Return the options of each class, and last all others."""
+    parts = [{name: given[name] for name in _options_of(kind) if name in given} for kind in kinds]
+    known = {name for part in parts for name in part}
+    return [*parts, {name: value for name, value in given.items() if name not in known}]
+
+
+def _backbone_recipe(head: str, backbone: str | nn.Module, recipe: str | None) -> str | None:
+    """Return the backbone's recipe that a recipe of the segmenter includes, or the recipe itself."""
+    own = RECIPES.get(head, {})
+    if recipe not in own or not isinstance(backbone, str):
+        return None if recipe in own else recipe
+    check_name(backbone)
+    if own[recipe]["backbone"] not in (known := recipes_of(backbone)):
+        names = [*known, *(name for name, settings in own.items() if settings["backbone"] in known)]
+        raise UnknownModelError(f"{backbone} has no recipe {recipe!r}; it has {', '.join(map(repr, names)) or 'none'}")
+    return own[recipe]["backbone"]

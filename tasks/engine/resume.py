@@ -1,0 +1,74 @@
+"""Whether a run may be continued from its last checkpoint: by the same settings, on the same data."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import TaskError
+from .config import DEFAULTS, FREE, leaves, plain
+from .loading import fingerprint
+
+# What may differ between a run and its continuation.
+_RESUME_FREE = ("device", "workers", "log", "checkpoint.interval", "checkpoint.keep")
+
+
+def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
+    last = output / "last.pth"
+    if "optimizer" not in checkpoint:
+        raise TaskError(f"{last}: holds no state of the optimizer to continue with")
+    free = FREE + tuple(task.FREE)
+    # What a run of an older version could not yet set, it had at its default.
+    before = dict(leaves(plain(DEFAULTS), free)) | dict(leaves(checkpoint["config"], free))
+    now = dict(leaves(plain(config), free))
+    for key in now:
+        if key in _RESUME_FREE or before.get(key) == now[key]:
+            continue
+        if _names_data(key) and "data" in checkpoint["meta"]:
+            # Where it lies is free; what it is, is compared below.
+            continue
+        reason = ""
+        if key in ("epochs", "iterations"):
+            if config["schedule"]["name"] == "step":
+                # Steps are where they are, however long the run goes on.
+                continue
+            reason = " (its learning rate has been scheduled for that; only schedule.name=step can be extended)"
+        raise TaskError(
+            f"{output}: was begun with {key}={before.get(key)!r}{reason}, not {now[key]!r}; resume with the same "
+            f"settings, or begin a new run from its weights: model.checkpoint={last}"
+        )
+    if checkpoint["card"]["classes"] != task.card()["classes"]:
+        raise TaskError(f"{output}: was begun with the classes {checkpoint['card']['classes']}; the data set changed")
+    meta, processes = checkpoint["meta"], int(os.environ.get("WORLD_SIZE", "1"))
+    if meta["processes"] != processes:
+        raise TaskError(f"{output}: was begun by {meta['processes']} processes, not {processes}")
+    if meta.get("samples", len(task.train_set)) != len(task.train_set):
+        raise TaskError(
+            f"{output}: was begun with {meta['samples']} training samples, now there are {len(task.train_set)}; the "
+            f"data set changed; begin a new run from its weights: model.checkpoint={last}"
+        )
+    _check_data(
+        meta.get("data", {}), task, output, moved=any(_names_data(key) and before.get(key) != now[key] for key in now)
+    )
+
+
+def _names_data(key: str) -> bool:
+    """Return whether a key says where data lies."""
+    return key == "data.root" or ".".join(key.split(".")[:2]) in ("data.train", "data.val")
+
+
+def _check_data(before: dict[str, dict[str, Any]], task, output: Path, moved: bool) -> None:
+    """Raise a TaskError unless the data is what a run was begun with, wherever it lies now.
+
+    Where it hasn't moved, a file may have another length: a damaged one may have been mended.
+    """
+    for split, dataset in (("train", task.train_set), ("val", task.val_set)):
+        now = fingerprint(dataset)
+        for key, what in (("count", "files"), ("names", "names or labels"), ("lengths", "lengths of the files")):
+            then = before.get(split, now)[key]
+            if then != now[key] and (moved or key != "lengths"):
+                numbers = f" ({then} then, {now[key]} now)" if key == "count" else ""
+                raise TaskError(
+                    f"{output}: was begun with other {split} data: its {what} differ{numbers}; the data set changed; "
+                    f"name the folder it was begun with by data.root, or begin a new run from its weights: "
+                    f"model.checkpoint={output / 'last.pth'}"
+                )

@@ -1,0 +1,46 @@
+"""How long a run lasts, and its learning rate on the way."""
+
+import math
+import sys
+
+from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, PolyLR
+
+from .. import TaskError
+
+
+def count_epochs(config: dict, batches: int) -> int:
+    """Return for how many epochs of ``batches`` a run lasts, or raise a TaskError if its warmup doesn't fit."""
+    if batches == 0:
+        raise TaskError("the training set is empty")
+    epochs = config["epochs"] if config["iterations"] is None else math.ceil(config["iterations"] / batches)
+    schedule = config["schedule"]
+    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    if warmup >= epochs * batches:
+        raise TaskError(f"the warmup of {warmup} batches must be shorter than the run, which has {epochs * batches}")
+    return epochs
+
+
+def build_schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
+    """Return a linear warmup and the schedule, by iterations."""
+    schedule, total = config["schedule"], epochs * batches
+    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    span = {"begin": warmup, "end": total, "by_epoch": False}
+    if schedule["name"] == "step":
+        steps = [step * batches for step in schedule["steps"]]
+        # Without an end, so that a run with steps can be extended.
+        span = {"begin": 0, "end": sys.maxsize, "by_epoch": False}
+        after = {"type": MultiStepLR, "milestones": steps, "gamma": schedule["gamma"], **span}
+    elif schedule["name"] == "poly":
+        least = schedule["final_factor"] * config["optimizer"]["lr"]
+        after = {"type": PolyLR, "power": schedule["power"], "eta_min": least, **span}
+    else:
+        after = {
+            "type": CosineAnnealingLR,
+            "eta_min_ratio": schedule["final_factor"],
+            "T_max": total - warmup,
+            **span,
+        }
+    if warmup == 0:
+        return [after]
+    ramp = {"type": LinearLR, "start_factor": schedule["warmup_factor"], "begin": 0, "end": warmup, "by_epoch": False}
+    return [ramp, after]

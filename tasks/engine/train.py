@@ -1,0 +1,232 @@
+"""A run from its config: trained, or measured."""
+
+import math
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import EMAHook
+from torch.utils.data import DataLoader
+
+from ...zoo import CheckpointError
+from .. import TaskError
+from ..checkpoints import check_folder, load_weights, read_checkpoint, rebuilt_from, remove_partial
+from ..devices import choose_device
+from .config import task_class_of
+from .hooks import Metric, RunHook, SeedHook, TestProgressHook
+from .loading import build_loader
+from .resume import check_resumable
+from .run_folder import RunFolder
+from .runner import TaskRunner, TrainLoop
+from .schedule import build_schedulers, count_epochs
+
+
+def is_main_process() -> bool:
+    """Return whether this process is the one that reports; under torchrun there are others."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def train(config: dict[str, Any], output: str | Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train a model as a config of `load_config` says. Under torchrun, every process calls this.
+
+    Before the first epoch, in seconds, it is checked that the output folder can be written to and has space, and that
+    a batch goes forward and backward and a held-out one forward.
+
+    Writes to ``output``: ``config.py`` (complete), ``environment.json``, ``log.txt``, ``history.json`` and
+    ``history.csv`` (one entry an epoch), ``last.pth`` (everything a continuation needs), ``best.pth`` (the weights of
+    the epoch with the best metric), ``epoch_*.pth`` if asked for, ``curves.png``, and the task's pictures.
+
+    Args:
+        config: What to do.
+        output: Folder of the run.
+        resume: Continue from ``output/last.pth``, to the same result as if there had been no interruption.
+        progress: Whether to show it: a bar on a terminal, else lines.
+
+    Returns:
+        ``metrics`` of the best epoch, by ``metric``, ``history``, the paths ``best`` and ``last``, and ``pictures``, a
+        list of ``(file name, what it shows)``.
+
+    Raises:
+        TaskError: If the run can't be done, ``output`` holds another run or can't be written to, or the loss ceases to
+            be a number.
+        CheckpointError: If there is no checkpoint to continue from, or one can't be read or doesn't fit.
+    """
+    output = Path(output)
+    last = output / "last.pth"
+    if last.exists() and not resume:
+        raise TaskError(f"{output}: already holds a run; continue it with --resume, or choose another --output")
+    if resume and not last.exists():
+        raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
+    checkpoint = read_checkpoint(last, config["task"]) if resume else None
+    device, distributed = _launch(config["device"])
+    if is_main_process():
+        check_folder(output, needed=0)
+        remove_partial(output)
+    task = task_class_of(config["task"])(config if checkpoint is None else _rebuilt(config, checkpoint, last))
+    remarks = task.check_data()
+    loader = _loader(task.train_set, config, device, seed=config["seed"])
+    val_loader = _loader(task.val_set, config, device, seed=None)
+    epochs = count_epochs(config, len(loader))
+    metric = Metric(task, val_loader.dataset)
+    history: list[dict[str, Any]] = []
+    if checkpoint is not None:
+        check_resumable(checkpoint, config, task, output)
+        history = checkpoint["history"]
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        # The schedule counts batches, and with accumulation the first step comes later.
+        warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
+        warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")
+        runner = TaskRunner(
+            task,
+            config,
+            device,
+            scratch,
+            distributed,
+            train_dataloader=loader,
+            train_cfg={"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"]},
+            optim_wrapper={"type": "OptimWrapper"},
+            param_scheduler=build_schedulers(config, epochs, len(loader)),
+            val_dataloader=val_loader,
+            val_cfg={},
+            val_evaluator=Evaluator([metric]),
+            custom_hooks=[
+                SeedHook(config["seed"]),
+                run_hook := RunHook(task, config, history, metric, progress),
+                *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+            ],
+            load_from=str(last) if resume else None,
+            resume=resume,
+        )
+        if runner.rank == 0:
+            check_folder(output, runner.estimate_space())
+            run_hook.folder = RunFolder(output, config, device, speak=progress)
+            run_hook.introduce(runner, resume, remarks)
+        run_hook.output = output
+        _without_worker_traceback(runner.train)
+        pictures = run_hook.finish() if runner.rank == 0 else []
+    _leave(distributed)
+    best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
+    return {
+        "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},
+        "metric": task.metric,
+        "history": history,
+        "best": output / "best.pth",
+        "last": last,
+        "pictures": pictures,
+    }
+
+
+def evaluate(
+    config: dict[str, Any], checkpoint_path: str | Path | None = None, progress: bool = True
+) -> tuple[dict[str, float], list, list]:
+    """Measure a model on the validation set of a config.
+
+    Args:
+        config: What to measure on, and how.
+        checkpoint_path: Checkpoint of `train`; None for the weights that the config starts from.
+        progress: Whether to show it on a terminal.
+
+    Returns:
+        The metrics, and for every image, in the order of the set, the task's prediction and the target; without
+        damaged images, if they are to be skipped.
+
+    Raises:
+        TaskError: If the evaluation can't be done.
+        CheckpointError: If the checkpoint can't be read or doesn't hold the config's model.
+    """
+    checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
+    device, distributed = _launch(config["device"])
+    task = task_class_of(config["task"])(
+        config if checkpoint is None else _rebuilt(config, checkpoint, checkpoint_path)
+    )
+    if checkpoint is not None:
+        _check_card(checkpoint["card"], task.card(), checkpoint_path)
+    for remark in task.check_data(training=False):
+        if is_main_process():
+            warnings.warn(remark, stacklevel=2)
+    loader = _loader(task.val_set, config, device, seed=None)
+    metric = Metric(task, loader.dataset)
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")
+        runner = TaskRunner(
+            task,
+            config,
+            device,
+            scratch,
+            distributed,
+            test_dataloader=loader,
+            test_cfg={},
+            test_evaluator=Evaluator([metric]),
+            custom_hooks=[TestProgressHook()] if progress else [],
+        )
+        if checkpoint is not None:
+            load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
+        metrics = _without_worker_traceback(runner.test)
+    _leave(distributed)
+    return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected
+
+
+def _check_card(card: dict, expected: dict, path: str | Path) -> None:
+    """Raise a TaskError unless a checkpoint is of the model and the classes that are expected."""
+    for key in ("model", "classes"):
+        if card[key] != expected[key]:
+            raise TaskError(f"{path}: its {key} is {card[key]}, but the config's is {expected[key]}")
+
+
+def _rebuilt(config: dict, checkpoint: dict, path: str | Path) -> dict:
+    """Return a config whose model is built from a checkpoint of the run, and images are read as the run did."""
+    white = checkpoint["card"]["white"]
+    if config["data"]["white"] not in (None, white):
+        raise TaskError(
+            f"{path}: was trained with data.white={white}, not {config['data']['white']}; leave data.white out"
+        )
+    return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
+
+
+def _launch(device_name: str) -> tuple[torch.device, bool]:
+    """Return the device of this process, and whether torchrun started several, after joining them."""
+    device = choose_device(device_name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device, False
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        # mmengine's own launch calls CUDA even where there is none.
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, True
+
+
+def _leave(distributed: bool) -> None:
+    """Wait for the other processes, so that what one of them wrote is there, and part from them."""
+    if distributed:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _without_worker_traceback(run):
+    """Call ``run``; a `TaskError` from a process that loads data comes wrapped in its traceback, of which none is."""
+    try:
+        return run()
+    except TaskError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise TaskError(re.sub(r"^[\w.]+Error: ", "", last)) from error
+
+
+def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> DataLoader:
+    """Return this process's loader, for training with ``seed``, for evaluation without."""
+    return build_loader(
+        dataset,
+        config["batch_size"],
+        config["workers"],
+        seed,
+        rank=int(os.environ.get("RANK", "0")),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        skip_damaged=config["damaged_images"] == "skip",
+        pin_memory=device.type == "cuda",
+    )
