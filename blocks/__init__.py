@@ -9,6 +9,7 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -27,9 +28,11 @@ __all__ = [
     "CrossShapedAttention2d",
     "DeformableAttention2d",
     "DeformableGate",
+    "DilatedGate",
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
+    "LargeKernelAttention2d",
     "LePEAttention2d",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
@@ -39,6 +42,7 @@ __all__ = [
     "QuadTreeAttention2d",
     "RoutedRegions",
     "Shift2d",
+    "StripGate",
     "TripletAttention",
     "WindowAttention2d",
     "create_attention",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .depthwise import apply_depthwise
+from .pointwise import apply_pointwise
 
 
 class DilatedGate(nn.Module):
@@ -35,7 +36,7 @@ class DilatedGate(nn.Module):
         """Map ``[B, dim, H, W]`` to the same shape."""
         local = self.local(x)
         wide = self.dilated(local) if torch.jit.is_scripting() else apply_depthwise(self.dilated, local)
-        return x * self.mix(wide)
+        return x * (self.mix(wide) if torch.jit.is_scripting() else apply_pointwise(self.mix, wide))
 
 
 class StripGate(nn.Module):
@@ -70,7 +71,7 @@ class StripGate(nn.Module):
         for row, column in zip(self.rows, self.columns):  # noqa: B905 (TorchScript knows no strict)
             strip = row(local) if torch.jit.is_scripting() else apply_depthwise(row, local)
             total = total + (column(strip) if torch.jit.is_scripting() else apply_depthwise(column, strip))
-        return x * self.mix(total)
+        return x * (self.mix(total) if torch.jit.is_scripting() else apply_pointwise(self.mix, total))
 
 
 _GATES = {"dilated": DilatedGate, "strips": StripGate}
@@ -112,5 +113,7 @@ class LargeKernelAttention2d(nn.Module):
         """Map ``[B, H, W, dim]``, or ``[B, dim, H, W]`` with ``channels_first``, to the same shape."""
         if not self.channels_first:
             x = x.permute(0, 3, 1, 2)
-        x = self.proj2(self.gate(self.act(self.proj1(x)))) + x
+        inner = self.act(self.proj1(x) if torch.jit.is_scripting() else apply_pointwise(self.proj1, x))
+        inner = self.gate(inner)
+        x = (self.proj2(inner) if torch.jit.is_scripting() else apply_pointwise(self.proj2, inner)) + x
         return x if self.channels_first else x.permute(0, 2, 3, 1)

@@ -3,9 +3,9 @@
 Papers: Visual Attention Network, Guo et al., arXiv 2202.09741; SegNeXt: Rethinking Convolutional Attention Design for
 Semantic Segmentation, Guo et al., NeurIPS 2022, arXiv 2209.08575.
 
-Origin: github.com/Visual-Attention-Network, VAN-Classification, VAN-Segmentation and SegNeXt, Apache-2.0 with the request
-to contact the authors for commercial use. Written anew on `blocks.LargeKernelAttention2d`; files of the authors, of
-mmpretrain, mmseg and transformers load through `convert_checkpoint`.
+Origin: github.com/Visual-Attention-Network, VAN-Classification, VAN-Segmentation and SegNeXt, Apache-2.0 with the
+request to contact the authors for commercial use. Written anew on `blocks.LargeKernelAttention2d`; files of the
+authors, of mmpretrain, mmseg and transformers load through `convert_checkpoint`.
 
 A stage ends with a norm, whose output is both a feature and the next stage's input. Classifiers were trained with norms
 of eps 1e-6, as were the dense models of the spring of 2022 (Semantic FPN, Light-Ham and HamNet on VAN); later dense
@@ -14,8 +14,8 @@ models, and MSCAN, have 1e-5: the recipes set it.
 No classifier of MSCAN was published. Ours is a composition: VAN's tail, the mean of the last map and a linear layer,
 with VAN's eps; the published backbones fit it, and a new classifier starts from them.
 
-VAN's classifiers of ImageNet-1k expect images normalised by a mean and std of 0.5; those of ImageNet-22k, which b4 to b6
-have alone, and all dense models ImageNet's statistics.
+VAN's classifiers of ImageNet-1k expect images normalised by a mean and std of 0.5; those of ImageNet-22k, the authors'
+only files of b4 to b6, and all dense models ImageNet's statistics. An ImageNet-1k file of b4 came by way of mmpretrain.
 """
 
 import re
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
+from ..blocks.pointwise import apply_pointwise
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -47,15 +48,15 @@ class ConvFeedForward(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.conv(self.fc1(x))))))
+        x = self.fc1(x) if torch.jit.is_scripting() else apply_pointwise(self.fc1, x)
+        x = self.drop(self.act(self.conv(x)))
+        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_pointwise(self.fc2, x))
 
 
 class Block(nn.Module):
     """Large kernel attention and a feed-forward network, each after a batch norm and with a scale; NCHW."""
 
-    def __init__(
-        self, dim: int, gate: str, mlp_ratio: float, drop: float, drop_path: float, device=None, dtype=None
-    ):
+    def __init__(self, dim: int, gate: str, mlp_ratio: float, drop: float, drop_path: float, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.BatchNorm2d(dim, **dd)

@@ -28,6 +28,8 @@ SMALLEST = (
     "agent_deit_tiny",
     "agent_pvt_tiny",
     "ela_t_resnet18",
+    "van_b0",
+    "mscan_t",
     "foveate_davit_tiny",
     "foveate_host_atto",
 )
