@@ -1,4 +1,4 @@
-"""Global context by matrix factorisation in place of attention (Hamburger, arXiv 2109.04553), as SegNeXt's heads use it.
+"""Global context by matrix factorisation in place of attention (Hamburger, arXiv 2109.04553), as in SegNeXt's heads.
 
 A map is a matrix of channels by positions. Some steps of multiplicative updates (Lee and Seung) factorise it into few
 non-negative bases and their coefficients, whose product, of low rank, is the output. The steps are too few to converge:
@@ -72,7 +72,7 @@ class Hamburger2d(nn.Module):
     its rank and gives again what it gave. The factorisation is computed in float32 under autocast too.
 
     Args:
-        dim: Channels, a multiple of 32.
+        dim: Channels, a multiple of 32, at least 64.
         rank: Number of bases. It is in none of the published files: SegNeXt's authors take 16 for T and S and 64 for B
             and L.
         seed: Of the bases.
@@ -84,7 +84,7 @@ class Hamburger2d(nn.Module):
         NCHW maps ``[B, dim, H, W]`` to the same shape; any H and W.
 
     Raises:
-        ValueError: If ``dim`` is no multiple of 32, or the rank is not positive.
+        ValueError: If there are no such channels, or the rank is not positive.
 
     Example:
         >>> Hamburger2d(64, rank=16)(torch.randn(2, 64, 5, 7)).shape
@@ -101,8 +101,8 @@ class Hamburger2d(nn.Module):
         one_step_gradient: bool = False,
     ):
         super().__init__()
-        if dim % 32:
-            raise ValueError(f"the group norms have 32 groups, so channels must be a multiple of 32; got {dim}")
+        if dim % 32 or dim < 64:
+            raise ValueError(f"the norms have 32 groups of 2 channels or more: 64, 96, 128, ... channels; got {dim}")
         if rank < 1:
             raise ValueError(f"the factorisation needs a rank of at least 1; got {rank}")
         self.rank, self.seed, self.random_bases = rank, seed, random_bases

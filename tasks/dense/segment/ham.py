@@ -21,8 +21,8 @@ _group_conv = partial(ConvNormAct, norm_layer=GroupNormAct)
 
 
 def _check_channels(channels: int) -> None:
-    if channels % 32:
-        raise TaskError(f"the group norms have 32 groups, so channels must be a multiple of 32; got {channels}")
+    if channels % 32 or channels < 64:
+        raise TaskError(f"the norms have 32 groups of 2 channels or more: channels=64, 96, 128, ...; got {channels}")
 
 
 def _init(head: nn.Module) -> None:
@@ -38,7 +38,7 @@ class LightHamHead(nn.Module):
     Args:
         in_channels: Channels of each map of the backbone, from the finest to the coarsest; the finest isn't used.
         num_classes: Classes.
-        channels: Channels of the head, a multiple of 32: 256 for SegNeXt-T and S, 512 for B, 1024 for L.
+        channels: Channels of the head, a multiple of 32, at least 64: 256 for SegNeXt-T and S, 512 for B, 1024 for L.
         rank: Bases of the factorisation: by the authors 16 for T and S, 64 for B and L; 16 for all in mmseg.
         seed: Of the bases; see `Hamburger2d`.
         random_bases: Whether to draw new bases for each image while training, as published.
@@ -49,7 +49,7 @@ class LightHamHead(nn.Module):
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H_1, W_1]`` at the scale of the second.
 
     Raises:
-        TaskError: If ``channels`` is no multiple of 32, or there are fewer than two maps.
+        TaskError: If there are no such channels, or there are fewer than two maps.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class HamNetHead(nn.Module):
     Args:
         in_channels: Channels of each map of the backbone.
         num_classes: Classes.
-        channels: Channels of the head, a multiple of 32.
+        channels: Channels of the head, a multiple of 32, at least 64.
         rank: Bases of the factorisation.
         seed: Of the bases; see `Hamburger2d`.
         random_bases: Whether to draw new bases for each image while training, as published.
@@ -100,7 +100,7 @@ class HamNetHead(nn.Module):
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H_n, W_n]`` at the scale of the coarsest.
 
     Raises:
-        TaskError: If ``channels`` is no multiple of 32.
+        TaskError: If there are no such channels.
     """
 
     def __init__(
