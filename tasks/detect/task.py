@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.coco import encode_mask
-from ..data.detection import build_datasets
+from ..data.formats import open_objects
 from ..data.occurrence import check_classes
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
+from ..detections import to_plain
 
 
 class Detect:
@@ -75,7 +75,7 @@ class Detect:
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = build_datasets(data, self.with_masks, config["damaged_images"] == "skip")
+        self.train_set, self.val_set = open_objects(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
@@ -117,7 +117,7 @@ class Detect:
 
     def measure(self, predictions: list[dict], targets: list[dict]) -> dict[str, float]:
         """Return COCO's measures of boxes, and of masks, as fractions; those with nothing to find are left out."""
-        from .metrics import NUMBERS, measure_ap
+        from ..metrics.average_precision import NUMBERS, measure_ap
 
         metrics = {}
         for kind in self._kinds():
@@ -137,8 +137,8 @@ class Detect:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        from .draw import draw_comparison, draw_precision
-        from .metrics import measure_ap
+        from ..metrics.average_precision import measure_ap
+        from ..pictures.objects import draw_comparison, draw_precision
 
         shown = list(zip(indices, targets, predictions, strict=True))[:4]
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
@@ -152,7 +152,7 @@ class Detect:
 
     def draw_inputs(self, items: list[tuple[Tensor, dict]], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set, of training or not, with their boxes and masks; ``title`` says what is shown."""
-        from .draw import draw_inputs
+        from ..pictures.objects import draw_inputs
 
         draw_inputs(items, self.classes, path, title)
 
@@ -184,12 +184,3 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:
     """Return a detector's answer for an image ``[3, H, W]``, by itself: sharing a batch would move its last bits."""
     return to_plain(model([image])[0])
-
-
-def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Return a detector's answer for an image on the CPU, its masks as run lengths."""
-    plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
-    plain["labels"] = found["labels"].cpu()
-    if "masks" in found:
-        plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
-    return plain

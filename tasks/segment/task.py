@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
+from ..data.formats import open_maps
 from ..data.occurrence import check_classes
-from ..data.segmentation import InputRule, LabelMaps, SegmentationSet, build_datasets
+from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.segment.segmenter import HEADS, create_segmenter
-from ..detect.task import to_plain
+from ..detections import to_plain
 
 TASKS = ("semantic", "instance", "panoptic")
 # The heads that predict a set of masks; the others label pixels.
@@ -116,7 +117,7 @@ class Segment:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
-        self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks, skip_damaged)
+        self.train_set, self.val_set = open_maps(data, self.rule, self.task, self.as_masks, skip_damaged)
         self._source, self._by_values = (
             data["root"] or data["name"],
             data["name"] == "folder" and data["unlabelled"] is None,
@@ -180,7 +181,7 @@ class Segment:
 
     def measure(self, predictions: list, targets: list) -> dict[str, float]:
         """Return metrics as fractions: of labels mIoU, accuracies and Dice; of instances AP; of segments PQ."""
-        from .metrics import count_labels, measure_labels, measure_panoptic
+        from ..metrics.segmentation import count_labels, measure_labels, measure_panoptic
 
         pairs = zip(predictions, targets, strict=True)
         if self.task == "semantic":
@@ -193,7 +194,7 @@ class Segment:
             measured = measure_panoptic(pairs, self.things)
             metrics = {key: value for key, value in measured.items() if isinstance(value, float)}
         else:
-            from ..detect.metrics import NUMBERS, measure_ap
+            from ..metrics.average_precision import NUMBERS, measure_ap
 
             measured = measure_ap(predictions, targets, "mask")
             metrics = {f"mask_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
@@ -215,18 +216,18 @@ class Segment:
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
         title = f"held-out images, epoch {epoch}"
         if self.task == "instance":
-            from ..detect.draw import draw_comparison
+            from ..pictures.objects import draw_comparison
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title)
         else:
-            from .draw import draw_comparison
+            from ..pictures.regions import draw_comparison
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title, self.things)
         return [("predictions.png", "truth and prediction side by side")]
 
     def draw_inputs(self, items: list[Any], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set, of training or not, under their classes or segments; ``title`` says what it is."""
-        from .draw import draw_inputs
+        from ..pictures.regions import draw_inputs
 
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.rule.mean, self.rule.std))
         images, truths = [], []

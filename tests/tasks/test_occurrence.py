@@ -10,7 +10,7 @@ from foveate.tasks.data.augment import IGNORE
 from foveate.tasks.data.occurrence import check_classes
 from foveate.tasks.engine.hooks import Metric
 from foveate.tasks.engine.loading import Samples
-from foveate.tasks.segment.metrics import count_labels, measure_labels
+from foveate.tasks.metrics.segmentation import count_labels, measure_labels
 from foveate.tools.cli import main
 from PIL import Image
 
