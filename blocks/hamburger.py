@@ -25,7 +25,8 @@ def initial_bases(dim: int, rank: int, batch: int = 1, generator: torch.Generato
         batch: Images.
         generator: Which random numbers; torch's global generator by default.
     """
-    return F.normalize(torch.rand(batch, dim, rank, generator=generator, dtype=torch.float32), dim=1)
+    uniform = torch.rand(batch, dim, rank, generator=generator, dtype=torch.float32, device="cpu")
+    return F.normalize(uniform, dim=1)
 
 
 def factorize(x: Tensor, bases: Tensor, steps: int, one_step_gradient: bool = False) -> Tensor:
@@ -110,7 +111,13 @@ class Hamburger2d(nn.Module):
         self.ham_in = nn.Conv2d(dim, dim, 1)
         self.ham_out = nn.Conv2d(dim, dim, 1, bias=False)
         self.norm = GroupNormAct(dim, 32, apply_act=False)
-        self.register_buffer("bases", initial_bases(dim, rank, generator=torch.Generator().manual_seed(seed)))
+        self.register_buffer("bases", torch.empty(1, dim, rank))
+        self.reset_bases()
+
+    def reset_bases(self) -> None:
+        """Draw the bases from the seed; to be called after ``to_empty``."""
+        drawn = initial_bases(*self.bases.shape[1:], generator=torch.Generator().manual_seed(self.seed))
+        self.bases.copy_(drawn)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, seed={self.seed}, steps={self.steps}"

@@ -126,8 +126,11 @@ def load_dense(
         task, rule = task or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
-        stretched = backbone.startswith(("biformer", "quadtree"))
-        task, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, model.mean, model.std)
+        stretched = backbone.startswith(("biformer", "quadtree", "mscan")) and data != "cityscapes"
+        short = 512
+        if data == "cityscapes":
+            short, test = 1024, test | {"mode": "slide", "crop_size": 1024, "stride": 768}
+        task, rule = "semantic", InputRule(short, 2048, 32 if stretched else 1, model.mean, model.std)
     classes = class_names(data, count)
     predictor = Predictor(model, rule, classes, things, task, test, device)
     predictor.card = segmenter_card(described, classes, things, task, rule, test)
