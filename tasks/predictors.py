@@ -1,6 +1,7 @@
 """The predictor that a checkpoint of any task, or a published model's name, asks for."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from ..configs.published import read_published
 from ..zoo import CheckpointError
+from ..zoo.weights import table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
 
@@ -68,7 +70,8 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
         raise TaskError(f"{name}: no weights were published; train it: foveate train {row['config']}")
     weights = name if weights is None else weights
     if row["head"] not in _TRANSFORMERS:
-        return load_dense(row["head"], row["backbone"], weights, device, data=row["data"])
+        options = table()[name].options if name in table() else None
+        return load_dense(row["head"], row["backbone"], weights, device, data=row["data"], options=options)
     from .dense.segment.mask2former import RECIPES
 
     # What follows the head in the name: the data set, and the task or the training's size.
@@ -86,6 +89,7 @@ def load_dense(
     recipe: str = "auto",
     task: str | None = None,
     data: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the predictor of a detector's or segmenter's file, whoever wrote it, with the published settings.
 
@@ -97,11 +101,13 @@ def load_dense(
         recipe: As there.
         task: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
         data: Whose classes it has, for their names; told by their number if None.
+        options: Of a segmenter's head, what its file doesn't tell.
 
     Raises:
         CheckpointError: If the weights can't be had, or don't fit.
     """
-    described = {"head": head, "backbone": backbone, "recipe": recipe, "backbone_kwargs": {}, "kwargs": {}}
+    options = dict(options or {})
+    described = {"head": head, "backbone": backbone, "recipe": recipe, "backbone_kwargs": {}, "kwargs": options}
     if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
         from .dense.detect import create_detector
         from .detect import Predictor
@@ -118,7 +124,7 @@ def load_dense(
     from .segment.task import segmenter_card
 
     test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
-    model = create_segmenter(head, backbone, recipe=recipe, checkpoint=weights)
+    model = create_segmenter(head, backbone, recipe=recipe, checkpoint=weights, **options)
     count = model.num_classes
     data = data or _DATA.get(count, "")
     things = [False] * count

@@ -7,6 +7,7 @@ from foveate.blocks import CrossAxisAttention2d, Hamburger2d
 from foveate.blocks.hamburger import factorize, initial_bases
 from foveate.tasks import TaskError
 from foveate.tasks.dense.segment.attention_unet import AttentionGate
+from foveate.tasks.predictors import load_published
 from foveate.zoo import CheckpointError, weights
 from torch import nn
 
@@ -135,6 +136,11 @@ def test_the_rank_is_told_by_the_rows_of_published_weights(open_fixture, tmp_pat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     model = foveate.create_segmenter("light_ham", "mscan_t", checkpoint=name)
     assert model.head.hamburger.rank == 16
+    # The same file under any name.
+    (folder / rows[name].sources[0].name).rename(tmp_path / "file.pth")
+    predictor = load_published(name, weights=tmp_path / "file.pth")
+    assert predictor.card["kwargs"] == {"rank": 16}
+    assert predictor.card["input"]["divisor"] == 32
 
 
 def published_ham_net(model):
@@ -291,3 +297,10 @@ def test_bad_options_are_one_line():
         Hamburger2d(64, rank=0)
     with pytest.raises(ValueError, match="num_heads must divide the channels"):
         CrossAxisAttention2d(9, num_heads=2)
+
+
+def test_semantic_fpn_on_van_is_the_published_one(open_fixture, tmp_path):
+    fixture = open_fixture("segnext/semfpn_van_b0_256x320")
+    model = foveate.create_segmenter("semantic_fpn", "van_b0", checkpoint=fixture.checkpoint(tmp_path)).eval()
+    with torch.inference_mode():
+        assert_published(fixture, "logits", model.head(model.backbone(fixture.input())), 5e-5)
