@@ -217,7 +217,9 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     # The second is that of our own detectors and segmenters.
     for prefix in ("backbone.", "features.model."):
         if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            # mmpretrain's classifiers have theirs beside the backbone.
+            head = {key: state[key] for key in ("head.fc.weight", "head.fc.bias") if key in state}
+            state = head | {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
 

@@ -103,6 +103,7 @@ class Weights:
         head: Kind of the detector or segmentor.
         schedule: Which of several trainings.
         note: What else one has to know.
+        options: Of the segmentor's head, what its file doesn't tell.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Weights:
     head: str | None = None
     schedule: str | None = None
     note: str | None = None
+    options: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> str:

@@ -30,6 +30,8 @@ SMALLEST = (
     "inline_deit_tiny",
     "inline_swin_tiny",
     "ela_t_resnet18",
+    "van_b0",
+    "mscan_t",
     "foveate_davit_tiny",
     "foveate_host_atto",
 )

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, dense_settings_of
 from ....zoo.library_errors import lacks_variance
-from ....zoo.weights import locate
+from ....zoo.weights import locate, table
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
 from ..normalize import check_evaluation, statistics_of
+from .attention_unet import AttentionUNetHead
 from .base import BaseSegmenter
 from .checkpoint import aux_channels_of, head_of, held_statistics, load_segmenter, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head
 from .fcn import FCNHead
+from .ham import HamNetHead, LightHamHead
 from .inference import predict_labels, resize_to
 from .losses import batch_labels, check_labels, pixel_cross_entropy
 from .mask2former import SETTINGS, Mask2Former, Mask2FormerHead, OneFormerHead
+from .mca import MCAHead
 from .semantic_fpn import SemanticFPNHead
 from .set_loss import SetCriterion
 from .upernet import UPerHead
@@ -32,11 +35,15 @@ HEADS = {
     "semantic_fpn": SemanticFPNHead,
     "upernet": UPerHead,
     "deeplabv3": DeepLabV3Head,
+    "light_ham": LightHamHead,
+    "ham_net": HamNetHead,
+    "mca": MCAHead,
+    "attention_unet": AttentionUNetHead,
     "mask2former": Mask2FormerHead,
     "oneformer": OneFormerHead,
 }
 # The heads that are trained with an auxiliary one.
-_WITH_AUX = ("upernet", "deeplabv3")
+_WITH_AUX = ("upernet", "deeplabv3", "ham_net")
 
 
 class Segmenter(BaseSegmenter):
@@ -183,18 +190,20 @@ def create_segmenter(
     """Create a segmenter of any backbone.
 
     Args:
-        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"mask2former"`` or ``"oneformer"``.
+        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"light_ham"`` (SegNeXt on MSCAN), ``"ham_net"``,
+            ``"mca"``, ``"attention_unet"``, ``"mask2former"`` or ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
             finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
         num_classes: Classes; the checkpoint's, or else the setting's or 150 (ADE20K), by default.
         setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
             default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
             own, which include the backbone's: `mask2former.SETTINGS`, such as ``"coco_panoptic"``.
-        checkpoint: Weights of a whole segmenter, a path or an address: mmseg's, detectron2's, or ours. The variant of
-            the head is read from it unless given; ``"mask2former"`` reads OneFormer's too. A file of a head alone
-            leaves the backbone as it is, and says so.
-        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet
-            and DeepLabV3; the others never have one.
+        checkpoint: Weights of a whole segmenter, a path, an address or the name of published ones: mmseg's,
+            detectron2's, or ours. The variant of the head is read from it unless given; ``"mask2former"`` reads
+            OneFormer's too. A file of a head alone leaves the backbone as it is, and says so. What no file tells, the
+            ``rank`` of ``"light_ham"``, is known of published names and of mmseg's files, and must be given of others.
+        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet,
+            DeepLabV3 and HamNet; the others never have one.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
         **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
@@ -203,7 +212,8 @@ def create_segmenter(
             backbone's own.
 
     Raises:
-        TaskError: If the head or an option is unknown, or the backbone does not suit the head.
+        TaskError: If the head or an option is unknown, the backbone does not suit the head, or the rank of Light-Ham's
+            factorisation must be given.
         UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If the checkpoint can't be had or read, or is of another model.
 
@@ -216,6 +226,7 @@ def create_segmenter(
         raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
     if reset_classifier and checkpoint is None:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
+    entry = table().get(str(checkpoint))
     checkpoint = None if checkpoint is None else locate(checkpoint)
     state = None
     if checkpoint is not None:
@@ -226,7 +237,12 @@ def create_segmenter(
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
-        options |= variant_of(head, state)
+        options |= variant_of(head, state) | (entry.options if entry else {})
+        if head == "light_ham" and "rank" not in options | kwargs:
+            raise TaskError(
+                f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
+                "rank=64, which the authors took for B and L"
+            )
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
             raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
         aux_options = {"channels": aux_channels_of(state)}
@@ -271,6 +287,7 @@ def create_segmenter(
         model = Mask2Former(body, module, criterion, **parts[1])
     else:
         aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
+        aux_options |= {"group_norm": True} if head == "ham_net" else {}
         aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
         model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
     model.num_classes = num_classes
