@@ -69,9 +69,7 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
     """Create an attention by name.
 
     Args:
-        name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"cross_shaped"``, ``"deformable"``, ``"dilated"``,
-            ``"dual"``, ``"global"``, ``"hilo"``, ``"inline"``, ``"large_kernel"``, ``"neighborhood"``, ``"quadtree"``, ``"shift"`` or
-            ``"window"``.
+        name: One of `list_attentions`, such as ``"neighborhood"``.
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the
