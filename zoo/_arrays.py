@@ -310,4 +310,3 @@ def _fill(array: _Array, shape: Any, dtype: Any, fortran: bool, raw: Any) -> Non
         array.tensor = torch.from_numpy(values)
     except TypeError:
         raise UnsafePickleError(f"an array has the dtype {dtype}, which torch has not") from None
-

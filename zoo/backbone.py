@@ -1,6 +1,7 @@
 """Any timm model as a backbone of dense prediction: maps out, channels and reductions known."""
 
 import difflib
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
 from .loading import create_model
+from .weights import locate
 
 # What lets timm's models of a fixed input size take any; each model has one of these options, or none.
 _FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
@@ -69,15 +71,28 @@ def create_backbone(
         name: Registered name, with an optional tag.
         recipe: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
         checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
-            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read.
+            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read: ours,
+            and those of mmdet, mmseg, detectron2 and Mask2Former.
         out_indices: Which maps to return.
-        **kwargs: Options of the model; they win over the recipe's.
+        **kwargs: Options of the model; they win over the recipe's. Those of a form are no options of timm's, see
+            `published.PublishedBackbone`: ``style``, ``dense``, ``out_norms``. A published file tells them.
 
     Raises:
         UnknownModelError: If the model or the recipe is unknown.
         CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
+    # That file's backbones are of the class above.
+    from .published import PublishedBackbone, build_filled, form_in, is_foreign
+
     check_name(name)
+    if checkpoint is not None and is_foreign(name):
+        checkpoint = locate(checkpoint)
+        create = functools.partial(create_backbone, name, recipe, None, out_indices)
+        filled = build_filled(create, name, checkpoint, kwargs)
+        if filled is not None:
+            return filled
+    form, kwargs = form_in(kwargs)
+    kind = functools.partial(PublishedBackbone, **form) if form else Backbone
     options = {}
     if recipe is not None:
         known = recipes_of(name)
@@ -85,11 +100,13 @@ def create_backbone(
             raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
         options = dict(known[recipe])
     options |= {"features_only": True, "out_indices": tuple(out_indices)} | kwargs
+    if form.get("dense") and name.startswith("swin_"):
+        options["always_partition"] = True
     free = _FREE_SIZE if get_pretrained_cfg(name).fixed_input_size and "img_size" not in options else ()
     for freedom in free:
         try:
-            return Backbone(create_model(name, checkpoint, **freedom | options))
+            return kind(create_model(name, checkpoint, **freedom | options))
         except TypeError as error:
             if f"unexpected keyword argument {next(iter(freedom))!r}" not in str(error):
                 raise
-    return Backbone(create_model(name, checkpoint, **options))
+    return kind(create_model(name, checkpoint, **options))
