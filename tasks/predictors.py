@@ -136,7 +136,7 @@ def load_dense(
 
 def class_names(data: str, count: int) -> list[str]:
     """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here."""
-    from .data.segmentation import ADE20K_CLASSES, CITYSCAPES_IDS
+    from .data import ade20k, cityscapes
 
     if data == "coco":
         from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
@@ -144,7 +144,7 @@ def class_names(data: str, count: int) -> list[str]:
         names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         known = [name for name in names if name not in ("__background__", "N/A")]
     else:
-        known = {"ade20k": ADE20K_CLASSES, "cityscapes": list(CITYSCAPES_IDS.values())}.get(data, [])
+        known = {"ade20k": ade20k.CLASSES, "cityscapes": list(cityscapes.CLASS_OF_ID.values())}.get(data, [])
         # Fewer are those of instances, in an order of their own.
         known = known if len(known) == count else []
     return [*known[:count], *(f"class {label}" for label in range(len(known), count))]

@@ -432,7 +432,7 @@ def _measure(loaded: _Loaded, model, transform: Callable, classes: list[str], ar
     from tqdm import tqdm
 
     from ..tasks import TaskError
-    from ..tasks.data.classification import LabelledFolder
+    from ..tasks.data.class_folder import LabelledFolder
 
     if not args.data.is_dir():
         raise TaskError(f"{args.data}: no such folder; --data needs CLASS/*.jpg")

@@ -16,7 +16,8 @@ from ...zoo.backbone import check_name
 from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
-from ..data.classification import InputRule, build_datasets
+from ..data.classification import InputRule
+from ..data.formats import open_classes
 from ..data.occurrence import check_classes
 
 # Images of a gallery.
@@ -76,6 +77,7 @@ class Classify:
         train_set: Training images with labels.
         val_set: Held-out images with labels.
         metric: The metric by which the best checkpoint is chosen.
+        shown: The metrics that a line of progress names.
     """
 
     # Every key a config may have, with its default.
@@ -119,6 +121,7 @@ class Classify:
         "data.white": int,
     }
     metric = "accuracy"
+    shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
         data, loss = config["data"], config["loss"]
@@ -128,7 +131,7 @@ class Classify:
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
         try:
-            self.train_set, self.val_set = build_datasets(data, self.rule)
+            self.train_set, self.val_set = open_classes(data, self.rule)
         except TypeError as error:
             raise TaskError(f"data.augment: {str(error).split('() ')[-1]}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.coco import encode_mask
-from ..data.detection import build_datasets
+from ..data.formats import open_objects
 from ..data.occurrence import check_classes
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
+from ..detections import to_plain
 
 
 class Detect:
@@ -75,7 +75,7 @@ class Detect:
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = build_datasets(data, self.with_masks, config["damaged_images"] == "skip")
+        self.train_set, self.val_set = open_objects(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
@@ -184,12 +184,3 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:
     """Return a detector's answer for an image ``[3, H, W]``, by itself: sharing a batch would move its last bits."""
     return to_plain(model([image])[0])
-
-
-def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Return a detector's answer for an image on the CPU, its masks as run lengths."""
-    plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
-    plain["labels"] = found["labels"].cpu()
-    if "masks" in found:
-        plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
-    return plain

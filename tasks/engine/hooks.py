@@ -213,8 +213,7 @@ class RunHook(Hook):
         self._keep(entry["epoch"])
         self.folder.write_scalars(self._history)
         measured = {name.removeprefix("val/"): value for name, value in metrics.items()}
-        shown = getattr(self._task, "shown", measured)
-        measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in shown)
+        measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in self._task.shown)
         self.folder.say(
             f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
             f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
@@ -269,7 +268,7 @@ class RunHook(Hook):
         pictures = [("curves.png", "loss and metric over the epochs")]
         collected = (self._history[-1]["epoch"], *self._metric.collected, self._metric.indices)
         epoch, predictions, targets, indices = self._shown or collected
-        if hasattr(self._task, "draw") and targets:
+        if targets:
             pictures += self._task.draw(predictions, targets, self.output, epoch, indices)
         self.folder.say(f"complete; the same again: {self.folder.environment['again']}")
         self.folder.close()

@@ -12,7 +12,8 @@ from torch import nn
 from ..checkpoints import read_checkpoint, rebuilt_from, write_whole
 from ..data.images import FULL_WHITE, to_pixels
 from ..data.segmentation import InputRule
-from ..detect.predict import Predictor as DetectionPredictor
+from ..detections import count_objects, describe_objects
+from ..pictures.objects import draw_detections
 from ..pictures.regions import draw_segmentation
 from .task import build_segmenter, segment_image
 
@@ -21,6 +22,7 @@ class Predictor:
     """A segmenter with all it needs to label an image.
 
     Attributes:
+        threshold: Least score of an instance that is named.
         channels: Channels of the images.
         card: What a file of this model has to say of it, to be read again; None if the model isn't known.
         white: See below.
@@ -36,6 +38,7 @@ class Predictor:
         white: Value of 16-bit pixels that is white; see `read_image`.
     """
 
+    threshold = 0.5
     channels = 3
     card: dict[str, Any] | None = None
 
@@ -55,17 +58,6 @@ class Predictor:
         self.classes, self.things = list(classes), list(things)
         self.device = device
         self.white = white
-        # Instances are what a detector finds.
-        self._instances = DetectionPredictor(nn.Identity(), classes)
-
-    @property
-    def threshold(self) -> float:
-        """Least score of an instance that is named."""
-        return self._instances.threshold
-
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._instances.threshold = value
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
@@ -101,7 +93,7 @@ class Predictor:
     def describe(self, found: Any) -> dict[str, Any]:
         """Return, in plain types, the share of the image of every class, or its objects, or its segments."""
         if self.task == "instance":
-            return self._instances.describe(found)
+            return describe_objects(found, self.classes, self.threshold)
         if self.task == "semantic":
             return {"classes": [{"class": name, "share": round(share, 6)} for name, share in self._shares(found)]}
         segments = []
@@ -115,7 +107,7 @@ class Predictor:
     def headline(self, found: Any) -> str:
         """Return the largest classes and how many objects there are, in a few words."""
         if self.task == "instance":
-            return self._instances.headline(found)
+            return count_objects(found, self.classes, self.threshold)
         labels = found if self.task == "semantic" else found[..., 0]
         text = ", ".join(f"{name} {share:.1%}" for name, share in self._shares(labels)[:3]) or "nothing"
         if self.task == "panoptic":
@@ -131,7 +123,8 @@ class Predictor:
         """
         image = to_pixels(image, self.channels, self.white)
         if self.task == "instance":
-            return self._instances.draw(image, found, path)
+            draw_detections(image, found, self.classes, path, self.threshold)
+            return {}
         draw_segmentation(image, found, self.classes, path, self.things)
         if self.task == "semantic":
             name, plain = "labels", Image.fromarray(found.numpy())

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
+from ..data.formats import open_maps
 from ..data.occurrence import check_classes
-from ..data.segmentation import InputRule, LabelMaps, SegmentationSet, build_datasets
+from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import build_described, describe_model, freeze_statistics
 from ..dense.segment.segmenter import HEADS, create_segmenter
-from ..detect.task import to_plain
+from ..detections import to_plain
 
 TASKS = ("semantic", "instance", "panoptic")
 # The heads that predict a set of masks; the others label pixels.
@@ -116,7 +117,7 @@ class Segment:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
-        self.train_set, self.val_set = build_datasets(data, self.rule, self.task, self.as_masks, skip_damaged)
+        self.train_set, self.val_set = open_maps(data, self.rule, self.task, self.as_masks, skip_damaged)
         self._source, self._by_values = (
             data["root"] or data["name"],
             data["name"] == "folder" and data["unlabelled"] is None,

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -17,6 +18,7 @@ from foveate.tasks.data.images import FULL_WHITE
 from foveate.tasks.dense.build import freeze_statistics
 from foveate.tasks.engine import run_folder
 from foveate.tasks.engine import runner as runner_module
+from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.hooks import SeedHook
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -45,6 +47,10 @@ class Inputs(TensorDataset):
     """Inputs that are no pictures."""
 
     white = FULL_WHITE
+    collate = None
+
+    def inventory(self):
+        return []
 
 
 class LineTask:
@@ -53,6 +59,7 @@ class LineTask:
     DEFAULTS: ClassVar[dict] = {}
     FREE = ()
     metric = "loss"
+    shown = ("loss",)
     classes: ClassVar[list] = ["line"]
     inputs = torch.tensor([[1.0, 2.0], [3.0, 5.0], [-1.0, 4.0], [2.0, 0.0]])
 
@@ -75,6 +82,9 @@ class LineTask:
     def measure(self, predictions, targets):
         return {"loss": float(torch.stack(predictions).mean())}
 
+    def draw(self, predictions, targets, folder, epoch, indices):
+        return []
+
     def card(self):
         return {"task": "line", "model": "line", "classes": self.classes}
 
@@ -90,7 +100,7 @@ def train(monkeypatch, tmp_path):
             tasks.append(task_class(config))
             return tasks[-1]
 
-        monkeypatch.setattr(engine, "task_class_of", lambda name: make)
+        monkeypatch.setattr(import_module("foveate.tasks.engine.train"), "task_class_of", lambda name: make)
         monkeypatch.setattr(run_folder, "format_config", repr)  # it knows the keys of the house's tasks alone
         make.FREE, make.DEFAULTS = (), {}
         settings = {"epochs": 1, "batch_size": 4, "ema": None, "precision": "float32"} | settings
@@ -207,7 +217,7 @@ def test_dense_recipes_obey_norm_eval(recipe):
     config = engine.load_config(
         CONFIGS / f"{recipe}.py", ["model.norm_eval=True", "model.backbone=ela_t_resnet18", "device=cpu"]
     )
-    task = engine.task_class_of(config["task"])(config)
+    task = task_class_of(config["task"])(config)
     seen = {}
 
     class Seen(Exception):
