@@ -52,12 +52,14 @@ class Origin:
         path: The file.
         library: ``"mm"`` (mmdet, mmseg) or ``"detectron2"`` (and Mask2Former).
         settings: Its configuration, as far as that is literals; empty if it has none.
+        parts: The first two words of the names of its entries.
         classes: Names of its classes, if it has them.
     """
 
     path: Path
     library: str
     settings: Mapping[str, Any]
+    parts: frozenset[str]
     classes: tuple[str, ...] = ()
 
     @property
@@ -103,7 +105,8 @@ def origin_of(path: str | Path, checkpoint: Mapping, state: Mapping[str, Tensor]
     text = next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
     names = meta.get("CLASSES") or _dict(meta.get("dataset_meta")).get("classes") or ()
     plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return Origin(Path(path), library, settings_of(text), tuple(names) if plain else ())
+    parts = frozenset(".".join(key.split(".")[:2]) for key in state)
+    return Origin(Path(path), library, settings_of(text), parts, tuple(names) if plain else ())
 
 
 def settings_of(text: str) -> dict[str, Any]:
@@ -322,6 +325,42 @@ LAYOUTS = (
 )
 
 
+def tests_of(layout: Layout, origin: Origin) -> dict[str, Any]:
+    """Return how a segmenter's file was tested: ``mode``, ``crop_size`` and ``stride`` of windows, ``short``, ``long``.
+
+    What it doesn't say itself is that of the files of its data and backbone: whole images, and windows for ConvNeXt.
+    """
+    large = 640 if origin.says("640x640") else 512
+    slides = layout.family.endswith("ConvNeXt")
+    found = {"mode": "slide", "crop_size": (large, large), "stride": (large * 2 // 3,) * 2} if slides else {}
+    test = origin.test
+    if test.get("mode") == "whole":
+        found = {}
+    elif test.get("mode") == "slide":
+        sides = [test.get(name) for name in ("crop_size", "stride")]
+        if all(isinstance(side, list) and [type(value) for value in side] == [int, int] for side in sides):
+            found = {"mode": "slide", "crop_size": tuple(sides[0]), "stride": tuple(sides[1])}
+    short = 1024 if origin.says("cityscapes") else large
+    return found | {"short": short, "long": 2048 if short == 1024 else 4 * large}
+
+
+def refuse_homeless(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a CheckpointError that names a file's backbone, if timm has none such."""
+    for mark, family in _HOMELESS:
+        if any(mark.match(key) for key in state):
+            raise CheckpointError(f"{path}: its backbone is {family}, which timm has not")
+
+
+_HOMELESS = (
+    (re.compile(r"backbone\.layers\.0\.1\.\d+\.pos_embed"), "a PVT of the first version"),
+    (re.compile(r"backbone\.stages\.\d\.\d\.\d\.conv\d\.conv\."), "an HRNet or another of mm's own"),
+    (
+        re.compile(r"backbone\.(bottom_up\.)?\S+\.conv2_offset\.|backbone\.\S+\.conv_offset\."),
+        "of deformable convolutions",
+    ),
+)
+
+
 def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
     """Return the layout of a dense model's backbone, whose entries begin with ``backbone.``; None if it is none here.
 
@@ -382,13 +421,13 @@ def form_of(
     if layout.out_norms:
         held = {int(match[1]) for key in state if (match := re.match(rf"{re.escape(layout.prefix)}norm(\d)\.", key))}
         # RetinaNet has no use for the finest map.
-        if held not in ({0, 1, 2, 3}, *([{1, 2, 3}] if "bbox_head.retina_cls.weight" in state else [])):
+        if held not in ({0, 1, 2, 3}, *([{1, 2, 3}] if "bbox_head.retina_cls" in origin.parts else [])):
             missing = ", ".join(f"{layout.prefix}norm{index}" for index in sorted({0, 1, 2, 3} - held))
             raise CheckpointError(f"{path}: lacks norms of the backbone's maps: {missing}")
         form["out_norms"] = tuple(sorted(held))
     if "ResNet" in layout.family:
         form = {"style": _style_of(layout, origin, state, given.get("style"))}
-        stride = _output_stride_of(origin, state, given.get("output_stride"))
+        stride = _output_stride_of(origin, given.get("output_stride"))
         if stride != 32:
             form["output_stride"] = stride
     return form
@@ -421,7 +460,7 @@ def _style_of(layout: Layout, origin: Origin, state: Mapping[str, Tensor], given
     groups = _groups_of(state)
     if groups and groups[0] != groups[1]:
         return "pytorch"  # nobody published another ResNeXt
-    segments = any(key.startswith(("sem_seg_head.", "decode_head.", "panoptic_head.")) for key in state)
+    segments = any(part.startswith(("sem_seg_head.", "decode_head.", "panoptic_head.")) for part in origin.parts)
     if segments or origin.says("pytorch", "torchvision"):
         return "pytorch"
     if origin.says("caffe"):
@@ -436,7 +475,7 @@ def _style_of(layout: Layout, origin: Origin, state: Mapping[str, Tensor], given
     )
 
 
-def _output_stride_of(origin: Origin, state: Mapping[str, Tensor], given: int | None) -> int:
+def _output_stride_of(origin: Origin, given: int | None) -> int:
     """Return the stride of a ResNet's last map."""
     settings, path = origin.backbone, origin.path
     if settings.get("multi_grid") or origin.says("mg124") or re.search(r"d16-mg", path.name):
@@ -459,7 +498,7 @@ def _output_stride_of(origin: Origin, state: Mapping[str, Tensor], given: int | 
         return 8
     if origin.says("d16"):
         return 16
-    if any(key.startswith("decode_head.aspp_modules.") for key in state):
+    if "decode_head.aspp_modules" in origin.parts:
         raise CheckpointError(
             f"{path}: neither its entries nor its settings nor its name tell how its ResNet is dilated: give "
             "output_stride=8 or output_stride=16"
@@ -645,6 +684,8 @@ def build_filled(create: Callable[..., Backbone], name: str, path: Path, options
     published = state_of(checkpoint)
     layout, origin = layout_of(published), origin_of(path, checkpoint, published)
     if layout is None or origin is None:
+        if origin is not None:
+            refuse_homeless(published, path)
         return None
     backbone = create(**form_of(layout, origin, published, name, options) | dict(options))
     state, constants = without_constants(published)

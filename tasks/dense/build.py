@@ -1,16 +1,28 @@
 """What whole dense models have in common: how they get a backbone, and how a checkpoint's entries get into them."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...zoo import CheckpointError, create_backbone
-from ...zoo._checkpoint import LoadReport
+from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, recipes_of
+from ...zoo.published import (
+    FORM_OPTIONS,
+    Layout,
+    Origin,
+    is_foreign,
+    layout_of,
+    origin_of,
+    refuse_homeless,
+    without_constants,
+)
 from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..checkpoints import load_weights, without_start
@@ -33,6 +45,51 @@ class OtherClassesError(CheckpointError):
             "reset_classifier=True"
         )
         self.path, self.held = path, held
+
+
+@dataclasses.dataclass
+class DenseFile:
+    """A dense model's file, read once.
+
+    Attributes:
+        path: The file.
+        state: Its entries.
+        card: What it says of its model, if foveate wrote it; else empty.
+        origin: Where it comes from, if from one of the known libraries.
+        constants: Names of entries that nobody learned, which are left out.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    card: dict[str, Any]
+    origin: Origin | None
+    constants: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: str | Path) -> "DenseFile":
+        """Read a file.
+
+        Raises:
+            CheckpointError: If it can't be read.
+        """
+        checkpoint = open_checkpoint(path)
+        published = state_of(checkpoint)
+        origin = origin_of(path, checkpoint, published)
+        state, constants = without_constants(published) if origin else (published, [])
+        return cls(Path(path), state, card_of(path, checkpoint) or {}, origin, tuple(constants))
+
+    def layout(self, backbone: str | nn.Module) -> Layout | None:
+        """Return how the file names the entries of a named backbone of timm's, if they must be translated."""
+        translates = isinstance(backbone, str) and is_model(backbone) and is_foreign(backbone)
+        if self.origin is None or not translates:
+            return None
+        refuse_homeless(self.state, self.path)
+        return layout_of(self.state)
+
+    def held_form(self) -> dict[str, Any]:
+        """Return the options of the backbone's form, of a file that foveate wrote."""
+        options = self.card.get("backbone_kwargs") or {}
+        return {name: options[name] for name in (*FORM_OPTIONS, "output_stride") if name in options}
 
 
 def has_backbone(state: dict[str, Tensor]) -> bool:
@@ -101,8 +158,7 @@ def build_backbone(
 
 def load_dense(
     model: nn.Module,
-    state: dict[str, Tensor],
-    path: str | Path,
+    file: DenseFile,
     backbone_loaded: bool,
     fresh: Callable[[str], bool] = lambda key: False,
 ) -> LoadReport:
@@ -112,14 +168,14 @@ def load_dense(
 
     Args:
         model: Has ``backbone``.
-        state: Entries under our names; those of the backbone may be as published if they are loaded already.
-        path: Their file, for messages.
+        file: Has its entries under our names; those of the backbone may be as published if they are loaded already.
         backbone_loaded: Whether the backbone has its weights already.
         fresh: Tells which entries of the model keep their initial values though the file has them.
 
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
+    path, state = file.path, file.state
     given, wanted = has_backbone(state), bool(model.backbone.state_dict())
     if wanted and not given:
         _logger.warning(f"{path}: holds the heads alone; the backbone keeps its weights")
@@ -147,7 +203,11 @@ def load_dense(
     report = LoadReport(
         matched=len(entries) - len(kept_values) + body.matched,
         missing=(*sorted(left), *(f"backbone.features.{key}" for key in body.missing)),
-        unexpected=(*sorted(state.keys() & kept_values.keys()), *(f"backbone.{key}" for key in body.unexpected)),
+        unexpected=(
+            *file.constants,
+            *sorted(state.keys() & kept_values.keys()),
+            *(f"backbone.{key}" for key in body.unexpected),
+        ),
         reshaped=tuple((f"backbone.features.{key}", *change) for key, *change in body.reshaped),
     )
     _logger.info(f"{path}: {report}")
@@ -159,6 +219,18 @@ def freeze_statistics(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+
+
+def described(options: Mapping[str, Any], body_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model that was built from a published file needs to be built again from another file of it."""
+    form = {name: body_options[name] for name in (*FORM_OPTIONS, "output_stride") if name in body_options}
+    return {"backbone_kwargs": form, "kwargs": dict(options)}
+
+
+def with_settings(model: Mapping[str, Any], built: nn.Module) -> dict[str, Any]:
+    """Return a config's or a card's ``model`` with what a published file has told of the model that was built of it."""
+    told = getattr(built, "settings", None) or {}
+    return {**model, **{key: {**options, **model[key]} for key, options in told.items()}}
 
 
 def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,11 +46,12 @@ class _Pooled(ExtraFPNBlock):
 
 
 class _Convolved(ExtraFPNBlock):
-    """Coarser levels by strided convolutions, one upon the other, without an activation between."""
+    """Coarser levels by strided convolutions, one upon the other, with ``relu`` before all but the first."""
 
-    def __init__(self, in_channels: int, out_channels: int, count: int, source: str):
+    def __init__(self, in_channels: int, out_channels: int, count: int, source: str, relu: bool):
         super().__init__()
         self.source = source
+        self.relu = relu
         self.convs = nn.ModuleList(
             nn.Conv2d(in_channels if index == 0 else out_channels, out_channels, 3, stride=2, padding=1)
             for index in range(count)
@@ -58,8 +59,8 @@ class _Convolved(ExtraFPNBlock):
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         level = x[-1] if self.source == "on_input" else results[-1]
-        for conv in self.convs:
-            level = conv(level)
+        for index, conv in enumerate(self.convs):
+            level = conv(level.relu() if self.relu and index else level)
             results.append(level)
         return results, [*names, *(f"convolved{index}" for index in range(len(self.convs)))]
 
@@ -68,8 +69,8 @@ class FeaturePyramid(FeaturePyramidNetwork):
     """Feature pyramid network (Lin et al. 2017): list of maps in, list of maps with equal channels out.
 
     The published dense heads use these variants: Mask R-CNN and Cascade, five outputs of which the last is pooled;
-    RetinaNet, ``start_level=1`` and two convolutions on the input; DAT++ with Mask R-CNN, one convolution on the
-    input; Semantic FPN, four outputs.
+    RetinaNet, ``start_level=1`` and two convolutions on the input, with a ReLU between in detectron2; DAT++ with Mask
+    R-CNN, one convolution on the input; Semantic FPN, four outputs.
 
     Attributes:
         channels: Channels of each output.
@@ -81,6 +82,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
         start_level: The first of the backbone's maps that is used.
         extra_convs: How the coarser outputs are made: ``None`` pools the last output, ``"on_input"`` convolves the
             backbone's last map, ``"on_output"`` the last output.
+        extra_relu: Whether a ReLU precedes all of those convolutions but the first, as in detectron2's RetinaNet.
 
     Raises:
         TaskError: If the variant doesn't exist.
@@ -93,6 +95,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
         num_outs: int = 5,
         start_level: int = 0,
         extra_convs: str | None = None,
+        extra_relu: bool = False,
     ):
         used = list(in_channels)[start_level:]
         extra = num_outs - len(used)
@@ -109,7 +112,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
             blocks = _Pooled(extra)
         else:
             blocks = _Convolved(
-                used[-1] if extra_convs == "on_input" else out_channels, out_channels, extra, extra_convs
+                used[-1] if extra_convs == "on_input" else out_channels, out_channels, extra, extra_convs, extra_relu
             )
         super().__init__(used, out_channels, blocks)
         self.start_level = start_level

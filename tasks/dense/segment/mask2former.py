@@ -192,6 +192,7 @@ class Mask2Former(BaseSegmenter):
         divisor: Images are padded, right and below, to a multiple of it.
         mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
         std: Their standard deviation.
+        channel_order: See `BaseSegmenter`.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` to scores ``[B, num_classes, H, W]`` of every class at every pixel, which are
@@ -215,8 +216,9 @@ class Mask2Former(BaseSegmenter):
         divisor: int = 32,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channel_order: str = "rgb",
     ):
-        super().__init__(mean, std)
+        super().__init__(mean, std, channel_order)
         self.backbone = backbone
         self.head = head
         self.criterion = criterion

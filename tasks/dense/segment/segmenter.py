@@ -4,19 +4,21 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, recipes_of
+from ....zoo.published import form_of, statistics_from, tests_of, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
-from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
+from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..normalize import check_evaluation, statistics_of
 from .base import BaseSegmenter
-from .checkpoint import aux_channels_of, head_of, held_statistics, load_segmenter, read_segmenter, variant_of
-from .deeplabv3 import DeepLabV3Head
+from .checkpoint import aux_channels_of, head_of, load_segmenter, read_segmenter, variant_of
+from .deeplabv3 import DeepLabV3Head, DeepLabV3PlusHead
 from .fcn import FCNHead
 from .inference import predict_labels, resize_to
 from .losses import batch_labels, check_labels, pixel_cross_entropy
@@ -31,11 +33,13 @@ HEADS = {
     "semantic_fpn": SemanticFPNHead,
     "upernet": UPerHead,
     "deeplabv3": DeepLabV3Head,
+    "deeplabv3_plus": DeepLabV3PlusHead,
     "mask2former": Mask2FormerHead,
     "oneformer": OneFormerHead,
 }
 # The heads that are trained with an auxiliary one.
-_WITH_AUX = ("upernet", "deeplabv3")
+_WITH_AUX = ("upernet", "deeplabv3", "deeplabv3_plus")
+_DILATED = ("deeplabv3", "deeplabv3_plus")
 
 
 class Segmenter(BaseSegmenter):
@@ -57,6 +61,7 @@ class Segmenter(BaseSegmenter):
         aux_weight: Weight of the auxiliary loss.
         mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
         std: Their standard deviation.
+        channel_order: See `BaseSegmenter`.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
@@ -74,8 +79,9 @@ class Segmenter(BaseSegmenter):
         aux_weight: float = 0.4,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channel_order: str = "rgb",
     ):
-        super().__init__(mean, std)
+        super().__init__(mean, std, channel_order)
         self.backbone = backbone
         self.head = head
         self.aux_head = aux_head
@@ -182,7 +188,8 @@ def create_segmenter(
     """Create a segmenter of any backbone.
 
     Args:
-        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"mask2former"`` or ``"oneformer"``.
+        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"deeplabv3_plus"``, ``"mask2former"`` or
+            ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
             finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
         num_classes: Classes; the checkpoint's, or else the recipe's or 150 (ADE20K), by default.
@@ -216,10 +223,12 @@ def create_segmenter(
     if reset_classifier and checkpoint is None:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     checkpoint = None if checkpoint is None else locate(checkpoint)
-    state = None
+    file, layout, state = None, None, None
     if checkpoint is not None:
-        state = read_segmenter(checkpoint)
+        file = read_segmenter(checkpoint)
+        state = file.state
         head = _held_head(head, state, checkpoint)
+        layout = file.layout(backbone)
     options, aux_options = {}, {}
     aux = aux_head and head in _WITH_AUX
     if recipe in RECIPES.get(head, {}):
@@ -239,7 +248,14 @@ def create_segmenter(
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
     *parts, others = _split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
-    published = state is not None and has_backbone(state) and not is_ours(state)
+    published = state is not None and has_backbone(state) and not is_ours(state) and layout is None
+    if layout is not None:
+        form = form_of(layout, file.origin, state, backbone, body_options)
+        parts[1] = statistics_from(file.origin, state, form.get("style")) | parts[1]
+        body_options = form | body_options
+        body_options.pop("pretrained", None)
+    elif file is not None and is_ours(state):
+        body_options = file.held_form() | body_options
 
     def build(**more: int) -> nn.Module:
         return build_backbone(
@@ -252,16 +268,16 @@ def create_segmenter(
             [name for kind in kinds for name in _options_of(kind)],
         )
 
-    if head == "deeplabv3" and isinstance(backbone, str) and "output_stride" not in body_options:
+    if head in _DILATED and layout is None and isinstance(backbone, str) and "output_stride" not in body_options:
         try:
             body = build(output_stride=16)
         except TaskError:  # most transformers can't trade stride for dilation
             body = build()
     else:
         body = build()
-    if head == "deeplabv3":
+    if head in _DILATED:
         parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
-    parts[1] = _statistics(state, checkpoint, body) | parts[1]
+    parts[1] = _statistics(file, body) | parts[1]
     if transformer:
         criterion = SetCriterion(num_classes, **parts[2])
         module = HEADS[head](body.channels, num_classes, **parts[0])
@@ -273,17 +289,24 @@ def create_segmenter(
         aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
         model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
     model.num_classes = num_classes
-    if state is not None:
+    if file is not None:
+        if layout is not None:
+            file.state = translated(layout, state, body, checkpoint)
+            given = {name: value for part in parts for name, value in part.items() if name not in _OF_IMAGES}
+            model.settings = described(given, body_options)
+            model.classes, model.tests = file.origin.classes, tests_of(layout, file.origin)
         loaded = published and isinstance(backbone, str)
-        model.load_report = load_segmenter(model, state, checkpoint, loaded, reset_classifier)
+        model.load_report = load_segmenter(model, file, loaded, reset_classifier)
     return model
 
 
-def _statistics(state: dict[str, Tensor] | None, path: Path | None, body: nn.Module) -> dict[str, Sequence[float]]:
+def _statistics(file: DenseFile | None, body: nn.Module) -> dict[str, Any]:
     """Return mean and std of a segmenter's images: of a run's file, of published files, or else of its backbone."""
-    if state is None:
+    if file is None:
         return statistics_of(body)
-    return held_statistics(path) if is_ours(state) else {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "channel_order": "rgb"}
+    rule = file.card.get("input") or {} if is_ours(file.state) else {}
+    return {name: rule.get(name, value) for name, value in usual.items()}
 
 
 def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
@@ -294,6 +317,8 @@ def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
     return held
 
 
+# What a run's data say of images.
+_OF_IMAGES = ("mean", "std", "channel_order")
 # What create_segmenter passes itself.
 _PARTS = ("in_channels", "num_classes", "backbone", "head", "aux_head", "criterion", "options")
 
