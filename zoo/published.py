@@ -29,6 +29,8 @@ from .backbone import Backbone
 STYLES = ("pytorch", "caffe")
 # Options of a backbone that say in which form it computes; all others are timm's.
 FORM_OPTIONS = ("style", "dense", "out_norms")
+# Those, and of timm's the ones that a published file may ask for.
+TOLD_OPTIONS = (*FORM_OPTIONS, "output_stride", "stem_type", "stem_width")
 
 # 0 to 255, in the order of the channels.
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -413,7 +415,7 @@ def form_of(
     if not name.startswith(layout.kinds):
         raise CheckpointError(
             f"{path}: its backbone is {layout.family}, not {name}; create it on "
-            f"{_nearest_model(layout, state) or f'one of timm{chr(39)}s {layout.kinds[0]}*'}"
+            f"{likely_model(layout, state) or f'one of timm{chr(39)}s {layout.kinds[0]}*'}"
         )
     if any(key.startswith(f"{layout.prefix}absolute_pos_embed") for key in state):
         raise CheckpointError(f"{path}: its Swin Transformer has absolute positions (absolute_pos_embed), timm's none")
@@ -430,6 +432,9 @@ def form_of(
         stride = _output_stride_of(origin, given.get("output_stride"))
         if stride != 32:
             form["output_stride"] = stride
+        stem = state.get(f"{layout.prefix}stem.0.weight")
+        if stem is not None:
+            form |= {"stem_type": "deep", "stem_width": len(stem)}
     return form
 
 
@@ -539,7 +544,7 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _nearest_model(layout: Layout, state: Mapping[str, Tensor]) -> str | None:
+def likely_model(layout: Layout, state: Mapping[str, Tensor]) -> str | None:
     """Return the name of timm's model that a file's backbone is, as far as depth and width tell."""
     keys = [key.removeprefix(layout.prefix) for key in state if key.startswith(layout.prefix)]
 

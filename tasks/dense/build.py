@@ -14,11 +14,12 @@ from ...zoo import CheckpointError, create_backbone
 from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, recipes_of
 from ...zoo.published import (
-    FORM_OPTIONS,
+    TOLD_OPTIONS,
     Layout,
     Origin,
     is_foreign,
     layout_of,
+    likely_model,
     origin_of,
     refuse_homeless,
     without_constants,
@@ -57,6 +58,7 @@ class DenseFile:
         card: What it says of its model, if foveate wrote it; else empty.
         origin: Where it comes from, if from one of the known libraries.
         constants: Names of entries that nobody learned, which are left out.
+        likely: Name of timm's model that its backbone is, as far as widths and depths tell.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class DenseFile:
     card: dict[str, Any]
     origin: Origin | None
     constants: tuple[str, ...] = ()
+    likely: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> "DenseFile":
@@ -84,12 +87,14 @@ class DenseFile:
         if self.origin is None or not translates:
             return None
         refuse_homeless(self.state, self.path)
-        return layout_of(self.state)
+        layout = layout_of(self.state)
+        self.likely = None if layout is None else likely_model(layout, self.state)
+        return layout
 
     def held_form(self) -> dict[str, Any]:
         """Return the options of the backbone's form, of a file that foveate wrote."""
         options = self.card.get("backbone_kwargs") or {}
-        return {name: options[name] for name in (*FORM_OPTIONS, "output_stride") if name in options}
+        return {name: options[name] for name in TOLD_OPTIONS if name in options}
 
 
 def has_backbone(state: dict[str, Tensor]) -> bool:
@@ -195,7 +200,12 @@ def load_dense(
 
     entries = model.state_dict()
     kept_values = {key: value for key, value in entries.items() if kept(key)}
-    load_weights(model, state | kept_values, path)
+    try:
+        load_weights(model, state | kept_values, path)
+    except CheckpointError as error:
+        if file.likely is None:
+            raise
+        raise CheckpointError(f"{error}; the file's backbone is {file.likely} by its widths and depths") from error
     body = LoadReport(0)
     if not whole and backbone_loaded:
         body = getattr(model.backbone, "load_report", None) or body
@@ -223,7 +233,7 @@ def freeze_statistics(backbone: nn.Module) -> None:
 
 def described(options: Mapping[str, Any], body_options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model that was built from a published file needs to be built again from another file of it."""
-    form = {name: body_options[name] for name in (*FORM_OPTIONS, "output_stride") if name in body_options}
+    form = {name: body_options[name] for name in TOLD_OPTIONS if name in body_options}
     return {"backbone_kwargs": form, "kwargs": dict(options)}
 
 
