@@ -376,3 +376,156 @@ def test_detectron2s_boxes_shrink_freely_and_are_clipped_last():
     assert float(theirs[2] - theirs[0]) == pytest.approx(100 * np.exp(-10), rel=1e-2)
     assert float(ours[2] - ours[0]) == pytest.approx(100 * 16 / 1000, rel=1e-4)
     assert float(theirs[3] - theirs[1]) == pytest.approx(float(ours[3] - ours[1])) == pytest.approx(6250)
+
+
+# --- mmseg and other backbones ---------------------------------------------------------------------------------------
+
+STEM = tuple((rf"backbone\.features\.conv1\.{index}\.", f"backbone.stem.{index}.") for index in (0, 1, 3, 4, 6))
+V1C = (*STEM, (r"backbone\.features\.bn1\.", "backbone.stem.7."), (r"backbone\.features\.", "backbone."))
+MMSEG = (
+    (r"head\.neck\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+    (r"head\.neck\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+    (r"aux_head\.", "auxiliary_head."),
+    (r"head\.aspp\.", "decode_head."),
+    (r"head\.", "decode_head."),
+)
+SWIN = (
+    (r"backbone\.out_norms\.(\d)\.", r"backbone.norm\1."),
+    (r"backbone\.features\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (
+        r"backbone\.features\.layers_(\d)\.downsample\.",
+        lambda match: f"backbone.stages.{int(match[1]) - 1}.downsample.",
+    ),
+    (r"backbone\.features\.layers_(\d)\.blocks\.(\d+)\.attn\.", r"backbone.stages.\1.blocks.\2.attn.w_msa."),
+    (r"backbone\.features\.layers_(\d)\.blocks\.(\d+)\.mlp\.fc1\.", r"backbone.stages.\1.blocks.\2.ffn.layers.0.0."),
+    (r"backbone\.features\.layers_(\d)\.blocks\.(\d+)\.mlp\.fc2\.", r"backbone.stages.\1.blocks.\2.ffn.layers.1."),
+    (r"backbone\.features\.layers_(\d)\.", r"backbone.stages.\1."),
+    (r"backbone\.features\.", "backbone."),
+)
+MICROSOFT = (
+    (r"backbone\.out_norms\.(\d)\.", r"backbone.norm\1."),
+    (
+        r"backbone\.features\.layers_(\d)\.downsample\.",
+        lambda match: f"backbone.layers.{int(match[1]) - 1}.downsample.",
+    ),
+    (r"backbone\.features\.layers_(\d)\.", r"backbone.layers.\1."),
+    (r"backbone\.features\.", "backbone."),
+)
+CONVNEXT = (
+    (r"backbone\.out_norms\.(\d)\.", r"backbone.norm\1."),
+    (r"backbone\.features\.stem_(\d)\.", r"backbone.downsample_layers.0.\1."),
+    (r"backbone\.features\.stages_(\d)\.downsample\.", r"backbone.downsample_layers.\1."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d+)\.conv_dw\.", r"backbone.stages.\1.\2.depthwise_conv."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"backbone.stages.\1.\2.pointwise_conv\3."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d+)\.", r"backbone.stages.\1.\2."),
+)
+PVT = (
+    (r"backbone\.features\.patch_embed\.proj\.", "backbone.layers.0.0.projection."),
+    (r"backbone\.features\.patch_embed\.norm\.", "backbone.layers.0.0.norm."),
+    (r"backbone\.features\.stages_(\d)\.downsample\.proj\.", r"backbone.layers.\1.0.projection."),
+    (r"backbone\.features\.stages_(\d)\.downsample\.norm\.", r"backbone.layers.\1.0.norm."),
+    (r"backbone\.features\.stages_(\d)\.norm\.", r"backbone.layers.\1.2."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.attn\.proj\.", r"backbone.layers.\1.1.\2.attn.attn.out_proj."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.mlp\.fc1\.", r"backbone.layers.\1.1.\2.ffn.layers.0."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.mlp\.dwconv\.", r"backbone.layers.\1.1.\2.ffn.layers.1."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.mlp\.fc2\.", r"backbone.layers.\1.1.\2.ffn.layers.4."),
+    (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.", r"backbone.layers.\1.1.\2."),
+)
+ENCODER = r"head\.pixel_decoder\.transformer\.encoder\.layers\.(\d)\."
+LAYERS = r"head\.predictor\.transformer_{}_layers\.(\d)\."
+MASK2FORMER = (
+    (r"head\.pixel_decoder\.input_proj\.(\d)\.0\.", r"decode_head.pixel_decoder.input_convs.\1.conv."),
+    (r"head\.pixel_decoder\.input_proj\.(\d)\.1\.", r"decode_head.pixel_decoder.input_convs.\1.gn."),
+    (r"head\.pixel_decoder\.adapter_1\.norm\.", "decode_head.pixel_decoder.lateral_convs.0.gn."),
+    (r"head\.pixel_decoder\.adapter_1\.", "decode_head.pixel_decoder.lateral_convs.0.conv."),
+    (r"head\.pixel_decoder\.layer_1\.norm\.", "decode_head.pixel_decoder.output_convs.0.gn."),
+    (r"head\.pixel_decoder\.layer_1\.", "decode_head.pixel_decoder.output_convs.0.conv."),
+    (r"head\.pixel_decoder\.mask_features\.", "decode_head.pixel_decoder.mask_feature."),
+    (r"head\.pixel_decoder\.transformer\.level_embed", "decode_head.pixel_decoder.level_encoding.weight"),
+    (ENCODER + r"norm1\.", r"decode_head.pixel_decoder.encoder.layers.\1.norms.0."),
+    (ENCODER + r"norm2\.", r"decode_head.pixel_decoder.encoder.layers.\1.norms.1."),
+    (ENCODER + r"linear1\.", r"decode_head.pixel_decoder.encoder.layers.\1.ffn.layers.0.0."),
+    (ENCODER + r"linear2\.", r"decode_head.pixel_decoder.encoder.layers.\1.ffn.layers.1."),
+    (ENCODER, r"decode_head.pixel_decoder.encoder.layers.\1."),
+    (r"head\.predictor\.class_embed\.", "decode_head.cls_embed."),
+    (r"head\.predictor\.mask_embed\.layers\.(\d)\.", lambda match: f"decode_head.mask_embed.{2 * int(match[1])}."),
+    (r"head\.predictor\.decoder_norm\.", "decode_head.transformer_decoder.post_norm."),
+    (
+        LAYERS.format("cross_attention") + r"multihead_attn\.",
+        r"decode_head.transformer_decoder.layers.\1.cross_attn.attn.",
+    ),
+    (LAYERS.format("self_attention") + r"self_attn\.", r"decode_head.transformer_decoder.layers.\1.self_attn.attn."),
+    (LAYERS.format("ffn") + r"linear1\.", r"decode_head.transformer_decoder.layers.\1.ffn.layers.0.0."),
+    (LAYERS.format("ffn") + r"linear2\.", r"decode_head.transformer_decoder.layers.\1.ffn.layers.1."),
+    (LAYERS.format("cross_attention") + r"norm\.", r"decode_head.transformer_decoder.layers.\1.norms.0."),
+    (LAYERS.format("self_attention") + r"norm\.", r"decode_head.transformer_decoder.layers.\1.norms.1."),
+    (LAYERS.format("ffn") + r"norm\.", r"decode_head.transformer_decoder.layers.\1.norms.2."),
+    (r"head\.predictor\.", "decode_head."),
+)
+
+
+def unfolded(state: dict) -> dict:
+    """Put what Swin merges in the order of nn.Unfold: channels outside, then rows, then columns."""
+    result = dict(state)
+    for key in (key for key in state if ".downsample." in key):
+        value = state[key]
+        channels = value.shape[-1] // 4
+        # As timm has it: columns, rows, channels.
+        parts = value.reshape(*value.shape[:-1], 2, 2, channels)
+        result[key] = parts.movedim(-1, -3).transpose(-1, -2).reshape(value.shape)
+    return result
+
+
+def joined(state: dict) -> dict:
+    """Join queries, keys and values as nn.MultiheadAttention has them, and make 1x1 convolutions of matrices."""
+    result = {}
+    for key, value in state.items():
+        if match := re.match(r"(backbone\.layers\.\d\.1\.\d)\.attn\.(q|kv)\.(weight|bias)", key):
+            block, part, leaf = match.groups()
+            if part == "q":
+                result[f"{block}.attn.attn.in_proj_{leaf}"] = torch.cat([value, state[f"{block}.attn.kv.{leaf}"]])
+        else:
+            result[key] = value[..., None, None] if re.search(r"ffn\.layers\.[04]\.weight", key) else value
+    return result
+
+
+MASKED = {"num_queries": 5, "dim": 32, "encoder_layers": 1, "encoder_hidden": 16, "decoder_layers": 3}
+MASKED |= {"decoder_hidden": 16}
+DEEP = {"stem_type": "deep", "stem_width": 32}
+D8 = "resnet18", {"output_stride": 8, "style": "pytorch", **DEEP}
+NORMS = {"dense": True, "out_norms": (0, 1, 2, 3)}
+KINDS = {
+    "upernet_r18": ("upernet", "resnet18", {"style": "pytorch", **DEEP}, {"channels": 16}, (*V1C, *MMSEG), None),
+    "fpn_r18": ("semantic_fpn", "resnet18", {"style": "pytorch", **DEEP}, {"channels": 16}, (*V1C, *MMSEG), None),
+    "deeplabv3_r18-d8": ("deeplabv3", *D8, {"design": "mmseg", "channels": 16}, (*V1C, *MMSEG), None),
+    "deeplabv3plus_r18-d8": ("deeplabv3_plus", *D8, {"channels": 16}, (*V1C, *MMSEG), None),
+    "upernet_convnext_femto_512x512": ("upernet", "convnext_tiny", NORMS, {"channels": 16}, (*CONVNEXT, *MMSEG), None),
+    "mask2former_swin-t": (
+        "mask2former", "swin_tiny_patch4_window7_224", NORMS, MASKED, (*SWIN, *MASK2FORMER), unfolded
+    ),
+    "model_final": (
+        "mask2former", "swin_tiny_patch4_window7_224", NORMS, MASKED, (*MICROSOFT, (r"head\.", "sem_seg_head.")), None
+    ),
+    "retinanet_pvtv2-b0": ("retinanet", "pvt_v2_b0", {"dense": True}, {"channels": 16}, PVT, joined),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_what_was_written_under_published_names_is_read(name, tmp_path):
+    head, backbone, form, options, rules, change = KINDS[name]
+    create = create_detector if head == "retinanet" else create_segmenter
+    model = filled(create(head, backbone, num_classes=4, backbone_kwargs=form, **options))
+    state = as_mm(model) if head == "retinanet" else model.state_dict()
+    state = {re.sub(r"^backbone\.(patch|stages)", r"backbone.features.\1", key): state[key] for key in state}
+    state = renamed(state, *rules)
+    path = mm_file(change(state) if change else state, tmp_path / f"{name}.pth")
+    read = create(head, backbone, checkpoint=path).eval()
+    assert not [key for key in read.load_report.missing if not key.endswith(COUNTS)]
+    x = torch.rand(1, 3, 97, 130, generator=torch.Generator().manual_seed(3))
+    found, expected = read.backbone(x), model.backbone(x)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    if head != "retinanet":
+        assert torch.equal(read(x), model(x))
+        # What the file told is what another file of the model must say.
+        assert read.settings["backbone_kwargs"] == form
