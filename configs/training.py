@@ -316,7 +316,10 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("segment/upernet_biformer_small_*", _drop_path(0.3)),
     ("segment/upernet_biformer_base_*", _drop_path(0.4)),
     # Mask2Former on DiNAT-Large.
-    *((f"segment/mask2former_*_{task}", dict(model=dict(task=task))) for task in ("semantic", "instance", "panoptic")),
+    *(
+        (f"segment/mask2former_*_{output}", dict(model=dict(output=output)))
+        for output in ("semantic", "instance", "panoptic")
+    ),
     (
         "segment/mask2former_*_coco_instance",
         dict(

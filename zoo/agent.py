@@ -7,7 +7,7 @@ PVT) and MIT (Swin, CSWin). Written anew on `blocks.AgentAttention2d` and the ne
 classifiers and dense backbones load through `convert_checkpoint`.
 
 The published classifiers take one square size. Here every model takes any: biases and position embeddings are resampled
-as in the published dense models, which are recipes of the same networks with more agents.
+as in the published dense models, which are dense settings of the same networks with more agents.
 """
 
 import re
@@ -384,9 +384,9 @@ def _create(cls: type[nn.Module], name: str, pretrained: bool, options: dict, co
 _PVT_DENSE = dict(agent_shapes=((12, 12), (16, 16), (28, 28), (28, 28)))
 _SWIN_DENSE = dict(agent_shapes=((9, 9), (12, 12), (14, 14), (7, 7)), out_norms=True)
 
-# The published dense settings, for `create_backbone(name, recipe=...)`: more agents, and their stochastic depth, for
-# detection Mask R-CNN's, or Cascade Mask R-CNN's where that is the only one. RetinaNet's is a recipe of its own.
-recipes: dict[str, dict[str, dict]] = {
+# The published dense settings, for `create_backbone(name, setting=...)`: more agents, and their stochastic depth, for
+# detection Mask R-CNN's, or Cascade Mask R-CNN's where that is the only one. RetinaNet's is a setting of its own.
+dense_settings: dict[str, dict[str, dict]] = {
     name: {
         "detection": dict(**_PVT_DENSE, drop_path_rate=detection),
         "retinanet": dict(**_PVT_DENSE, drop_path_rate=retinanet),

@@ -18,7 +18,7 @@ _FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
 
 
 class UnknownModelError(ValueError):
-    """A name or a recipe that is not registered; the message names the nearest, or what there is."""
+    """A name or a setting that is not registered; the message names the nearest, or what there is."""
 
 
 class Backbone(nn.Module):
@@ -45,10 +45,10 @@ class Backbone(nn.Module):
         return [level.permute(0, 3, 1, 2) for level in maps] if self._channels_last else maps
 
 
-def recipes_of(name: str) -> dict[str, dict]:
-    """Return the published dense settings of a model by recipe; empty if there are none."""
+def dense_settings_of(name: str) -> dict[str, dict]:
+    """Return the published dense settings of a model by setting; empty if there are none."""
     module = sys.modules[model_entrypoint(name).__module__]
-    return getattr(module, "recipes", {}).get(name.split(".")[0], {})
+    return getattr(module, "dense_settings", {}).get(name.split(".")[0], {})
 
 
 def check_name(name: str) -> None:
@@ -60,7 +60,7 @@ def check_name(name: str) -> None:
 
 def create_backbone(
     name: str,
-    recipe: str | None = None,
+    setting: str | None = None,
     checkpoint: str | Path | None = None,
     out_indices: Sequence[int] = (0, 1, 2, 3),
     **kwargs,
@@ -69,16 +69,16 @@ def create_backbone(
 
     Args:
         name: Registered name, with an optional tag.
-        recipe: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
+        setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
         checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
             classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read: ours,
             and those of mmdet, mmseg, detectron2 and Mask2Former.
         out_indices: Which maps to return.
-        **kwargs: Options of the model; they win over the recipe's. Those of a form are no options of timm's, see
+        **kwargs: Options of the model; they win over the setting's. Those of a form are no options of timm's, see
             `published.PublishedBackbone`: ``style``, ``dense``, ``out_norms``. A published file tells them.
 
     Raises:
-        UnknownModelError: If the model or the recipe is unknown.
+        UnknownModelError: If the model or the setting is unknown.
         CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
     # That file's backbones are of the class above.
@@ -87,18 +87,20 @@ def create_backbone(
     check_name(name)
     if checkpoint is not None and is_foreign(name):
         checkpoint = locate(checkpoint)
-        create = functools.partial(create_backbone, name, recipe, None, out_indices)
+        create = functools.partial(create_backbone, name, setting, None, out_indices)
         filled = build_filled(create, name, checkpoint, kwargs)
         if filled is not None:
             return filled
     form, kwargs = form_in(kwargs)
     kind = functools.partial(PublishedBackbone, **form) if form else Backbone
     options = {}
-    if recipe is not None:
-        known = recipes_of(name)
-        if recipe not in known:
-            raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
-        options = dict(known[recipe])
+    if setting is not None:
+        known = dense_settings_of(name)
+        if setting not in known:
+            raise UnknownModelError(
+                f"{name} has no setting {setting!r}; it has {', '.join(map(repr, known)) or 'none'}"
+            )
+        options = dict(known[setting])
     options |= {"features_only": True, "out_indices": tuple(out_indices)} | kwargs
     if form.get("dense") and name.startswith("swin_"):
         options["always_partition"] = True

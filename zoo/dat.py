@@ -419,9 +419,9 @@ def _dense(drop_path_rate: float) -> dict:
     return {"out_norms": True, "drop_path_rate": drop_path_rate}
 
 
-# The published dense settings, for `create_backbone(name, recipe=...)`; they differ in stochastic depth alone.
+# The published dense settings, for `create_backbone(name, setting=...)`; they differ in stochastic depth alone.
 # Detection's is that of Mask R-CNN 3x where it was trained, else of Cascade Mask R-CNN; segmentation's is UPerNet's.
-recipes: dict[str, dict[str, dict]] = {
+dense_settings: dict[str, dict[str, dict]] = {
     "dat_pp_tiny": {"detection": _dense(0.3), "segmentation": _dense(0.3), "semantic_fpn": _dense(0.4)},
     "dat_pp_small": {"detection": _dense(0.5), "segmentation": _dense(0.5), "semantic_fpn": _dense(0.4)},
     "dat_pp_base": {"detection": _dense(0.8), "segmentation": _dense(0.7), "semantic_fpn": _dense(0.7)},

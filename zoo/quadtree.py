@@ -7,7 +7,7 @@ published checkpoints, of classifiers, detectors and segmentors, load through `c
 
 The published detectors and segmentors are fine-tuned from the classifiers with two settings changed, neither of which
 is part of the weights: every query hands down 32 tokens instead of 8, and the value branches have a ReLU instead of a
-GELU. They are the recipes ``"detection"`` and ``"segmentation"``, and the options ``topk`` and ``value_act``.
+GELU. They are the dense settings ``"detection"`` and ``"segmentation"``, and the options ``topk`` and ``value_act``.
 
 Images may have any size. The published models take only those whose stages halve evenly (height and width modulo 32 in
 0, 29, 30, 31) and that have at least ``topk`` tokens at 1/32; there, results are theirs. For all others two rules are
@@ -279,9 +279,9 @@ def _quadtree(name: str, pretrained: bool, options: dict, config: dict) -> QuadT
     return build(QuadTree, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
-# The published dense settings, for `create_backbone(name, recipe=...)`.
+# The published dense settings, for `create_backbone(name, setting=...)`.
 _DENSE = dict(topk=32, value_act="relu", drop_path_rate=0.1)
-recipes: dict[str, dict[str, dict]] = {
+dense_settings: dict[str, dict[str, dict]] = {
     f"quadtree_b{i}": {"detection": dict(_DENSE), "segmentation": dict(_DENSE)} for i in range(5)
 }
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...zoo import CheckpointError, create_backbone
 from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
-from ...zoo.backbone import Backbone, UnknownModelError, check_name, recipes_of
+from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
 from ...zoo.published import (
     TOLD_OPTIONS,
     Layout,
@@ -110,7 +110,7 @@ def is_ours(state: dict[str, Tensor]) -> bool:
 def build_backbone(
     head: str,
     backbone: str | nn.Module,
-    recipe: str | None,
+    setting: str | None,
     auto: Sequence[str],
     checkpoint: str | Path | None,
     options: dict,
@@ -121,22 +121,22 @@ def build_backbone(
     Args:
         head: The dense model's name, for messages.
         backbone: A timm name, or a module with ``channels``.
-        recipe: The named backbone's recipe, None for none, or ``"auto"``.
-        auto: The recipes from which ``"auto"`` takes the first that the backbone has; none if it has none of them.
+        setting: The named backbone's setting, None for none, or ``"auto"``.
+        auto: Those from which ``"auto"`` takes the first that the backbone has; none if it has none of them.
         checkpoint: A published dense model's file, of which the named backbone is read.
         options: Options of the named backbone.
         known_options: Those of the dense model, of which a wrong one may have been meant.
 
     Raises:
         TaskError: If the module has no ``channels``, or an option is unknown.
-        UnknownModelError: If the name or the recipe is unknown.
+        UnknownModelError: If the name or the setting is unknown.
         CheckpointError: If the checkpoint can't be read or isn't one of this backbone.
     """
     if not isinstance(backbone, str):
         if not hasattr(backbone, "channels"):
             raise TaskError(f"{type(backbone).__name__} has no `channels`, the channels of each of its maps")
-        if recipe not in (None, "auto"):
-            raise TaskError(f"recipe {recipe!r} is for a backbone given by name; create_backbone takes it")
+        if setting not in (None, "auto"):
+            raise TaskError(f"setting {setting!r} is for a backbone given by name; create_backbone takes it")
         if options:
             wrong = next(iter(options))
             raise TaskError(f"{head} has no option {wrong!r}{nearest(wrong, known_options)}")
@@ -147,11 +147,11 @@ def build_backbone(
             )
         return backbone
     check_name(backbone)
-    if recipe == "auto":
-        known = recipes_of(backbone)
-        recipe = next((name for name in auto if name in known), None)
+    if setting == "auto":
+        known = dense_settings_of(backbone)
+        setting = next((name for name in auto if name in known), None)
     try:
-        return create_backbone(backbone, recipe, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        return create_backbone(backbone, setting, checkpoint, out_indices=(-4, -3, -2, -1), **options)
     except TypeError as error:
         wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
         if wrong is None:
@@ -237,9 +237,9 @@ def described(options: Mapping[str, Any], body_options: Mapping[str, Any]) -> di
     return {"backbone_kwargs": form, "kwargs": dict(options)}
 
 
-def with_settings(model: Mapping[str, Any], built: nn.Module) -> dict[str, Any]:
+def with_told(model: Mapping[str, Any], built: nn.Module) -> dict[str, Any]:
     """Return a config's or a card's ``model`` with what a published file has told of the model that was built of it."""
-    told = getattr(built, "settings", None) or {}
+    told = getattr(built, "told", None) or {}
     return {**model, **{key: {**options, **model[key]} for key, options in told.items()}}
 
 
@@ -247,7 +247,7 @@ def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a config's ``model``, in plain types, what `build_described` needs to build it again from a file."""
     return {
         "model": f"{model['head']} on {model['backbone']}",
-        **{key: model[key] for key in ("head", "backbone", "recipe")},
+        **{key: model[key] for key in ("head", "backbone", "setting")},
         **{key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs")},
     }
 
@@ -261,13 +261,13 @@ def build_described(
 
     Args:
         create: `create_detector` or `create_segmenter`.
-        model: ``head``, ``backbone``, ``recipe``, ``backbone_kwargs``, and what to start from.
+        model: ``head``, ``backbone``, ``setting``, ``backbone_kwargs``, and what to start from.
         classes: Number of classes.
         kwargs: Further options of ``create``.
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     options = dict(model["backbone_kwargs"])
@@ -280,7 +280,7 @@ def build_described(
             model["head"],
             model["backbone"],
             num_classes=classes,
-            recipe=model["recipe"],
+            setting=model["setting"],
             checkpoint=model.get("checkpoint"),
             backbone_kwargs=options,
             **kwargs,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..data.formats import open_objects
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_statistics, with_settings
+from ..dense.build import build_described, describe_model, freeze_statistics, with_told
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
@@ -31,7 +31,7 @@ class Detect:
         "model": {
             "head": "mask_rcnn",  # or "retinanet", "cascade_mask_rcnn"
             "backbone": None,  # a timm name
-            "recipe": "auto",  # its dense setting; "auto": the one for the head, where there is one
+            "setting": "auto",  # its dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole detector: a file or an address
@@ -56,7 +56,7 @@ class Detect:
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
     OPTIONAL: ClassVar[dict] = {
         "model.backbone": str,
-        "model.recipe": str,
+        "model.setting": str,
         "model.backbone_checkpoint": str,
         "model.checkpoint": str,
         "data.root": str,
@@ -87,7 +87,7 @@ class Detect:
     def build_model(self) -> nn.Module:
         """Return the detector, initialised or with the weights the config starts from."""
         model = build_detector(self.model, len(self.classes))
-        self.model = with_settings(self.model, model)
+        self.model = with_told(self.model, model)
         return model
 
     def check_data(self, training: bool = True) -> list[str]:
@@ -171,7 +171,7 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     if model["kwargs"].get("torchvision_outputs"):

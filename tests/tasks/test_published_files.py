@@ -528,4 +528,4 @@ def test_what_was_written_under_published_names_is_read(name, tmp_path):
     if head != "retinanet":
         assert torch.equal(read(x), model(x))
         # What the file told is what another file of the model must say.
-        assert read.settings["backbone_kwargs"] == form
+        assert read.told["backbone_kwargs"] == form

@@ -58,7 +58,7 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
             parameters = sum(parameter.numel() for parameter in net.parameters())
             assert parameters == fixture.spec["notes"].get("params", parameters)
         else:
-            net = foveate.create_backbone(model, recipe=RECIPES[dense[0]], checkpoint=checkpoint).eval()
+            net = foveate.create_backbone(model, setting=RECIPES[dense[0]], checkpoint=checkpoint).eval()
             for i, features in enumerate(net(fixture.input())):
                 scale = fixture.spec["outputs"][f"stage{i + 1}"]["std"] if family in RELATIVE_MAPS else 1
                 fixture.assert_output(f"stage{i + 1}", features, maps_atol * scale)

@@ -26,7 +26,7 @@ def test_parameters_are_the_published_ones(name):
     count = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
     assert count == PARAMETERS[name][0]
     if PARAMETERS[name][1]:
-        backbone = foveate.create_backbone(name, recipe="detection", device="meta")
+        backbone = foveate.create_backbone(name, setting="detection", device="meta")
         assert sum(p.numel() for p in backbone.parameters()) == PARAMETERS[name][1]
 
 
@@ -55,7 +55,7 @@ def test_detectors_and_wrapped_checkpoints_load(open_fixture, tmp_path):
     state = {f"backbone.{key}": value for key, value in fixture.state().items()} | {"neck.conv.weight": torch.zeros(1)}
     path = tmp_path / "detector.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": state}, path)
-    backbone = foveate.create_backbone("quadtree_b0", recipe="segmentation", checkpoint=path).eval()
+    backbone = foveate.create_backbone("quadtree_b0", setting="segmentation", checkpoint=path).eval()
     with torch.inference_mode():
         for i, features in enumerate(backbone(fixture.input())):
             fixture.assert_output(f"stage{i + 1}", features, 1e-5)
@@ -63,7 +63,7 @@ def test_detectors_and_wrapped_checkpoints_load(open_fixture, tmp_path):
 
 def test_detection_may_start_from_a_classifiers_weights(open_fixture, tmp_path):
     checkpoint = open_fixture("quadtree/quadtree_b0").checkpoint(tmp_path)
-    dense = foveate.create_backbone("quadtree_b0", recipe="detection", checkpoint=checkpoint)
+    dense = foveate.create_backbone("quadtree_b0", setting="detection", checkpoint=checkpoint)
     plain = timm.create_model("quadtree_b0", pretrained=True, pretrained_cfg_overlay=dict(file=str(checkpoint)))
     for key, value in dense.features.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key.removeprefix("model.")]), key

@@ -17,7 +17,7 @@ from ..build import OtherClassesError, build_backbone, described, has_backbone, 
 from ..neck import FeaturePyramid
 from ..normalize import check_evaluation, dtype_of
 from .anchors import AnchorGrid
-from .assign import Draw, Sampler
+from .assign import Sample, Sampler
 from .boxes import has_area
 from .checkpoint import head_of, load_detector, read_detector, rules_of, variant_of
 from .retinanet import RetinaHead
@@ -192,19 +192,19 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     @property
-    def draw(self) -> Draw | None:
+    def sample(self) -> Sample | None:
         """What draws the anchors and regions that learn: ``draw(gallery, count)``; None if none are drawn.
 
         It returns ``count`` of the ascending indices ``gallery`` ``[N]``, and is called where there are more than
-        wanted. It is random; set ``detector.draw = draw_evenly``, or a function of your own, for losses that can be
+        wanted. It is random; set ``detector.sample = sample_evenly``, or a function of your own, for losses that can be
         reproduced. Setting it sets it for all samplers, ``detector.rpn.sampler`` and ``detector.roi_heads.sampler``.
         """
-        return next((sampler.draw for sampler in self._samplers()), None)
+        return next((sampler.sample for sampler in self._samplers()), None)
 
-    @draw.setter
-    def draw(self, draw: Draw) -> None:
+    @sample.setter
+    def sample(self, sample: Sample) -> None:
         for sampler in self._samplers():
-            sampler.draw = draw
+            sampler.sample = sample
 
     def _samplers(self) -> list[Sampler]:
         return [module.sampler for module in self.modules() if isinstance(getattr(module, "sampler", None), Sampler)]
@@ -517,7 +517,7 @@ def create_detector(
     head: str,
     backbone: str | nn.Module,
     num_classes: int | None = None,
-    recipe: str | None = "auto",
+    setting: str | None = "auto",
     checkpoint: str | Path | None = None,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
@@ -532,7 +532,7 @@ def create_detector(
             1/32 of the image, and has their ``channels``.
         num_classes: Classes of objects; the checkpoint's, or else 80 (COCO), by default. Labels are 0 to
             ``num_classes - 1``; background is no label.
-        recipe: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
+        setting: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
             default the one for the head, where the backbone has it.
         checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
             (`foveate weights list`). The variant is read from it unless given: Swin-style or default cascade, the
@@ -548,7 +548,7 @@ def create_detector(
 
     Raises:
         TaskError: If the head or an option is unknown, or the backbone doesn't suit the head.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If the checkpoint can't be read, or is of another model.
 
     Example:
@@ -592,7 +592,7 @@ def create_detector(
     body = build_backbone(
         head,
         backbone,
-        recipe,
+        setting,
         (head, "detection"),
         checkpoint if published else None,
         body_options,
@@ -605,7 +605,7 @@ def create_detector(
         if layout is not None:
             file.state = translated(layout, file.state, body, checkpoint)
             model.classes = file.origin.classes
-            model.settings = described(options | transform, body_options)
+            model.told = described(options | transform, body_options)
         loaded = published and isinstance(backbone, str)
         model.load_report = load_detector(model, file, loaded, reset_classifier)
     return model

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ....zoo import CheckpointError, UnknownModelError
-from ....zoo.backbone import check_name, recipes_of
+from ....zoo.backbone import check_name, dense_settings_of
 from ....zoo.published import form_of, statistics_from, tests_of, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
@@ -22,7 +22,7 @@ from .deeplabv3 import DeepLabV3Head, DeepLabV3PlusHead
 from .fcn import FCNHead
 from .inference import predict_labels, resize_to
 from .losses import batch_labels, check_labels, pixel_cross_entropy
-from .mask2former import RECIPES, Mask2Former, Mask2FormerHead, OneFormerHead
+from .mask2former import SETTINGS, Mask2Former, Mask2FormerHead, OneFormerHead
 from .semantic_fpn import SemanticFPNHead
 from .set_loss import SetCriterion
 from .upernet import UPerHead
@@ -178,7 +178,7 @@ def create_segmenter(
     head: str,
     backbone: str | nn.Module,
     num_classes: int | None = None,
-    recipe: str | None = "auto",
+    setting: str | None = "auto",
     checkpoint: str | Path | None = None,
     aux_head: bool = True,
     backbone_kwargs: Mapping | None = None,
@@ -192,10 +192,10 @@ def create_segmenter(
             ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
             finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
-        num_classes: Classes; the checkpoint's, or else the recipe's or 150 (ADE20K), by default.
-        recipe: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
-            default the one for the head, where the backbone has it. Mask2Former and OneFormer have recipes of their
-            own, which include the backbone's: `mask2former.RECIPES`, such as ``"coco_panoptic"``.
+        num_classes: Classes; the checkpoint's, or else the setting's or 150 (ADE20K), by default.
+        setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
+            default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
+            own, which include the backbone's: `mask2former.SETTINGS`, such as ``"coco_panoptic"``.
         checkpoint: Weights of a whole segmenter, a path or an address: mmseg's, detectron2's, or ours. The variant of
             the head is read from it unless given; ``"mask2former"`` reads OneFormer's too. A file of a head alone
             leaves the backbone as it is, and says so.
@@ -210,7 +210,7 @@ def create_segmenter(
 
     Raises:
         TaskError: If the head or an option is unknown, or the backbone does not suit the head.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If the checkpoint can't be had or read, or is of another model.
 
     Example:
@@ -231,8 +231,8 @@ def create_segmenter(
         layout = file.layout(backbone)
     options, aux_options = {}, {}
     aux = aux_head and head in _WITH_AUX
-    if recipe in RECIPES.get(head, {}):
-        options = {name: value for name, value in RECIPES[head][recipe].items() if name != "backbone"}
+    if setting in SETTINGS.get(head, {}):
+        options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
         options |= variant_of(head, state)
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
@@ -261,7 +261,7 @@ def create_segmenter(
         return build_backbone(
             head,
             backbone,
-            _backbone_recipe(head, backbone, recipe),
+            _backbone_setting(head, backbone, setting),
             (head, "segmentation"),
             checkpoint if published else None,
             body_options | more,
@@ -293,7 +293,7 @@ def create_segmenter(
         if layout is not None:
             file.state = translated(layout, state, body, checkpoint)
             given = {name: value for part in parts for name, value in part.items() if name not in _OF_IMAGES}
-            model.settings = described(given, body_options)
+            model.told = described(given, body_options)
             model.classes, model.tests = file.origin.classes, tests_of(layout, file.origin)
         loaded = published and isinstance(backbone, str)
         model.load_report = load_segmenter(model, file, loaded, reset_classifier)
@@ -336,13 +336,15 @@ def _split_options(given: dict, *kinds: type[nn.Module]) -> list[dict]:
     return [*parts, {name: value for name, value in given.items() if name not in known}]
 
 
-def _backbone_recipe(head: str, backbone: str | nn.Module, recipe: str | None) -> str | None:
-    """Return the backbone's recipe that a recipe of the segmenter includes, or the recipe itself."""
-    own = RECIPES.get(head, {})
-    if recipe not in own or not isinstance(backbone, str):
-        return None if recipe in own else recipe
+def _backbone_setting(head: str, backbone: str | nn.Module, setting: str | None) -> str | None:
+    """Return the backbone's setting that a setting of the segmenter includes, or the setting itself."""
+    own = SETTINGS.get(head, {})
+    if setting not in own or not isinstance(backbone, str):
+        return None if setting in own else setting
     check_name(backbone)
-    if own[recipe]["backbone"] not in (known := recipes_of(backbone)):
+    if own[setting]["backbone"] not in (known := dense_settings_of(backbone)):
         names = [*known, *(name for name, settings in own.items() if settings["backbone"] in known)]
-        raise UnknownModelError(f"{backbone} has no recipe {recipe!r}; it has {', '.join(map(repr, names)) or 'none'}")
-    return own[recipe]["backbone"]
+        raise UnknownModelError(
+            f"{backbone} has no setting {setting!r}; it has {', '.join(map(repr, names)) or 'none'}"
+        )
+    return own[setting]["backbone"]
