@@ -13,7 +13,7 @@ from ....zoo._checkpoint import LoadReport
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
-from ..neck import FeaturePyramid
+from ..neck import detector_neck
 from ..normalize import check_evaluation, dtype_of
 from .anchors import AnchorGrid
 from .assign import Draw, Sampler
@@ -24,7 +24,6 @@ from .roi_heads import CASCADE_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
 
-_STRIDES = [4, 8, 16, 32]
 # Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
 _CHOOSE_ANCHORS = ("foveate_davit", "biformer")
 
@@ -41,7 +40,7 @@ class Detector(nn.Module):
     targets are of labels from 0 all the same.
 
     Attributes:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image.
+        backbone: Maps a batch to maps, four of 1/4 to 1/32 of the image or what the neck makes them of.
         neck: The pyramid on them.
         transform: Makes the batch of images.
         num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
@@ -168,7 +167,7 @@ class Detector(nn.Module):
         """Return the detections of each image, as `forward` does, from maps of the backbone.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             original_sizes: ``(height, width)`` of each image before it was resized, in whose pixels the answer is; as
                 ``image_sizes`` by default.
@@ -182,7 +181,7 @@ class Detector(nn.Module):
         """Return the losses, as `forward` does, from maps of the backbone.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
         """
@@ -259,7 +258,7 @@ class RetinaNet(Detector):
         head: Classes and boxes of every anchor, a `RetinaHead`.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         channels: Channels of the pyramid.
@@ -289,7 +288,7 @@ class RetinaNet(Detector):
         per_level: int = 1000,
         selection: str = "pairs",
     ):
-        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, start_level=1, extra_convs=extra_convs)
+        neck = detector_neck(backbone, channels, num_outs=5, start_level=1, extra_convs=extra_convs)
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         self.head = RetinaHead(
             channels,
@@ -331,7 +330,7 @@ class MaskRCNN(Detector):
         roi_heads: Boxes and masks of regions, `RoIHeads`.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         channels: Channels of the pyramid and of the heads' convolutions.
@@ -365,7 +364,7 @@ class MaskRCNN(Detector):
         nms_threshold: float = 0.5,
         max_detections: int = 100,
     ):
-        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, extra_convs=extra_convs)
+        neck = detector_neck(backbone, channels, num_outs=5, start_level=0, extra_convs=extra_convs)
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         rpn, regions, stages = self._design()
         anchors = AnchorGrid((4, 8, 16, 32, 64), anchor_scales, anchor_ratios)
@@ -411,7 +410,7 @@ class MaskRCNN(Detector):
         Which anchors and regions learn is drawn at random; see ``draw`` for how to fix it.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             proposals: Regions ``[P, 4]`` of each image, in pixels of the batch, instead of those of the RPN. Objects
@@ -437,7 +436,7 @@ class CascadeMaskRCNN(MaskRCNN):
     """Cascade Mask R-CNN (Cai & Vasconcelos 2018): three stages of boxes and masks.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         style: ``"swin"``: box heads with four convolutions and batch norm, offsets for each class, GIoU loss, as in all
@@ -490,8 +489,10 @@ def create_detector(
 
     Args:
         head: ``"retinanet"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
-        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of four maps, of 1/4 to
-            1/32 of the image, and has their ``channels``.
+        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, and has their
+            ``channels`` and ``reductions``, their strides; without the latter they are four, of 1/4 to 1/32 of the
+            image. Maps of one stride, as of plain vision transformers, get ViTDet's simple feature pyramid, other
+            strides than 4, 8, 16 and 32 what `detector_neck` says.
         num_classes: Classes of objects; the checkpoint's, or else 80 (COCO), by default. Labels are 0 to
             ``num_classes - 1``; background is no label.
         recipe: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
@@ -548,8 +549,9 @@ def create_detector(
         body_options,
         _known_options(kind),
     )
-    _check_maps(backbone, body)
-    model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
+    transform = DetectorTransform(**transform)
+    _check_size(backbone, body, transform)
+    model = kind(body, 80 if num_classes is None else num_classes, transform, **options)
     model.torchvision_outputs = torchvision_outputs
     if state is not None:
         loaded = published and isinstance(backbone, str)
@@ -594,12 +596,16 @@ def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]
     )
 
 
-def _check_maps(backbone: str | nn.Module, body: nn.Module) -> None:
-    """Raise a TaskError unless a backbone returns four maps of 1/4 to 1/32."""
-    strides = list(getattr(body, "reductions", _STRIDES))
-    if len(body.channels) != len(_STRIDES) or strides != _STRIDES:
+def _check_size(backbone: str | nn.Module, body: nn.Module, transform: DetectorTransform) -> None:
+    """Raise a TaskError if a backbone of one input size can't take all images that the transform makes."""
+    size = getattr(body, "size", None)
+    if size is None:
+        return
+    least = -(-transform.max_size // transform.divisor) * transform.divisor
+    if transform.min_size is None or min(size) < least:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
         raise TaskError(
-            f"{name} returns {len(body.channels)} maps of strides {', '.join(map(str, strides))}; "
-            f"a detector needs four, of strides {', '.join(map(str, _STRIDES))}"
+            f"{name} takes images of up to {size[0]}x{size[1]} alone, and the detector makes them up to "
+            f"{'any size' if transform.min_size is None else least}: build it with img_size={least}, or the detector "
+            f"with min_size={min(size)}, max_size={min(size)}"
         )

@@ -31,7 +31,7 @@ _OLD = re.compile(r"sem_seg_head\.(?!predictor\.|pixel_decoder\.)")
 _NAMES = (
     ("decode_head.", "head."),
     ("auxiliary_head.", "aux_head."),
-    ("neck.", "head.neck."),
+    *((f"neck.{part}_blocks.", f"head.neck.{part}_blocks.") for part in ("inner", "layer", "extra")),
     ("task_mlp.", "head.task_mlp."),
     ("sem_seg_head.", "head."),
 )
@@ -55,7 +55,9 @@ def read_segmenter(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: If it can't be read, or holds no segmenter.
     """
     state, extras = {}, []
-    for key, value in convert_pyramid(state_of(open_checkpoint(path))).items():
+    held = state_of(open_checkpoint(path))
+    # The neck of plain vision transformers has some names of a feature pyramid.
+    for key, value in (held if neck_of(held) == "multilevel" else convert_pyramid(held)).items():
         if key.startswith(_EXTRAS):
             extras.append(key)
             continue
@@ -113,6 +115,12 @@ def _transformer_variant(state: dict[str, Tensor]) -> dict:
         if key in state:
             variant[name] = state[key].shape[0]
     return variant
+
+
+def neck_of(state: dict[str, Tensor]) -> str:
+    """Return which neck the entries hold; ``"auto"`` if none."""
+    marks = {"neck.convs.": "multilevel", "neck.simfp_": "simple", "neck.levels.": "scaled"}
+    return next((neck for mark, neck in marks.items() if any(key.startswith(mark) for key in state)), "auto")
 
 
 def aux_channels_of(state: dict[str, Tensor]) -> int | None:
