@@ -20,7 +20,7 @@ from torch import Tensor, nn
 # What lets timm's models of a fixed input size take any; each model has one of these options, or none.
 _FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
 # Sides of which a model may need multiples: patches, windows on the coarsest map, and both.
-_MULTIPLES = (1, 2, 4, 7, 8, 12, 14, 16, 24, 28, 32, 48, 56, 64, 112, 128, 192, 224, 256, 384, 448, 512)
+_MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 224, 256, 384, 448, 512)
 # Convolutions without padding may cost a map as many pixels at its borders.
 _MOST_BORDER = 5
 _LEAST_SIDE = 96

@@ -13,7 +13,7 @@ from ....zoo.backbone import check_name, recipes_of
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
-from ..neck import MultiLevelNeck, segmenter_neck
+from ..neck import segmenter_neck
 from ..normalize import check_evaluation, statistics_of
 from .base import BaseSegmenter
 from .checkpoint import aux_channels_of, head_of, held_statistics, load_segmenter, neck_of, read_segmenter, variant_of
@@ -277,10 +277,9 @@ def create_segmenter(
     else:
         aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
         # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
-        last = isinstance(neck, MultiLevelNeck) or (
-            head == "upernet" and len(set(getattr(body, "reductions", "ab"))) == 1
-        )
-        aux_options["index"] = len(channels) - 1 if last else min(2, len(channels) - 1)
+        strides = getattr(body, "reductions", None)
+        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
+        aux_options["index"] = len(channels) - 1 if plain else min(2, len(channels) - 1)
         aux_module = FCNHead(channels, num_classes, **aux_options) if aux else None
         module = HEADS[head](channels, num_classes, **parts[0])
         model = Segmenter(body, module, aux_module, neck=neck, **parts[1])
