@@ -24,6 +24,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from ._checkpoint import CheckpointError, LoadReport, faults_of, open_checkpoint, state_of
+from ._maps import Maps
 from .backbone import Backbone
 
 STYLES = ("pytorch", "caffe")
@@ -625,9 +626,15 @@ class PublishedBackbone(Backbone):
     """
 
     def __init__(
-        self, features: nn.Module, style: str | None = None, dense: bool = False, out_norms: Sequence[int] = ()
+        self,
+        features: nn.Module,
+        maps: Maps | None = None,
+        resample: bool = False,
+        style: str | None = None,
+        dense: bool = False,
+        out_norms: Sequence[int] = (),
     ):
-        super().__init__(features)
+        super().__init__(features, maps, resample)
         self._patch = 1
         if style is not None:
             _stride_as(features, style)

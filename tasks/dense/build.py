@@ -10,7 +10,7 @@ from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...zoo import CheckpointError, create_backbone
+from ...zoo import BackboneError, CheckpointError, create_backbone
 from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
 from ...zoo.published import (
@@ -116,7 +116,7 @@ def build_backbone(
     options: dict,
     known_options: Sequence[str],
 ) -> nn.Module:
-    """Return a dense model's backbone: the module itself, or the named one with the four coarsest of its maps.
+    """Return a dense model's backbone: the module itself, or the named one with the maps that dense heads take.
 
     Args:
         head: The dense model's name, for messages.
@@ -128,7 +128,7 @@ def build_backbone(
         known_options: Those of the dense model, of which a wrong one may have been meant.
 
     Raises:
-        TaskError: If the module has no ``channels``, or an option is unknown.
+        TaskError: If the module has no ``channels``, the named model no maps, or an option is unknown.
         UnknownModelError: If the name or the setting is unknown.
         CheckpointError: If the checkpoint can't be read or isn't one of this backbone.
     """
@@ -151,7 +151,9 @@ def build_backbone(
         known = dense_settings_of(backbone)
         setting = next((name for name in auto if name in known), None)
     try:
-        return create_backbone(backbone, setting, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        return create_backbone(backbone, setting, checkpoint, out_indices=None, **options)
+    except BackboneError as error:
+        raise TaskError(f"{head} on {backbone}: {error}") from error
     except TypeError as error:
         wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
         if wrong is None:

@@ -156,13 +156,16 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
         CheckpointError: If there is no pyramid.
     """
     levels = [key for key in state if re.fullmatch(r"neck\.inner_blocks\.\d+\.0\.weight", key)]
-    if not levels or "neck.layer_blocks.0.0.weight" not in state:
+    simple = next((key for key in state if re.fullmatch(r"neck\.simfp_\d\.\d+\.norm\.weight", key)), None)
+    if simple is None and (not levels or "neck.layer_blocks.0.0.weight" not in state):
         raise CheckpointError(f"{path}: holds heads without a pyramid (neck.*)")
-    channels = state["neck.layer_blocks.0.0.weight"].shape[0]
+    channels = state[simple or "neck.layer_blocks.0.0.weight"].shape[0]
     variant = {"channels": channels}
     extra = state.get("neck.extra_blocks.convs.0.weight")
     if extra is None:
         variant["extra_convs"] = None
+    elif simple is not None:
+        variant["extra_convs"] = "on_output"
     else:
         # Where the backbone's last map has as many channels as the outputs, either fits; on_input is the published one.
         last = max(levels, key=lambda key: int(key.split(".")[2]))

@@ -14,7 +14,7 @@ from ....zoo.published import STYLES, form_of, statistics_from, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
-from ..neck import FeaturePyramid
+from ..neck import detector_neck
 from ..normalize import check_evaluation, dtype_of
 from .anchors import AnchorGrid
 from .assign import Sample, Sampler
@@ -25,7 +25,6 @@ from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHe
 from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
 
-_STRIDES = [4, 8, 16, 32]
 # Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
 _CHOOSE_ANCHORS = ("foveate_davit", "biformer")
 
@@ -44,7 +43,7 @@ class Detector(nn.Module):
     targets are of labels from 0 all the same.
 
     Attributes:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image.
+        backbone: Maps a batch to maps, four of 1/4 to 1/32 of the image or what the neck makes them of.
         neck: The pyramid on them.
         transform: Makes the batch of images.
         num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
@@ -171,7 +170,7 @@ class Detector(nn.Module):
         """Return the detections of each image, as `forward` does, from maps of the backbone.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             original_sizes: ``(height, width)`` of each image before it was resized, in whose pixels the answer is; as
                 ``image_sizes`` by default.
@@ -185,7 +184,7 @@ class Detector(nn.Module):
         """Return the losses, as `forward` does, from maps of the backbone.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
         """
@@ -262,7 +261,7 @@ class RetinaNet(Detector):
         head: Classes and boxes of every anchor, a `RetinaHead`.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         channels: Channels of the pyramid.
@@ -297,8 +296,8 @@ class RetinaNet(Detector):
         rules: str = "mmdet",
     ):
         _check_rules(rules)
-        neck = FeaturePyramid(
-            backbone.channels, channels, num_outs=5, start_level=1, extra_convs=extra_convs, extra_relu=extra_relu
+        neck = detector_neck(
+            backbone, channels, num_outs=5, start_level=1, extra_convs=extra_convs, extra_relu=extra_relu
         )
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         self.head = RetinaHead(
@@ -342,7 +341,7 @@ class MaskRCNN(Detector):
         roi_heads: Boxes and masks of regions, `RoIHeads`.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         channels: Channels of the pyramid and of the heads' convolutions.
@@ -380,7 +379,7 @@ class MaskRCNN(Detector):
     ):
         _check_rules(rules)
         self._rules = rules
-        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, extra_convs=extra_convs)
+        neck = detector_neck(backbone, channels, num_outs=5, start_level=0, extra_convs=extra_convs)
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         rpn, regions, stages = self._design()
         anchors = AnchorGrid((4, 8, 16, 32, 64), anchor_scales, anchor_ratios)
@@ -427,7 +426,7 @@ class MaskRCNN(Detector):
         Which anchors and regions learn is drawn at random; see ``draw`` for how to fix it.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             proposals: Regions ``[P, 4]`` of each image, in pixels of the batch, instead of those of the RPN. Objects
@@ -462,7 +461,7 @@ class CascadeMaskRCNN(MaskRCNN):
     """Cascade Mask R-CNN (Cai & Vasconcelos 2018): three stages of boxes and masks.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         style: ``"swin"``: box heads with four convolutions and batch norm, offsets for each class, GIoU loss, as in all
@@ -528,8 +527,10 @@ def create_detector(
 
     Args:
         head: ``"retinanet"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
-        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of four maps, of 1/4 to
-            1/32 of the image, and has their ``channels``.
+        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, and has their
+            ``channels`` and ``reductions``, their strides; without the latter they are four, of 1/4 to 1/32 of the
+            image. Maps of one stride, as of plain vision transformers, get ViTDet's simple feature pyramid, other
+            strides than 4, 8, 16 and 32 what `detector_neck` says.
         num_classes: Classes of objects; the checkpoint's, or else 80 (COCO), by default. Labels are 0 to
             ``num_classes - 1``; background is no label.
         setting: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
@@ -598,8 +599,9 @@ def create_detector(
         body_options,
         _known_options(kind),
     )
-    _check_maps(backbone, body)
-    model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
+    prepare = DetectorTransform(**transform)
+    _check_size(backbone, body, prepare)
+    model = kind(body, 80 if num_classes is None else num_classes, prepare, **options)
     model.torchvision_outputs = torchvision_outputs
     if file is not None:
         if layout is not None:
@@ -648,12 +650,16 @@ def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]
     )
 
 
-def _check_maps(backbone: str | nn.Module, body: nn.Module) -> None:
-    """Raise a TaskError unless a backbone returns four maps of 1/4 to 1/32."""
-    strides = list(getattr(body, "reductions", _STRIDES))
-    if len(body.channels) != len(_STRIDES) or strides != _STRIDES:
+def _check_size(backbone: str | nn.Module, body: nn.Module, transform: DetectorTransform) -> None:
+    """Raise a TaskError if a backbone of one input size can't take all images that the transform makes."""
+    size = getattr(body, "size", None)
+    if size is None:
+        return
+    least = -(-transform.max_size // transform.divisor) * transform.divisor
+    if transform.min_size is None or min(size) < least:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
         raise TaskError(
-            f"{name} returns {len(body.channels)} maps of strides {', '.join(map(str, strides))}; "
-            f"a detector needs four, of strides {', '.join(map(str, _STRIDES))}"
+            f"{name} takes images of up to {size[0]}x{size[1]} alone, and the detector makes them up to "
+            f"{'any size' if transform.min_size is None else least}: build it with img_size={least}, or the detector "
+            f"with min_size={min(size)}, max_size={min(size)}"
         )

@@ -35,7 +35,7 @@ _NAMES = (
     ("decode_head.aspp_modules.", "head.aspp.aspp_modules."),
     ("decode_head.", "head."),
     ("auxiliary_head.", "aux_head."),
-    ("neck.", "head.neck."),
+    *((f"neck.{part}_blocks.", f"head.neck.{part}_blocks.") for part in ("inner", "layer", "extra")),
     ("task_mlp.", "head.task_mlp."),
     ("sem_seg_head.", "head."),
 )
@@ -108,7 +108,8 @@ def read_segmenter(path: str | Path) -> DenseFile:
         (head for head in ("decode_head.", "panoptic_head.") if f"{head}query_feat.weight" in file.state), None
     )
     pooled = any(key.startswith("decode_head.aspp_modules.") for key in file.state)
-    for key, value in convert_pyramid(file.state).items():
+    # The neck of plain vision transformers has some names of a feature pyramid.
+    for key, value in (file.state if neck_of(file.state) == "multilevel" else convert_pyramid(file.state)).items():
         if key.startswith(_EXTRAS):
             extras.append(key)
             continue
@@ -197,6 +198,12 @@ def _transformer_variant(state: dict[str, Tensor]) -> dict:
         if key in state:
             variant[name] = state[key].shape[0]
     return variant
+
+
+def neck_of(state: dict[str, Tensor]) -> str:
+    """Return which neck the entries hold; ``"auto"`` if none."""
+    marks = {"neck.convs.": "multilevel", "neck.simfp_": "simple", "neck.levels.": "scaled"}
+    return next((neck for mark, neck in marks.items() if any(key.startswith(mark) for key in state)), "auto")
 
 
 def aux_channels_of(state: dict[str, Tensor]) -> int | None:

@@ -15,9 +15,10 @@ from ....zoo.published import form_of, statistics_from, tests_of, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
+from ..neck import segmenter_neck
 from ..normalize import check_evaluation, statistics_of
 from .base import BaseSegmenter
-from .checkpoint import aux_channels_of, head_of, load_segmenter, read_segmenter, variant_of
+from .checkpoint import aux_channels_of, head_of, load_segmenter, neck_of, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head, DeepLabV3PlusHead
 from .fcn import FCNHead
 from .inference import predict_labels, resize_to
@@ -62,6 +63,7 @@ class Segmenter(BaseSegmenter):
         mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
         std: Their standard deviation.
         channel_order: See `BaseSegmenter`.
+        neck: Makes the heads' maps of the backbone's; None if these are the same.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
@@ -80,9 +82,9 @@ class Segmenter(BaseSegmenter):
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         channel_order: str = "rgb",
+        neck: nn.Module | None = None,
     ):
-        super().__init__(mean, std, channel_order)
-        self.backbone = backbone
+        super().__init__(backbone, neck, mean, std, channel_order)
         self.head = head
         self.aux_head = aux_head
         self.ignore_index = ignore_index
@@ -96,7 +98,7 @@ class Segmenter(BaseSegmenter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``[B, 3, H, W]`` to logits ``[B, num_classes, H, W]``."""
-        return resize_to(self.head(self.backbone(x)), x.shape[-2:])
+        return resize_to(self.head(self.features(x)), x.shape[-2:])
 
     def loss(
         self, images: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], normalized: bool = False
@@ -119,7 +121,7 @@ class Segmenter(BaseSegmenter):
         """
         x, sizes = self.prepare_batch(images, normalized)
         labels = batch_labels(targets, sizes, x.shape[-2:], self.ignore_index)
-        features = self.backbone(x)
+        features = self.features(x)
         try:
             logits = self.head(features)
         except ValueError as error:
@@ -191,7 +193,8 @@ def create_segmenter(
         head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"deeplabv3_plus"``, ``"mask2former"`` or
             ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
-            finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
+            finest to the coarsest, and has their ``channels`` and, unless the head takes them as they are,
+            ``reductions``, their strides.
         num_classes: Classes; the checkpoint's, or else the setting's or 150 (ADE20K), by default.
         setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
             default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
@@ -204,7 +207,8 @@ def create_segmenter(
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
         **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
-            of Mask2Former's `SetCriterion`; all others are options of a named backbone. ``mean`` and ``std`` of the
+            of Mask2Former's `SetCriterion`; ``neck``, what stands between backbone and head, see `segmenter_neck`; all
+            others are options of a named backbone. ``mean`` and ``std`` of the
             images are by default those of the run whose checkpoint it is; ImageNet's of published segmenters; else the
             backbone's own.
 
@@ -234,7 +238,7 @@ def create_segmenter(
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
-        options |= variant_of(head, state)
+        options |= variant_of(head, state) | {"neck": neck_of(state)}
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
             raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
         aux_options = {"channels": aux_channels_of(state)}
@@ -278,16 +282,23 @@ def create_segmenter(
     if head in _DILATED:
         parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
     parts[1] = _statistics(file, body) | parts[1]
+    neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
+    channels = body.channels if neck is None else neck.channels
     if transformer:
         criterion = SetCriterion(num_classes, **parts[2])
-        module = HEADS[head](body.channels, num_classes, **parts[0])
+        module = HEADS[head](channels, num_classes, **parts[0])
         if head == "oneformer":
             parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
-        model = Mask2Former(body, module, criterion, **parts[1])
+        model = Mask2Former(body, module, criterion, neck=neck, **parts[1])
     else:
         aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
-        aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
-        model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
+        # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
+        strides = getattr(body, "reductions", None)
+        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
+        aux_options["index"] = len(channels) - 1 if plain else min(2, len(channels) - 1)
+        aux_module = FCNHead(channels, num_classes, **aux_options) if aux else None
+        module = HEADS[head](channels, num_classes, **parts[0])
+        model = Segmenter(body, module, aux_module, neck=neck, **parts[1])
     model.num_classes = num_classes
     if file is not None:
         if layout is not None:
@@ -298,6 +309,13 @@ def create_segmenter(
         loaded = published and isinstance(backbone, str)
         model.load_report = load_segmenter(model, file, loaded, reset_classifier)
     return model
+
+
+def _neck(head: str, body: nn.Module, neck: str | None, state: dict[str, Tensor] | None) -> nn.Module | None:
+    """Return the neck asked for or held by a file, whose heads may stand on the backbone's maps as they are."""
+    module = segmenter_neck(head, body, neck)
+    bare = state is not None and neck == "auto" and module is not None and module.state_dict()
+    return None if bare else module
 
 
 def _statistics(file: DenseFile | None, body: nn.Module) -> dict[str, Any]:
