@@ -1,11 +1,13 @@
 """The predictor that a checkpoint of any task, or a published model's name, asks for."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..configs.published import read_published
 from ..zoo import CheckpointError
@@ -13,6 +15,7 @@ from ..zoo.backbone import head_options_of
 from ..zoo.weights import table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
+from .dense.build import with_told
 
 _TRANSFORMERS = ("mask2former", "oneformer")
 # Whose classes there are so many of; the panoptic ones of COCO are 133.
@@ -109,15 +112,14 @@ def load_dense(
     """
     options = dict(options or {})
     described = {"head": head, "backbone": backbone, "setting": setting, "backbone_kwargs": {}, "kwargs": options}
-    if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
+    if head in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"):
         from .dense.detect import create_detector
         from .detect import Predictor
         from .detect.task import detector_card
 
         model = create_detector(head, backbone, setting=setting, checkpoint=weights)
-        count = model.num_classes
-        predictor = Predictor(model, class_names(data or _DATA.get(count, ""), count), device)
-        predictor.card = detector_card(described, predictor.classes)
+        predictor = Predictor(model, _classes_of(model, data or _DATA.get(model.num_classes, "")), device)
+        predictor.card = detector_card(with_told(described, model), predictor.classes)
         return predictor
     from .data.segmentation import InputRule
     from .dense.segment import create_segmenter
@@ -138,10 +140,22 @@ def load_dense(
         if data == "cityscapes":
             short, test = 1024, test | {"mode": "slide", "crop_size": 1024, "stride": 768}
         output, rule = "semantic", InputRule(short, 2048, divisor, model.mean, model.std)
-    classes = class_names(data, count)
+    told = getattr(model, "tests", None)
+    if told is not None:
+        rule = dataclasses.replace(rule, channel_order=model.channel_order)
+        if head not in _TRANSFORMERS:
+            rule = dataclasses.replace(rule, short=told["short"], long=told["long"])
+            test |= {name: value for name, value in told.items() if name in test}
+    classes = _classes_of(model, data)
     predictor = Predictor(model, rule, classes, things, output, test, device)
-    predictor.card = segmenter_card(described, classes, things, output, rule, test)
+    predictor.card = segmenter_card(with_told(described, model), classes, things, output, rule, test)
     return predictor
+
+
+def _classes_of(model: nn.Module, data: str) -> list[str]:
+    """Return the names of a dense model's classes: those of its file, if it has them, else those of the data."""
+    count, held = model.num_classes, list(getattr(model, "classes", ()))
+    return held if len(held) == count else class_names(data, count)
 
 
 def class_names(data: str, count: int) -> list[str]:

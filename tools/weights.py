@@ -298,11 +298,11 @@ def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
     if not any(key.startswith("backbone.") for key in state):
         return None
     try:
-        return "detect", detectors.head_of(detectors.read_detector(path), path)
+        return "detect", detectors.head_of(detectors.read_detector(path).state, path)
     except CheckpointError:
         pass
     try:
-        return "segment", segmenters.head_of(segmenters.read_segmenter(path), path)
+        return "segment", segmenters.head_of(segmenters.read_segmenter(path).state, path)
     except CheckpointError:
         return None
 
