@@ -15,6 +15,7 @@ from .neighborhood import (
     neighborhood_backends,
     neighborhood_cost,
     set_neighborhood_backend,
+    unfused_neighborhood_backends,
 )
 from .pointwise import pointwise_backends
 from .quadtree import quadtree_backends, quadtree_scores, quadtree_values
@@ -43,4 +44,5 @@ __all__ = [
     "routed_attention",
     "routing_backends",
     "set_neighborhood_backend",
+    "unfused_neighborhood_backends",
 ]
