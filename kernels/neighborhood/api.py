@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import Backend, check_name, choose, report
 from ..triton_launch import off_gpu
-from . import flex, native, natten_peer, tiled, triton_ops
+from . import flex, native, natten_peer, tiled, triton_ops, triton_products
 from .problem import AXIS_NAMES, make_problem
 from .reference import neighborhood_reference
 
@@ -157,8 +157,9 @@ def na3d(
 
 
 def clear_plans() -> None:
-    """Forget how maps are cut by the tiled path, and the masks of the flex path."""
+    """Forget how maps are cut by the tiled path, the masks of the flex path, and Triton's tables of windows."""
     tiled.clear_plans()
+    triton_products.clear_tables()
     flex.clear_masks()
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose, export_obstacle, report
-from . import native
+from ..triton_launch import off_gpu
+from . import native, triton_products
 from .api import preferred
 from .problem import AXIS_NAMES, check_rpb, make_axes
 from .products import neighborhood_scores, neighborhood_values
@@ -58,6 +59,11 @@ def _pair(backend: str) -> tuple[Callable[[Problem], Tensor], ...]:
 # In order of preference; each runs the scores and the values.
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second)),
+    "triton": Backend(
+        _pair("triton"),
+        lambda problem: triton_products.obstacle(problem.second),
+        lambda problem: off_gpu(problem.second),
+    ),
     "tiled": Backend(_pair("tiled"), drawback=lambda problem: export_obstacle()),
     "reference": Backend((_scores_reference, _values_reference)),
 }
@@ -242,8 +248,9 @@ def na2d_qk(
         is_causal: Whether a query sees only its own position and the ones before it, for each axis.
         additional_keys: ``[B, N, heads, dim]``, whose scores follow those of the window.
         rpb: Relative position bias ``[heads, 2 * Kh - 1, 2 * Kw - 1]``, added to the scores.
-        backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"tiled"`` (plain torch)
-            or ``"reference"``. By default the first that can run; exported graphs hold the last.
+        backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"triton"`` (on GPUs),
+            ``"tiled"`` (plain torch) or ``"reference"``. By default the fastest that can run; exported graphs hold the
+            last.
 
     Returns:
         ``[B, H, W, heads, Kh * Kw + N]`` in the dtype of ``query``: neighbors row-major, each axis ascending. The keys
