@@ -109,7 +109,7 @@ def _draw(rows: list[dict], sizes: list[int], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from ..tasks.pictures import BLUE, ORANGE
+    from ..tasks.pictures.figures import BLUE, ORANGE
 
     columns = [name for name in ("held-out accuracy",) if name in rows[0]]
     columns += [f"{what} at {size}" for what in ("images/s", "peak MB") for size in sizes]

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw and print."""
     from ..tasks import TaskError, nearest
-    from ..tasks.pictures import draw_curves
+    from ..tasks.pictures.figures import draw_curves
 
     if len(args.runs) > MOST:
         raise TaskError(f"{len(args.runs)} runs are too many to tell apart; draw at most {MOST}")

@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks import TaskError, engine
     from ..tasks.checkpoints import write_whole
     from ..tasks.classify import Predictor
-    from ..tasks.classify.draw import draw_confusion, draw_gallery
     from ..tasks.data.classification import Digits
     from ..tasks.data.images import read_image
     from ..tasks.data.samples import load_nuclei_half
-    from ..tasks.pictures import draw_curve, draw_neighborhoods
+    from ..tasks.pictures.classes import draw_confusion, draw_gallery
+    from ..tasks.pictures.figures import draw_curve, draw_neighborhoods
 
     began = time.monotonic()
     output = args.output

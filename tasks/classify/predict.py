@@ -130,7 +130,7 @@ class Predictor:
 
     def draw(self, image: Image.Image, ranking: list[tuple[str, float]], path: Path) -> dict[str, str]:
         """Draw the image beside its classes; return what was written beside the picture: nothing."""
-        from .draw import draw_prediction
+        from ..pictures.classes import draw_prediction
 
         draw_prediction(to_pixels(image, self.channels, self.white), ranking, path)
         return {}

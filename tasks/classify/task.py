@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
+from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
-from ..data.classification import InputRule, build_datasets
+from ..data.classification import InputRule
+from ..data.formats import open_classes
 from ..data.occurrence import check_classes
 
 # Images of a gallery.
@@ -59,14 +61,13 @@ def create_classifier(
     except CheckpointError:
         raise
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if unknown_option(error) is None:
             raise
-        raise TaskError(f"{name}: {str(error).split('() ')[-1]}; model.kwargs must be options of the model") from error
+        raise TaskError(f"{name}: {call_fault(error)}; model.kwargs must be options of the model") from error
     except (RuntimeError, OSError, ValueError) as error:
         if not pretrained and checkpoint is None:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{name}: its published weights can't be loaded: {reason}") from error
+        raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
 class Classify:
@@ -76,6 +77,7 @@ class Classify:
         train_set: Training images with labels.
         val_set: Held-out images with labels.
         metric: The metric by which the best checkpoint is chosen.
+        shown: The metrics that a line of progress names.
     """
 
     # Every key a config may have, with its default.
@@ -100,7 +102,7 @@ class Classify:
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "augment": {},  # arguments of timm.data.create_transform; and affine, a dict for RandomAffine
+            "augment": {},  # arguments of timm.data.create_transform; and affine and transforms
         },
         "loss": {
             "label_smoothing": 0.0,
@@ -119,6 +121,7 @@ class Classify:
         "data.white": int,
     }
     metric = "accuracy"
+    shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
         data, loss = config["data"], config["loss"]
@@ -128,9 +131,9 @@ class Classify:
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
         try:
-            self.train_set, self.val_set = build_datasets(data, self.rule)
+            self.train_set, self.val_set = open_classes(data, self.rule)
         except TypeError as error:
-            raise TaskError(f"data.augment: {str(error).split('() ')[-1]}; it takes timm's create_transform") from error
+            raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])
@@ -201,7 +204,7 @@ class Classify:
             title: What is shown.
             train: Whether they are to train on; then they are mixed as the config says, if they are even in number.
         """
-        from .draw import draw_inputs
+        from ..pictures.classes import draw_inputs
 
         images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
         if train and self.mixup is not None and len(items) % 2 == 0:
@@ -231,7 +234,7 @@ class Classify:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        from .draw import draw_confusion, draw_gallery
+        from ..pictures.classes import draw_confusion, draw_gallery
 
         shares = torch.stack(predictions).softmax(-1)
         labels = torch.as_tensor(targets)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..checkpoints import read_checkpoint, rebuilt_from
 from ..data.images import FULL_WHITE, to_pixels
-from .draw import draw_detections, keep_likely
+from ..detections import count_objects, describe_objects
+from ..pictures.objects import draw_detections
 from .task import build_detector, detect_image
 
 
@@ -70,24 +71,11 @@ class Predictor:
 
     def describe(self, found: dict[str, Any]) -> dict[str, Any]:
         """Return, in plain types, the objects whose score is at least ``threshold``: masks as COCO's run lengths."""
-        kept = keep_likely(found, self.threshold)
-        objects = []
-        for index, (box, label, score) in enumerate(
-            zip(kept["boxes"].tolist(), kept["labels"].tolist(), kept["scores"].tolist(), strict=True)
-        ):
-            entry = {"class": self.classes[label], "score": round(score, 6), "box": [round(value, 2) for value in box]}
-            if "masks" in kept:
-                mask = kept["masks"][index]
-                entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
-            objects.append(entry)
-        return {"objects": objects}
+        return describe_objects(found, self.classes, self.threshold)
 
     def headline(self, found: dict[str, Any]) -> str:
         """Return how many objects of which classes there are, in a few words."""
-        labels = keep_likely(found, self.threshold)["labels"].tolist()
-        counts = {self.classes[label]: labels.count(label) for label in sorted(set(labels), key=labels.index)}
-        listed = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:5])
-        return listed + (", ..." if len(counts) > 5 else "") or f"nothing with a score of {self.threshold:g} or more"
+        return count_objects(found, self.classes, self.threshold)
 
     def draw(self, image: Image.Image, found: dict[str, Any], path: Path) -> dict[str, str]:
         """Draw the objects on the image; return what was written beside the picture: nothing."""

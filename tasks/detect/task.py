@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.coco import encode_mask
-from ..data.detection import build_datasets
+from ..data.formats import open_objects
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.build import build_described, describe_model, freeze_statistics, with_told
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
+from ..detections import to_plain
 
 
 class Detect:
@@ -31,7 +31,7 @@ class Detect:
         "model": {
             "head": "mask_rcnn",  # or "retinanet", "cascade_mask_rcnn"
             "backbone": None,  # a timm name
-            "recipe": "auto",  # its dense setting; "auto": the one for the head, where there is one
+            "setting": "auto",  # its dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole detector: a file or an address
@@ -50,13 +50,13 @@ class Detect:
             "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
             "keep_empty": True,  # train on images without objects too
             "repeat": 1,  # how often an epoch shows each training image
-            "augment": {},  # keys of tasks.augment.SETTINGS; images that it resizes have the detector's scale
+            "augment": {},  # keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale
         },
     }
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
     OPTIONAL: ClassVar[dict] = {
         "model.backbone": str,
-        "model.recipe": str,
+        "model.setting": str,
         "model.backbone_checkpoint": str,
         "model.checkpoint": str,
         "data.root": str,
@@ -75,21 +75,20 @@ class Detect:
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = build_datasets(data, self.with_masks, config["damaged_images"] == "skip")
+        self.train_set, self.val_set = open_objects(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
-        self._pad = None
-        if data["augment"].get("shorts") is not None:
-            options = {key: value for key, value in self.model["kwargs"].items() if key in ("mean", "std", "divisor")}
-            self._pad = DetectorTransform(min_size=None, **options)
+        self._are_resized = data["augment"].get("shorts") is not None
 
     def _kinds(self) -> tuple[str, ...]:
         return ("box", "mask") if self.with_masks else ("box",)
 
     def build_model(self) -> nn.Module:
         """Return the detector, initialised or with the weights the config starts from."""
-        return build_detector(self.model, len(self.classes))
+        model = build_detector(self.model, len(self.classes))
+        self.model = with_told(self.model, model)
+        return model
 
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
@@ -106,9 +105,10 @@ class Detect:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
             freeze_statistics(model.backbone)
-        if self._pad is None:
+        if not self._are_resized:
             return model(images, targets)
-        batch, targets, sizes = self._pad(images, targets)
+        options = {name: getattr(model.transform, name) for name in ("mean", "std", "divisor", "channel_order")}
+        batch, targets, sizes = DetectorTransform(min_size=None, **options)(images, targets)
         return model.losses_from_features(model.backbone(batch), targets, sizes)
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class Detect:
 
     def measure(self, predictions: list[dict], targets: list[dict]) -> dict[str, float]:
         """Return COCO's measures of boxes, and of masks, as fractions; those with nothing to find are left out."""
-        from .metrics import NUMBERS, measure_ap
+        from ..metrics.average_precision import NUMBERS, measure_ap
 
         metrics = {}
         for kind in self._kinds():
@@ -137,8 +137,8 @@ class Detect:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        from .draw import draw_comparison, draw_precision
-        from .metrics import measure_ap
+        from ..metrics.average_precision import measure_ap
+        from ..pictures.objects import draw_comparison, draw_precision
 
         shown = list(zip(indices, targets, predictions, strict=True))[:4]
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
@@ -152,7 +152,7 @@ class Detect:
 
     def draw_inputs(self, items: list[tuple[Tensor, dict]], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set, of training or not, with their boxes and masks; ``title`` says what is shown."""
-        from .draw import draw_inputs
+        from ..pictures.objects import draw_inputs
 
         draw_inputs(items, self.classes, path, title)
 
@@ -171,25 +171,18 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     if model["kwargs"].get("torchvision_outputs"):
         raise TaskError("model.kwargs.torchvision_outputs: a run counts labels from 0; set it on the trained model")
-    # All that becomes of images is the run's own say, not that of a file that it starts from.
-    transform = {name: option.default for name, option in inspect.signature(DetectorTransform).parameters.items()}
+    # The sizes of images are the run's own say; how they are normalised, a file that it starts from may tell.
+    held = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
+    parameters = inspect.signature(DetectorTransform).parameters
+    transform = {name: option.default for name, option in parameters.items() if name not in held}
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:
     """Return a detector's answer for an image ``[3, H, W]``, by itself: sharing a batch would move its last bits."""
     return to_plain(model([image])[0])
-
-
-def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Return a detector's answer for an image on the CPU, its masks as run lengths."""
-    plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
-    plain["labels"] = found["labels"].cpu()
-    if "masks" in found:
-        plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
-    return plain

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import TaskError
+from ...zoo.library_errors import call_fault
+from .. import TaskError, nearest
 from ..checkpoints import keep_copy
 from ..data.images import FULL_WHITE
 from .config import plain
@@ -213,8 +215,7 @@ class RunHook(Hook):
         self._keep(entry["epoch"])
         self.folder.write_scalars(self._history)
         measured = {name.removeprefix("val/"): value for name, value in metrics.items()}
-        shown = getattr(self._task, "shown", measured)
-        measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in shown)
+        measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in self._task.shown)
         self.folder.say(
             f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
             f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
@@ -263,13 +264,13 @@ class RunHook(Hook):
 
         A continued run that had its best epoch before shows the last one, and one that was complete draws nothing new.
         """
-        from ..pictures import draw_curve
+        from ..pictures.figures import draw_curve
 
         draw_curve(self._history, self._task.metric, self.output / "curves.png")
         pictures = [("curves.png", "loss and metric over the epochs")]
         collected = (self._history[-1]["epoch"], *self._metric.collected, self._metric.indices)
         epoch, predictions, targets, indices = self._shown or collected
-        if hasattr(self._task, "draw") and targets:
+        if targets:
             pictures += self._task.draw(predictions, targets, self.output, epoch, indices)
         self.folder.say(f"complete; the same again: {self.folder.environment['again']}")
         self.folder.close()
@@ -325,3 +326,28 @@ class TestProgressHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics=None) -> None:
         """Remove it."""
         self._bar.close()
+
+
+def build_hooks(described: Sequence[Mapping[str, Any]]) -> list[Hook]:
+    """Return the hooks of mmengine that a config's ``custom_hooks`` describe.
+
+    Args:
+        described: For each its ``type``, a name registered with mmengine's ``HOOKS``, and its arguments.
+
+    Raises:
+        TaskError: If there is no such hook, or it doesn't take an argument.
+    """
+    hooks = []
+    for number, entry in enumerate(described):
+        place = f"custom_hooks[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
+            raise TaskError(f"{place} is {entry!r}; a hook is dict(type='CheckInvalidLossHook', ...)")
+        if HOOKS.get(entry["type"]) is None:
+            raise TaskError(
+                f"{place}: mmengine has no hook {entry['type']!r}{nearest(entry['type'], HOOKS.module_dict)}"
+            )
+        try:
+            hooks.append(HOOKS.build(dict(entry)))
+        except TypeError as error:
+            raise TaskError(f"{place}: {entry['type']}: {call_fault(error)}") from error
+    return hooks

@@ -30,9 +30,9 @@ _MEASURED = 1000
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Return, in plain types, what stays the same when a data set moves: count, names with labels, lengths of files.
 
-    Names are those below the folder that all files lie in. Bundled data, which has no ``inventory``, is empty.
+    Names are those below the folder that all files lie in. Of bundled data there are none.
     """
-    entries = dataset.inventory() if hasattr(dataset, "inventory") else []
+    entries = dataset.inventory()
     files = [os.path.abspath(file) for file, _ in entries]
     common = os.path.commonpath(map(os.path.dirname, files)) if files else ""
     names, lengths = hashlib.sha256(), hashlib.sha256()
@@ -148,7 +148,7 @@ def build_loader(
     skip_damaged: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of batches; ``dataset.collate``, if there is one, makes them of samples.
+    """Return a loader of batches, made of samples by ``dataset.collate`` if that isn't None.
 
     Args:
         dataset: Samples.
@@ -169,5 +169,5 @@ def build_loader(
         drop_last=seed is not None and len(dataset) >= batch_size * processes,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        collate_fn=getattr(dataset, "collate", None),
+        collate_fn=dataset.collate,
     )

@@ -1,15 +1,26 @@
-"""Whether a run may be continued from its last checkpoint: by the same settings, on the same data."""
+"""A run's own checkpoint: the config it is rebuilt from, and whether it may be continued."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from .. import TaskError
+from ..checkpoints import rebuilt_from
 from .config import DEFAULTS, FREE, leaves, plain
 from .loading import fingerprint
 
 # What may differ between a run and its continuation.
 _RESUME_FREE = ("device", "workers", "log", "checkpoint.interval", "checkpoint.keep")
+
+
+def rebuild_config(config: dict, checkpoint: dict, path: str | Path) -> dict:
+    """Return a config whose model is built from a checkpoint of the run, and images are read as the run did."""
+    white = checkpoint["card"]["white"]
+    if config["data"]["white"] not in (None, white):
+        raise TaskError(
+            f"{path}: was trained with data.white={white}, not {config['data']['white']}; leave data.white out"
+        )
+    return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
 
 
 def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:

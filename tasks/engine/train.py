@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from ...zoo import CheckpointError
 from .. import TaskError
-from ..checkpoints import check_folder, load_weights, read_checkpoint, rebuilt_from, remove_partial
+from ..checkpoints import check_folder, load_weights, read_checkpoint, remove_partial
 from ..devices import choose_device
 from .config import task_class_of
-from .hooks import Metric, RunHook, SeedHook, TestProgressHook
+from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
 from .loading import build_loader
-from .resume import check_resumable
+from .resume import check_resumable, rebuild_config
 from .run_folder import RunFolder
 from .runner import TaskRunner, TrainLoop
 from .schedule import build_schedulers, count_epochs
@@ -67,7 +67,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     if is_main_process():
         check_folder(output, needed=0)
         remove_partial(output)
-    task = task_class_of(config["task"])(config if checkpoint is None else _rebuilt(config, checkpoint, last))
+    task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, last))
     remarks = task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
@@ -98,6 +98,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
                 SeedHook(config["seed"]),
                 run_hook := RunHook(task, config, history, metric, progress),
                 *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+                *build_hooks(config["custom_hooks"]),
             ],
             load_from=str(last) if resume else None,
             resume=resume,
@@ -142,7 +143,7 @@ def evaluate(
     checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
     device, distributed = _launch(config["device"])
     task = task_class_of(config["task"])(
-        config if checkpoint is None else _rebuilt(config, checkpoint, checkpoint_path)
+        config if checkpoint is None else rebuild_config(config, checkpoint, checkpoint_path)
     )
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
@@ -176,16 +177,6 @@ def _check_card(card: dict, expected: dict, path: str | Path) -> None:
     for key in ("model", "classes"):
         if card[key] != expected[key]:
             raise TaskError(f"{path}: its {key} is {card[key]}, but the config's is {expected[key]}")
-
-
-def _rebuilt(config: dict, checkpoint: dict, path: str | Path) -> dict:
-    """Return a config whose model is built from a checkpoint of the run, and images are read as the run did."""
-    white = checkpoint["card"]["white"]
-    if config["data"]["white"] not in (None, white):
-        raise TaskError(
-            f"{path}: was trained with data.white={white}, not {config['data']['white']}; leave data.white out"
-        )
-    return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
 
 
 def _launch(device_name: str) -> tuple[torch.device, bool]:

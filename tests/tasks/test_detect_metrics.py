@@ -5,7 +5,7 @@ import pytest
 import torch
 from faster_coco_eval.core import mask as rle_codec
 from foveate.tasks.data.coco import encode_mask, mask_box, to_run_lengths
-from foveate.tasks.detect.metrics import NUMBERS, measure_ap
+from foveate.tasks.metrics.average_precision import NUMBERS, measure_ap
 
 
 @pytest.fixture(scope="module")

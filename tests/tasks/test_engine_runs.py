@@ -61,7 +61,7 @@ def test_a_log_goes_on_where_a_run_goes_on(config_file, tmp_path):
 
 
 def test_galleries_show_the_surest_hits_and_the_worst_misses(config_file, tmp_path, monkeypatch):
-    from foveate.tasks.classify import draw
+    from foveate.tasks.pictures import classes as draw
 
     seen = {}
     gallery = draw.draw_gallery

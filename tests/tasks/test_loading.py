@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 class Draws(Dataset):
     """Every sample is what it draws; some are damaged."""
 
+    collate = None
+
     def __init__(self, size, damaged=()):
         self.size, self.damaged = size, damaged
 

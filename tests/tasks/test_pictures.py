@@ -4,8 +4,8 @@ import timm
 import torch
 from foveate.blocks import NeighborhoodAttention2d
 from foveate.tasks import TaskError
-from foveate.tasks.classify.draw import draw_confusion, draw_gallery
-from foveate.tasks.pictures import draw_curve, draw_neighborhoods, find_neighborhoods
+from foveate.tasks.pictures.classes import draw_confusion, draw_gallery
+from foveate.tasks.pictures.figures import draw_curve, draw_neighborhoods, find_neighborhoods
 from PIL import Image
 
 

@@ -10,6 +10,7 @@ from foveate.tasks import TaskError, engine
 from foveate.tasks.checkpoints import read_checkpoint, save_checkpoint
 from foveate.tasks.data.images import FULL_WHITE, choose_white, read_image
 from foveate.tasks.engine.config import plain, task_class_of
+from foveate.tasks.engine.resume import rebuild_config
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from PIL import Image
@@ -173,10 +174,10 @@ def test_runs_of_before_are_read_as_they_were(task, tmp_path):
         checkpoint = read_checkpoint(tmp_path / "old.pth")
         assert checkpoint["card"]["white"] == white
         # So are they when they are measured or continued, whatever the images' depth.
-        again = engine._rebuilt(config, checkpoint, "old.pth")
+        again = rebuild_config(config, checkpoint, "old.pth")
         assert task_class_of(task)(again).val_set.white == white
     with pytest.raises(TaskError, match=r"old\.pth: was trained with data\.white=255, not 4095; leave data\.white out"):
-        engine._rebuilt(config | {"data": config["data"] | {"white": 4095}}, checkpoint, "old.pth")
+        rebuild_config(config | {"data": config["data"] | {"white": 4095}}, checkpoint, "old.pth")
 
 
 def test_the_setting_wins_and_is_checked(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks.data.augment import IGNORE
-from foveate.tasks.segment.metrics import count_labels, measure_labels, measure_panoptic
+from foveate.tasks.metrics.segmentation import count_labels, measure_labels, measure_panoptic
 
 
 def published_maps():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -11,13 +12,16 @@ import foveate
 import pytest
 import timm
 import torch
-from foveate.tasks import engine
+from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
 from foveate.tasks.dense.build import freeze_statistics
 from foveate.tasks.engine import run_folder
 from foveate.tasks.engine import runner as runner_module
+from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.hooks import SeedHook
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -45,6 +49,10 @@ class Inputs(TensorDataset):
     """Inputs that are no pictures."""
 
     white = FULL_WHITE
+    collate = None
+
+    def inventory(self):
+        return []
 
 
 class LineTask:
@@ -53,6 +61,7 @@ class LineTask:
     DEFAULTS: ClassVar[dict] = {}
     FREE = ()
     metric = "loss"
+    shown = ("loss",)
     classes: ClassVar[list] = ["line"]
     inputs = torch.tensor([[1.0, 2.0], [3.0, 5.0], [-1.0, 4.0], [2.0, 0.0]])
 
@@ -75,6 +84,9 @@ class LineTask:
     def measure(self, predictions, targets):
         return {"loss": float(torch.stack(predictions).mean())}
 
+    def draw(self, predictions, targets, folder, epoch, indices):
+        return []
+
     def card(self):
         return {"task": "line", "model": "line", "classes": self.classes}
 
@@ -90,7 +102,7 @@ def train(monkeypatch, tmp_path):
             tasks.append(task_class(config))
             return tasks[-1]
 
-        monkeypatch.setattr(engine, "task_class_of", lambda name: make)
+        monkeypatch.setattr(import_module("foveate.tasks.engine.train"), "task_class_of", lambda name: make)
         monkeypatch.setattr(run_folder, "format_config", repr)  # it knows the keys of the house's tasks alone
         make.FREE, make.DEFAULTS = (), {}
         settings = {"epochs": 1, "batch_size": 4, "ema": None, "precision": "float32"} | settings
@@ -207,7 +219,7 @@ def test_dense_recipes_obey_norm_eval(recipe):
     config = engine.load_config(
         CONFIGS / f"{recipe}.py", ["model.norm_eval=True", "model.backbone=ela_t_resnet18", "device=cpu"]
     )
-    task = engine.task_class_of(config["task"])(config)
+    task = task_class_of(config["task"])(config)
     seen = {}
 
     class Seen(Exception):
@@ -326,3 +338,29 @@ def test_segmenters_see_rgb_of_imagenet_by_default():
     data = Segment.DEFAULTS["data"]
     torch.testing.assert_close(255 * torch.tensor(data["mean"]), torch.tensor([123.675, 116.28, 103.53]))
     torch.testing.assert_close(255 * torch.tensor(data["std"]), torch.tensor([58.395, 57.12, 57.375]))
+
+
+def test_hooks_of_mmengine_are_called(train, capsys):
+    @HOOKS.register_module(force=True)
+    class Notes(Hook):
+        def __init__(self, text):
+            self.text = text
+
+        def after_train_epoch(self, runner):
+            print(self.text, runner.epoch)
+
+    train(custom_hooks=[{"type": "Notes", "text": "noted"}], epochs=2)
+    assert capsys.readouterr().out.split() == ["noted", "0", "noted", "1"]
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ({"type": "EMAHok"}, r"custom_hooks\[0\]: mmengine has no hook 'EMAHok'; did you mean 'EMAHook'"),
+        ({"type": "CheckInvalidLossHook", "speed": 1}, r"custom_hooks\[0\]: CheckInvalidLossHook: .*speed"),
+        ("EMAHook", r"custom_hooks\[0\] is 'EMAHook'; a hook is dict"),
+    ],
+)
+def test_wrong_hooks_are_named(train, described, reason):
+    with pytest.raises(TaskError, match=reason):
+        train(custom_hooks=[described])

@@ -41,7 +41,7 @@ def test_an_image_file_is_predicted_as_it_was_evaluated(digits_run, tmp_path):
         held_out.image(index).save(tmp_path / f"{index:03d}.png")
     argv = ["predict", str(tmp_path / "[0-9]*.png"), "--checkpoint", str(digits_run / "last.pth"), "--top", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foveate.tasks.classify.draw.draw_prediction", lambda *args: None)
+        patch.setattr("foveate.tasks.pictures.classes.draw_prediction", lambda *args: None)
         assert main([*argv, "--output", str(tmp_path / "out")]) == 0
     entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
     right = sum(

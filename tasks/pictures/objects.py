@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..data.coco import decode_masks, encode_mask
-from ..pictures import BLUE, GREEN, ORANGE, add_legend, choose_styles, new_figure, save_figure
+from ..detections import keep_likely
+from .figures import BLUE, GREEN, ORANGE, add_legend, choose_styles, new_figure, save_figure
 
 # More objects than this get no text of their own: the legend says what they are.
 NAMED = 25
@@ -61,15 +62,6 @@ def draw_objects(
             score = f" {objects['scores'][index]:.2f}" if "scores" in objects else ""
             text = {"fontsize": 7, "va": "bottom" if y1 > 12 else "top", "clip_on": True}
             axes.text(x1, y1, classes[label] + score, bbox={"fc": colour, "ec": "none", "pad": 1}, **text)
-
-
-def keep_likely(found: Mapping[str, Any], threshold: float) -> dict[str, Any]:
-    """Return the objects whose score is at least ``threshold``."""
-    keep = found["scores"] >= threshold
-    kept = {key: found[key][keep] for key in ("boxes", "labels", "scores")}
-    if "masks" in found:
-        kept["masks"] = [found["masks"][index] for index in keep.nonzero()[:, 0].tolist()]
-    return kept
 
 
 def match_objects(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.augment import IGNORE
 from ..data.coco import decode_masks
-from ..pictures import GREY, add_legend, choose_styles, new_figure, save_figure
+from .figures import GREY, add_legend, choose_styles, new_figure, save_figure
 
 Styles = Mapping[int, tuple[str, str | None]]
 

@@ -12,10 +12,10 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
-from ..blocks import NeighborhoodAttention2d
-from ..kernels.neighborhood.window import axis_windows
-from . import TaskError
-from .checkpoints import write_whole
+from ...blocks import NeighborhoodAttention2d
+from ...kernels.neighborhood.window import axis_windows
+from .. import TaskError
+from ..checkpoints import write_whole
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"

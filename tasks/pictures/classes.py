@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..pictures import BLUE, GREEN, GREY, RED, new_figure, save_figure
+from .figures import BLUE, GREEN, GREY, RED, new_figure, save_figure
 
 
 def draw_gallery(
