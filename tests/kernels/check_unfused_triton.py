@@ -25,7 +25,8 @@ CASES = [
 def test_matches_the_reference_forward_and_backward(case):
     spatial, kernel_size, dilation, is_causal, heads_first, dim, dim_v = case
     qk, av = (getattr(kernels, f"na{len(spatial)}d_{half}") for half in ("qk", "av"))
-    maps = [torch.randn(2, *spatial, 2, size) for size in (dim, dim, dim_v)]
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, *spatial, 2, size, generator=generator) for size in (dim, dim, dim_v)]
     if heads_first:
         maps = [x.movedim(-2, 1).contiguous().movedim(1, -2) for x in maps]
     results = []
@@ -36,7 +37,7 @@ def test_matches_the_reference_forward_and_backward(case):
         out = av(scores.softmax(-1), v, *options, backend=backend)
         results.append((scores, out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
