@@ -2,12 +2,11 @@
 
 ``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, fused and
 unfused, against FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window;
-then without bias, where an installed NATTEN is among the peers. ``models`` times
-backbones against a peer. ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights,
-on a backbone's maps of one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes,
-forward and backward, against the usual formulation with grid_sample. ``loader`` times epochs of labelled JPEGs by our
-loader and by timm's, with the same augmentation. Tables are printed and written as markdown and csv; kernels also as a
-plot of time against size.
+then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against a peer.
+``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of
+one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward, against
+the usual formulation with grid_sample. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the
+same augmentation. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse

@@ -30,8 +30,8 @@ def test_kernels_compile_without_spills(kernel, capability, resources_of):
 
     tables = ["*i64", "*i64"] if kernel == "scatter_kernel" else ["*i32"]
     function = getattr(triton_product_kernels, kernel)
-    # NAT's windows, a volume's, and the largest dim that the path takes
-    for dim, slots, dtype in ((32, 49, "fp32"), (64, 343, "bf16"), (512, 9, "fp16")):
+    # NAT's windows, and the largest dim that the path takes
+    for dim, slots, dtype in ((32, 49, "bf16"), (512, 9, "fp32")):
         constants = triton_product_kernels.launch_options(kernel, dim, slots)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
         types = [f"*{dtype}"] * 3 + tables + ["i32"] * 11
