@@ -341,7 +341,7 @@ def build_hooks(described: Sequence[Mapping[str, Any]]) -> list[Hook]:
     for number, entry in enumerate(described):
         place = f"custom_hooks[{number}]"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
-            raise TaskError(f"{place} is {entry!r}; a hook is dict(type='CheckInvalidLossHook', ...)")
+            raise TaskError(f"{place} is {entry!r}; a hook is dict(type='EarlyStoppingHook', ...)")
         if HOOKS.get(entry["type"]) is None:
             raise TaskError(
                 f"{place}: mmengine has no hook {entry['type']!r}{nearest(entry['type'], HOOKS.module_dict)}"

@@ -64,7 +64,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "schedule.power": "of poly",
         "schedule.steps": "of step: epochs after which the learning rate is multiplied by gamma",
         "schedule.gamma": "of step",
-        "custom_hooks": "hooks of mmengine, or registered with it: dict(type='CheckInvalidLossHook', interval=50), ...",
+        "custom_hooks": "of mmengine, or registered with it: dict(type='EarlyStoppingHook', monitor='val/accuracy'), ...",
         "ema": "weight of the newest parameters in their running average, such as 2e-4",
     },
     "classify": {
@@ -84,7 +84,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "data.interpolation": "of held-out images; of training images unless augment says another",
         "data.crop_pct": "share of the side that is left of held-out images",
         "data.crop_mode": 'of held-out images that aren\'t square: "center", "squash" or "border"',
-        "data.augment": "arguments of timm.data.create_transform; affine, RandomAffine's; transforms, any of albumentations'",
+        "data.augment": "timm.data.create_transform's; affine: RandomAffine's; transforms: any of albumentations'",
         "loss.label_smoothing": "share of the truth that is spread over all classes",
         "loss.mixup": "alpha of timm.data.Mixup; 0: none",
         "loss.cutmix": "alpha of timm.data.Mixup; 0: none",

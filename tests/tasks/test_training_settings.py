@@ -357,10 +357,16 @@ def test_hooks_of_mmengine_are_called(train, capsys):
     ("described", "reason"),
     [
         ({"type": "EMAHok"}, r"custom_hooks\[0\]: mmengine has no hook 'EMAHok'; did you mean 'EMAHook'"),
-        ({"type": "CheckInvalidLossHook", "speed": 1}, r"custom_hooks\[0\]: CheckInvalidLossHook: .*speed"),
+        ({"type": "EarlyStoppingHook", "speed": 1}, r"custom_hooks\[0\]: EarlyStoppingHook: .*speed"),
         ("EMAHook", r"custom_hooks\[0\] is 'EMAHook'; a hook is dict"),
     ],
 )
 def test_wrong_hooks_are_named(train, described, reason):
     with pytest.raises(TaskError, match=reason):
         train(custom_hooks=[described])
+
+
+def test_a_run_may_stop_early_by_mmengine_s_hook(train):
+    stop = {"type": "EarlyStoppingHook", "monitor": "val/loss", "patience": 1, "min_delta": 1e9}
+    _, checkpoint = train(custom_hooks=[stop], epochs=9)
+    assert len(checkpoint["history"]) < 4
