@@ -21,7 +21,7 @@ def test_interpreted_kernels_match_the_reference():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.heavy) for other in (80, 100))])
 @pytest.mark.parametrize("kernel", ["scores_kernel", "values_kernel", "scatter_kernel"])
 def test_kernels_compile_without_spills(kernel, capability, resources_of):
     from foveate.kernels.neighborhood import triton_product_kernels
