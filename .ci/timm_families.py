@@ -123,10 +123,10 @@ def check_maps(model) -> None:
         rows, columns = found[2:]
         if min(rows, columns) < 3:
             continue
-        # A corner off the diagonal shows maps that are shuffled, turned or transposed.
-        row, column = _focus(level, image, rows - 1, 0)
-        if not (row > SIZE[0] / 2 and column < SIZE[1] / 2):
-            raise AssertionError(f"map {index}, stride {stride}: its lower left corner looks at {row}, {column}")
+        # Two corners off the diagonal show maps that are shuffled, turned or transposed.
+        below, above = _focus(level, image, rows - 1, 0), _focus(level, image, 0, columns - 1)
+        if not (below[0] > above[0] and below[1] < above[1]):
+            raise AssertionError(f"map {index}, stride {stride}: its corners look at {below} and {above}")
 
 
 def _focus(level, image, row: int, column: int) -> tuple[float, float]:
