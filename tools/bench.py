@@ -353,7 +353,8 @@ def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds:
 
     from timm.data import ImageDataset, create_loader
 
-    from ..tasks.data.classification import InputRule, LabelledFolder, keep_posterize_total
+    from ..tasks.data.class_folder import LabelledFolder
+    from ..tasks.data.classification import InputRule, keep_posterize_total
     from ..tasks.engine.loading import build_loader
 
     settings = {

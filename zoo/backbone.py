@@ -1,10 +1,13 @@
 """Any timm model as a backbone of dense prediction: maps out, channels and reductions known."""
 
 import difflib
+import functools
 import math
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch.nn.functional as F
@@ -13,10 +16,11 @@ from torch import Tensor, nn
 
 from ._maps import BackboneError, Maps, dense_indices, measure, said_maps
 from .loading import create_model
+from .weights import locate
 
 
 class UnknownModelError(ValueError):
-    """A name or a recipe that is not registered; the message names the nearest, or what there is."""
+    """A name or a setting that is not registered; the message names the nearest, or what there is."""
 
 
 class Backbone(nn.Module):
@@ -108,10 +112,28 @@ def _resampled(level: Tensor, stride: int, wanted: int) -> Tensor:
     return F.interpolate(level, scale_factor=stride / wanted, mode="bilinear", recompute_scale_factor=False)
 
 
-def recipes_of(name: str) -> dict[str, dict]:
-    """Return the published dense settings of a model by recipe; empty if there are none."""
+def dense_settings_of(name: str) -> dict[str, dict]:
+    """Return the published dense settings of a model by setting; empty if there are none."""
     module = sys.modules[model_entrypoint(name).__module__]
-    return getattr(module, "recipes", {}).get(name.split(".")[0], {})
+    return getattr(module, "dense_settings", {}).get(name.split(".")[0], {})
+
+
+def head_options_of(name: str, head: str) -> dict[str, Any]:
+    """Return what a family's published dense models do otherwise than others.
+
+    Args:
+        name: Model.
+        head: A detector's or segmenter's name, whose options they are; or ``"images"``, for the published evaluation's
+            ``divisor`` of an image's sides.
+    """
+    module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
+    options = getattr(module, "head_options", {})
+    return {
+        key: value
+        for pattern, heads in options.items()
+        if fnmatchcase(name, pattern)
+        for key, value in heads.get(head, {}).items()
+    }
 
 
 def check_name(name: str) -> None:
@@ -123,7 +145,7 @@ def check_name(name: str) -> None:
 
 def create_backbone(
     name: str,
-    recipe: str | None = None,
+    setting: str | None = None,
     checkpoint: str | Path | None = None,
     out_indices: Sequence[int] | None = (0, 1, 2, 3),
     **kwargs,
@@ -135,27 +157,44 @@ def create_backbone(
 
     Args:
         name: Registered name, with an optional tag.
-        recipe: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
+        setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
         checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
-            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read.
+            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read: ours,
+            and those of mmdet, mmseg, detectron2 and Mask2Former.
         out_indices: Which maps to return. None takes those that dense heads use: the last four of stages that begin at
             stride 4, four at even distances of blocks on one map, or those nearest to strides 4, 8, 16 and 32; and
             resamples maps whose stride is no power of two, such as 14, to the nearest one.
-        **kwargs: Options of the model; they win over the recipe's.
+        **kwargs: Options of the model; they win over the setting's. Those of a form are no options of timm's, see
+            `published.PublishedBackbone`: ``style``, ``dense``, ``out_norms``. A published file tells them.
 
     Raises:
-        UnknownModelError: If the model or the recipe is unknown.
+        UnknownModelError: If the model or the setting is unknown.
         BackboneError: If timm gives no such maps of it.
         CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
+    # That file's backbones are of the class above.
+    from .published import PublishedBackbone, build_filled, form_in, is_foreign
+
     check_name(name)
+    if checkpoint is not None and is_foreign(name):
+        checkpoint = locate(checkpoint)
+        create = functools.partial(create_backbone, name, setting, None, out_indices)
+        filled = build_filled(create, name, checkpoint, kwargs)
+        if filled is not None:
+            return filled
+    form, kwargs = form_in(kwargs)
+    kind = functools.partial(PublishedBackbone, **form) if form else Backbone
     options = {}
-    if recipe is not None:
-        known = recipes_of(name)
-        if recipe not in known:
-            raise UnknownModelError(f"{name} has no recipe {recipe!r}; it has {', '.join(map(repr, known)) or 'none'}")
-        options = dict(known[recipe])
+    if setting is not None:
+        known = dense_settings_of(name)
+        if setting not in known:
+            raise UnknownModelError(
+                f"{name} has no setting {setting!r}; it has {', '.join(map(repr, known)) or 'none'}"
+            )
+        options = dict(known[setting])
     options |= kwargs
+    if form.get("dense") and name.startswith("swin_"):
+        options["always_partition"] = True
     if model_entrypoint(name).__module__.startswith(f"{__package__}."):
         # The contract tests hold ours to what they say.
         indices = (-4, -3, -2, -1) if out_indices is None else tuple(out_indices)
@@ -163,4 +202,4 @@ def create_backbone(
     free, maps = measure(name, options)
     maps = maps.take(dense_indices(maps) if out_indices is None else out_indices)
     options = {"features_only": True, "out_indices": maps.indices} | free | options
-    return Backbone(create_model(name, checkpoint, **options), maps, resample=out_indices is None)
+    return kind(create_model(name, checkpoint, **options), maps, resample=out_indices is None)

@@ -535,3 +535,42 @@ def read_segment_ids(picture: np.ndarray) -> np.ndarray:
     """Return the segment ids ``[H, W]``, int64, of a panoptic picture ``[H, W, 3]`` of RGB."""
     red, green, blue = np.moveaxis(picture.astype(np.int64), -1, 0)
     return red + 256 * green + 65536 * blue
+
+
+def _place(root: Path, data: dict, split: str) -> tuple[Path, Path]:
+    """Return the file of annotations and the folder of images of a split."""
+    part = data[split]
+    images = root / part["images"]
+    if not images.is_dir():
+        raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
+    return root / part["annotations"], images
+
+
+def find_objects(
+    root: Path, data: dict, split: str, with_masks: bool, skip_damaged: bool
+) -> tuple[list[Record], list[str]]:
+    """Return the images of a split with their objects, and the classes."""
+    path, images = _place(root, data, split)
+    records, found, _ = read_instances(path, images, with_masks, data["broken"], skip_damaged)
+    classes = found if data["classes"] is None else list(data["classes"])
+    if not order_by_name(records, found, classes):
+        raise TaskError(f"data.classes is {classes}, but {path} has {found}")
+    return records, classes
+
+
+def find_instances(
+    root: Path, data: dict, split: str, skip_damaged: bool
+) -> tuple[list[Record], list[str], list[bool]]:
+    """Return the images of a split with their objects, the classes, and that all are things."""
+    path, images = _place(root, data, split)
+    records, classes, _ = read_instances(path, images, True, data["broken"], skip_damaged)
+    return records, classes, [True] * len(classes)
+
+
+def find_segments(
+    root: Path, data: dict, split: str, skip_damaged: bool
+) -> tuple[list[PanopticRecord], list[str], list[bool]]:
+    """Return the images of a split with their segments, the classes, and which of them are things."""
+    path, images = _place(root, data, split)
+    maps = data[split]["maps"]
+    return read_panoptic(path, images, None if maps is None else root / maps, data["broken"], skip_damaged)

@@ -1,4 +1,4 @@
-"""Images with annotated objects: COCO's JSON, Pascal VOC's XML, and the bundled nuclei."""
+"""Images with annotated objects, and the bundled nuclei."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import TaskError, nearest
 from .augment import Augment
 from .coco import (
     Instances,
@@ -18,16 +17,11 @@ from .coco import (
     decode_masks,
     encode_mask,
     mask_box,
-    order_by_name,
-    read_instances,
     read_picture,
     to_run_lengths,
 )
-from .images import FULL_WHITE, check_white, choose_white, to_bytes, white_of_depth
+from .images import FULL_WHITE, to_bytes, white_of_depth
 from .samples import load_nuclei_half
-from .voc import name_classes, read_voc
-
-DATA_SETS = ("coco", "nuclei", "voc")
 
 
 class DetectionSet(Dataset):
@@ -137,67 +131,3 @@ def _measured(instances: Instances, size: tuple[int, int]) -> dict[str, Any]:
     if instances.masks is not None:
         target["masks"] = [to_run_lengths(mask, *size) for mask in instances.masks]
     return target
-
-
-def build_datasets(data: dict, with_masks: bool, skip_damaged: bool = False) -> tuple[DetectionSet, DetectionSet]:
-    """Return the training and the validation set that a config's ``data`` describes.
-
-    Args:
-        data: As in `Detect.DEFAULTS`.
-        with_masks: Whether the objects need masks.
-        skip_damaged: Whether images that can't be read are left to the loader, which skips them.
-
-    Raises:
-        TaskError: If the data set is unknown, its files are missing or its annotations broken, or training and
-            validation have different classes.
-    """
-    augment = Augment(data["augment"])
-    if data["broken"] not in ("refuse", "drop"):
-        raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
-    if data["repeat"] < 1:
-        raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
-    white = check_white(data.get("white"))
-    if data["name"] == "nuclei":
-        train, val = Nuclei("train", augment, data["repeat"]), Nuclei("val")
-        if data["classes"] is not None and list(data["classes"]) != train.classes:
-            raise TaskError(f"data.classes is {list(data['classes'])}, but nuclei has {train.classes}")
-        train.white = val.white = white or train.white
-    elif data["name"] in DATA_SETS:
-        parts = {split: _read_part(data, split, with_masks, skip_damaged) for split in ("train", "val")}
-        (records, classes), (held_out, found) = parts["train"], parts["val"]
-        if not order_by_name(held_out, found, classes):
-            differing = sorted(set(classes) ^ set(found)) or "names that repeat, in another order"
-            raise TaskError(f"training and validation annotations have different classes: {differing}")
-        if not data["keep_empty"]:
-            records = [record for record in records if not record.instances.crowd.all()]
-        train = DetectionSet(records, classes, augment, data["repeat"])
-        val = DetectionSet(held_out, classes)
-        train.white = val.white = white or choose_white([record.file for record in records])
-    else:
-        raise TaskError(f"unknown data set {data['name']!r}{nearest(str(data['name']), DATA_SETS)}")
-    if data["num_classes"] not in (None, len(train.classes)):
-        raise TaskError(
-            f"data.num_classes is {data['num_classes']}, but {data['root'] or data['name']} has {len(train.classes)} "
-            f"classes; leave it None to take what is there"
-        )
-    return train, val
-
-
-def _read_part(data: dict, split: str, with_masks: bool, skip_damaged: bool) -> tuple[list[Record], list[str]]:
-    if data["root"] is None:
-        raise TaskError("data.root is not set; name the folder that holds images and annotations")
-    root, part = Path(data["root"]).expanduser(), data[split]
-    if not root.is_dir():
-        raise TaskError(f"{root}: no such folder (data.root)")
-    if data["name"] == "voc":
-        classes = name_classes(data["classes"])
-        return read_voc(root, part["split"], classes, with_masks, data["broken"], skip_damaged), classes
-    images = root / part["images"]
-    if not images.is_dir():
-        raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
-    path = root / part["annotations"]
-    records, found, _ = read_instances(path, images, with_masks, data["broken"], skip_damaged)
-    classes = found if data["classes"] is None else list(data["classes"])
-    if not order_by_name(records, found, classes):
-        raise TaskError(f"data.classes is {classes}, but {path} has {found}")
-    return records, classes

@@ -1,4 +1,4 @@
-"""Images whose pixels are labelled: ADE20K, Cityscapes, Pascal VOC, plain folders, COCO's two formats, the nuclei."""
+"""Images whose pixels are labelled: by pictures of labels, by COCO's two formats, and the bundled nuclei."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import TaskError, nearest
+from .. import TaskError
 from ..dense.normalize import normalize
 from ..dense.segment.inference import pad_to
-from .annotations import Faults, check_names, count_values, in_threads, read_lines
+from .annotations import Faults, count_values, in_threads
 from .augment import IGNORE, Augment, resize_within
 from .coco import (
     PanopticRecord,
@@ -22,9 +22,6 @@ from .coco import (
     decode_masks,
     encode_mask,
     mask_box,
-    order_by_name,
-    read_instances,
-    read_panoptic,
     read_picture,
     read_segment_ids,
     to_run_lengths,
@@ -32,9 +29,6 @@ from .coco import (
 from .images import (
     FULL_WHITE,
     DamagedImageError,
-    check_white,
-    choose_white,
-    list_images,
     read_image,
     read_size,
     read_values,
@@ -42,46 +36,6 @@ from .images import (
     white_of_depth,
 )
 from .samples import load_nuclei_half
-from .voc import Names, check_classes, name_classes
-
-DATA_SETS = ("ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc")
-
-_ADE20K = (
-    "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,mountain,"
-    "plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,field,armchair,seat,fence,desk,rock,"
-    "wardrobe,lamp,bathtub,railing,cushion,base,box,column,signboard,chest of drawers,counter,sand,sink,skyscraper,"
-    "fireplace,refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,river,bridge,"
-    "bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,palm,kitchen island,computer,"
-    "swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,truck,tower,chandelier,awning,streetlight,booth,"
-    "television receiver,airplane,dirt track,apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,poster,stage,"
-    "van,ship,fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,waterfall,tent,bag,"
-    "minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,bicycle,lake,dishwasher,screen,blanket,"
-    "sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,"
-    "radiator,glass,clock,flag"
-)
-ADE20K_CLASSES = _ADE20K.split(",")
-# Cityscapes' 19 classes by the id that its label maps have; the other ids of 0 to 33 aren't counted.
-CITYSCAPES_IDS = {
-    7: "road",
-    8: "sidewalk",
-    11: "building",
-    12: "wall",
-    13: "fence",
-    17: "pole",
-    19: "traffic light",
-    20: "traffic sign",
-    21: "vegetation",
-    22: "terrain",
-    23: "sky",
-    24: "person",
-    25: "rider",
-    26: "car",
-    27: "truck",
-    28: "bus",
-    31: "train",
-    32: "motorcycle",
-    33: "bicycle",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +49,7 @@ class InputRule:
         divisor: Then both sides are stretched, a little, to the next multiple of it.
         mean: Subtracted from pixels of 0 to 1, for each channel.
         std: Divides the difference, for each channel.
+        channel_order: ``"bgr"`` turns the channels round first; ``mean`` and ``std`` are in that order.
     """
 
     short: int | None
@@ -102,6 +57,7 @@ class InputRule:
     divisor: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channel_order: str = "rgb"
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -111,7 +67,8 @@ class InputRule:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""
-        return normalize(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), self.mean, self.std)
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return normalize(image, self.mean, self.std, self.channel_order)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an RGB image as the input of evaluation, ``[3, H', W']``."""
@@ -135,7 +92,7 @@ class SegmentationSet(Dataset):
         classes: Names of the classes, in the order of the labels.
         things: For each class whether its objects are told apart.
         rule: How images become inputs.
-        task: What is predicted: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: What is predicted: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         as_masks: Whether to train on masks.
         augment: Augmentation; the set is to be measured by if None.
         pad: Height and width to which smaller images are padded, by zeros after normalisation, to train on them.
@@ -150,14 +107,14 @@ class SegmentationSet(Dataset):
         classes: Sequence[str],
         things: Sequence[bool],
         rule: InputRule,
-        task: str,
+        output: str,
         as_masks: bool,
         augment: Augment | None = None,
         pad: tuple[int, int] | None = None,
         repeat: int = 1,
     ):
         self.classes, self.things = list(classes), list(things)
-        self.rule, self.task, self.as_masks = rule, task, as_masks
+        self.rule, self.output, self.as_masks = rule, output, as_masks
         self.augment, self.pad, self.repeat = augment, pad, repeat
 
     @property
@@ -221,10 +178,10 @@ class SegmentationSet(Dataset):
         return pad_to(x, [max(sides) for sides in zip(self.pad or (0, 0), x.shape[-2:], strict=True)], value)
 
     def _truth(self, index: int) -> Any:
-        if self.task == "semantic":
+        if self.output == "semantic":
             return torch.from_numpy(self.labels(index))
         masks, labels, crowd = self.segments(index)
-        if self.task == "instance":
+        if self.output == "instance":
             return {
                 "boxes": torch.from_numpy(_boxes(masks)),
                 "labels": torch.from_numpy(labels),
@@ -421,14 +378,14 @@ class Nuclei(SegmentationSet):
 
     Args:
         split: ``"train"`` for the left half, else the right one.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         tile: Side of the tiles that the half is cut into, row by row; None: one image.
         **settings: As for `SegmentationSet`.
     """
 
-    def __init__(self, split: str, task: str, tile: int | None = None, **settings):
-        names = ["nucleus"] if task == "instance" else ["background", "nucleus"]
-        super().__init__(classes=names, things=[name == "nucleus" for name in names], task=task, **settings)
+    def __init__(self, split: str, tile: int | None = None, output: str = "semantic", **settings):
+        names = ["nucleus"] if output == "instance" else ["background", "nucleus"]
+        super().__init__(classes=names, things=[name == "nucleus" for name in names], output=output, **settings)
         pixels, numbers = load_nuclei_half(split)
         self.white = white_of_depth(int(pixels.max()))
         height, width = numbers.shape
@@ -454,220 +411,11 @@ class Nuclei(SegmentationSet):
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return background, unless instances are asked for, and nuclei; for semantic masks all nuclei as one."""
         numbers = self.tiles[index][1]
-        if self.task == "semantic":
+        if self.output == "semantic":
             masks, labels = np.stack([numbers == 0, numbers > 0]), np.arange(2)
         else:
             found = np.unique(numbers)
-            found = found[found > 0] if self.task == "instance" else found
+            found = found[found > 0] if self.output == "instance" else found
             masks = numbers == found[:, None, None]
-            labels = np.minimum(found, 1) if self.task == "panoptic" else np.zeros_like(found)
+            labels = np.minimum(found, 1) if self.output == "panoptic" else np.zeros_like(found)
         return masks.astype(np.uint8), labels.astype(np.int64), np.zeros(len(labels), bool)
-
-
-def build_datasets(
-    data: dict, rule: InputRule, task: str = "semantic", as_masks: bool = False, skip_damaged: bool = False
-) -> tuple[SegmentationSet, SegmentationSet]:
-    """Return the training and the validation set that a config's ``data`` describes.
-
-    Args:
-        data: As in `Segment.DEFAULTS`.
-        rule: How images become inputs.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
-        as_masks: Whether to train on masks.
-        skip_damaged: Whether images that can't be read are left to the loader, which skips them.
-
-    Raises:
-        TaskError: If the data set is unknown or doesn't hold what the task needs, or its files are missing or broken.
-    """
-    name = data["name"]
-    if name not in DATA_SETS:
-        raise TaskError(f"unknown data set {name!r}{nearest(str(name), DATA_SETS)}")
-    fits = {
-        "coco": ("instance",),
-        "coco_panoptic": ("panoptic", "semantic"),
-        "nuclei": ("semantic", "instance", "panoptic"),
-    }
-    if task not in fits.get(name, ("semantic",)):
-        raise TaskError(
-            f"{name} has no annotations for {task} segmentation, only for {' or '.join(fits.get(name, ('semantic',)))}"
-        )
-    if data["broken"] not in ("refuse", "drop"):
-        raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
-    if data["repeat"] < 1:
-        raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
-    for key in ("values", "unlabelled"):
-        if data[key] is not None and name != "folder":
-            raise TaskError(
-                f"data.{key} is for label maps of data.name=folder; those of {name} have values of their own"
-            )
-    white = check_white(data.get("white"))
-    crop = data["augment"].get("crop")
-    pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
-    shared = {"rule": rule, "task": task, "as_masks": as_masks}
-    to_train = {"augment": Augment(data["augment"]), "pad": pad, "repeat": data["repeat"]}
-    if name == "nuclei":
-        shared.pop("task")
-        sets = Nuclei("train", task, **shared, **to_train), Nuclei("val", task, data["tile"], **shared)
-        white = white or sets[0].white
-    else:
-        if data["root"] is None:
-            raise TaskError("data.root is not set; name the folder that holds images and annotations")
-        root = Path(data["root"]).expanduser()
-        if not root.is_dir():
-            raise TaskError(f"{root}: no such folder (data.root)")
-        read = {"coco": _read_coco, "coco_panoptic": _read_coco}.get(name, _read_maps)
-        sets = tuple(
-            read(root, data, split, shared | settings, skip_damaged)
-            for split, settings in (("train", to_train), ("val", {}))
-        )
-        white = white or choose_white(sets[0].image_files)
-    sets[0].white = sets[1].white = white
-    _order_classes(sets, data)
-    if data["num_classes"] not in (None, len(sets[0].classes)):
-        raise TaskError(
-            f"data.num_classes is {data['num_classes']}, but {data['root'] or name} has {len(sets[0].classes)} "
-            f"classes; leave it None to take what is there"
-        )
-    if len(sets[0].classes) >= IGNORE:
-        raise TaskError(f"{name} has {len(sets[0].classes)} classes; at most {IGNORE - 1} can be told from unlabelled")
-    return sets
-
-
-def _order_classes(sets: tuple[SegmentationSet, SegmentationSet], data: dict) -> None:
-    """Give both sets the classes in one order: that of ``data.classes``, or else that of the training set.
-
-    Raises:
-        TaskError: If they have other classes, or a class whose objects are told apart in one of them only.
-    """
-    name, (train, val) = data["name"], sets
-    # Of these the label maps' classes were named by it.
-    given = None if data["classes"] is None or name in ("voc", "folder") else list(data["classes"])
-    expected = list(train.classes) if given is None else given
-    for part in sets:
-        found = part.classes
-        # Only files of COCO's formats number classes as they like.
-        fits = order_by_name(part.records, found, expected) if isinstance(part, CocoMaps) else found == expected
-        if not fits and given is not None:
-            raise TaskError(f"data.classes is {given}, but {name} has {found}")
-        if not fits:
-            differing = sorted(set(expected) ^ set(found)) or "names that repeat, in another order"
-            raise TaskError(f"training and validation annotations have different classes: {differing}")
-        if found != expected:
-            part.things = [part.things[found.index(label)] for label in expected]
-            part.classes = list(expected)
-    differing = [label for label, *kinds in zip(expected, train.things, val.things, strict=True) if len({*kinds}) > 1]
-    if differing:
-        raise TaskError(f"training and validation annotations differ in isthing of {', '.join(differing[:5])}")
-
-
-def _read_coco(root: Path, data: dict, split: str, settings: dict, skip_damaged: bool) -> SegmentationSet:
-    part = data[split]
-    images = root / part["images"]
-    if not images.is_dir():
-        raise TaskError(f"{images}: no such folder (data.root and data.{split}.images)")
-    path = root / part["annotations"]
-    if data["name"] == "coco":
-        records, classes, _ = read_instances(path, images, True, data["broken"], skip_damaged)
-        return InstanceMaps(records, classes=classes, things=[True] * len(classes), **settings)
-    maps = None if part["maps"] is None else root / part["maps"]
-    records, classes, things = read_panoptic(path, images, maps, data["broken"], skip_damaged)
-    return PanopticMaps(records, classes=classes, things=things, **settings)
-
-
-def _read_maps(root: Path, data: dict, split: str, settings: dict, skip_damaged: bool) -> LabelMaps:
-    faults = Faults(root)
-    files, classes, values = {"ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc, "folder": _folder}[
-        data["name"]
-    ](root, data, split, faults)
-    pairs = []
-    for image, path in files:
-        if not image.is_file():
-            faults.add("image", image)
-        elif not path.is_file():
-            faults.add("pair", image)
-        else:
-            pairs.append((image, path))
-    found = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
-    found.check(faults)
-    faults.settle(data["broken"], "correct or complete them", len(found.files))
-    if not found.files:
-        raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
-    return found
-
-
-def _images_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise TaskError(f"{folder}: no such folder")
-    return list_images(folder)
-
-
-def _values(labels: dict[int, int]) -> np.ndarray:
-    values = np.full(256, -1, np.int32)
-    for value, label in labels.items():
-        values[value] = label
-    return values
-
-
-def _ade20k(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
-    """Return ADE20K's files (the release of SceneParse150): 0 is unlabelled, classes count from 1."""
-    part = "training" if data[split]["split"] == "train" else "validation"
-    files = [(image, root / "annotations" / part / f"{image.stem}.png") for image in _images_in(root / "images" / part)]
-    return files, ADE20K_CLASSES, _values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
-
-
-def _cityscapes(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
-    """Return Cityscapes' files: of the ids 0 to 33, 19 are classes."""
-    files, part = [], data[split]["split"]
-    for image in _images_in(root / "leftImg8bit" / part):
-        name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-        files.append((image, root / "gtFine" / part / image.parent.name / name))
-    values = dict.fromkeys((*range(34), 255), IGNORE)
-    return files, list(CITYSCAPES_IDS.values()), _values(values | {v: k for k, v in enumerate(CITYSCAPES_IDS)})
-
-
-def _voc(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
-    """Return Pascal VOC's files: 0 is background, 255 the borders of objects."""
-    classes = name_classes(data["classes"])
-    names = Names(root)
-    listed = names.listed("Segmentation", data[split]["split"])
-    check_classes(names, listed, classes, data["classes"] is not None)
-    files = []
-    for name in listed:
-        picture = names.picture(name, faults)
-        if picture is not None:
-            files.append((picture, root / "SegmentationClass" / f"{name}.png"))
-    classes = ["background", *classes]
-    return files, classes, _values({255: IGNORE, **{label: label for label in range(len(classes))}})
-
-
-def _folder(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
-    """Return the files of ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
-    if data["classes"] is not None:
-        classes = check_names(data["classes"], "data.classes")
-    else:
-        listing = root / "classes.txt"
-        if not listing.is_file():
-            raise TaskError(f"{listing}: no such file; list the classes' names there, a line each, or in data.classes")
-        lines = read_lines(listing)
-        while lines and not lines[-1]:
-            lines.pop()
-        # An empty line between others may be a class of its own.
-        classes = check_names(lines, listing)
-    unlabelled = [255] if data["unlabelled"] is None else list(data["unlabelled"])
-    left = [value for value in range(256) if data["unlabelled"] is None or value not in unlabelled]
-    values = left[: len(classes)] if data["values"] is None else list(data["values"])
-    for key, numbers in (("values", values), ("unlabelled", unlabelled)):
-        if not all(type(value) is int and 0 <= value < 256 for value in numbers) or len({*numbers}) < len(numbers):
-            raise TaskError(f"data.{key} takes different numbers of 0 to 255, not {numbers}")
-    if len(values) != len(classes):
-        raise TaskError(f"data.values needs a number of 0 to 255 for each of the {len(classes)} classes, not {values}")
-    both = sorted({*values} & {*unlabelled})
-    if data["unlabelled"] is not None and both:
-        raise TaskError(f"data.unlabelled and data.values both hold {both[0]}")
-    folder = root / "images" / split
-    files = [
-        (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png"))
-        for image in _images_in(folder)
-    ]
-    labels = {value: label for label, value in enumerate(values)}
-    return files, classes, _values(dict.fromkeys(unlabelled, IGNORE) | labels)

@@ -10,8 +10,10 @@ import numpy as np
 from .. import TaskError
 from ..dense.detect.boxes import has_area
 from .annotations import Faults, check_names, is_count, is_number, read_lines
+from .augment import IGNORE
 from .coco import Instances, Record, encode_mask
 from .images import DamagedImageError, list_images, read_size, read_values
+from .label_maps import class_of_values
 
 _NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -250,3 +252,26 @@ def _read_numbers(path: Path, size: tuple[int, int], faults: Faults) -> np.ndarr
         faults.add("size", path)
         return None
     return numbers
+
+
+def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
+    """Return Pascal VOC's files: 0 is background, 255 the borders of objects."""
+    classes = name_classes(data["classes"])
+    names = Names(root)
+    listed = names.listed("Segmentation", data[split]["split"])
+    check_classes(names, listed, classes, data["classes"] is not None)
+    files = []
+    for name in listed:
+        picture = names.picture(name, faults)
+        if picture is not None:
+            files.append((picture, root / "SegmentationClass" / f"{name}.png"))
+    classes = ["background", *classes]
+    return files, classes, class_of_values({255: IGNORE, **{label: label for label in range(len(classes))}})
+
+
+def find_objects(
+    root: Path, data: dict, split: str, with_masks: bool, skip_damaged: bool
+) -> tuple[list[Record], list[str]]:
+    """Return the images of a split with their objects, and the classes."""
+    classes = name_classes(data["classes"])
+    return read_voc(root, data[split]["split"], classes, with_masks, data["broken"], skip_damaged), classes

@@ -55,11 +55,12 @@ class _Pooled(ExtraFPNBlock):
 
 
 class _Convolved(ExtraFPNBlock):
-    """Coarser levels by strided convolutions, one upon the other, without an activation between."""
+    """Coarser levels by strided convolutions, one upon the other, with ``relu`` before all but the first."""
 
-    def __init__(self, in_channels: int, out_channels: int, count: int, source: str):
+    def __init__(self, in_channels: int, out_channels: int, count: int, source: str, relu: bool):
         super().__init__()
         self.source = source
+        self.relu = relu
         self.convs = nn.ModuleList(
             nn.Conv2d(in_channels if index == 0 else out_channels, out_channels, 3, stride=2, padding=1)
             for index in range(count)
@@ -67,8 +68,8 @@ class _Convolved(ExtraFPNBlock):
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         level = x[-1] if self.source == "on_input" else results[-1]
-        for conv in self.convs:
-            level = conv(level)
+        for index, conv in enumerate(self.convs):
+            level = conv(level.relu() if self.relu and index else level)
             results.append(level)
         return results, [*names, *(f"convolved{index}" for index in range(len(self.convs)))]
 
@@ -77,8 +78,8 @@ class FeaturePyramid(FeaturePyramidNetwork):
     """Feature pyramid network (Lin et al. 2017): list of maps in, list of maps with equal channels out.
 
     The published dense heads use these variants: Mask R-CNN and Cascade, five outputs of which the last is pooled;
-    RetinaNet, ``start_level=1`` and two convolutions on the input; DAT++ with Mask R-CNN, one convolution on the
-    input; Semantic FPN, four outputs.
+    RetinaNet, ``start_level=1`` and two convolutions on the input, with a ReLU between in detectron2; DAT++ with Mask
+    R-CNN, one convolution on the input; Semantic FPN, four outputs.
 
     Attributes:
         channels: Channels of each output.
@@ -90,6 +91,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
         start_level: The first of the backbone's maps that is used.
         extra_convs: How the coarser outputs are made: ``None`` pools the last output, ``"on_input"`` convolves the
             backbone's last map, ``"on_output"`` the last output.
+        extra_relu: Whether a ReLU precedes all of those convolutions but the first, as in detectron2's RetinaNet.
         scaling: Makes the maps of ``in_channels`` of those that the backbone gives; none by default.
 
     Raises:
@@ -103,6 +105,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
         num_outs: int = 5,
         start_level: int = 0,
         extra_convs: str | None = None,
+        extra_relu: bool = False,
         scaling: "ScaledMaps | None" = None,
     ):
         used = list(in_channels)[start_level:]
@@ -120,7 +123,7 @@ class FeaturePyramid(FeaturePyramidNetwork):
             blocks = _Pooled(extra)
         else:
             blocks = _Convolved(
-                used[-1] if extra_convs == "on_input" else out_channels, out_channels, extra, extra_convs
+                used[-1] if extra_convs == "on_input" else out_channels, out_channels, extra, extra_convs, extra_relu
             )
         super().__init__(used, out_channels, blocks)
         self.start_level = start_level
@@ -191,6 +194,7 @@ class SimpleFeaturePyramid(nn.Module):
         num_extra: How many coarser outputs follow.
         extra_convs: How these are made: ``None`` repeats every second pixel of the last level, as published;
             ``"on_output"`` convolves the last level.
+        extra_relu: Whether a ReLU precedes all of those convolutions but the first.
 
     Raises:
         TaskError: If the variant doesn't exist.
@@ -207,6 +211,7 @@ class SimpleFeaturePyramid(nn.Module):
         strides: Sequence[int] = STRIDES,
         num_extra: int = 0,
         extra_convs: str | None = None,
+        extra_relu: bool = False,
     ):
         super().__init__()
         if extra_convs not in (None, "on_output"):
@@ -223,7 +228,7 @@ class SimpleFeaturePyramid(nn.Module):
         if num_extra and extra_convs is None:
             self.extra_blocks = _Pooled(num_extra)
         elif num_extra:
-            self.extra_blocks = _Convolved(out_channels, out_channels, num_extra, extra_convs)
+            self.extra_blocks = _Convolved(out_channels, out_channels, num_extra, extra_convs, extra_relu)
         self.channels = [out_channels] * (len(strides) + num_extra)
         self.reductions = [*strides, *(strides[-1] * 2 ** (step + 1) for step in range(num_extra))]
 
@@ -318,7 +323,12 @@ class MultiLevelNeck(nn.Module):
 
 
 def detector_neck(
-    backbone: nn.Module, channels: int, num_outs: int, start_level: int, extra_convs: str | None
+    backbone: nn.Module,
+    channels: int,
+    num_outs: int,
+    start_level: int,
+    extra_convs: str | None,
+    extra_relu: bool = False,
 ) -> nn.Module:
     """Return the pyramid of a detector on any backbone: of strides ``4 * 2**start_level`` on.
 
@@ -331,6 +341,7 @@ def detector_neck(
         num_outs: Number of outputs.
         start_level: The first of the four strides that is used.
         extra_convs: See `FeaturePyramid`.
+        extra_relu: See `FeaturePyramid`.
 
     Raises:
         TaskError: If the backbone's maps are no powers of two apart, or without strides and not four.
@@ -338,14 +349,15 @@ def detector_neck(
     strides = list(getattr(backbone, "reductions", STRIDES))
     _check_maps(backbone, strides)
     if strides == list(STRIDES):
-        return FeaturePyramid(backbone.channels, channels, num_outs, start_level, extra_convs)
+        return FeaturePyramid(backbone.channels, channels, num_outs, start_level, extra_convs, extra_relu)
     if len(set(strides)) == 1:
         levels = STRIDES[start_level:]
         # The backbone's map is no level of the pyramid, on which coarser ones could be built.
         extra = None if extra_convs is None else "on_output"
-        return SimpleFeaturePyramid(backbone.channels[-1], strides[-1], channels, levels, num_outs - len(levels), extra)
+        beyond = num_outs - len(levels)
+        return SimpleFeaturePyramid(backbone.channels[-1], strides[-1], channels, levels, beyond, extra, extra_relu)
     scaling = ScaledMaps(backbone.channels, strides)
-    return FeaturePyramid(scaling.channels, channels, num_outs, start_level, extra_convs, scaling)
+    return FeaturePyramid(scaling.channels, channels, num_outs, start_level, extra_convs, extra_relu, scaling)
 
 
 SEGMENTER_NECKS = {"multilevel": MultiLevelNeck, "simple": SimpleFeaturePyramid, "scaled": ScaledMaps}

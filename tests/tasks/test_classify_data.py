@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.data.classification import Digits, InputRule, build_datasets
+from foveate.tasks.data.classification import Digits, InputRule
+from foveate.tasks.data.formats import open_classes
 from PIL import Image
 
 RULE = InputRule(32, 3, (0.5,) * 3, (0.5,) * 3)
@@ -12,7 +13,7 @@ DATA = {"name": "folder", "num_classes": None, "augment": {}}
 
 
 def test_a_folder_gives_images_with_the_index_of_their_class(folder):
-    train, val = build_datasets(DATA | {"root": str(folder)}, RULE)
+    train, val = open_classes(DATA | {"root": str(folder)}, RULE)
     assert (len(train), len(val), train.classes) == (14, 6, ["bright", "dark"])
     image, label = val[5]
     assert image.shape == (3, 32, 32)
@@ -23,12 +24,12 @@ def test_a_folder_gives_images_with_the_index_of_their_class(folder):
 def test_validation_uses_the_order_of_the_training_classes(folder):
     (folder / "train" / "airy").mkdir()
     shutil.copy(folder / "train" / "bright" / "0.png", folder / "train" / "airy")
-    _, val = build_datasets(DATA | {"root": str(folder)}, RULE)
+    _, val = open_classes(DATA | {"root": str(folder)}, RULE)
     assert {label for _, label in val.samples} == {1, 2}
 
 
 def test_grey_models_get_grey_images(folder):
-    _, val = build_datasets(DATA | {"root": str(folder)}, InputRule(32, 1, (0.5,), (0.5,)))
+    _, val = open_classes(DATA | {"root": str(folder)}, InputRule(32, 1, (0.5,), (0.5,)))
     assert val[0][0].shape == (1, 32, 32)
 
 
@@ -45,16 +46,16 @@ def test_grey_models_get_grey_images(folder):
 def test_a_wrong_folder_is_named(folder, change, reason):
     change(folder)
     with pytest.raises(TaskError, match=reason):
-        build_datasets(DATA | {"root": str(folder)}, RULE)
+        open_classes(DATA | {"root": str(folder)}, RULE)
 
 
 def test_wrong_settings_are_named(folder):
     with pytest.raises(TaskError, match=r"num_classes is 3, but .* has 2"):
-        build_datasets(DATA | {"root": str(folder), "num_classes": 3}, RULE)
+        open_classes(DATA | {"root": str(folder), "num_classes": 3}, RULE)
     with pytest.raises(TaskError, match=r"data\.root is not set"):
-        build_datasets(DATA | {"root": None}, RULE)
+        open_classes(DATA | {"root": None}, RULE)
     with pytest.raises(TaskError, match="did you mean 'digits'"):
-        build_datasets(DATA | {"name": "digit"}, RULE)
+        open_classes(DATA | {"name": "digit"}, RULE)
     with pytest.raises(TaskError, match=r"data\.mean needs one number for each of the 1 channels"):
         InputRule(32, 1, (0.5,) * 3, (0.5,))
 
@@ -94,7 +95,7 @@ def write_lists(folder, train="label,path\n10,train/bright/0.png\n2,train/dark/1
 
 
 def test_a_list_gives_images_with_the_index_of_their_label(folder):
-    train, val = build_datasets(write_lists(folder), RULE)
+    train, val = open_classes(write_lists(folder), RULE)
     # Labels that are all numbers are ordered as such; paths may be absolute, and columns in any order.
     assert (train.classes, val.classes) == (["2", "10"], ["2", "10"])
     assert [label for _, label in train.samples] == [1, 0]
@@ -103,7 +104,7 @@ def test_a_list_gives_images_with_the_index_of_their_label(folder):
     assert (label, len(val)) == (0, 1)
     lists = write_lists(folder) | {"train": "other.csv", "val": str(folder / "val.csv")}
     (folder / "other.csv").write_text("\ufeffpath,label,note\r\ntrain/bright/0.png,2,x\r\n", encoding="utf-8")
-    assert build_datasets(lists, RULE)[0].classes == ["2"]
+    assert open_classes(lists, RULE)[0].classes == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -127,34 +128,34 @@ def test_a_list_gives_images_with_the_index_of_their_label(folder):
 )
 def test_a_wrong_line_of_a_list_is_named(folder, change, reason):
     with pytest.raises(TaskError, match=reason):
-        build_datasets(write_lists(folder, **change), RULE)
+        open_classes(write_lists(folder, **change), RULE)
 
 
 def test_a_missing_list_is_named(folder):
     data = DATA | {"name": "csv", "root": str(folder)}
     with pytest.raises(TaskError, match=r"train\.csv: no such list; it is a CSV file with the columns path and label"):
-        build_datasets(data, RULE)
+        open_classes(data, RULE)
     (folder / "train.csv").write_bytes("path,label\ntrain/dark/0.png,grün\n".encode("latin-1"))
     with pytest.raises(TaskError, match=r"train\.csv: is not text in UTF-8"):
-        build_datasets(data, RULE)
+        open_classes(data, RULE)
 
 
 def test_what_systems_hide_or_add_is_no_class(folder, tmp_path):
-    expected = build_datasets(DATA | {"root": str(folder)}, RULE)
+    expected = open_classes(DATA | {"root": str(folder)}, RULE)
     for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
         for place in ("train", "train/dark", "val"):
             (folder / place / hidden).mkdir()
             shutil.copy(folder / "train" / "dark" / "0.png", folder / place / hidden / "0.png")
     shutil.copy(folder / "train" / "dark" / "0.png", folder / "train" / "dark" / "._0.png")
-    found = build_datasets(DATA | {"root": str(folder)}, RULE)
+    found = open_classes(DATA | {"root": str(folder)}, RULE)
     for before, after in zip(expected, found, strict=True):
         assert after.classes == ["bright", "dark"]
         assert after.samples == before.samples
 
 
 def test_linked_folders_are_followed_once(folder, tmp_path):
-    expected = len(build_datasets(DATA | {"root": str(folder)}, RULE)[0])
+    expected = len(open_classes(DATA | {"root": str(folder)}, RULE)[0])
     (folder / "train" / "dark").rename(tmp_path / "away")
     (folder / "train" / "dark").symlink_to(tmp_path / "away", target_is_directory=True)
     (tmp_path / "away" / "again").symlink_to(tmp_path / "away", target_is_directory=True)
-    assert len(build_datasets(DATA | {"root": str(folder)}, RULE)[0]) == expected
+    assert len(open_classes(DATA | {"root": str(folder)}, RULE)[0]) == expected

@@ -6,7 +6,7 @@ import pytest
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.data.coco import decode_masks
-from foveate.tasks.data.detection import build_datasets
+from foveate.tasks.data.formats import open_objects
 from foveate.tasks.data.voc import read_voc
 from foveate.tasks.detect import Task
 from PIL import Image
@@ -15,7 +15,7 @@ DATA = Task.DEFAULTS["data"]
 
 
 def test_nuclei_of_the_halves_are_those_of_the_micrograph():
-    train, val = build_datasets(DATA | {"name": "nuclei", "repeat": 3, "augment": {"crop": 100}}, True)
+    train, val = open_objects(DATA | {"name": "nuclei", "repeat": 3, "augment": {"crop": 100}}, True)
     assert (len(train), len(val), train.classes) == (3, 1, ["nucleus"])
     image, target = val[0]
     assert image.shape == (3, 512, 256)
@@ -54,25 +54,25 @@ def coco_root(tmp_path):
 
 
 def test_crowds_are_measured_but_not_trained_on(coco_root):
-    train, val = build_datasets(coco_root[1], True)
+    train, val = open_objects(coco_root[1], True)
     assert [len(train[index][1]["labels"]) for index in range(3)] == [1, 0, 0]
     assert [val[index][1]["iscrowd"].tolist() for index in range(3)] == [[0, 1], [1], []]
     assert train[2][1]["masks"].shape == (0, 50, 30)
-    train, _ = build_datasets(coco_root[1] | {"keep_empty": False}, True)
+    train, _ = open_objects(coco_root[1] | {"keep_empty": False}, True)
     assert len(train) == 1
 
 
 def test_what_does_not_fit_is_refused(coco_root):
     root, data = coco_root
     with pytest.raises(TaskError, match=r"num_classes is 80, but .* has 2"):
-        build_datasets(data | {"num_classes": 80}, True)
+        open_objects(data | {"num_classes": 80}, True)
     with pytest.raises(TaskError, match="did you mean 'coco'"):
-        build_datasets(data | {"name": "cocoo"}, True)
+        open_objects(data | {"name": "cocoo"}, True)
     with pytest.raises(TaskError, match=r"data\.root is not set"):
-        build_datasets(data | {"root": None}, True)
+        open_objects(data | {"root": None}, True)
     with pytest.raises(TaskError, match="refuse or drop"):
-        build_datasets(data | {"broken": "ignore"}, True)
-    _, val = build_datasets(data, True)
+        open_objects(data | {"broken": "ignore"}, True)
+    _, val = open_objects(data, True)
     kept = (root / "val" / "1.png").read_bytes()
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / "val" / "1.png")
     with pytest.raises(TaskError, match=r"val/1\.png: has 9x9 pixels, but its annotations say 33x50"):
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(coco_root):
     content["categories"][1]["name"] = "c"
     (root / "val.json").write_text(json.dumps(content))
     with pytest.raises(TaskError, match=r"different classes: \['b', 'c'\]"):
-        build_datasets(data, True)
+        open_objects(data, True)
 
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>
@@ -223,7 +223,7 @@ def test_every_malformed_form_of_voc_is_answered_before_training_and_can_be_left
         assert "\n" not in str(caught.value)
         data = DATA | {"name": "voc", "root": str(root), "broken": "drop"} | part
         with pytest.warns(UserWarning, match="left out"):
-            train, val = build_datasets(data, with_masks)
+            train, val = open_objects(data, with_masks)
         train.collate([train[index] for index in range(len(train))])
         assert sum(len(val[index][1]["labels"]) for index in range(len(val))) == 1
 
@@ -244,29 +244,29 @@ def test_voc_s_own_classes_are_named_as_the_cure_and_taken(voc_root):
     part = {split: DATA[split] | {"split": "train"} for split in ("train", "val")}
     data = DATA | {"name": "voc", "root": str(root)} | part
     with pytest.raises(TaskError, match=r"1 unknown category .*name all with data\.classes, such as \['cell'\]"):
-        build_datasets(data, False)
-    train, _ = build_datasets(data | {"classes": ("debris", "cell")}, False)
+        open_objects(data, False)
+    train, _ = open_objects(data | {"classes": ("debris", "cell")}, False)
     assert train.classes == ["debris", "cell"]
     assert train[0][1]["labels"].tolist() == [1]
     for classes, reason in ((("background", "cell"), "objects' classes only"), (("cell", "cell"), "twice")):
         with pytest.raises(TaskError, match=reason):
-            build_datasets(data | {"classes": classes}, False)
+            open_objects(data | {"classes": classes}, False)
 
 
 def test_categories_in_another_order_are_mapped_by_name(coco_root):
     root, data = coco_root
-    _, before = build_datasets(data, True)
+    _, before = open_objects(data, True)
     content = json.loads((root / "val.json").read_text())
     content["categories"] = [{"id": 2, "name": "b"}, {"id": 1, "name": "a"}]
     (root / "val.json").write_text(json.dumps(content))
-    train, val = build_datasets(data, True)
+    train, val = open_objects(data, True)
     assert val.classes == train.classes == ["a", "b"]
     assert val[0][1]["labels"].tolist() == before[0][1]["labels"].tolist() == [0, 1]
-    train, val = build_datasets(data | {"classes": ("b", "a")}, True)
+    train, val = open_objects(data | {"classes": ("b", "a")}, True)
     assert val.classes == train.classes == ["b", "a"]
     assert val[0][1]["labels"].tolist() == [1, 0]
     with pytest.raises(TaskError, match=r"data\.classes is \['b', 'c'\], but .*train\.json has \['a', 'b'\]"):
-        build_datasets(data | {"classes": ("b", "c")}, True)
+        open_objects(data | {"classes": ("b", "c")}, True)
 
 
 def test_a_photo_that_exif_turns_is_found_before_training(coco_root):
@@ -277,14 +277,14 @@ def test_a_photo_that_exif_turns_is_found_before_training(coco_root):
     Image.fromarray(np.zeros((40, 61, 3), np.uint8)).save(path, exif=exif)
     for with_masks in (True, False):
         with pytest.raises(TaskError, match=r"1 image that its EXIF entry turns .*0\.png is 61x40, annotated 40x61"):
-            build_datasets(data, with_masks)
+            open_objects(data, with_masks)
         with pytest.warns(UserWarning, match="EXIF"):
-            train, _ = build_datasets(data | {"broken": "drop"}, with_masks)
+            train, _ = open_objects(data | {"broken": "drop"}, with_masks)
         assert [record.file.name for record in train.records] == ["1.png", "2.png"]
     path.write_bytes(b"no image")
     with pytest.raises(TaskError, match="1 damaged file"):
-        build_datasets(data, True)
-    train, _ = build_datasets(data, True, skip_damaged=True)
+        open_objects(data, True)
+    train, _ = open_objects(data, True, skip_damaged=True)
     assert len(train) == 3
 
 
@@ -295,5 +295,5 @@ def test_an_area_that_is_not_given_is_the_mask_s(coco_root):
     content["annotations"][0] |= {"segmentation": runs}
     del content["annotations"][0]["area"], content["annotations"][1]["area"], content["annotations"][1]["segmentation"]
     (root / "val.json").write_text(json.dumps(content))
-    _, val = build_datasets(data, False)
+    _, val = open_objects(data, False)
     assert val[0][1]["area"].tolist() == [14, 108]

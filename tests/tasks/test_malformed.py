@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from foveate.tasks import TaskError
 from foveate.tasks.data.coco import encode_mask
-from foveate.tasks.data.detection import build_datasets as build_detection
+from foveate.tasks.data.formats import open_maps as build_segmentation
+from foveate.tasks.data.formats import open_objects as build_detection
 from foveate.tasks.data.segmentation import InputRule
-from foveate.tasks.data.segmentation import build_datasets as build_segmentation
 from foveate.tasks.detect import Task as Detect
 from foveate.tasks.segment import Task as Segment
 from hypothesis import HealthCheck, given, settings

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError
+from foveate.tasks.data.ade20k import CLASSES as ADE20K_CLASSES
 from foveate.tasks.data.augment import IGNORE
-from foveate.tasks.data.segmentation import ADE20K_CLASSES, InputRule, build_datasets
+from foveate.tasks.data.formats import open_maps
+from foveate.tasks.data.segmentation import InputRule
 from foveate.tasks.segment import Task
 from PIL import Image
 
@@ -34,7 +36,7 @@ def folder(tmp_path):
 
 
 def test_a_plain_folder_is_read_padded_and_measured(folder):
-    train, val = build_datasets(folder[1], RULE)
+    train, val = open_maps(folder[1], RULE)
     assert (len(train), train.classes) == (2, ["sky", "tree", "road"])
     image, labels = train[0]
     assert image.shape == (3, 32, 40)
@@ -57,7 +59,7 @@ def test_values_of_masks_may_be_named(folder):
     for split in ("train", "val"):
         for index in range(2):
             write(root / "masks" / split / f"{index}.png", labels_of([0, 255]))
-    train, _ = build_datasets(data | {"classes": ("no", "yes"), "values": (0, 255)}, RULE)
+    train, _ = open_maps(data | {"classes": ("no", "yes"), "values": (0, 255)}, RULE)
     assert train.labels(0)[0, [0, -1]].tolist() == [0, 1]
 
 
@@ -66,7 +68,7 @@ def test_broken_label_maps_are_refused_with_their_names_and_counts(folder):
     write(root / "masks" / "train" / "0.png", labels_of([0, 7, 9]))
     write(root / "masks" / "train" / "1.png", labels_of([0], (5, 5)))
     with pytest.raises(TaskError) as caught:
-        build_datasets(data, RULE)
+        open_maps(data, RULE)
     message = str(caught.value)
     assert "\n" not in message
     assert "1 label map with unknown values (0.png has values that stand for no class: 7, 9)" in message
@@ -74,10 +76,10 @@ def test_broken_label_maps_are_refused_with_their_names_and_counts(folder):
     write(root / "masks" / "train" / "0.png", np.zeros((21, 34, 3)))
     (root / "masks" / "train" / "1.png").write_bytes(b"no image")
     with pytest.raises(TaskError, match=r"2 damaged files .*channels; a label map has one"):
-        build_datasets(data, RULE)
+        open_maps(data, RULE)
     (root / "masks" / "train" / "1.png").unlink()
     with pytest.raises(TaskError, match=r"1 image without a label map .*1\.jpg"):
-        build_datasets(data, RULE)
+        open_maps(data, RULE)
 
 
 def test_ade20k_counts_its_classes_from_one(tmp_path):
@@ -85,7 +87,7 @@ def test_ade20k_counts_its_classes_from_one(tmp_path):
         write(tmp_path / "images" / part / "a.jpg", np.zeros((21, 34, 3)))
         write(tmp_path / "annotations" / part / "a.png", labels_of([0, 1, 150]))
     data = DATA | {"root": str(tmp_path), "augment": {"crop": 16}}
-    train, val = build_datasets(data, InputRule(16, 64, 1, (0.5,) * 3, (0.5,) * 3))
+    train, val = open_maps(data, InputRule(16, 64, 1, (0.5,) * 3, (0.5,) * 3))
     assert train.classes[149] == "flag"
     assert len(ADE20K_CLASSES) == 150
     assert val[0][1].unique().tolist() == [0, 149, IGNORE]
@@ -97,7 +99,7 @@ def test_cityscapes_has_19_of_34_ids(tmp_path):
         write(tmp_path / "leftImg8bit" / split / "ulm" / "ulm_0_1_leftImg8bit.png", np.zeros((21, 34, 3)))
         write(tmp_path / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of(range(34)))
     data = DATA | {"name": "cityscapes", "root": str(tmp_path), "augment": {"crop": 16}}
-    _, val = build_datasets(data, RULE)
+    _, val = open_maps(data, RULE)
     row = val[0][1][0].tolist()
     assert [row.index(label) for label in range(19)] == [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
     assert row[0] == row[29] == IGNORE
@@ -108,8 +110,8 @@ def test_what_is_measured_may_stand_for_what_is_trained_on(tmp_path):
     write(tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of(range(34)))
     data = DATA | {"name": "cityscapes", "root": str(tmp_path), "augment": {"crop": 16}}
     with pytest.raises(TaskError, match="leftImg8bit/train: no such folder"):
-        build_datasets(data, RULE)
-    train, val = build_datasets(data | {"train": data["val"]}, RULE)
+        open_maps(data, RULE)
+    train, val = open_maps(data | {"train": data["val"]}, RULE)
     assert train.files == val.files
 
 
@@ -122,7 +124,7 @@ def test_voc_masks_have_a_background(tmp_path):
     (tmp_path / "SegmentationClass").mkdir()
     palette.putdata(labels_of([0, 20, 255]).ravel().tolist())
     palette.save(tmp_path / "SegmentationClass" / "a.png")
-    _, val = build_datasets(DATA | {"name": "voc", "root": str(tmp_path), "augment": {"crop": 16}}, RULE)
+    _, val = open_maps(DATA | {"name": "voc", "root": str(tmp_path), "augment": {"crop": 16}}, RULE)
     assert val.classes[20] == "tvmonitor"
     assert val[0][1].unique().tolist() == [0, 20, IGNORE]
 
@@ -149,7 +151,7 @@ def panoptic(tmp_path):
 
 
 def test_panoptic_annotations_give_masks_segments_and_labels(panoptic):
-    train, val = build_datasets(panoptic[1], RULE, "panoptic", as_masks=True)
+    train, val = open_maps(panoptic[1], RULE, "panoptic", as_masks=True)
     assert train.things == [True, False]
     image, target = train[0]
     assert image.shape == (3, 24, 33)
@@ -159,7 +161,7 @@ def test_panoptic_annotations_give_masks_segments_and_labels(panoptic):
     truth = val[0][1]
     assert truth[6, 13].tolist() == [0, 2]
     assert truth[17, 25].tolist()[0] == truth[0, 30].tolist()[0] == 2
-    _, val = build_datasets(panoptic[1], RULE, "semantic")
+    _, val = open_maps(panoptic[1], RULE, "semantic")
     assert val[0][1].unique().tolist() == [0, 1, IGNORE]
     assert val[0][1][17, 25] == IGNORE
 
@@ -168,13 +170,13 @@ def test_segments_that_differ_from_their_picture_are_named(panoptic):
     root, data = panoptic
     write(root / "val" / "a.png", np.full((20, 33, 3), 1))
     with pytest.raises(TaskError, match=r"5 segments that differ from their picture \(.*val/a\.png: 65793 isn't in"):
-        build_datasets(data, RULE, "panoptic", as_masks=True)
+        open_maps(data, RULE, "panoptic", as_masks=True)
 
 
 @pytest.mark.parametrize(("task", "classes", "count"), [("semantic", 2, 2), ("panoptic", 2, 58), ("instance", 1, 57)])
 def test_nuclei_for_every_task(task, classes, count):
     data = DATA | {"name": "nuclei", "augment": {"crop": 128}}
-    train, val = build_datasets(data, RULE, task, as_masks=True)
+    train, val = open_maps(data, RULE, task, as_masks=True)
     assert len(train.classes) == classes
     assert len(val.segments(0)[1]) == count
     _, target = train[0]
@@ -195,7 +197,7 @@ def test_nuclei_for_every_task(task, classes, count):
 )
 def test_what_does_not_fit_is_refused(folder, change, task, reason):
     with pytest.raises(TaskError, match=reason):
-        build_datasets(folder[1] | change, RULE, task)
+        open_maps(folder[1] | change, RULE, task)
 
 
 def test_a_value_may_be_said_to_be_unlabelled(folder):
@@ -203,14 +205,14 @@ def test_a_value_may_be_said_to_be_unlabelled(folder):
     for split in ("train", "val"):
         for index in range(2):
             write(root / "masks" / split / f"{index}.png", labels_of([0, 1, 2, 3]))
-    train, _ = build_datasets(data | {"unlabelled": (0,)}, RULE)
+    train, _ = open_maps(data | {"unlabelled": (0,)}, RULE)
     assert np.unique(train.labels(0)).tolist() == [0, 1, 2, IGNORE]
     assert train.labels(0)[0, 0] == IGNORE
-    train, _ = build_datasets(data | {"unlabelled": (0, 2), "classes": ("b", "a"), "values": (3, 1)}, RULE)
+    train, _ = open_maps(data | {"unlabelled": (0, 2), "classes": ("b", "a"), "values": (3, 1)}, RULE)
     assert train.labels(0)[0, [0, 10, 20, 30]].tolist() == [IGNORE, 1, IGNORE, 0]
     write(root / "masks" / "val" / "1.png", labels_of([0, 255]))
     with pytest.raises(TaskError, match=r"1\.png has values that stand for no class: 255"):
-        build_datasets(data | {"unlabelled": (0,)}, RULE)
+        open_maps(data | {"unlabelled": (0,)}, RULE)
     for change, reason in (
         ({"unlabelled": (0,), "values": (0, 1, 2)}, "both hold 0"),
         ({"unlabelled": (-1,)}, r"data\.unlabelled takes different numbers"),
@@ -218,7 +220,7 @@ def test_a_value_may_be_said_to_be_unlabelled(folder):
         ({"unlabelled": (0,), "name": "ade20k"}, r"data\.unlabelled is for label maps of data\.name=folder"),
     ):
         with pytest.raises(TaskError, match=reason):
-            build_datasets(data | change, RULE)
+            open_maps(data | change, RULE)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +236,13 @@ def test_a_value_may_be_said_to_be_unlabelled(folder):
 def test_a_list_of_classes_that_is_wrong_is_answered(folder, content, reason):
     (folder[0] / "classes.txt").write_bytes(content)
     with pytest.raises(TaskError, match=reason):
-        build_datasets(folder[1], RULE)
+        open_maps(folder[1], RULE)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_list_of_classes_may_have_a_mark(folder, encoding):
     (folder[0] / "classes.txt").write_text("ciel\r\nforêt\r\nroute\r\n\r\n", encoding=encoding)
-    assert build_datasets(folder[1], RULE)[0].classes == ["ciel", "forêt", "route"]
+    assert open_maps(folder[1], RULE)[0].classes == ["ciel", "forêt", "route"]
 
 
 def test_broken_label_maps_can_be_left_out(folder):
@@ -248,12 +250,12 @@ def test_broken_label_maps_can_be_left_out(folder):
     write(root / "masks" / "train" / "0.png", labels_of([0, 7]))
     (root / "masks" / "val" / "1.png").unlink()
     with pytest.warns(UserWarning, match="1 label map with unknown values"):
-        train, val = build_datasets(data | {"broken": "drop"}, RULE)
+        train, val = open_maps(data | {"broken": "drop"}, RULE)
     assert [[image.name for image, _ in part.files] for part in (train, val)] == [["1.jpg"], ["0.jpg"]]
     train[0], val[0]
     (root / "masks" / "val" / "0.png").unlink()
     with pytest.raises(TaskError, match=r"2 images without a label map .* without them no image is left"):
-        build_datasets(data | {"broken": "drop"}, RULE)
+        open_maps(data | {"broken": "drop"}, RULE)
 
 
 def test_a_photo_that_exif_turns_is_named_beside_its_label_map(folder):
@@ -263,11 +265,11 @@ def test_a_photo_that_exif_turns_is_named_beside_its_label_map(folder):
     path = root / "images" / "train" / "0.jpg"
     Image.fromarray(np.zeros((21, 34, 3), np.uint8)).save(path, exif=exif)
     with pytest.raises(TaskError, match=r"1 image that its EXIF entry turns .*0\.jpg is 34x21, 0\.png 21x34"):
-        build_datasets(data, RULE)
+        open_maps(data, RULE)
     path.write_bytes(b"no image")
     with pytest.raises(TaskError, match="1 damaged file"):
-        build_datasets(data, RULE)
-    assert len(build_datasets(data, RULE, skip_damaged=True)[0]) == 2
+        open_maps(data, RULE)
+    assert len(open_maps(data, RULE, skip_damaged=True)[0]) == 2
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
@@ -277,11 +279,11 @@ def test_sizes_of_pictures_and_maps_are_compared_for_segments(panoptic, task):
     exif[0x0112] = 6
     Image.fromarray(np.zeros((20, 33, 3), np.uint8)).save(root / "images" / "a.jpg", exif=exif)
     with pytest.raises(TaskError, match=r"EXIF entry turns .*a\.jpg is 33x20, annotated 20x33"):
-        build_datasets(data, RULE, task, as_masks=True)
+        open_maps(data, RULE, task, as_masks=True)
     write(root / "images" / "a.jpg", np.zeros((20, 33, 3)))
     write(root / "train" / "a.png", np.zeros((33, 20, 3)))
     with pytest.raises(TaskError, match=r"1 mask of another size than its image .*a\.png is 33x20, not 20x33"):
-        build_datasets(data, RULE, task, as_masks=True)
+        open_maps(data, RULE, task, as_masks=True)
 
 
 def test_segments_that_are_left_out_become_void(panoptic):
@@ -290,7 +292,7 @@ def test_segments_that_are_left_out_become_void(panoptic):
     content["annotations"][0]["segments_info"][1]["category_id"] = 4
     (root / "train.json").write_text(json.dumps(content))
     with pytest.warns(UserWarning, match="1 unknown category"):
-        train, _ = build_datasets(data | {"broken": "drop"}, RULE, "panoptic", as_masks=True)
+        train, _ = open_maps(data | {"broken": "drop"}, RULE, "panoptic", as_masks=True)
     assert train[0][1]["labels"].tolist() == [1, 0]
     assert (train.labels(0)[5:9, 12:20] == IGNORE).all()
 
@@ -300,14 +302,14 @@ def test_categories_of_segments_in_another_order_are_mapped_by_name(panoptic):
     content = json.loads((root / "val.json").read_text())
     content["categories"].reverse()
     (root / "val.json").write_text(json.dumps(content))
-    train, val = build_datasets(data, RULE, "panoptic", as_masks=True)
+    train, val = open_maps(data, RULE, "panoptic", as_masks=True)
     assert val.classes == train.classes == ["cup", "sky"]
     assert val.things == [True, False]
     assert val.segments(0)[1].tolist() == train.segments(0)[1].tolist() == [1, 0, 0, 0]
     content["categories"][1]["isthing"] = 0
     (root / "val.json").write_text(json.dumps(content))
     with pytest.raises(TaskError, match="differ in isthing of cup"):
-        build_datasets(data, RULE, "panoptic", as_masks=True)
+        open_maps(data, RULE, "panoptic", as_masks=True)
 
 
 def test_voc_s_label_maps_have_the_classes_that_are_named(tmp_path):
@@ -318,17 +320,17 @@ def test_voc_s_label_maps_have_the_classes_that_are_named(tmp_path):
     write(tmp_path / "SegmentationClass" / "cell 1.png", labels_of([0, 1, 2, 255]))
     data = DATA | {"name": "voc", "root": str(tmp_path), "augment": {"crop": 16}}
     with pytest.warns(UserWarning, match=r"taken for Pascal's, .* data\.classes"):
-        build_datasets(data, RULE)
-    train, _ = build_datasets(data | {"classes": ("cell", "debris")}, RULE)
+        open_maps(data, RULE)
+    train, _ = open_maps(data | {"classes": ("cell", "debris")}, RULE)
     assert train.classes == ["background", "cell", "debris"]
     assert np.unique(train.labels(0)).tolist() == [0, 1, 2, IGNORE]
     with pytest.raises(TaskError, match="values that stand for no class: 2"):
-        build_datasets(data | {"classes": ("cell",)}, RULE)
+        open_maps(data | {"classes": ("cell",)}, RULE)
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "cell 1.xml").write_text("<annotation><object><name>cell</name></object></annotation>")
     with pytest.raises(TaskError, match=r"other classes than Pascal: cell; name yours, .* with data\.classes"):
-        build_datasets(data, RULE)
-    assert build_datasets(data | {"classes": ("cell", "debris")}, RULE)[0].classes[1] == "cell"
+        open_maps(data, RULE)
+    assert open_maps(data | {"classes": ("cell", "debris")}, RULE)[0].classes[1] == "cell"
 
 
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes", "nuclei"])
@@ -340,7 +342,7 @@ def test_data_sets_with_classes_of_their_own_have_no_others(tmp_path, name):
         write(tmp_path / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of([7]))
     data = DATA | {"name": name, "root": str(tmp_path), "augment": {"crop": 16}, "classes": ("a", "b")}
     with pytest.raises(TaskError, match=rf"data\.classes is \['a', 'b'\], but {name} has"):
-        build_datasets(data, RULE)
+        open_maps(data, RULE)
 
 
 def test_linked_folders_of_images_are_followed(folder, tmp_path_factory):
@@ -351,4 +353,4 @@ def test_linked_folders_of_images_are_followed(folder, tmp_path_factory):
         (root / kind / "train").mkdir()
         (root / kind / "train" / "link").symlink_to(away / "more", target_is_directory=True)
     write(root / "images" / "train" / ".ipynb_checkpoints" / "0.jpg", np.zeros((21, 34, 3)))
-    assert len(build_datasets(data, RULE)[0]) == 2
+    assert len(open_maps(data, RULE)[0]) == 2

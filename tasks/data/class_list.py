@@ -1,0 +1,123 @@
+"""Images and their classes in a CSV file."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import TaskError, nearest
+from .images import EXTENSIONS, FULL_WHITE, has_image_name, read_image
+
+
+class LabelledList(Dataset):
+    """Images listed in a CSV file, with at least the columns ``path`` and ``label``.
+
+    Attributes:
+        classes: Names of the classes: all labels in order, numbers by their value.
+        samples: ``(file, index of its class)`` of every image.
+        white: As for `read_image`.
+
+    Args:
+        listing: The CSV file, with a header, in UTF-8.
+        root: Folder from which paths count that are not absolute.
+        transform: Applied to the image.
+        channels: 1 for grey, 3 for RGB.
+        classes: Fixes the order, and then any other label is an error.
+
+    Raises:
+        TaskError: If the list is missing or empty, or a line of it is wrong; the message names file and line.
+    """
+
+    white = FULL_WHITE
+    collate = None
+
+    def __init__(self, listing: Path, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
+        entries = _read_list(listing, root)
+        if classes is None:
+            labels = {label for _, label, _ in entries}
+            numbers = all(label.isascii() and label.isdigit() for label in labels)
+            classes = sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
+        self.classes = list(classes)
+        indices = {label: index for index, label in enumerate(self.classes)}
+        for _, label, line in entries:
+            if label not in indices:
+                raise TaskError(
+                    f"{listing}, line {line}: no training image has the label {label!r}{nearest(label, indices)}"
+                )
+        self.samples = [(path, indices[label]) for path, label, _ in entries]
+        self.targets = [label for _, label in self.samples]
+        self.transform = transform
+        self.channels = channels
+
+    @classmethod
+    def of_root(
+        cls,
+        root: Path,
+        listing: Path,
+        transform,
+        channels: int,
+        classes: Sequence[str] | None = None,
+        layout: str = "",
+    ) -> "LabelledList":
+        """Return the images of a list of a data set's root."""
+        return cls(listing, root, transform, channels, classes)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is in its file."""
+        return read_image(self.samples[index][0], self.channels, self.white)
+
+    def inventory(self) -> list[tuple[str, int]]:
+        """Return every file with its class."""
+        return self.samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.image(index)), self.samples[index][1]
+
+
+def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
+    """Return path, label and number of the line of every entry."""
+    if not listing.is_file():
+        raise TaskError(f"{listing}: no such list; it is a CSV file with the columns path and label")
+    entries: list[tuple[str, str, int]] = []
+    seen: dict[str, tuple[str, int]] = {}
+    try:
+        with open(listing, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            for column in ("path", "label"):
+                if column not in columns:
+                    raise TaskError(
+                        f"{listing}, line 1: has no column {column!r}, but {', '.join(map(repr, columns)) or 'nothing'}"
+                    )
+            for row in rows:
+                line = rows.line_num
+                name, label = ((row[column] or "").strip() for column in ("path", "label"))
+                if not name or not label:
+                    raise TaskError(f"{listing}, line {line}: has no {'label' if name else 'path'}")
+                path = os.path.join(root, os.path.expanduser(name))
+                if not os.path.isfile(path):
+                    raise TaskError(
+                        f"{listing}, line {line}: {path}: no such file; paths count from data.root ({root})"
+                    )
+                if not has_image_name(path):
+                    raise TaskError(f"{listing}, line {line}: {path}: is no image; known are {', '.join(EXTENSIONS)}")
+                other, where = seen.setdefault(path, (label, line))
+                if other != label:
+                    raise TaskError(
+                        f"{listing}, line {line}: {name} is labelled {label!r} here and {other!r} in line {where}"
+                    )
+                entries.append((path, label, line))
+    except UnicodeDecodeError:
+        raise TaskError(f"{listing}: is not text in UTF-8; save the table as CSV UTF-8") from None
+    except csv.Error as error:
+        raise TaskError(f"{listing}: is no CSV table ({error})") from error
+    if not entries:
+        raise TaskError(f"{listing}: lists no image")
+    return entries

@@ -1,0 +1,260 @@
+"""The formats of data sets, a row each, and the two sets that a config's ``data`` describes.
+
+A new format is a file beside this one that reads it, and a row. The bundled digits and nuclei, which lie nowhere, have
+no row.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import TaskError, nearest
+from . import ade20k, cityscapes, coco, mask_folder, voc
+from .annotations import Faults
+from .augment import IGNORE, Augment
+from .class_folder import LabelledFolder
+from .class_list import LabelledList
+from .classification import Digits, InputRule
+from .detection import DetectionSet
+from .detection import Nuclei as NucleiObjects
+from .images import check_white, choose_white
+from .segmentation import CocoMaps, InstanceMaps, LabelMaps, PanopticMaps, SegmentationSet
+from .segmentation import InputRule as MapRule
+from .segmentation import Nuclei as NucleiMaps
+
+
+class ClassFormat(NamedTuple):
+    """A format of labelled images: where its two parts are by default, what a root holds, and its set."""
+
+    parts: tuple[str, str]
+    layout: str
+    samples: Callable[..., Any]
+
+
+class MapFormat(NamedTuple):
+    """A format of labelled pixels: the set of what ``find`` returns of a root, the config's data and a split."""
+
+    samples: type[SegmentationSet]
+    find: Callable[..., tuple]
+    outputs: tuple[str, ...]  # what a segmenter can learn from it
+
+
+CLASSES: dict[str, ClassFormat] = {
+    "csv": ClassFormat(("train.csv", "val.csv"), "train.csv and val.csv", LabelledList.of_root),
+    "folder": ClassFormat(("train", "val"), "train/CLASS/*.jpg and val/CLASS/*.jpg", LabelledFolder.of_root),
+}
+# Each finds the images of a split with their objects, and the classes.
+OBJECTS: dict[str, Callable[..., tuple[list[coco.Record], list[str]]]] = {
+    "coco": coco.find_objects,
+    "voc": voc.find_objects,
+}
+MAPS: dict[str, MapFormat] = {
+    "ade20k": MapFormat(LabelMaps, ade20k.find_maps, ("semantic",)),
+    "cityscapes": MapFormat(LabelMaps, cityscapes.find_maps, ("semantic",)),
+    "coco": MapFormat(InstanceMaps, coco.find_instances, ("instance",)),
+    "coco_panoptic": MapFormat(PanopticMaps, coco.find_segments, ("panoptic", "semantic")),
+    "folder": MapFormat(LabelMaps, mask_folder.find_maps, ("semantic",)),
+    "voc": MapFormat(LabelMaps, voc.find_maps, ("semantic",)),
+}
+
+
+def open_classes(data: dict, rule: InputRule) -> tuple[Any, Any]:
+    """Return the training and the validation set of a classifier.
+
+    Args:
+        data: As in `Classify.DEFAULTS`.
+        rule: How images become inputs.
+
+    Raises:
+        TaskError: If the format is unknown, its folders are missing or empty, or its classes aren't as many as
+            ``data["num_classes"]``.
+    """
+    augment = dict(data["augment"])
+    white = check_white(data.get("white"))
+    transforms = rule.transform(augment), rule.transform()
+    if data["name"] == "digits":
+        if rule.channels != 1:
+            raise TaskError(f"the digits are grey: data.channels must be 1, not {rule.channels}")
+        train, val = (Digits(split, how) for split, how in zip(("train", "val"), transforms, strict=True))
+    else:
+        _check_name(data, {**CLASSES, "digits": None})
+        usual, layout, samples = CLASSES[data["name"]]
+        root = _find_root(data, f"name a folder with {layout}", f"; data.root needs {layout}")
+        parts = [root / (data.get(split) or name) for split, name in zip(("train", "val"), usual, strict=True)]
+        train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
+        val = samples(root, parts[1], transforms[1], rule.channels, train.classes, layout=layout)
+        train.white = val.white = white or choose_white([path for path, _ in train.samples])
+    _check_count(data, train.classes)
+    return train, val
+
+
+def open_objects(data: dict, with_masks: bool, skip_damaged: bool = False) -> tuple[DetectionSet, DetectionSet]:
+    """Return the training and the validation set of a detector.
+
+    Args:
+        data: As in `Detect.DEFAULTS`.
+        with_masks: Whether the objects need masks.
+        skip_damaged: Whether images that can't be read are left to the loader, which skips them.
+
+    Raises:
+        TaskError: If the format is unknown, its files are missing or its annotations broken, or training and validation
+            have different classes.
+    """
+    augment = Augment(data["augment"])
+    _check_settings(data)
+    white = check_white(data.get("white"))
+    if data["name"] == "nuclei":
+        train, val = NucleiObjects("train", augment, data["repeat"]), NucleiObjects("val")
+        if data["classes"] is not None and list(data["classes"]) != train.classes:
+            raise TaskError(f"data.classes is {list(data['classes'])}, but nuclei has {train.classes}")
+        train.white = val.white = white or train.white
+    else:
+        _check_name(data, {**OBJECTS, "nuclei": None})
+        root = _find_root(data)
+        (records, classes), (held_out, found) = (
+            OBJECTS[data["name"]](root, data, split, with_masks, skip_damaged) for split in ("train", "val")
+        )
+        if not coco.order_by_name(held_out, found, classes):
+            raise TaskError(f"training and validation annotations have different classes: {_differing(classes, found)}")
+        if not data["keep_empty"]:
+            records = [record for record in records if not record.instances.crowd.all()]
+        train = DetectionSet(records, classes, augment, data["repeat"])
+        val = DetectionSet(held_out, classes)
+        train.white = val.white = white or choose_white([record.file for record in records])
+    _check_count(data, train.classes)
+    return train, val
+
+
+def open_maps(
+    data: dict, rule: MapRule, output: str = "semantic", as_masks: bool = False, skip_damaged: bool = False
+) -> tuple[SegmentationSet, SegmentationSet]:
+    """Return the training and the validation set of a segmenter.
+
+    Args:
+        data: As in `Segment.DEFAULTS`.
+        rule: How images become inputs.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        as_masks: Whether to train on masks.
+        skip_damaged: Whether images that can't be read are left to the loader, which skips them.
+
+    Raises:
+        TaskError: If the format is unknown or doesn't hold what the task needs, or its files are missing or broken.
+    """
+    name = data["name"]
+    if name != "nuclei":
+        _check_name(data, {**MAPS, "nuclei": None})
+        if output not in MAPS[name].outputs:
+            raise TaskError(
+                f"{name} has no annotations for {output} segmentation, only for {' or '.join(MAPS[name].outputs)}"
+            )
+    _check_settings(data)
+    for key in ("values", "unlabelled"):
+        if data[key] is not None and name != "folder":
+            raise TaskError(
+                f"data.{key} is for label maps of data.name=folder; those of {name} have values of their own"
+            )
+    white = check_white(data.get("white"))
+    crop = data["augment"].get("crop")
+    pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
+    shared = {"rule": rule, "output": output, "as_masks": as_masks}
+    to_train = {"augment": Augment(data["augment"]), "pad": pad, "repeat": data["repeat"]}
+    if name == "nuclei":
+        train, val = NucleiMaps("train", **shared, **to_train), NucleiMaps("val", tile=data["tile"], **shared)
+        white = white or train.white
+    else:
+        root = _find_root(data)
+        train = _open_part(root, data, "train", skip_damaged, shared | to_train)
+        val = _open_part(root, data, "val", skip_damaged, shared)
+        white = white or choose_white(train.image_files)
+    train.white = val.white = white
+    _order_classes(train, val, data)
+    _check_count(data, train.classes)
+    if len(train.classes) >= IGNORE:
+        raise TaskError(f"{name} has {len(train.classes)} classes; at most {IGNORE - 1} can be told from unlabelled")
+    return train, val
+
+
+def _check_name(data: dict, formats: dict[str, Any]) -> None:
+    if data["name"] not in formats:
+        raise TaskError(f"unknown data set {data['name']!r}{nearest(str(data['name']), formats)}")
+
+
+def _check_settings(data: dict) -> None:
+    if data["broken"] not in ("refuse", "drop"):
+        raise TaskError(f"data.broken is {data['broken']!r}, but must be refuse or drop")
+    if data["repeat"] < 1:
+        raise TaskError(f"data.repeat is {data['repeat']}, but must be at least 1")
+
+
+def _check_count(data: dict, classes: Sequence[str]) -> None:
+    if data["num_classes"] not in (None, len(classes)):
+        raise TaskError(
+            f"data.num_classes is {data['num_classes']}, but {data['root'] or data['name']} has {len(classes)} "
+            f"classes; leave it None to take what is there"
+        )
+
+
+def _find_root(
+    data: dict, cure: str = "name the folder that holds images and annotations", hint: str = " (data.root)"
+) -> Path:
+    if data["root"] is None:
+        raise TaskError(f"data.root is not set; {cure}")
+    root = Path(data["root"]).expanduser()
+    if not root.is_dir():
+        raise TaskError(f"{root}: no such folder{hint}")
+    return root
+
+
+def _open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: dict) -> SegmentationSet:
+    samples, find, _ = MAPS[data["name"]]
+    if samples is not LabelMaps:
+        records, classes, things = find(root, data, split, skip_damaged)
+        return samples(records, classes=classes, things=things, **settings)
+    faults = Faults(root)
+    files, classes, values = find(root, data, split, faults)
+    pairs = []
+    for image, path in files:
+        if not image.is_file():
+            faults.add("image", image)
+        elif not path.is_file():
+            faults.add("pair", image)
+        else:
+            pairs.append((image, path))
+    found = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
+    found.check(faults)
+    faults.settle(data["broken"], "correct or complete them", len(found.files))
+    if not found.files:
+        raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
+    return found
+
+
+def _differing(classes: Sequence[str], others: Sequence[str]) -> list[str] | str:
+    return sorted({*classes} ^ {*others}) or "names that repeat, in another order"
+
+
+def _order_classes(train: SegmentationSet, val: SegmentationSet, data: dict) -> None:
+    """Give both sets the classes in one order: that of ``data.classes``, or else that of the training set.
+
+    Raises:
+        TaskError: If they have other classes, or a class whose objects are told apart in one of them only.
+    """
+    name = data["name"]
+    # Of these the label maps' classes were named by it.
+    given = None if data["classes"] is None or name in ("voc", "folder") else list(data["classes"])
+    expected = list(train.classes) if given is None else given
+    for part in (train, val):
+        found = part.classes
+        # Only files of COCO's formats number classes as they like.
+        fits = coco.order_by_name(part.records, found, expected) if isinstance(part, CocoMaps) else found == expected
+        if not fits and given is not None:
+            raise TaskError(f"data.classes is {given}, but {name} has {found}")
+        if not fits:
+            raise TaskError(
+                f"training and validation annotations have different classes: {_differing(expected, found)}"
+            )
+        if found != expected:
+            part.things = [part.things[found.index(label)] for label in expected]
+            part.classes = list(expected)
+    differing = [label for label, *kinds in zip(expected, train.things, val.things, strict=True) if len({*kinds}) > 1]
+    if differing:
+        raise TaskError(f"training and validation annotations differ in isthing of {', '.join(differing[:5])}")

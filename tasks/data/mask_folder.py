@@ -1,0 +1,43 @@
+"""Label maps in folders of one's own: ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .. import TaskError
+from .annotations import Faults, check_names, read_lines
+from .augment import IGNORE
+from .label_maps import class_of_values, images_in
+
+
+def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
+    """Return the files of ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
+    if data["classes"] is not None:
+        classes = check_names(data["classes"], "data.classes")
+    else:
+        listing = root / "classes.txt"
+        if not listing.is_file():
+            raise TaskError(f"{listing}: no such file; list the classes' names there, a line each, or in data.classes")
+        lines = read_lines(listing)
+        while lines and not lines[-1]:
+            lines.pop()
+        # An empty line between others may be a class of its own.
+        classes = check_names(lines, listing)
+    unlabelled = [255] if data["unlabelled"] is None else list(data["unlabelled"])
+    left = [value for value in range(256) if data["unlabelled"] is None or value not in unlabelled]
+    values = left[: len(classes)] if data["values"] is None else list(data["values"])
+    for key, numbers in (("values", values), ("unlabelled", unlabelled)):
+        if not all(type(value) is int and 0 <= value < 256 for value in numbers) or len({*numbers}) < len(numbers):
+            raise TaskError(f"data.{key} takes different numbers of 0 to 255, not {numbers}")
+    if len(values) != len(classes):
+        raise TaskError(f"data.values needs a number of 0 to 255 for each of the {len(classes)} classes, not {values}")
+    both = sorted({*values} & {*unlabelled})
+    if data["unlabelled"] is not None and both:
+        raise TaskError(f"data.unlabelled and data.values both hold {both[0]}")
+    folder = root / "images" / split
+    files = [
+        (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)
+    ]
+    labels = {value: label for label, value in enumerate(values)}
+    return files, classes, class_of_values(dict.fromkeys(unlabelled, IGNORE) | labels)
