@@ -114,7 +114,7 @@ def test_a_plain_vision_transformer_is_trained_and_its_file_is_read_again(recipe
     small = ("model.backbone=vit_tiny_patch16_224", "model.backbone_kwargs={'depth': 4, 'embed_dim': 48}")
     short = ("epochs=2", "val_interval=2", "data.repeat=8", "batch_size=2", "data.augment.crop=64")
     short += ("model.kwargs.max_detections=5",) if recipe == MASK_RCNN else ()
-    _, result = train(recipe, tmp_path / "run", "model.recipe=None", *small, *short)
+    _, result = train(recipe, tmp_path / "run", "model.setting=None", *small, *short)
     assert result["history"][-1]["train/loss"] < result["history"][0]["train/loss"]
     assert METRICS[recipe] <= {key.removeprefix("val/") for key in result["history"][-1]}
     assert mark in torch.load(result["last"], weights_only=True)["state_dict"]
