@@ -18,7 +18,6 @@ from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
-from ..data.formats import open_classes
 from ..data.occurrence import check_classes
 
 # Images of a gallery.
@@ -102,7 +101,7 @@ class Classify:
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "augment": {},  # arguments of timm.data.create_transform; and affine, a dict for RandomAffine
+            "augment": {},  # arguments of timm.data.create_transform; and affine and transforms
         },
         "loss": {
             "label_smoothing": 0.0,
@@ -124,6 +123,8 @@ class Classify:
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
+        from ..data.formats import open_classes
+
         data, loss = config["data"], config["loss"]
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
