@@ -295,11 +295,11 @@ def create_segmenter(
             body = build()
     else:
         body = build()
-    if head in _DILATED:
-        parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
     parts[1] = _statistics(file, body) | parts[1]
     neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
     channels = body.channels if neck is None else neck.channels
+    if head in _DILATED:
+        parts[0].setdefault("stride", list(getattr(neck or body, "reductions", [16]))[-1])
     if transformer:
         criterion = SetCriterion(num_classes, **parts[2])
         module = HEADS[head](channels, num_classes, **parts[0])
