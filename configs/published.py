@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from importlib.resources import files
 
+from ..zoo.backbone import dense_settings_of
 from ..zoo.weights import Weights, table
 from .training import settings_of
 
@@ -39,7 +40,12 @@ def _rows() -> tuple[Mapping[str, str], ...]:
     rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in ours.items()}
     for name, row in rows.items():
         row["backbone"] = name.partition(".")[0]
-        row.setdefault("setting", SETTINGS[row["task"]])
+        if dense_settings_of(row["backbone"]):
+            row.setdefault("setting", SETTINGS[row["task"]])
+        elif row["head"] in _MASK_HEADS:
+            row.setdefault("setting", f"{row['data']}_{row['schedule'].split()[0]}")
+        else:
+            row.setdefault("setting", "")  # timm's own models have none
         data = row["setting"] if row["head"] in _MASK_HEADS else row["data"]
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
         recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"

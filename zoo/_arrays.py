@@ -103,7 +103,7 @@ def is_pickle(path: str | Path) -> bool:
             next(opcodes)
             return next(opcodes)[1] != _TORCH_MAGIC
         except (ValueError, StopIteration):
-            return False
+            return True  # a broken one, which the reader refuses
 
 
 def read_arrays(path: str | Path) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, dense_settings_of
-from ....zoo.published import form_of, statistics_from, tests_of, translated
+from ....zoo.published import form_of, is_foreign, statistics_from, tests_of, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
@@ -258,6 +258,8 @@ def create_segmenter(
         parts[1] = statistics_from(file.origin, state, form.get("style")) | parts[1]
         body_options = form | body_options
         body_options.pop("pretrained", None)
+        if transformer and file.origin.library == "mm":
+            parts[1].setdefault("fusion", "mmdet")
     elif file is not None and is_ours(state):
         body_options = file.held_form() | body_options
 
@@ -360,6 +362,8 @@ def _backbone_setting(head: str, backbone: str | nn.Module, setting: str | None)
     if setting not in own or not isinstance(backbone, str):
         return None if setting in own else setting
     check_name(backbone)
+    if is_foreign(backbone):
+        return None  # timm's own have none
     if own[setting]["backbone"] not in (known := dense_settings_of(backbone)):
         names = [*known, *(name for name, settings in own.items() if settings["backbone"] in known)]
         raise UnknownModelError(
