@@ -10,6 +10,7 @@ Written after mmdet 3.3, mmseg 1.2, mmpretrain 1.2 (Apache-2.0), detectron2 (Apa
 
 import ast
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models import model_entrypoint
 from timm.models.resnet import Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._checkpoint import CheckpointError, LoadReport, faults_of, open_checkpoint, state_of
@@ -29,9 +31,9 @@ from .backbone import Backbone
 
 STYLES = ("pytorch", "caffe")
 # Options of a backbone that say in which form it computes; all others are timm's.
-FORM_OPTIONS = ("style", "dense", "out_norms")
+FORM_OPTIONS = ("style", "dense", "out_norms", "grid")
 # Those, and of timm's the ones that a published file may ask for.
-TOLD_OPTIONS = (*FORM_OPTIONS, "output_stride", "stem_type", "stem_width")
+TOLD_OPTIONS = (*FORM_OPTIONS, "output_stride", "stem_type", "stem_width", "img_size", "dynamic_img_size")
 
 # 0 to 255, in the order of the channels.
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -244,6 +246,14 @@ def _pointwise(name: str, value: Tensor) -> dict[str, Tensor]:
     return {name: value.flatten(1) if re.search(r"\.mlp\.fc[12]\.weight$", name) else value}
 
 
+def _without_token(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Give positions of patches the form of their grid, which is square, and leave out that of the class token."""
+    if name == "patch_embed.pos_embed" and value.dim() == 3:
+        side = math.isqrt(value.shape[1])
+        value = value[:, -side * side :].unflatten(1, (side, side))
+    return {name: value}
+
+
 _SWIN_BLOCK = (
     (r"layers\.(\d+)\.downsample\.", "layers.{+1}.downsample."),
     (r"norm(\d)\.(weight|bias)$", "out_norms.{0}.{1}"),
@@ -324,6 +334,27 @@ LAYOUTS = (
         ),
         ("pvt_v2_",),
         change=_pvt_values,
+    ),
+    Layout(
+        "mmseg's ViT",
+        "layers.0.ln1.weight",
+        (
+            (r"patch_embed\.projection\.", "patch_embed.proj."),
+            (r"layers\.(\d+)\.ln(\d)\.", "blocks.{0}.norm{1}."),
+            (r"layers\.(\d+)\.attn\.attn\.in_proj_", "blocks.{0}.attn.qkv."),
+            (r"layers\.(\d+)\.attn\.attn\.out_proj\.", "blocks.{0}.attn.proj."),
+            (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", "blocks.{0}.mlp.fc1."),
+            (r"layers\.(\d+)\.ffn\.layers\.1\.", "blocks.{0}.mlp.fc2."),
+            (r"ln1\.", "out_norms.3."),
+        ),
+        ("vit_", "deit_"),
+    ),
+    Layout(
+        "detectron2's ViTDet",
+        "net.blocks.0.attn.rel_pos_h",
+        ((r"net\.pos_embed", "patch_embed.pos_embed"), (r"net\.", "")),
+        ("samvit_",),
+        change=_without_token,
     ),
 )
 
@@ -428,6 +459,13 @@ def form_of(
             missing = ", ".join(f"{layout.prefix}norm{index}" for index in sorted({0, 1, 2, 3} - held))
             raise CheckpointError(f"{path}: lacks norms of the backbone's maps: {missing}")
         form["out_norms"] = tuple(sorted(held))
+    if layout.family.endswith("ViT"):
+        # Patches of 16 pixels; the class token has a position too.
+        side = 16 * math.isqrt(state[f"{layout.prefix}pos_embed"].shape[1] - 1)
+        form |= {"img_size": (side, side), "dynamic_img_size": True}
+        form |= {"out_norms": (3,)} if f"{layout.prefix}ln1.weight" in state else {}
+    if layout.family.endswith("ViTDet"):
+        form["grid"] = math.isqrt(state[f"{layout.prefix}net.pos_embed"].shape[1])
     if "ResNet" in layout.family:
         form = {"style": _style_of(layout, origin, state, given.get("style"))}
         stride = _output_stride_of(origin, given.get("output_stride"))
@@ -524,8 +562,12 @@ def translated(layout: Layout, state: Mapping[str, Tensor], backbone: nn.Module,
     Raises:
         CheckpointError: If two entries would have the same name.
     """
-    names = {_flat(key.removeprefix("features.")): key for key in backbone.state_dict()}
+    names = {_flat(key.removeprefix("features.").removeprefix("model.")): key for key in backbone.state_dict()}
     result: dict[str, Tensor] = {}
+    if layout.family.endswith("ViT"):
+        # mmseg 1.2 builds its patches without a bias, which its own files have.
+        width = len(state[f"{layout.prefix}patch_embed.projection.weight"])
+        state = {f"{layout.prefix}patch_embed.projection.bias": torch.zeros(width), **state}
     for key, value in state.items():
         if not key.startswith(layout.prefix):
             result[key] = value
@@ -579,6 +621,10 @@ def likely_model(layout: Layout, state: Mapping[str, Tensor]) -> str | None:
         deep = depth(r"stages\.2\.(\d+)\.") > 9
         size = {96: "small" if deep else "tiny", 128: "base", 192: "large", 256: "xlarge"}
         return (found := size.get(width("downsample_layers.0.0.weight"))) and f"convnext_{found}"
+    if "ViT" in layout.family:
+        plain = {384: "deit_small_patch16_224", 768: "vit_base_patch16_224"}
+        sam = {768: "samvit_base_patch16", 1024: "samvit_large_patch16", 1280: "samvit_huge_patch16"}
+        return plain.get(width("patch_embed.projection.weight")) or sam.get(width("net.patch_embed.proj.weight"))
     depths = tuple(depth(rf"layers\.{index}\.1\.(\d+)\.") for index in range(4))
     known = {(3, 4, 6, 3): 2, (3, 4, 18, 3): 3, (3, 8, 27, 3): 4, (3, 6, 40, 3): 5}
     known[(2, 2, 2, 2)] = 0 if width("layers.0.0.projection.weight") == 32 else 1
@@ -608,18 +654,52 @@ class PadsBeforeItRolls(SwinTransformerBlock):
         return x[:, :height, :width].contiguous()
 
 
+class ResamplesPlainly(VisionTransformer):
+    """timm's ViT with mmseg's positions on grids of other sizes: bicubic, and not smoothed before."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            return super()._pos_embed(x)
+        prefix = self.num_prefix_tokens
+        grid = self.pos_embed[:, prefix:].unflatten(1, self.patch_embed.grid_size)
+        positions = torch.cat([self.pos_embed[:, :prefix], _bicubic(grid, x.shape[1:3]).flatten(1, 2)], dim=1)
+        tokens = x.flatten(1, 2)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+        return self.pos_drop(tokens + positions)
+
+
+class PositionedPatches(PatchEmbed):
+    """Patches ``[B, H, W, C]`` with positions of ViTDet, whose table is that of the pretraining's smaller images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, 3, H, W]`` to patches."""
+        x = super().forward(x)
+        return x + _bicubic(self.pos_embed, x.shape[1:3])
+
+
+def _bicubic(grid: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize positions ``[1, h, w, C]`` to ``size``, (height, width)."""
+    if tuple(grid.shape[1:3]) == tuple(size):
+        return grid
+    resized = F.interpolate(grid.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1)
+
+
 class PublishedBackbone(Backbone):
     """A timm model in the form in which the published dense code computes it.
 
     ResNet of style ``"caffe"`` strides in the first convolution of a bottleneck, not in the second. Swin Transformers
     pad their maps before they roll them, and roll in every second block whatever the map's size. PVTv2 has an eps of
-    1e-6 in all norms. Swin Transformers and ConvNeXt may normalise the maps that they return, while the others go on.
+    1e-6 in all norms, as samvit has in ViTDet. ViTs resample positions without smoothing. All but ResNets may normalise
+    the maps that they return, while those go on that are not normalised.
 
     Args:
         features: timm's model, cut to its features.
         style: Of a ResNet: ``"pytorch"`` or ``"caffe"``.
         dense: Whether all but ResNets have the form of the dense code.
         out_norms: Indices of the maps that are normalised.
+        grid: Of samvit: side of the grid of positions in patches.
 
     Raises:
         CheckpointError: If the model has no such form.
@@ -633,6 +713,7 @@ class PublishedBackbone(Backbone):
         style: str | None = None,
         dense: bool = False,
         out_norms: Sequence[int] = (),
+        grid: int | None = None,
     ):
         super().__init__(features, maps, resample)
         self._patch = 1
@@ -643,14 +724,22 @@ class PublishedBackbone(Backbone):
                 # As it is, with another forward: hooks, copies and pickles go on working.
                 module.__class__ = PadsBeforeItRolls
                 self._patch = 4
-            elif isinstance(module, nn.LayerNorm) and self._is_pvt():
+            elif type(module) is VisionTransformer:
+                module.__class__ = ResamplesPlainly
+            elif isinstance(module, nn.LayerNorm) and self._is_of("pvt_v2", "vision_transformer_sam"):
                 module.eps = 1e-6
+        if grid is not None:
+            model = features.model
+            model.patch_embed.__class__ = PositionedPatches
+            model.patch_embed.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, model.embed_dim))
+            model.pos_embed = None
         # timm's ConvNeXt has an eps of 1e-6, Swin of torch's 1e-5.
         eps = 1e-5 if self._patch == 4 else 1e-6
         self.out_norms = nn.ModuleDict({str(index): LayerNorm2d(self.channels[index], eps=eps) for index in out_norms})
 
-    def _is_pvt(self) -> bool:
-        return any(type(module).__module__ == "timm.models.pvt_v2" for module in self.features.modules())
+    def _is_of(self, *files: str) -> bool:
+        names = {f"timm.models.{file}" for file in files}
+        return any(type(module).__module__ in names for module in self.features.modules())
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest."""

@@ -431,6 +431,17 @@ PVT = (
     (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.mlp\.fc2\.", r"backbone.layers.\1.1.\2.ffn.layers.4."),
     (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.", r"backbone.layers.\1.1.\2."),
 )
+VIT = (
+    (r"backbone\.out_norms\.3\.", "backbone.ln1."),
+    (r"backbone\.features\.model\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.norm(\d)\.", r"backbone.layers.\1.ln\2."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attn.attn.in_proj_"),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attn.attn.out_proj."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.mlp\.fc1\.", r"backbone.layers.\1.ffn.layers.0.0."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.mlp\.fc2\.", r"backbone.layers.\1.ffn.layers.1."),
+    (r"backbone\.features\.model\.", "backbone."),
+    (r"neck\.", "neck."),
+)
 ENCODER = r"head\.pixel_decoder\.transformer\.encoder\.layers\.(\d)\."
 LAYERS = r"head\.predictor\.transformer_{}_layers\.(\d)\."
 MASK2FORMER = (
@@ -493,6 +504,7 @@ MASKED = {"num_queries": 5, "dim": 32, "encoder_layers": 1, "encoder_hidden": 16
 MASKED |= {"decoder_hidden": 16}
 DEEP = {"stem_type": "deep", "stem_width": 32}
 D8 = "resnet18", {"output_stride": 8, "style": "pytorch", **DEEP}
+PLAIN = {"dense": True, "img_size": (64, 64), "dynamic_img_size": True}
 NORMS = {"dense": True, "out_norms": (0, 1, 2, 3)}
 KINDS = {
     "upernet_r18": ("upernet", "resnet18", {"style": "pytorch", **DEEP}, {"channels": 16}, (*V1C, *MMSEG), None),
@@ -500,6 +512,13 @@ KINDS = {
     "deeplabv3_r18-d8": ("deeplabv3", *D8, {"design": "mmseg", "channels": 16}, (*V1C, *MMSEG), None),
     "deeplabv3plus_r18-d8": ("deeplabv3_plus", *D8, {"channels": 16}, (*V1C, *MMSEG), None),
     "upernet_convnext_femto_512x512": ("upernet", "convnext_tiny", NORMS, {"channels": 16}, (*CONVNEXT, *MMSEG), None),
+    "upernet_vit-b16_ln_mln": (
+        "upernet", "vit_tiny_patch16_224", PLAIN | {"out_norms": (3,)}, {"channels": 16, "neck": "multilevel"},
+        (*VIT, *MMSEG), None,
+    ),
+    "upernet_deit-s16": (
+        "upernet", "deit_tiny_patch16_224", PLAIN, {"channels": 16, "neck": None}, (*VIT, *MMSEG), None
+    ),
     "mask2former_swin-t": (
         "mask2former", "swin_tiny_patch4_window7_224", NORMS, MASKED, (*SWIN, *MASK2FORMER), unfolded
     ),
@@ -529,3 +548,60 @@ def test_what_was_written_under_published_names_is_read(name, tmp_path):
         assert torch.equal(read(x), model(x))
         # What the file told is what another file of the model must say.
         assert read.told["backbone_kwargs"] == form
+
+
+SAM = {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
+
+
+@pytest.mark.parametrize("head", ["mask_rcnn", "cascade_mask_rcnn"])
+@torch.no_grad()
+def test_vitdet(head, tmp_path):
+    design = {"design": "vitdet"} if head == "mask_rcnn" else {"style": "vitdet", "mask_heads": 1}
+    options = {"channels": 16, "hidden": 24, "rules": "detectron2", **design}
+    form = {"dense": True, "grid": 14, **SAM}
+    model = filled(create_detector(head, "samvit_base_patch16", num_classes=3, backbone_kwargs=form, **options))
+    stage = r"(\d)\." if head == "cascade_mask_rcnn" else r"0()\."
+    dot = "." if head == "cascade_mask_rcnn" else ""
+    state = renamed(
+        model.state_dict(),
+        (r"backbone\.features\.model\.patch_embed\.pos_embed", "backbone.net.pos_embed"),
+        (r"backbone\.features\.model\.", "backbone.net."),
+        (r"neck\.simfp_", "backbone.simfp_"),
+        (r"rpn\.head\.conv\.(\d)\.0\.", r"proposal_generator.rpn_head.conv.conv\1."),
+        (r"rpn\.head\.cls_logits\.", "proposal_generator.rpn_head.objectness_logits."),
+        (r"rpn\.head\.bbox_pred\.", "proposal_generator.rpn_head.anchor_deltas."),
+        (
+            rf"roi_heads\.box_heads\.{stage}tower\.([0-3])\.0\.",
+            lambda match: f"roi_heads.box_head.{match[1]}{dot}conv{int(match[2]) + 1}.",
+        ),
+        (
+            rf"roi_heads\.box_heads\.{stage}tower\.([0-3])\.1\.",
+            lambda match: f"roi_heads.box_head.{match[1]}{dot}conv{int(match[2]) + 1}.norm.",
+        ),
+        (rf"roi_heads\.box_heads\.{stage}tower\.5\.", lambda match: f"roi_heads.box_head.{match[1]}{dot}fc1."),
+        (
+            rf"roi_heads\.box_heads\.{stage}(cls_score|bbox_pred)\.",
+            lambda match: f"roi_heads.box_predictor.{match[1]}{dot}{match[2]}.",
+        ),
+        (
+            r"roi_heads\.mask_heads\.0\.convs\.(\d)\.0\.",
+            lambda match: f"roi_heads.mask_head.mask_fcn{int(match[1]) + 1}.",
+        ),
+        (
+            r"roi_heads\.mask_heads\.0\.convs\.(\d)\.1\.",
+            lambda match: f"roi_heads.mask_head.mask_fcn{int(match[1]) + 1}.norm.",
+        ),
+        (r"roi_heads\.mask_heads\.0\.predictor\.conv5_mask\.", "roi_heads.mask_head.deconv."),
+        (r"roi_heads\.mask_heads\.0\.predictor\.mask_fcn_logits\.", "roi_heads.mask_head.predictor."),
+    )
+    positions = state["backbone.net.pos_embed"].flatten(1, 2)
+    state["backbone.net.pos_embed"] = torch.cat([torch.ones(1, 1, positions.shape[-1]), positions], dim=1)
+    path = detectron_file(state, tmp_path / "model_final_61ccd1.pkl")
+    read = create_detector(head, "samvit_base_patch16", checkpoint=path, backbone_kwargs=SAM).eval()
+    assert (read.transform.min_size, read.transform.max_size, read.transform.divisor) == ((1024,), 1024, 1024)
+    assert all(torch.equal(value, read.state_dict()[key]) for key, value in model.state_dict().items())
+    x = torch.rand(1, 3, 250, 320, generator=torch.Generator().manual_seed(3))
+    assert all(
+        torch.equal(*pair) for pair in zip(read.neck(read.backbone(x)), model.neck(model.backbone(x)), strict=True)
+    )
+    assert {module.eps for module in read.backbone.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
