@@ -49,7 +49,9 @@ def _rows() -> tuple[Mapping[str, str], ...]:
         data = row["setting"] if row["head"] in _MASK_HEADS else row["data"]
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
         recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"
-        row["config"] = recipe if "_base_" in settings_of(recipe) else ""
+        # timm's own were trained by the recipes of their zoos.
+        ours = bool(dense_settings_of(row["backbone"]))
+        row["config"] = recipe if ours and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arrays import UnsafePickleError, is_pickle, read_arrays
+from .library_errors import first_line, needs_unpickling
 
 _logger = logging.getLogger(__name__)
 
@@ -169,12 +170,11 @@ def open_checkpoint(path: str | Path) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
-        objects = any(kind in str(error).lower() for kind in ("unsupported global", "unsupported class"))
+        objects = needs_unpickling(error)
         reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
         raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
@@ -217,7 +217,9 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     # The second is that of our own detectors and segmenters.
     for prefix in ("backbone.", "features.model."):
         if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            # mmpretrain's classifiers have theirs beside the backbone.
+            head = {key: state[key] for key in ("head.fc.weight", "head.fc.bias") if key in state}
+            state = head | {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
 

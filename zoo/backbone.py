@@ -5,7 +5,9 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch.nn.functional as F
@@ -114,6 +116,24 @@ def dense_settings_of(name: str) -> dict[str, dict]:
     """Return the published dense settings of a model by setting; empty if there are none."""
     module = sys.modules[model_entrypoint(name).__module__]
     return getattr(module, "dense_settings", {}).get(name.split(".")[0], {})
+
+
+def head_options_of(name: str, head: str) -> dict[str, Any]:
+    """Return what a family's published dense models do otherwise than others.
+
+    Args:
+        name: Model.
+        head: A detector's or segmenter's name, whose options they are; or ``"images"``, for the published evaluation's
+            ``divisor`` of an image's sides.
+    """
+    module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
+    options = getattr(module, "head_options", {})
+    return {
+        key: value
+        for pattern, heads in options.items()
+        if fnmatchcase(name, pattern)
+        for key, value in heads.get(head, {}).items()
+    }
 
 
 def check_name(name: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...zoo import BackboneError, CheckpointError, create_backbone
 from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
+from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.published import (
     TOLD_OPTIONS,
     Layout,
@@ -155,8 +156,7 @@ def build_backbone(
     except BackboneError as error:
         raise TaskError(f"{head} on {backbone}: {error}") from error
     except TypeError as error:
-        wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
-        if wrong is None:
+        if (wrong := unknown_option(error)) not in options:
             raise
         raise TaskError(
             f"neither {head} nor {backbone} has an option {wrong!r}{nearest(wrong, known_options)}"
@@ -295,14 +295,13 @@ def build_described(
     except (TaskError, CheckpointError, UnknownModelError):
         raise
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if unknown_option(error) is None:
             raise
         raise TaskError(
-            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the head, and "
+            f"{model['backbone']}: {call_fault(error)}; model.kwargs must be options of the head, and "
             "model.backbone_kwargs those of the backbone"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
         if not options.get("pretrained"):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error
+        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {first_line(error)}") from error

@@ -16,6 +16,7 @@ from timm.models import is_model
 from timm.optim import list_optimizers
 
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
+from ...zoo.library_errors import first_line
 from .. import TASKS, TaskError, nearest
 from ..checkpoints import renamed
 from .keys import meaning
@@ -138,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         except TaskError:
             raise
         except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = first_line(error)
             raise TaskError(f"{path}: {type(error).__name__}: {reason}") from error
 
 

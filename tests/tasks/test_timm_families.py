@@ -100,7 +100,7 @@ def test_the_walk_sees_wrong_maps(fault):
         return maps
 
     model.backbone.features.forward = broken
-    with pytest.raises(AssertionError, match="map [01]"):
+    with pytest.raises(AssertionError, match=r"map [01]"):
         families.check_maps(model)
 
 

@@ -29,9 +29,7 @@ def test_maps_are_nchw_and_images_of_any_size(name):
         ("vit_tiny_patch16_224", [16] * 4, 16, None, False),
         ("vit_small_patch14_dinov2", [16] * 4, 14, None, False),
         ("convmixer_768_32", [8] * 4, 1, None, False),  # patches of 7 pixels
-        pytest.param(
-            "maxvit_pico_rw_256", [4, 8, 16, 32], 256, None, False, marks=pytest.mark.heavy
-        ),  # windows of 8 cells on the coarsest map
+        pytest.param("maxvit_pico_rw_256", [4, 8, 16, 32], 256, None, False, marks=pytest.mark.heavy),  # windows
         ("halonet26t", [4, 8, 16, 32], 256, None, False),  # blocks of 8 cells
         ("hiera_tiny_224", [4, 8, 16, 32], 1, (224, 224), False),
         pytest.param("mvitv2_tiny", [4, 8, 16, 32], 1, None, False, marks=pytest.mark.heavy),
@@ -123,7 +121,7 @@ def test_a_chosen_size_is_measured_anew():
 
 
 def test_what_gives_no_maps_is_refused():
-    with pytest.raises(foveate.zoo.BackboneError, match="maps are 1/12, 17.14; dense heads need strides of whole"):
+    with pytest.raises(foveate.zoo.BackboneError, match=r"maps are 1/12, 17\.14; dense heads need strides of whole"):
         foveate.create_backbone("crossvit_tiny_240", out_indices=None)
     with pytest.raises(foveate.zoo.BackboneError, match="there is no map 12; there are 0, 1, 2"):
         foveate.create_backbone("vit_tiny_patch16_224", out_indices=(12,))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ....zoo import CheckpointError
 from ....zoo._checkpoint import LoadReport
+from ....zoo.backbone import head_options_of
 from ....zoo.published import STYLES, form_of, statistics_from, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
@@ -24,9 +25,6 @@ from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
-
-# Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
-_CHOOSE_ANCHORS = ("foveate_davit", "biformer")
 
 RULES = ("mmdet", "detectron2")
 
@@ -604,10 +602,8 @@ def create_detector(
             body_options.pop("pretrained", None)
     elif reset_classifier:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
-    if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
-        options.setdefault("selection", "anchors")
-    if head == "mask_rcnn" and isinstance(backbone, str) and backbone.startswith("dat_pp"):
-        options.setdefault("extra_convs", "on_input")  # as published, for this head of theirs alone
+    if isinstance(backbone, str):
+        options = head_options_of(backbone, head) | options
     body = build_backbone(
         head,
         backbone,

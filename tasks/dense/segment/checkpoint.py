@@ -15,6 +15,7 @@ from ....zoo._checkpoint import LoadReport
 from ....zoo.published import Origin
 from ..build import DenseFile, load_dense
 from ..neck import convert_pyramid
+from .ham import convert_ham
 
 _logger = logging.getLogger(__name__)
 
@@ -22,11 +23,17 @@ _logger = logging.getLogger(__name__)
 _MARKS = {
     "upernet": re.compile(r"head\.psp_modules\."),
     "semantic_fpn": re.compile(r"head\.scale_heads\."),
+    "ham_net": re.compile(r"head\.join\."),
+    "light_ham": re.compile(r"head\.hamburger\."),
+    "mca": re.compile(r"head\.cross_axis\."),
+    "attention_unet": re.compile(r"head\.gates\."),
     "deeplabv3": re.compile(r"head\.classifier\.0\.convs\.|head\.aspp\.aspp_modules\.1\.conv\."),
     "deeplabv3_plus": re.compile(r"head\.(sep_bottleneck|c1_bottleneck|aspp\.aspp_modules\.1\.depthwise_conv)\."),
     "oneformer": re.compile(r"head\.predictor\.class_transformer\."),
     "mask2former": re.compile(r"head\.predictor\.query_feat\."),
 }
+# mmseg's name of MSCAN's depthwise convolutions, which the authors call dwconv.dwconv.
+_OF_MMSEG = re.compile(r"backbone\.block\d\.\d+\.mlp\.dwconv\.weight")
 # The prefix of Mask2Former's pixel decoder in its first files.
 _OLD = re.compile(r"sem_seg_head\.(?!predictor\.|pixel_decoder\.)")
 # Published prefixes and ours.
@@ -124,6 +131,7 @@ def read_segmenter(path: str | Path) -> DenseFile:
         kinds = sorted({key.split(".")[0] for key in extras})
         level = logging.WARNING if any(key.startswith(_NETWORKS) for key in extras) else logging.INFO
         _logger.log(level, f"{path}: left out {len(extras)} entries that only training needs: {', '.join(kinds)}")
+    state = convert_ham(state)
     if not any(key.startswith("head.") for key in state):
         raise CheckpointError(f"{path}: holds no segmenter, only {', '.join(map(repr, list(state)[:3]))}, ...")
     if file.origin is not None:
@@ -174,6 +182,10 @@ def variant_of(head: str, state: dict[str, Tensor]) -> dict:
         variant["detail"] = state["head.c1_bottleneck.conv.weight"].shape[0]
     if head == "semantic_fpn":
         variant["neck_channels"] = state["head.neck.layer_blocks.0.0.weight"].shape[0]
+    if (bases := state.get("head.hamburger.bases")) is not None:
+        variant["rank"] = bases.shape[-1]
+    elif head == "light_ham" and any(_OF_MMSEG.fullmatch(key) for key in state):
+        variant["rank"] = 16
     return variant
 
 
@@ -227,6 +239,10 @@ def load_segmenter(model: nn.Module, file: DenseFile, backbone_loaded: bool, res
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
+    if hasattr(model.head, "hamburger"):
+        # No published file has the bases, which are drawn from a seed.
+        bases = {"head.hamburger.bases": model.head.hamburger.bases}
+        file = dataclasses.replace(file, state=bases | file.state)
     auxiliary = [key for key in file.state if key.startswith("aux_head.")]
     if not model.has_aux_head and auxiliary:
         _logger.info(f"{file.path}: left out the auxiliary head, which was not asked for")

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, dense_settings_of
+from ....zoo.library_errors import lacks_variance
 from ....zoo.published import form_of, is_foreign, statistics_from, tests_of, translated
-from ....zoo.weights import locate
+from ....zoo.weights import locate, table
 from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import segmenter_neck
 from ..normalize import check_evaluation, statistics_of
+from .attention_unet import AttentionUNetHead
 from .base import BaseSegmenter
 from .checkpoint import aux_channels_of, head_of, load_segmenter, neck_of, read_segmenter, variant_of
 from .deeplabv3 import DeepLabV3Head, DeepLabV3PlusHead
 from .fcn import FCNHead
+from .ham import HamNetHead, LightHamHead
 from .inference import predict_labels, resize_to
 from .losses import batch_labels, check_labels, pixel_cross_entropy
 from .mask2former import SETTINGS, Mask2Former, Mask2FormerHead, OneFormerHead
+from .mca import MCAHead
 from .semantic_fpn import SemanticFPNHead
 from .set_loss import SetCriterion
 from .upernet import UPerHead
@@ -34,12 +38,16 @@ HEADS = {
     "semantic_fpn": SemanticFPNHead,
     "upernet": UPerHead,
     "deeplabv3": DeepLabV3Head,
+    "light_ham": LightHamHead,
+    "ham_net": HamNetHead,
+    "mca": MCAHead,
+    "attention_unet": AttentionUNetHead,
     "deeplabv3_plus": DeepLabV3PlusHead,
     "mask2former": Mask2FormerHead,
     "oneformer": OneFormerHead,
 }
 # The heads that are trained with an auxiliary one.
-_WITH_AUX = ("upernet", "deeplabv3", "deeplabv3_plus")
+_WITH_AUX = ("upernet", "deeplabv3", "deeplabv3_plus", "ham_net")
 _DILATED = ("deeplabv3", "deeplabv3_plus")
 
 
@@ -125,7 +133,7 @@ class Segmenter(BaseSegmenter):
         try:
             logits = self.head(features)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_variance(error):
                 raise
             raise TaskError("the batch norm of a map pooled to one pixel needs at least 2 images in a batch") from error
         check_labels(labels, logits.shape[1], self.ignore_index)
@@ -190,8 +198,8 @@ def create_segmenter(
     """Create a segmenter of any backbone.
 
     Args:
-        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"deeplabv3_plus"``, ``"mask2former"`` or
-            ``"oneformer"``.
+        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"deeplabv3_plus"``, ``"light_ham"`` (SegNeXt on
+            MSCAN), ``"ham_net"``, ``"mca"``, ``"attention_unet"``, ``"mask2former"`` or ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
             finest to the coarsest, and has their ``channels`` and, unless the head takes them as they are,
             ``reductions``, their strides.
@@ -199,11 +207,12 @@ def create_segmenter(
         setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
             default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
             own, which include the backbone's: `mask2former.SETTINGS`, such as ``"coco_panoptic"``.
-        checkpoint: Weights of a whole segmenter, a path or an address: mmseg's, detectron2's, or ours. The variant of
-            the head is read from it unless given; ``"mask2former"`` reads OneFormer's too. A file of a head alone
-            leaves the backbone as it is, and says so.
-        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet
-            and DeepLabV3; the others never have one.
+        checkpoint: Weights of a whole segmenter, a path, an address or the name of published ones: mmseg's,
+            detectron2's, or ours. The variant of the head is read from it unless given; ``"mask2former"`` reads
+            OneFormer's too. A file of a head alone leaves the backbone as it is, and says so. What no file tells, the
+            ``rank`` of ``"light_ham"``, is known of published names and of mmseg's files, and must be given of others.
+        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet,
+            DeepLabV3 and HamNet; the others never have one.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
         **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
@@ -213,7 +222,8 @@ def create_segmenter(
             backbone's own.
 
     Raises:
-        TaskError: If the head or an option is unknown, or the backbone does not suit the head.
+        TaskError: If the head or an option is unknown, the backbone does not suit the head, or the rank of Light-Ham's
+            factorisation must be given.
         UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If the checkpoint can't be had or read, or is of another model.
 
@@ -226,6 +236,7 @@ def create_segmenter(
         raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
     if reset_classifier and checkpoint is None:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
+    entry = table().get(str(checkpoint))
     checkpoint = None if checkpoint is None else locate(checkpoint)
     file, layout, state = None, None, None
     if checkpoint is not None:
@@ -238,7 +249,12 @@ def create_segmenter(
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
-        options |= variant_of(head, state) | {"neck": neck_of(state)}
+        options |= variant_of(head, state) | {"neck": neck_of(state)} | (entry.options if entry else {})
+        if head == "light_ham" and "rank" not in options | kwargs:
+            raise TaskError(
+                f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
+                "rank=64, which the authors took for B and L"
+            )
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
             raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
         aux_options = {"channels": aux_channels_of(state)}
@@ -298,6 +314,7 @@ def create_segmenter(
         strides = getattr(body, "reductions", None)
         plain = head == "upernet" and strides is not None and len(set(strides)) == 1
         aux_options["index"] = len(channels) - 1 if plain else min(2, len(channels) - 1)
+        aux_options |= {"group_norm": True} if head == "ham_net" else {}
         aux_module = FCNHead(channels, num_classes, **aux_options) if aux else None
         module = HEADS[head](channels, num_classes, **parts[0])
         model = Segmenter(body, module, aux_module, neck=neck, **parts[1])
