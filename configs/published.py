@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from importlib.resources import files
 
-from ..zoo.backbone import dense_settings_of
+from ..zoo.published import is_foreign
 from ..zoo.weights import Weights, table
 from .training import settings_of
 
@@ -40,7 +40,8 @@ def _rows() -> tuple[Mapping[str, str], ...]:
     rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in ours.items()}
     for name, row in rows.items():
         row["backbone"] = name.partition(".")[0]
-        if dense_settings_of(row["backbone"]):
+        ours = not is_foreign(row["backbone"])
+        if ours:
             row.setdefault("setting", SETTINGS[row["task"]])
         elif row["head"] in _MASK_HEADS:
             row.setdefault("setting", f"{row['data']}_{row['schedule'].split()[0]}")
@@ -50,7 +51,6 @@ def _rows() -> tuple[Mapping[str, str], ...]:
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
         recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"
         # timm's own were trained by the recipes of their zoos.
-        ours = bool(dense_settings_of(row["backbone"]))
         row["config"] = recipe if ours and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
 

@@ -605,3 +605,60 @@ def test_vitdet(head, tmp_path):
         torch.equal(*pair) for pair in zip(read.neck(read.backbone(x)), model.neck(model.backbone(x)), strict=True)
     )
     assert {module.eps for module in read.backbone.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_starts_from_a_published_file(tmp_path):
+    from foveate.tasks import engine
+    from foveate.tasks.predictors import load_predictor
+
+    model = create_detector("mask_rcnn", "resnet26", num_classes=3, channels=16, hidden=24)
+    with torch.no_grad():
+        for name, value in model.backbone.state_dict().items():
+            if name.endswith("running_mean"):
+                value.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    state = as_mm(model)
+    path = mm_file(state, tmp_path / "mask_rcnn_r50_caffe_fpn_1x_coco.pth")
+    overrides = [
+        "model.backbone=resnet26",
+        f"model.checkpoint={path}",
+        "model.frozen_stages=1",
+        "model.norm_eval=True",
+        "model.kwargs.reset_classifier=True",
+        "model.kwargs.channels=16",
+        "model.kwargs.hidden=24",
+        "model.kwargs.region_samples=8",
+        "epochs=1",
+        "val_interval=1",
+        "data.repeat=4",
+        "batch_size=2",
+        "data.augment.crop=96",
+        "schedule.warmup_iterations=1",
+        "device=cpu",
+    ]
+    config = engine.load_config("detect/mask_rcnn_nat_atto_nuclei", overrides)
+    engine.train(config, tmp_path / "run", progress=False)
+    for name in ("best.pth", "last.pth"):
+        predictor = load_predictor(tmp_path / "run" / name)
+        trained = predictor.model
+        assert style_of(trained) == "caffe"
+        assert trained.transform.channel_order == "bgr"
+        body = {f"backbone.{key}": value for key, value in trained.backbone.features.state_dict().items()}
+        changed = {key for key in body if not key.endswith(COUNTS) and not torch.equal(body[key], state[key])}
+        assert not [key for key in changed if "layer1" in key or key.startswith(("backbone.conv1", "backbone.bn1"))]
+        assert not [key for key in changed if "running" in key]
+        assert {"backbone.layer2.0.conv1.weight", "backbone.layer4.1.conv2.weight"} <= changed
+        again = create_detector("mask_rcnn", "resnet26", checkpoint=tmp_path / "run" / name)
+        assert style_of(again) == "caffe"
+        assert (again.transform.channel_order, again.transform.mean) == ("bgr", trained.transform.mean)
+
+
+def test_stages_that_cannot_be_told_are_not_frozen(tmp_path):
+    from foveate.tasks.dense.build import freeze_stages
+
+    with pytest.raises(TaskError, match="frozen_stages is 1, but the backbone has no stages that timm tells apart"):
+        freeze_stages(create_backbone("nat_atto"), 1)
+    with pytest.raises(TaskError, match="frozen_stages is 5, but the backbone has 4"):
+        freeze_stages(create_backbone("resnet18", out_indices=None), 5)
