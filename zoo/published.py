@@ -417,6 +417,17 @@ def _renamed(layout: Layout, name: str) -> str:
     return name
 
 
+def likely_model_of(checkpoint: Mapping) -> str | None:
+    """Return the name of timm's model that a file's backbone is, as far as widths and depths tell; None if none here.
+
+    Args:
+        checkpoint: What `open_checkpoint` read.
+    """
+    state = state_of(checkpoint)
+    layout = layout_of(state)
+    return None if layout is None else likely_model(layout, state)
+
+
 def is_foreign(name: str) -> bool:
     """Return whether a registered model is timm's own, and none of this package."""
     return not model_entrypoint(name).__module__.startswith(f"{__package__}.")

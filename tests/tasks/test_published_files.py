@@ -1,7 +1,10 @@
 """Files of mmdet, mmseg, detectron2 and Mask2Former on timm's backbones: what they held is what comes out."""
 
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ def detectron_file(state: dict, path: Path) -> Path:
     """Write a file as detectron2's model zoo has them."""
     arrays = {key: value.numpy() for key, value in state.items() if not key.endswith(COUNTS)}
     with open(path, "wb") as file:
-        pickle.dump({"model": arrays, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}, file, 2)
+        pickle.dump({"model": arrays, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}, file, 3)
     return path
 
 
@@ -662,3 +665,46 @@ def test_stages_that_cannot_be_told_are_not_frozen(tmp_path):
         freeze_stages(create_backbone("nat_atto"), 1)
     with pytest.raises(TaskError, match="frozen_stages is 5, but the backbone has 4"):
         freeze_stages(create_backbone("resnet18", out_indices=None), 5)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from foveate.tasks.dense.detect import create_detector
+
+def peak():
+    # That of the process alone: getrusage's begins with that of its parent.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+def create(**options):
+    return create_detector("retinanet", "resnet26", num_classes=3, channels=768, **options)
+
+if sys.argv[1] == "write":
+    from test_published_files import as_detectron, detectron_file
+    detectron_file(as_detectron(create(extra_relu=True), 3), sys.argv[2])
+else:
+    model = create()
+    size = sum(value.numel() * 4 for value in model.state_dict().values())
+    before = peak()
+    del model
+    create(checkpoint=sys.argv[2])
+    # What was built before stands for the model and all that is loaded once.
+    print(peak() - before, size)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_large_file_is_in_memory_once(tmp_path):
+    path = tmp_path / "model_final.pkl"
+
+    def run(*arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        command = [sys.executable, "-c", MEASURE, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    run("write", str(path))
+    more, size = map(int, run("read", str(path)).split())
+    assert path.stat().st_size > 0.9 * size > 150e6
+    assert more < 1.3 * path.stat().st_size
