@@ -204,7 +204,7 @@ class Layout:
 
     Attributes:
         family: What it is, for messages.
-        mark: An entry that no other layout has.
+        marks: Entries that no other layout has; one of them does.
         rules: Patterns of its names, and timm's; the first that matches the beginning counts. Several names of timm's,
             where an entry is cut into rows.
         kinds: Beginnings of timm's names of the models it is of.
@@ -214,7 +214,7 @@ class Layout:
     """
 
     family: str
-    mark: str
+    marks: tuple[str, ...]
     rules: tuple[tuple[str, str], ...]
     kinds: tuple[str, ...]
     prefix: str = ""
@@ -227,7 +227,7 @@ def _unfold_order(name: str, value: Tensor) -> dict[str, Tensor]:
 
     There channels are outside, and neighbours, row by row, inside.
     """
-    if ".downsample." in name:
+    if ".downsample." in name and value.shape[-1] % 4 == 0:
         value = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
     return {name: value}
 
@@ -261,7 +261,7 @@ _SWIN_BLOCK = (
 LAYOUTS = (
     Layout(
         "detectron2's ResNet",
-        "res2.0.conv1.weight",
+        ("res2.0.conv1.weight", "res3.0.conv1.weight"),
         (
             (r"stem\.conv1\.norm\.", "bn1."),
             (r"stem\.conv1\.", "conv1."),
@@ -274,13 +274,13 @@ LAYOUTS = (
     ),
     Layout(
         "mmdet's or mmseg's ResNet",
-        "layer1.0.conv1.weight",
+        ("layer1.0.conv1.weight", "layer2.0.conv1.weight"),
         ((r"stem\.7\.", "bn1."), (r"stem\.(\d)\.", "conv1.{0}.")),
         ("resnet", "resnext"),
     ),
     Layout(
         "mmdet's or mmseg's Swin Transformer",
-        "stages.0.blocks.0.attn.w_msa.qkv.weight",
+        ("stages.0.blocks.0.attn.w_msa.qkv.weight", "stages.0.blocks.1.attn.w_msa.qkv.weight"),
         (
             (r"patch_embed\.projection\.", "patch_embed.proj."),
             (r"stages\.(\d)\.blocks\.(\d+)\.attn\.w_msa\.", "layers.{0}.blocks.{1}.attn."),
@@ -296,14 +296,14 @@ LAYOUTS = (
     ),
     Layout(
         "Microsoft's Swin Transformer",
-        "layers.0.blocks.0.attn.qkv.weight",
+        ("layers.0.blocks.0.attn.qkv.weight", "layers.0.blocks.1.attn.qkv.weight"),
         _SWIN_BLOCK,
         ("swin_",),
         out_norms=True,
     ),
     Layout(
         "mmpretrain's ConvNeXt",
-        "stages.0.0.depthwise_conv.weight",
+        ("stages.0.0.depthwise_conv.weight", "stages.0.1.depthwise_conv.weight"),
         (
             (r"downsample_layers\.0\.(\d)\.", "stem.{0}."),
             (r"downsample_layers\.(\d)\.(\d)\.", "stages.{0}.downsample.{1}."),
@@ -318,7 +318,7 @@ LAYOUTS = (
     ),
     Layout(
         "mmdet's PVTv2",
-        "layers.0.1.0.attn.attn.in_proj_weight",
+        ("layers.0.1.0.attn.attn.in_proj_weight", "layers.0.1.1.attn.attn.in_proj_weight"),
         (
             (r"layers\.0\.0\.projection\.", "patch_embed.proj."),
             (r"layers\.0\.0\.norm\.", "patch_embed.norm."),
@@ -337,7 +337,7 @@ LAYOUTS = (
     ),
     Layout(
         "mmseg's ViT",
-        "layers.0.ln1.weight",
+        ("layers.0.ln1.weight", "layers.1.ln1.weight"),
         (
             (r"patch_embed\.projection\.", "patch_embed.proj."),
             (r"layers\.(\d+)\.ln(\d)\.", "blocks.{0}.norm{1}."),
@@ -351,7 +351,7 @@ LAYOUTS = (
     ),
     Layout(
         "detectron2's ViTDet",
-        "net.blocks.0.attn.rel_pos_h",
+        ("net.blocks.0.attn.rel_pos_h", "net.blocks.1.attn.rel_pos_h"),
         ((r"net\.pos_embed", "patch_embed.pos_embed"), (r"net\.", "")),
         ("samvit_",),
         change=_without_token,
@@ -402,7 +402,7 @@ def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
     """
     for layout in LAYOUTS:
         for prefix in ("backbone.", "backbone.bottom_up."):
-            if prefix + layout.mark in state:
+            if any(prefix + mark in state for mark in layout.marks):
                 return dataclasses.replace(layout, prefix=prefix)
     return None
 
@@ -472,11 +472,11 @@ def form_of(
         form["out_norms"] = tuple(sorted(held))
     if layout.family.endswith("ViT"):
         # Patches of 16 pixels; the class token has a position too.
-        side = 16 * math.isqrt(state[f"{layout.prefix}pos_embed"].shape[1] - 1)
+        side = 16 * math.isqrt(_held(state, f"{layout.prefix}pos_embed", path).shape[1] - 1)
         form |= {"img_size": (side, side), "dynamic_img_size": True}
         form |= {"out_norms": (3,)} if f"{layout.prefix}ln1.weight" in state else {}
     if layout.family.endswith("ViTDet"):
-        form["grid"] = math.isqrt(state[f"{layout.prefix}net.pos_embed"].shape[1])
+        form["grid"] = math.isqrt(_held(state, f"{layout.prefix}net.pos_embed", path).shape[1])
     if "ResNet" in layout.family:
         form = {"style": _style_of(layout, origin, state, given.get("style"))}
         stride = _output_stride_of(origin, given.get("output_stride"))
@@ -486,6 +486,12 @@ def form_of(
         if stem is not None:
             form |= {"stem_type": "deep", "stem_width": len(stem)}
     return form
+
+
+def _held(state: Mapping[str, Tensor], key: str, path: Path) -> Tensor:
+    if key not in state:
+        raise CheckpointError(f"{path}: 1 missing ({key})")
+    return state[key]
 
 
 def _groups_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -577,7 +583,7 @@ def translated(layout: Layout, state: Mapping[str, Tensor], backbone: nn.Module,
     result: dict[str, Tensor] = {}
     if layout.family.endswith("ViT"):
         # mmseg 1.2 builds its patches without a bias, which its own files have.
-        width = len(state[f"{layout.prefix}patch_embed.projection.weight"])
+        width = len(_held(state, f"{layout.prefix}patch_embed.projection.weight", path))
         state = {f"{layout.prefix}patch_embed.projection.bias": torch.zeros(width), **state}
     for key, value in state.items():
         if not key.startswith(layout.prefix):

@@ -14,6 +14,7 @@ from foveate.tasks import TaskError
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
 from foveate.zoo import CheckpointError, create_backbone
+from foveate.zoo.loading import create_model
 from foveate.zoo.published import settings_of
 
 # Published errors are rounding; the sheet allows 2e-5 of an output's standard deviation.
@@ -266,6 +267,16 @@ def test_a_file_that_differs_in_one_tensor_is_refused_by_its_name(change, retina
     ):
         with pytest.raises(CheckpointError, match=rf"layer3\.1\.{name}\.weight"):
             create()
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "conv1.weight", "layer2.0.conv1.weight", "bn1.running_var"])
+def test_no_tensor_may_be_missing_that_tells_what_a_file_is(name, retinanet, tmp_path):
+    state = {key: value for key, value in retinanet.items() if key != f"backbone.{name}"}
+    path = mm_file(state, tmp_path / "retinanet_r50.pth")
+    with pytest.raises(CheckpointError, match=rf"1 missing \(backbone\.features\.{re.escape(name)}\)"):
+        create_detector("retinanet", "resnet26", checkpoint=path)
+    with pytest.raises(CheckpointError, match="is a dense model's; its backbone is read by create_backbone"):
+        create_model("resnet26", checkpoint=path, features_only=True)
 
 
 def test_a_file_of_another_model_is_refused_with_the_right_one(retinanet, tmp_path):
@@ -684,13 +695,10 @@ if sys.argv[1] == "write":
     from test_published_files import as_detectron, detectron_file
     detectron_file(as_detectron(create(extra_relu=True), 3), sys.argv[2])
 else:
-    model = create()
-    size = sum(value.numel() * 4 for value in model.state_dict().values())
+    create_detector("retinanet", "resnet26", channels=8)  # whatever is imported on the way
     before = peak()
-    del model
-    create(checkpoint=sys.argv[2])
-    # What was built before stands for the model and all that is loaded once.
-    print(peak() - before, size)
+    model = create(checkpoint=sys.argv[2])
+    print(peak() - before, sum(value.numel() * 4 for value in model.state_dict().values()))
 """
 
 
@@ -707,4 +715,4 @@ def test_a_large_file_is_in_memory_once(tmp_path):
     run("write", str(path))
     more, size = map(int, run("read", str(path)).split())
     assert path.stat().st_size > 0.9 * size > 150e6
-    assert more < 1.3 * path.stat().st_size
+    assert more < 1.3 * path.stat().st_size + size

@@ -121,7 +121,7 @@ def from_detectron(state: dict[str, Tensor], path: str | Path) -> dict[str, Tens
 
     def ordered(key: str, value: Tensor) -> Tensor:
         # Sizes are outside there and ratios inside; here it is the other way round.
-        if key.startswith(("head.cls_score.", "head.bbox_pred.")):
+        if key.startswith(("head.cls_score.", "head.bbox_pred.")) and len(value) % 9 == 0:
             return value.unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
         return value
 

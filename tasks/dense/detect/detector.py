@@ -632,7 +632,10 @@ def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int |
     held = head_of(state, path)
     if held != head:
         raise CheckpointError(f"{path}: holds a {held}, not a {head}; create_detector({held!r}, ...) reads it")
-    variant = variant_of(head, state, path)
+    try:
+        variant = variant_of(head, state, path)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: 1 missing ({error.args[0]})") from error
     if num_classes not in (None, variant["num_classes"]):
         if not reset_classifier:
             raise OtherClassesError(path, variant["num_classes"], num_classes)

@@ -249,7 +249,11 @@ def create_segmenter(
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
-        options |= variant_of(head, state) | {"neck": neck_of(state)} | (entry.options if entry else {})
+        try:
+            options |= variant_of(head, state)
+        except KeyError as error:
+            raise CheckpointError(f"{checkpoint}: 1 missing ({error.args[0]})") from error
+        options |= {"neck": neck_of(state)} | (entry.options if entry else {})
         if head == "light_ham" and "rank" not in options | kwargs:
             raise TaskError(
                 f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
