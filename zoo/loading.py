@@ -217,8 +217,8 @@ def _refuse(name: str, model: nn.Module, missing: list[str], strange: list[str])
         total = sum(value.is_floating_point() for value in model.state_dict().values())
         raise CheckpointError(
             f"the checkpoint is not one of {name}: {total - len(missing)} of {total} entries match, "
-            f"{faults_of(missing=missing, unexpected=strange)}; names other than timm's, such as those of mmdet, mmseg "
-            "and detectron2, are not translated for its models"
+            f"{faults_of(missing=missing, unexpected=strange)}; names other than timm's are not translated here; "
+            "whole files of mmdet, mmseg and detectron2 are for create_detector, create_segmenter and create_backbone"
         )
 
 
