@@ -21,7 +21,7 @@ def sample_bilinear(x: Tensor, rows: Tensor, columns: Tensor, backend: str | Non
     """Read maps at points, bilinear between the pixels, which are zero outside.
 
     That is the sampling of deformable convolution (arXiv 1703.06211, eq. 3), in absolute positions, which `grid_sample`
-    would have rounded once more. Points that are not finite numbers give values that are not numbers, and read nothing else.
+    would have rounded once more. Points that are not finite give values that are not numbers, and read nothing else.
 
     Args:
         x: Maps ``[B, H, W, C]``.
