@@ -56,9 +56,9 @@ class DepthwiseMlp(nn.Module):
         traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
         if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
             return False
-        if x.shape[:3].numel() * self.fc1.out_features * x.element_size() < 2 * _PIECE_BYTES:
+        if not is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2):
             return False
-        return is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2)
+        return x.shape[:3].numel() * self.fc1.out_features * x.element_size() >= 2 * _PIECE_BYTES
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
