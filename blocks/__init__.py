@@ -3,14 +3,17 @@
 from .agent import AgentAttention2d, AgentTokenAttention
 from .cbam import CBAM
 from .create import create_attention, list_attentions
+from .cross_axis import CrossAxisAttention2d
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .hamburger import Hamburger2d
 from .hilo import HiLoAttention2d
 from .inline import InLineAttention2d, InLineTokenAttention
+from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -26,15 +29,19 @@ __all__ = [
     "AgentTokenAttention",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
+    "CrossAxisAttention2d",
     "CrossShapedAttention2d",
     "DeformableAttention2d",
     "DeformableGate",
+    "DilatedGate",
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
+    "Hamburger2d",
     "HiLoAttention2d",
     "InLineAttention2d",
     "InLineTokenAttention",
+    "LargeKernelAttention2d",
     "LePEAttention2d",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
@@ -44,6 +51,7 @@ __all__ = [
     "QuadTreeAttention2d",
     "RoutedRegions",
     "Shift2d",
+    "StripGate",
     "TripletAttention",
     "WindowAttention2d",
     "create_attention",

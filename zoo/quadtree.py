@@ -224,6 +224,9 @@ def _quadtree(name: str, pretrained: bool, options: dict, config: dict) -> QuadT
     return build(QuadTree, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
+# What the published dense models of the family do otherwise, for `head_options_of`: the segmenters' images
+# are stretched.
+head_options = {"quadtree_*": {"images": {"divisor": 32}}}
 # The published dense settings, for `create_backbone(name, setting=...)`.
 _DENSE = dict(topk=32, value_act="relu", drop_path_rate=0.1)
 dense_settings: dict[str, dict[str, dict]] = {

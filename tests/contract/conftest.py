@@ -40,6 +40,8 @@ FAMILIES = {
     "ela_t_resnet50": dict(layers=(1, 1, 1, 1)),
     "ela_s_mobilenetv2": {},
     "shiftvit_light_tiny": dict(embed_dim=24, depths=(1, 1, 1, 1)),
+    "van_b0": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
+    "mscan_t": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
     "foveate_host_atto": {},
 }

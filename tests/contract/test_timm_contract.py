@@ -31,6 +31,8 @@ SMALLEST = (
     "inline_swin_tiny",
     "litv2_small",
     "ela_t_resnet18",
+    "van_b0",
+    "mscan_t",
     "foveate_davit_tiny",
     "foveate_host_atto",
 )

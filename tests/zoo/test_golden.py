@@ -24,10 +24,12 @@ TOLERANCES = {
     "davit": (5e-5, 1e-4),
     "quadtree": (4e-6, 1e-5),
     "shiftvit": (1.5e-5, 1.5e-5),
+    "van": (1e-5, 3e-5),
+    "mscan": (1e-5, 6e-5),
 }
 # Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "inline", "litv2", "shiftvit"}
-RELATIVE_MAPS = {"litv2", "shiftvit"}
+RELATIVE = {"biformer", "inline", "litv2", "shiftvit", "van", "mscan"}
+RELATIVE_MAPS = {"litv2", "shiftvit", "van", "mscan"}
 RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former", "features": None}
 
 
@@ -60,6 +62,8 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
             parameters = sum(parameter.numel() for parameter in net.parameters())
             assert parameters == fixture.spec["notes"].get("params", parameters)
         else:
+            # Fixtures near the initial state, whose small streams show every eps, hold the tighter.
+            maps_atol = 2e-5 if "eps" in parts else maps_atol
             net = foveate.create_backbone(model, setting=RECIPES[dense[0]], checkpoint=checkpoint).eval()
             for i, features in enumerate(net(fixture.input())):
                 scale = fixture.spec["outputs"][f"stage{i + 1}"]["std"] if family in RELATIVE_MAPS else 1
