@@ -16,6 +16,8 @@ from .training import settings_of
 
 # The dense setting of a task's backbones, unless the table says another.
 SETTINGS = {"detect": "detection", "segment": "segmentation"}
+# Dense settings that are not their task's usual one, and what they add to the names of recipes.
+_SUFFIXES = {"detection_ws4": "_ws4"}
 # Heads whose dense setting tells data and kind of truth; the names of their recipes do too.
 _MASK_HEADS = ("mask2former", "oneformer")
 _EPOCHS = {"737.5k": "100ep"}
@@ -49,7 +51,7 @@ def _rows() -> tuple[Mapping[str, str], ...]:
             row.setdefault("setting", "")  # timm's own models have none
         data = row["setting"] if row["head"] in _MASK_HEADS else row["data"]
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
-        recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"
+        recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}{_SUFFIXES.get(row['setting'], '')}"
         # timm's own were trained by the recipes of their zoos.
         row["config"] = recipe if ours and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
