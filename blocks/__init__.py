@@ -9,6 +9,7 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .losses import collect_losses, report_logits, report_loss
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -41,6 +42,9 @@ __all__ = [
     "Shift2d",
     "TripletAttention",
     "WindowAttention2d",
+    "collect_losses",
     "create_attention",
     "list_attentions",
+    "report_logits",
+    "report_loss",
 ]
