@@ -1,4 +1,4 @@
-"""Large depthwise kernels, trained as several dilated ones beside each other (UniRepLKNet, arXiv 2311.15599, sec. 3.1)."""
+"""Large depthwise kernels, trained as several dilated ones beside each other (UniRepLKNet, arXiv 2311.15599)."""
 
 import re
 
@@ -140,27 +140,25 @@ def rename_branches(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merge_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict, in our names, whose `DilatedReparamConv` are all re-parameterised; others stay."""
+    """Return a state dict, in our names, whose `DilatedReparamConv` are all re-parameterised; others stay.
+
+    So does what lacks a branch: it is for the strict loading to say so.
+    """
     merged = dict(state)
     for stem in [key.removesuffix("origin_bn.weight") for key in state if key.endswith("origin_bn.weight")]:
-        count = sum(key.startswith(f"{stem}dil_convs.") for key in state)
-        kernel = state[f"{stem}lk_origin.weight"]
+        pairs = BRANCHES.get(state[f"{stem}lk_origin.weight"].shape[-1], ())
         parts = [("lk_origin", "origin_bn", 1)]
-        parts += [
-            (f"dil_convs.{i}", f"dil_bns.{i}", dilation)
-            for i, (_, dilation) in enumerate(BRANCHES[kernel.shape[-1]][:count])
+        parts += [(f"dil_convs.{i}", f"dil_bns.{i}", dilation) for i, (_, dilation) in enumerate(pairs)]
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        needed = [f"{conv}.weight" for conv, _, _ in parts]
+        needed += [f"{norm}.{leaf}" for _, norm, _ in parts for leaf in leaves]
+        if not state.keys() >= {stem + key for key in needed}:
+            continue
+        branches = [
+            (state[f"{stem}{conv}.weight"], dilation, *(state[f"{stem}{norm}.{leaf}"] for leaf in leaves))
+            for conv, norm, dilation in parts
         ]
-        weight, bias = merge_branches(
-            [
-                (
-                    state[f"{stem}{conv}.weight"],
-                    dilation,
-                    *(state[f"{stem}{norm}.{leaf}"] for leaf in ("weight", "bias", "running_mean", "running_var")),
-                )
-                for conv, norm, dilation in parts
-            ]
-        )
-        for key in [key for key in merged if key.startswith((f"{stem}dil_", f"{stem}origin_bn."))]:
-            del merged[key]
+        weight, bias = merge_branches(branches)
+        merged = {key: value for key, value in merged.items() if not key.startswith((f"{stem}dil_", f"{stem}origin_"))}
         merged |= {f"{stem}lk_origin.weight": weight, f"{stem}lk_origin.bias": bias}
     return merged

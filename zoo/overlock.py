@@ -405,7 +405,8 @@ class OverLoCK(Pyramid):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"forward_intermediates returns NCHW or NHWC maps; got output_fmt {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        last = last if stop_early else len(self.feature_info) - 1
+        # Of a pruned model, the last that is left.
+        last = last if stop_early else sum(stage < len(self.stages) for stage in _LEVELS) - 1
         settle_size(x, self.symbolic_size)
         dense = self.out_norms is not None
         x = self.stages[0](self.stem(channels_last(x)))
