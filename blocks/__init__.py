@@ -2,10 +2,12 @@
 
 from .agent import AgentAttention2d, AgentTokenAttention
 from .cbam import CBAM
+from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
 from .create import create_attention, list_attentions
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
+from .dilated_reparam import DilatedReparamConv
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
@@ -25,9 +27,13 @@ __all__ = [
     "AgentTokenAttention",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
+    "ContMixBlock",
+    "ContextMixing",
+    "ContextMixing2d",
     "CrossShapedAttention2d",
     "DeformableAttention2d",
     "DeformableGate",
+    "DilatedReparamConv",
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",

@@ -93,7 +93,7 @@ class ContextMixing(nn.Module):
         query = query.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, [self.groups, -1]).transpose(1, 2)
         key = key.flatten(2).unflatten(1, [self.groups, -1])
         logits = self._logits(query, key).transpose(1, 2).unflatten(1, [rows, columns])
-        out = mix_windows(logits, value, self.rpb1, self.rpb2)
+        out = mix_windows(logits, value, self.rpb1, self.rpb2, self.small_kernel, self.kernel_size)
         return F.adaptive_avg_pool2d(out, [height, width]) if stretched else out
 
     def _logits(self, query: Tensor, key: Tensor) -> Tensor:
@@ -122,17 +122,21 @@ def stretched_size(height: int, width: int, kernel_size: int) -> tuple[int, int]
 
 @register_notrace_function
 @torch.jit.ignore
-def mix_windows(logits: Tensor, value: Tensor, small_rpb: Tensor, large_rpb: Tensor) -> Tensor:
+def mix_windows(
+    logits: Tensor, value: Tensor, small_rpb: Tensor, large_rpb: Tensor, small_kernel: int, large_kernel: int
+) -> Tensor:
     """Return ``[B, C, H, W]``: of the halves of a value of that shape, averages of windows by softmaxed logits.
 
     Args:
         logits: ``[B, H, W, groups, small window + large window]``.
         value: ``[B, C, H, W]``.
-        small_rpb: ``[groups, 2k - 1, 2k - 1]`` of the small window; gives its size too.
+        small_rpb: ``[groups, 2k - 1, 2k - 1]`` of the small window.
         large_rpb: The same of the large one.
+        small_kernel: Length of the small window, k.
+        large_kernel: Of the large one.
     """
     size, groups = (value.shape[2], value.shape[3]), logits.shape[3]
-    kernels = [(rpb.shape[-1] + 1) // 2 for rpb in (small_rpb, large_rpb)]
+    kernels = (small_kernel, large_kernel)
     parts = logits.split([kernel**2 for kernel in kernels], -1)
     outs = []
     for part, half, rpb, kernel in zip(parts, value.chunk(2, 1), (small_rpb, large_rpb), kernels, strict=True):
@@ -257,7 +261,7 @@ class GatedContextMixing(nn.Module):
         self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, out_dim, 1, **dd))
 
     def forward(self, source: Tensor, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
-        """Map ``source``, which gate and static kernel see, and the three of `ContextMixing` to ``[B, out_dim, H, W]``."""
+        """Map ``source``, which gate and static kernel see, and what `ContextMixing` takes, to the output."""
         mixed = self.mix_proj(self.mix(query, context, value)) + self.lepe(source)
         return self.proj(self.gate(source) * self.se(mixed))
 

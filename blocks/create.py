@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .agent import AgentAttention2d
+from .contmix import ContextMixing2d
 from .cross_shaped import CrossShapedAttention2d
 from .deformable import DeformableAttention2d
 from .dual import DualAttention2d
@@ -35,6 +36,7 @@ class _Shift(Shift2d):
 _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "agent": (AgentAttention2d, {"agents": 7, "map_size": 14}),
     "bilevel": (BiLevelRoutingAttention2d, {}),
+    "contmix": (ContextMixing2d, {}),
     "cross_shaped": (CrossShapedAttention2d, {}),
     "deformable": (_Deformable, {}),
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
@@ -56,8 +58,9 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
     """Create an attention by name.
 
     Args:
-        name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"cross_shaped"``, ``"deformable"``, ``"dilated"``,
-            ``"dual"``, ``"global"``, ``"neighborhood"``, ``"quadtree"``, ``"shift"`` or ``"window"``.
+        name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"contmix"``, ``"cross_shaped"``,
+            ``"deformable"``, ``"dilated"``, ``"dual"``, ``"global"``, ``"neighborhood"``, ``"quadtree"``, ``"shift"``
+            or ``"window"``.
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the

@@ -44,12 +44,16 @@ def _channels_come_last(x: Tensor) -> bool:
 
 
 def _like(out: Tensor, x: Tensor) -> Tensor:
-    return out.contiguous(memory_format=torch.channels_last if _channels_come_last(x) else torch.contiguous_format)
+    return _with_channels_last(out) if _channels_come_last(x) else out.contiguous()
+
+
+def _with_channels_last(x: Tensor) -> Tensor:
+    # Said so that torch.vmap understands.
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _channels_last(problem: Problem) -> Tensor:
-    x = problem.x.contiguous(memory_format=torch.channels_last)
-    return _like(_convolution(problem._replace(x=x)), problem.x)
+    return _like(_convolution(problem._replace(x=_with_channels_last(problem.x))), problem.x)
 
 
 def _interleaved(problem: Problem) -> Tensor:

@@ -28,6 +28,7 @@ SMALLEST = (
     "agent_deit_tiny",
     "agent_pvt_tiny",
     "ela_t_resnet18",
+    "overlock_xt",
     "foveate_davit_tiny",
     "foveate_host_atto",
 )

@@ -172,9 +172,17 @@ def test_pruned_models_give_the_same_maps(images, indices):
 
 
 def test_the_auxiliary_loss_is_trained_on_and_logged(tmp_path):
-    options = ["model.name=overlock_xt", "model.kwargs={}", "model.kwargs.aux_head=True", "epochs=1", "ema=0.1"]
+    options = [
+        "model.name=overlock_xt",
+        "model.kwargs={}",
+        "model.kwargs.aux_head=True",
+        "epochs=1",
+        "schedule.warmup_epochs=0",
+        "ema=0.1",
+    ]
     options += [f"model.kwargs.{key}={value}" for key, value in SMALL.items()]
     options += ["grad_checkpointing=True", "loss.mixup=0.8", "batch_size=256", "device=cpu"]
+    options += ["schedule.warmup_epochs=0"]
     config = engine.load_config(Path(foveate.__file__).parent / "configs/classify/host_atto_digits.py", options)
     result = engine.train(config, tmp_path / "run", progress=False)
     (entry,) = json.loads((tmp_path / "run" / "history.json").read_text())
