@@ -4,6 +4,7 @@ from .agent import AgentAttention2d, AgentTokenAttention
 from .cbam import CBAM
 from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
 from .create import create_attention, list_attentions
+from .cross_axis import CrossAxisAttention2d
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
@@ -11,6 +12,10 @@ from .dilated_reparam import DilatedReparamConv
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .hamburger import Hamburger2d
+from .hilo import HiLoAttention2d
+from .inline import InLineAttention2d, InLineTokenAttention
+from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
 from .losses import collect_losses, report_logits, report_loss
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
@@ -30,13 +35,20 @@ __all__ = [
     "ContMixBlock",
     "ContextMixing",
     "ContextMixing2d",
+    "CrossAxisAttention2d",
     "CrossShapedAttention2d",
     "DeformableAttention2d",
     "DeformableGate",
+    "DilatedGate",
     "DilatedReparamConv",
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
+    "Hamburger2d",
+    "HiLoAttention2d",
+    "InLineAttention2d",
+    "InLineTokenAttention",
+    "LargeKernelAttention2d",
     "LePEAttention2d",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
@@ -46,6 +58,7 @@ __all__ = [
     "QuadTreeAttention2d",
     "RoutedRegions",
     "Shift2d",
+    "StripGate",
     "TripletAttention",
     "WindowAttention2d",
     "collect_losses",

@@ -11,6 +11,9 @@ from .cross_shaped import CrossShapedAttention2d
 from .deformable import DeformableAttention2d
 from .dual import DualAttention2d
 from .global_attention import GlobalAttention2d
+from .hilo import HiLoAttention2d
+from .inline import InLineAttention2d
+from .large_kernel import LargeKernelAttention2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d
@@ -32,6 +35,13 @@ class _Shift(Shift2d):
         super().__init__(dim, **options)
 
 
+class _LargeKernel(LargeKernelAttention2d):
+    """Large kernel attention, which knows no heads."""
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None, **options):
+        super().__init__(dim, **options, device=device, dtype=dtype)
+
+
 # By name: the module, and the options it gets beyond its own defaults.
 _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "agent": (AgentAttention2d, {"agents": 7, "map_size": 14}),
@@ -42,6 +52,9 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
     "dual": (DualAttention2d, {}),
     "global": (GlobalAttention2d, {}),
+    "hilo": (HiLoAttention2d, {}),
+    "inline": (InLineAttention2d, {}),
+    "large_kernel": (_LargeKernel, {}),
     "neighborhood": (NeighborhoodAttention2d, {}),
     "quadtree": (QuadTreeAttention2d, {"levels": 3}),
     "shift": (_Shift, {}),
@@ -58,9 +71,7 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
     """Create an attention by name.
 
     Args:
-        name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"contmix"``, ``"cross_shaped"``,
-            ``"deformable"``, ``"dilated"``, ``"dual"``, ``"global"``, ``"neighborhood"``, ``"quadtree"``, ``"shift"``
-            or ``"window"``.
+        name: One of `list_attentions`, such as ``"neighborhood"``.
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the

@@ -10,10 +10,12 @@ import torch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-# Families by folder: the largest difference from the published output, for logits and for dense maps.
+# Families by folder: the largest difference from the published output, for logits and for dense maps, or each of them.
 TOLERANCES = {
     "agent": (2e-5, 2e-5),
     "biformer": (1e-5, 5e-5),
+    "inline": (2e-5, 2e-5),
+    "litv2": (2e-5, (6e-6, 5e-5, 5e-5, 1.2e-4)),
     "nat": (5e-6, 2e-5),
     "dinat": (5e-6, 2e-5),
     "dinat_s": (5e-6, 2e-5),
@@ -23,11 +25,13 @@ TOLERANCES = {
     "davit": (5e-5, 1e-4),
     "quadtree": (4e-6, 1e-5),
     "shiftvit": (1.5e-5, 1.5e-5),
+    "van": (1e-5, 3e-5),
+    "mscan": (1e-5, 6e-5),
     "overlock": (1e-5, 1e-4),
 }
 # Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "shiftvit", "overlock"}
-RELATIVE_MAPS = {"shiftvit", "overlock"}
+RELATIVE = {"biformer", "inline", "litv2", "shiftvit", "van", "mscan", "overlock"}
+RELATIVE_MAPS = {"litv2", "shiftvit", "van", "mscan", "overlock"}
 RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former", "features": None}
 
 
@@ -62,7 +66,10 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
             left_out = sum(math.prod(shape) for key, shape in fixture.spec["state"].items() if key.startswith("aux_"))
             assert parameters + left_out == fixture.spec["notes"].get("params", parameters)
         else:
+            # Fixtures near the initial state, whose small streams show every eps, hold the tighter.
+            maps_atol = 2e-5 if "eps" in parts else maps_atol
             net = foveate.create_backbone(model, setting=RECIPES[dense[0]], checkpoint=checkpoint).eval()
             for i, features in enumerate(net(fixture.input())):
                 scale = fixture.spec["outputs"][f"stage{i + 1}"]["std"] if family in RELATIVE_MAPS else 1
-                fixture.assert_output(f"stage{i + 1}", features, maps_atol * scale)
+                atol = maps_atol[i] if isinstance(maps_atol, tuple) else maps_atol
+                fixture.assert_output(f"stage{i + 1}", features, atol * scale)
