@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, export_obstacle
+from ..backends import Backend, choose, export_obstacle, transform_obstacle
 from . import native
 from .problem import AXIS_NAMES, check_rpb, make_axes
 from .products import neighborhood_scores, neighborhood_values
@@ -56,8 +56,8 @@ def _pair(backend: str) -> tuple[Callable[[Problem], Tensor], ...]:
 
 # In order of preference; each runs the scores and the values.
 _BACKENDS: dict[str, Backend] = {
-    "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second)),
-    "tiled": Backend(_pair("tiled"), drawback=lambda problem: export_obstacle()),
+    "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second) or transform_obstacle()),
+    "tiled": Backend(_pair("tiled"), lambda problem: transform_obstacle(), lambda problem: export_obstacle()),
     "reference": Backend((_scores_reference, _values_reference)),
 }
 
