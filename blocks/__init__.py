@@ -2,11 +2,13 @@
 
 from .agent import AgentAttention2d, AgentTokenAttention
 from .cbam import CBAM
+from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
 from .create import create_attention, list_attentions
 from .cross_axis import CrossAxisAttention2d
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
+from .dilated_reparam import DilatedReparamConv
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
@@ -14,6 +16,7 @@ from .hamburger import Hamburger2d
 from .hilo import HiLoAttention2d
 from .inline import InLineAttention2d, InLineTokenAttention
 from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
+from .losses import collect_losses, report_logits, report_loss
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -29,11 +32,15 @@ __all__ = [
     "AgentTokenAttention",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
+    "ContMixBlock",
+    "ContextMixing",
+    "ContextMixing2d",
     "CrossAxisAttention2d",
     "CrossShapedAttention2d",
     "DeformableAttention2d",
     "DeformableGate",
     "DilatedGate",
+    "DilatedReparamConv",
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
@@ -54,6 +61,9 @@ __all__ = [
     "StripGate",
     "TripletAttention",
     "WindowAttention2d",
+    "collect_losses",
     "create_attention",
     "list_attentions",
+    "report_logits",
+    "report_loss",
 ]

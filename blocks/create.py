@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .agent import AgentAttention2d
+from .contmix import ContextMixing2d
 from .cross_shaped import CrossShapedAttention2d
 from .deformable import DeformableAttention2d
 from .dual import DualAttention2d
@@ -45,6 +46,7 @@ class _LargeKernel(LargeKernelAttention2d):
 _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "agent": (AgentAttention2d, {"agents": 7, "map_size": 14}),
     "bilevel": (BiLevelRoutingAttention2d, {}),
+    "contmix": (ContextMixing2d, {}),
     "cross_shaped": (CrossShapedAttention2d, {}),
     "deformable": (_Deformable, {}),
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),

@@ -42,6 +42,7 @@ CLASSIFIERS = (
     "nat_isotropic_base",
     "nat_isotropic_small",
     "nat_tiny",
+    "overlock_t",
     "quadtree_b2",
     "van_b1",
 )
@@ -51,6 +52,7 @@ _THREE_TIMES = "Left out: three augmentations of each image in an epoch"
 _BIASES = ("norm", "rpb")
 _AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
 _OFFSETS = {"conv_offset.weight": 1e-2}  # the points of LITv2's patches move slowly
+_OVERLOCK_NORMS = ("norm1", "norm2", "out_norms")
 # SegNeXt decayed the norms of its stem.
 _MSCAN_NORMS = ("downsample.norm", *(f"{digit}.norm" for digit in range(10)))
 _STRETCHED = dict(divisor=32)  # evaluation stretches images, a little, to multiples of 32 pixels
@@ -315,6 +317,21 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             sizes="ela_l_mobilenetv2, ela_s_resnet18 or ela_s_resnet50",
         ),
     ),
+    (
+        "classify/overlock_*",
+        dict(
+            model=dict(kwargs=dict(aux_head=True)),
+            data=dict(crop_pct=0.95, augment=dict(interpolation="random")),
+            batch_size=256,
+            optimizer=dict(lr=2e-3, clip_grad=5.0),
+            schedule=dict(warmup_epochs=5, warmup_factor=5e-4),
+            ema=1e-4,
+            precision="float16",
+            sync_batchnorm=True,
+            note=f"{_LAST_RATE} Where the loss ceases to be a number, the authors go on in float32.",
+            sizes="overlock_xt with data.crop_pct=0.925, overlock_s, or overlock_b with data.crop_pct=0.975",
+        ),
+    ),
     *(
         (
             f"classify/{name}_imagenet",
@@ -399,6 +416,11 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("detect/*_quadtree_*", dict(model=dict(norm_eval=True))),
     ("detect/*_biformer_*", dict(model=dict(norm_eval=True), precision="float16")),
     ("detect/mask_rcnn_biformer_*", dict(optimizer=dict(weight_decay=0.05, no_decay=("norm",)))),
+    ("detect/*_overlock_*", dict(optimizer=dict(no_decay=_OVERLOCK_NORMS), precision="float32")),
+    (
+        "detect/*_overlock_*_1x_*",
+        dict(_base_=["_base_/coco_single_scale", "_base_/schedule_1x"], optimizer=dict(lr=2e-4)),
+    ),
     # Semantic segmentation of ADE20K.
     ("segment/upernet_*", dict(_base_=["_base_/ade20k", "_base_/schedule_160k"], model=dict(pretrained=True))),
     ("segment/semantic_fpn_*", dict(_base_=["_base_/ade20k", "_base_/schedule_40k"], model=dict(pretrained=True))),
@@ -448,6 +470,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("segment/upernet_biformer_small_*", _drop_path(0.3)),
     ("segment/upernet_biformer_base_*", _drop_path(0.4)),
+    ("segment/upernet_overlock_*", dict(optimizer=dict(no_decay=_OVERLOCK_NORMS), data=_STRETCHED)),
     ("segment/*_van_*", dict(optimizer=dict(no_decay=("norm",)))),
     ("segment/upernet_van_b4_*", dict(batch_size=4)),
     *(

@@ -2,7 +2,16 @@
 
 from .api import clear_plans, na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
 from .cost import NeighborhoodCost, neighborhood_cost
-from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk, unfused_neighborhood_backends
+from .unfused import (
+    na1d_av,
+    na1d_qk,
+    na2d_av,
+    na2d_bias,
+    na2d_qk,
+    na3d_av,
+    na3d_qk,
+    unfused_neighborhood_backends,
+)
 
 __all__ = [
     "NeighborhoodCost",
@@ -12,6 +21,7 @@ __all__ = [
     "na1d_qk",
     "na2d",
     "na2d_av",
+    "na2d_bias",
     "na2d_qk",
     "na3d",
     "na3d_av",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, export_obstacle, report
+from ..backends import Backend, choose, export_obstacle, report, transform_obstacle
 from ..triton_launch import off_gpu
 from . import native, triton_products
 from .api import preferred
@@ -58,13 +58,13 @@ def _pair(backend: str) -> tuple[Callable[[Problem], Tensor], ...]:
 
 # In order of preference; each runs the scores and the values.
 _BACKENDS: dict[str, Backend] = {
-    "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second)),
+    "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second) or transform_obstacle()),
     "triton": Backend(
         _pair("triton"),
-        lambda problem: triton_products.obstacle(problem.second),
+        lambda problem: triton_products.obstacle(problem.second) or transform_obstacle(),
         lambda problem: off_gpu(problem.second),
     ),
-    "tiled": Backend(_pair("tiled"), drawback=lambda problem: export_obstacle()),
+    "tiled": Backend(_pair("tiled"), lambda problem: transform_obstacle(), lambda problem: export_obstacle()),
     "reference": Backend((_scores_reference, _values_reference)),
 }
 
@@ -75,6 +75,13 @@ def _missing(axes: tuple[Axis, ...], device: torch.device) -> Tensor | None:
         return None
     tokens = torch.from_numpy(window_tables(axes)[0]).to(device)
     return (tokens < 0).unflatten(0, [axis.length for axis in axes]).unsqueeze(-2)
+
+
+def _window_bias(rpb: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return the bias of each token's window by slot, ``[*spatial, heads, slots]``."""
+    entries = torch.from_numpy(window_tables(axes)[1]).to(rpb.device)
+    bias = rpb.flatten(1).index_select(1, entries.flatten()).view(-1, *entries.shape).transpose(0, 1)
+    return bias.unflatten(0, [axis.length for axis in axes])
 
 
 def _check(operator: str, rank: int, **tensors: Tensor) -> None:
@@ -130,9 +137,7 @@ def _qk(
     empty = 0 in query.shape
     scores = query.new_zeros(*query.shape[:-1], slots) if empty else _BACKENDS[name].run[0](problem)
     if rpb is not None:
-        entries = torch.from_numpy(window_tables(axes)[1]).to(query.device)
-        bias = rpb.flatten(1).index_select(1, entries.flatten()).view(-1, *entries.shape).transpose(0, 1)
-        scores = (scores + bias.unflatten(0, query.shape[1:-2])).to(scores.dtype)
+        scores = (scores + _window_bias(rpb, axes)).to(scores.dtype)
     if (missing := _missing(axes, query.device)) is not None:
         scores = scores.masked_fill(missing, float("-inf"))
     if additional_keys is not None:
@@ -266,6 +271,29 @@ def na2d_qk(
         torch.Size([1, 7, 9, 2, 16])
     """
     return _qk(2, query, key, kernel_size, dilation, is_causal, additional_keys, rpb, backend)
+
+
+def na2d_bias(rpb: Tensor, size: tuple[int, int], kernel_size: int | tuple[int, int]) -> Tensor:
+    """Return the relative position bias that `na2d_qk` adds to its scores, for scores that come from elsewhere.
+
+    Args:
+        rpb: ``[heads, 2 * Kh - 1, 2 * Kw - 1]``; the entry in the middle is that of the query's own position.
+        size: Height and width of the map.
+        kernel_size: Window length on each axis; odd.
+
+    Returns:
+        ``[H, W, heads, Kh * Kw]``, in the order of `na2d_qk`.
+
+    Raises:
+        ValueError: If the table or the map doesn't fit the kernel.
+    """
+    axes = make_axes("na2d_bias", 2, size, kernel_size, 1, 1, False)
+    expected = [2 * axis.kernel_size - 1 for axis in axes]
+    if rpb.ndim != 3 or list(rpb.shape[1:]) != expected or any(axis.kernel_size % 2 == 0 for axis in axes):
+        raise ValueError(
+            f"na2d_bias needs odd kernels and a table of [heads, {expected[0]}, {expected[1]}]; got {list(rpb.shape)}"
+        )
+    return _window_bias(rpb, axes)
 
 
 def na3d_qk(

@@ -40,6 +40,9 @@ FAMILIES = {
     "ela_t_resnet50": dict(layers=(1, 1, 1, 1)),
     "ela_s_mobilenetv2": {},
     "shiftvit_light_tiny": dict(embed_dim=24, depths=(1, 1, 1, 1)),
+    "overlock_xt": dict(
+        embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), focus_depths=(2, 1), groups=(2, 2), head_dim=16
+    ),
     "van_b0": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     "mscan_t": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
@@ -54,6 +57,8 @@ def _build(name: str) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, nn.Conv2d) and name.startswith("overlock"):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     return model
 
 

@@ -31,6 +31,7 @@ SMALLEST = (
     "inline_swin_tiny",
     "litv2_small",
     "ela_t_resnet18",
+    "overlock_xt",
     "van_b0",
     "mscan_t",
     "foveate_davit_tiny",

@@ -29,6 +29,7 @@ MODELS = {
     "inline_cswin_tiny": 224,
     "litv2_small": 224,
     "shiftvit_light_tiny": 224,
+    "overlock_xt": 224,
     "ela_t_resnet18": 224,
     "foveate_davit_tiny": 224,
     "foveate_host_atto": 64,
