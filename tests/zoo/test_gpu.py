@@ -24,6 +24,8 @@ MODELS = {
     "agent_swin_tiny": 224,
     "agent_cswin_tiny": 224,
     "shiftvit_light_tiny": 224,
+    "van_b0": 224,
+    "mscan_t": 224,
     "ela_t_resnet18": 224,
     "foveate_davit_tiny": 224,
     "foveate_host_atto": 64,
