@@ -11,6 +11,8 @@ from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
 from .hamburger import Hamburger2d
+from .hilo import HiLoAttention2d
+from .inline import InLineAttention2d, InLineTokenAttention
 from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
@@ -36,6 +38,9 @@ __all__ = [
     "EfficientLocalAttention",
     "GlobalAttention2d",
     "Hamburger2d",
+    "HiLoAttention2d",
+    "InLineAttention2d",
+    "InLineTokenAttention",
     "LargeKernelAttention2d",
     "LePEAttention2d",
     "MultiScaleDeformableAttention",

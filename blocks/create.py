@@ -10,6 +10,8 @@ from .cross_shaped import CrossShapedAttention2d
 from .deformable import DeformableAttention2d
 from .dual import DualAttention2d
 from .global_attention import GlobalAttention2d
+from .hilo import HiLoAttention2d
+from .inline import InLineAttention2d
 from .large_kernel import LargeKernelAttention2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
@@ -48,6 +50,8 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
     "dual": (DualAttention2d, {}),
     "global": (GlobalAttention2d, {}),
+    "hilo": (HiLoAttention2d, {}),
+    "inline": (InLineAttention2d, {}),
     "large_kernel": (_LargeKernel, {}),
     "neighborhood": (NeighborhoodAttention2d, {}),
     "quadtree": (QuadTreeAttention2d, {"levels": 3}),
@@ -65,9 +69,7 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
     """Create an attention by name.
 
     Args:
-        name: One of `list_attentions`: ``"agent"``, ``"bilevel"``, ``"cross_shaped"``, ``"deformable"``, ``"dilated"``,
-            ``"dual"``, ``"global"``, ``"large_kernel"``, ``"neighborhood"``, ``"quadtree"``, ``"shift"`` or
-            ``"window"``.
+        name: One of `list_attentions`, such as ``"neighborhood"``.
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the

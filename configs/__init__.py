@@ -66,8 +66,8 @@ def _published(name: str) -> str:
     else:
         row = published_recipes()[name]
         model = {"head": row["head"], "backbone": row["backbone"]}
-        if row["recipe"] != SETTINGS[task]:
-            model["recipe"] = row["recipe"]
+        if row["setting"] != SETTINGS[task]:
+            model["setting"] = row["setting"]
         settings = merged({"model": model}, settings)
         title = f"{row['head']} on {row['backbone']}, {row['schedule']} on {row['data']}"
         metrics, source = row["metrics"], row["source"]

@@ -23,8 +23,8 @@ _EPOCHS = {"737.5k": "100ep"}
 def read_published(task: str) -> list[dict[str, str]]:
     """Return the published models of ``"detect"`` or ``"segment"``, each as a row of a table.
 
-    A row has the model's ``name`` (that of its weights, where there is a file), ``head``, ``backbone``, ``recipe`` (the
-    dense setting as `create_detector` and `create_segmenter` take it), ``data``, ``schedule``, the authors'
+    A row has the model's ``name`` (that of its weights, where there is a file), ``head``, ``backbone``, ``setting``
+    (the dense one, as `create_detector` and `create_segmenter` take it), ``data``, ``schedule``, the authors'
     ``metrics``, the ``licence`` of the weights, the ``source``, the ``state`` of the weights (``"none"`` without) and
     the ``config`` that trains it here (empty if there is none).
     """
@@ -39,8 +39,8 @@ def _rows() -> tuple[Mapping[str, str], ...]:
     rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in ours.items()}
     for name, row in rows.items():
         row["backbone"] = name.partition(".")[0]
-        row.setdefault("recipe", SETTINGS[row["task"]])
-        data = row["recipe"] if row["head"] in _MASK_HEADS else row["data"]
+        row.setdefault("setting", SETTINGS[row["task"]])
+        data = row["setting"] if row["head"] in _MASK_HEADS else row["data"]
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
         recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"
         row["config"] = recipe if "_base_" in settings_of(recipe) else ""

@@ -377,7 +377,10 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("segment/light_ham_mscan_[bl]_*_cityscapes", dict(batch_size=2)),
     # Mask2Former on DiNAT-Large.
-    *((f"segment/mask2former_*_{task}", dict(model=dict(task=task))) for task in ("semantic", "instance", "panoptic")),
+    *(
+        (f"segment/mask2former_*_{output}", dict(model=dict(output=output)))
+        for output in ("semantic", "instance", "panoptic")
+    ),
     (
         "segment/mask2former_*_coco_instance",
         dict(

@@ -18,6 +18,9 @@ from .data.images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
 _OF_THE_START = ("reset_classifier", "pretrained", "pretrained_cfg_overlay", "checkpoint_path")
+# Keys of cards, and of configs' models, that were called otherwise before.
+_RENAMED = {"recipe": "setting", "segments": "output"}
+_RENAMED_IN_MODEL = {"recipe": "setting", "task": "output"}
 # Of files that are being written; a process that is killed leaves one.
 _PARTIAL = ".partial-"
 
@@ -182,16 +185,27 @@ def read_checkpoint(path: str | Path, task: str | None = None) -> dict:
         raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
     if not isinstance(checkpoint.get("state_dict"), dict):
         checkpoint = {"state_dict": state_of(checkpoint)}
+    if isinstance(config := checkpoint.get("config"), dict):
+        checkpoint = checkpoint | {"config": renamed(config)}
     return checkpoint | {"card": with_white(card, checkpoint)}
 
 
+def renamed(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config or a card of a run under today's names; before, settings were called recipes, outputs tasks."""
+    described = {_RENAMED.get(key, key): value for key, value in described.items()}
+    model = described.get("model")
+    if isinstance(model, Mapping):
+        described["model"] = {_RENAMED_IN_MODEL.get(key, key): value for key, value in model.items()}
+    return described
+
+
 def with_white(card: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a card that says which value of 16-bit pixels is white, as those of older runs don't.
+    """Return a card in today's words that says which value of 16-bit pixels is white, as those of older runs don't.
 
     They read the bundled micrograph as it is, and all other images of 16 bits by their full range.
     """
     data = (checkpoint.get("config") or {}).get("data", {})
-    return {"white": 255 if data.get("name") == "nuclei" else FULL_WHITE} | dict(card)
+    return {"white": 255 if data.get("name") == "nuclei" else FULL_WHITE} | renamed(card)
 
 
 def _kind_of(card: dict) -> str:

@@ -1,17 +1,21 @@
 """The predictor that a checkpoint of any task, or a published model's name, asks for."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..configs.published import read_published
 from ..zoo import CheckpointError
+from ..zoo.backbone import head_options_of
 from ..zoo.weights import table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
+from .dense.build import with_told
 
 _TRANSFORMERS = ("mask2former", "oneformer")
 # Whose classes there are so many of; the panoptic ones of COCO are 133.
@@ -72,13 +76,13 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
     if row["head"] not in _TRANSFORMERS:
         options = table()[name].options if name in table() else None
         return load_dense(row["head"], row["backbone"], weights, device, data=row["data"], options=options)
-    from .dense.segment.mask2former import RECIPES
+    from .dense.segment.mask2former import SETTINGS
 
-    # What follows the head in the name: the data set, and the task or the training's size.
+    # What follows the head in the name: the data set, and the output or the training's size.
     variant = name.partition(f"{row['head']}_")[2]
-    recipe = next(known for known in sorted(RECIPES[row["head"]], key=len, reverse=True) if variant.startswith(known))
-    task = next((task for task in ("semantic", "instance") if task in variant), "panoptic")
-    return load_dense(row["head"], row["backbone"], weights, device, recipe, task, row["data"])
+    setting = next(known for known in sorted(SETTINGS[row["head"]], key=len, reverse=True) if variant.startswith(known))
+    output = next((output for output in ("semantic", "instance") if output in variant), "panoptic")
+    return load_dense(row["head"], row["backbone"], weights, device, setting, output, row["data"])
 
 
 def load_dense(
@@ -86,8 +90,8 @@ def load_dense(
     backbone: str,
     weights: str | Path,
     device: str | torch.device = "cpu",
-    recipe: str = "auto",
-    task: str | None = None,
+    setting: str = "auto",
+    output: str | None = None,
     data: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -98,8 +102,8 @@ def load_dense(
         backbone: A timm name.
         weights: A path, an address or the name of published weights.
         device: Where to run.
-        recipe: As there.
-        task: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
+        setting: As there.
+        output: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
         data: Whose classes it has, for their names; told by their number if None.
         options: Of a segmenter's head, what its file doesn't tell.
 
@@ -107,16 +111,15 @@ def load_dense(
         CheckpointError: If the weights can't be had, or don't fit.
     """
     options = dict(options or {})
-    described = {"head": head, "backbone": backbone, "recipe": recipe, "backbone_kwargs": {}, "kwargs": options}
-    if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
+    described = {"head": head, "backbone": backbone, "setting": setting, "backbone_kwargs": {}, "kwargs": options}
+    if head in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"):
         from .dense.detect import create_detector
         from .detect import Predictor
         from .detect.task import detector_card
 
-        model = create_detector(head, backbone, recipe=recipe, checkpoint=weights)
-        count = model.num_classes
-        predictor = Predictor(model, class_names(data or _DATA.get(count, ""), count), device)
-        predictor.card = detector_card(described, predictor.classes)
+        model = create_detector(head, backbone, setting=setting, checkpoint=weights)
+        predictor = Predictor(model, _classes_of(model, data or _DATA.get(model.num_classes, "")), device)
+        predictor.card = detector_card(with_told(described, model), predictor.classes)
         return predictor
     from .data.segmentation import InputRule
     from .dense.segment import create_segmenter
@@ -124,23 +127,35 @@ def load_dense(
     from .segment.task import segmenter_card
 
     test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
-    model = create_segmenter(head, backbone, recipe=recipe, checkpoint=weights, **options)
+    model = create_segmenter(head, backbone, setting=setting, checkpoint=weights, **options)
     count = model.num_classes
     data = data or _DATA.get(count, "")
     things = [False] * count
     if head in _TRANSFORMERS:
-        task, rule = task or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
+        output, rule = output or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
-        stretched = backbone.startswith(("biformer", "quadtree", "mscan")) and data != "cityscapes"
+        divisor = 1 if data == "cityscapes" else head_options_of(backbone, "images").get("divisor", 1)
         short = 512
         if data == "cityscapes":
             short, test = 1024, test | {"mode": "slide", "crop_size": 1024, "stride": 768}
-        task, rule = "semantic", InputRule(short, 2048, 32 if stretched else 1, model.mean, model.std)
-    classes = class_names(data, count)
-    predictor = Predictor(model, rule, classes, things, task, test, device)
-    predictor.card = segmenter_card(described, classes, things, task, rule, test)
+        output, rule = "semantic", InputRule(short, 2048, divisor, model.mean, model.std)
+    told = getattr(model, "tests", None)
+    if told is not None:
+        rule = dataclasses.replace(rule, channel_order=model.channel_order)
+        if head not in _TRANSFORMERS:
+            rule = dataclasses.replace(rule, short=told["short"], long=told["long"])
+            test |= {name: value for name, value in told.items() if name in test}
+    classes = _classes_of(model, data)
+    predictor = Predictor(model, rule, classes, things, output, test, device)
+    predictor.card = segmenter_card(with_told(described, model), classes, things, output, rule, test)
     return predictor
+
+
+def _classes_of(model: nn.Module, data: str) -> list[str]:
+    """Return the names of a dense model's classes: those of its file, if it has them, else those of the data."""
+    count, held = model.num_classes, list(getattr(model, "classes", ()))
+    return held if len(held) == count else class_names(data, count)
 
 
 def class_names(data: str, count: int) -> list[str]:

@@ -98,9 +98,9 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         # These import torch; whatever raised one of them has done so.
         from ..tasks import TaskError
-        from ..zoo import CheckpointError, UnknownModelError
+        from ..zoo import BackboneError, CheckpointError, UnknownModelError
 
-        if not isinstance(error, TaskError | CheckpointError | UnknownModelError):
+        if not isinstance(error, TaskError | BackboneError | CheckpointError | UnknownModelError):
             raise
         return _fail(str(error))
 

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from ..configs import recipes_of_model
     from ..tasks import TaskError
     from ..tasks.cost import count_macs
-    from ..zoo.backbone import check_name, recipes_of
+    from ..zoo.backbone import check_name, dense_settings_of
     from ..zoo.weights import table
 
     check_name(args.name)
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     for label, value in (("origin", cfg.origin_url), ("paper", cfg.paper_ids)):
         if value:
             facts.append((label, value if isinstance(value, str) else ", ".join(value)))
-    dense = recipes_of(arch)
+    dense = dense_settings_of(arch)
     if dense:
-        facts.append(("dense", f"create_backbone({arch!r}, recipe=...): {', '.join(dense)}"))
+        facts.append(("dense", f"create_backbone({arch!r}, setting=...): {', '.join(dense)}"))
     facts += [("recipe", f"foveate train {name}") for name in recipes_of_model(arch)]
     for label, fact in facts:
         print(f"{label:<11} {fact}")

@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parsers[name].add_argument("file", metavar="FILE")
         parsers[name].add_argument("--model", metavar="NAME", help="model of the file, where it can't be found out")
     for name in ("verify", "convert"):
-        parsers[name].add_argument("--recipe", help="dense setting of a backbone alone; the model's first by default")
+        parsers[name].add_argument("--setting", help="dense setting of a backbone alone; the model's first by default")
     verify = parsers["verify"]
     verify.epilog, verify.formatter_class = _FOLDERS, argparse.RawDescriptionHelpFormatter
     verify.add_argument("--images", nargs="+", metavar="IMAGE", help="photos instead of the one that is at hand")
@@ -183,8 +183,8 @@ def _fetch(args: argparse.Namespace) -> int:
 class _Loaded:
     """A file, and the model that it is of: a classifier, a detector, a segmenter or a dense backbone alone."""
 
-    def __init__(self, reference: str, model: str | None, recipe: str | None = None):
-        from ..tasks.checkpoints import with_white
+    def __init__(self, reference: str, model: str | None, setting: str | None = None):
+        from ..tasks.checkpoints import renamed, with_white
         from ..zoo import weights
         from ..zoo._checkpoint import card_of, metadata_of, open_checkpoint, state_of
         from ..zoo.backbone import check_name
@@ -202,12 +202,12 @@ class _Loaded:
         card = self.card or {}
         known = card.get("backbone") or card.get("model") or note.get("model") or (self.entry and self.entry.model)
         self._agree("--model", model, known)
-        self._agree("--recipe", recipe, note.get("recipe"))
+        self._agree("--setting", setting, renamed(note).get("setting"))
         self.name = known or model or self._find()
         self.head = _head_of(state_of(self.checkpoint), self.path)
         self.task = self.head[0] if self.head else "classify"
-        self.predictor = self.recipe = None
-        self.model = self._build(recipe or note.get("recipe"))
+        self.predictor = self.setting = None
+        self.model = self._build(setting or renamed(note).get("setting"))
 
     def _agree(self, option: str, given: str | None, known: str | None) -> None:
         """Raise a CheckpointError if an option contradicts what the file says of itself."""
@@ -232,11 +232,11 @@ class _Loaded:
 
         return [variant.model for variant in variants_of(self.checkpoint, list_models())]
 
-    def _build(self, recipe: str | None):
+    def _build(self, setting: str | None):
         from ..tasks.classify import Predictor, create_classifier
         from ..tasks.predictors import is_published, load_dense, load_predictor, load_published
         from ..zoo import CheckpointError, create_backbone, list_models
-        from ..zoo.backbone import recipes_of
+        from ..zoo.backbone import dense_settings_of
         from ..zoo.loading import classes_of
         from ..zoo.variants import variants_of
 
@@ -252,8 +252,8 @@ class _Loaded:
             fitting = variants_of(self.checkpoint, [self.name]) if self.name in list_models() else []
             classes = fitting[0].classes if fitting else classes_of(self.name, self.checkpoint)
             if (fitting and fitting[0].dense) or (self.name not in list_models() and not classes):
-                self.task, self.recipe = "backbone", recipe or next(iter(recipes_of(self.name)), None)
-                return create_backbone(self.name, self.recipe, self.path).eval()
+                self.task, self.setting = "backbone", setting or next(iter(dense_settings_of(self.name)), None)
+                return create_backbone(self.name, self.setting, self.path).eval()
             # Loaded with the classifier that it has, whatever its classes.
             model = create_classifier(self.name, classes, checkpoint=str(self.path)).eval()
             self.predictor = Predictor.from_model(self.name, model)
@@ -286,7 +286,7 @@ class _Loaded:
         """Return what the file shall say of the model, so that every command that takes a file knows it."""
         if self.predictor:
             return self.predictor.card
-        return {"task": "backbone", "model": self.name, "recipe": self.recipe}
+        return {"task": "backbone", "model": self.name, "setting": self.setting}
 
 
 def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
@@ -298,11 +298,11 @@ def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
     if not any(key.startswith("backbone.") for key in state):
         return None
     try:
-        return "detect", detectors.head_of(detectors.read_detector(path), path)
+        return "detect", detectors.head_of(detectors.read_detector(path).state, path)
     except CheckpointError:
         pass
     try:
-        return "segment", segmenters.head_of(segmenters.read_segmenter(path), path)
+        return "segment", segmenters.head_of(segmenters.read_segmenter(path).state, path)
     except CheckpointError:
         return None
 
@@ -314,7 +314,7 @@ def _verify(args: argparse.Namespace) -> int | None:
     from ..tasks.devices import choose_device
 
     device = choose_device(args.device)
-    loaded = _Loaded(args.file, args.model, args.recipe)
+    loaded = _Loaded(args.file, args.model, args.setting)
     print(f"file       {loaded.path} ({loaded.path.stat().st_size} bytes, sha256 {loaded.sha256})")
     head = f", {loaded.head[1]}" if loaded.head else ""
     print(f"model      {loaded.name}{head}")
@@ -516,7 +516,7 @@ def _recipe_of(loaded: _Loaded) -> str:
     rows = [row for row in read_published(loaded.task) if (row["head"], row["backbone"]) == kind]
     if loaded.entry:
         rows = [row for row in rows if row["name"] == loaded.entry.name]
-    recipes = {(row["data"], row["recipe"]): row["config"] for row in rows}
+    recipes = {(row["data"], row["setting"]): row["config"] for row in rows}
     if len(recipes) > 1:
         names = " or ".join(row["name"] for row in rows)
         raise TaskError(
@@ -541,14 +541,14 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.output.suffix != ".safetensors":
         raise TaskError(f"{args.output}: the result is a file of safetensors; name it {args.output.stem}.safetensors")
-    loaded = _Loaded(args.file, args.model, args.recipe)
+    loaded = _Loaded(args.file, args.model, args.setting)
     state = {key: value.detach().cpu().contiguous().clone() for key, value in loaded.state().items()}
     metadata = {
         "format": "pt",
         "model": loaded.name,
         "task": loaded.task,
         "head": loaded.head[1] if loaded.head else "",
-        "recipe": loaded.recipe or "",
+        "setting": loaded.setting or "",
         "num_classes": str(getattr(loaded.model, "num_classes", "")),
         "weights": loaded.entry.name if loaded.entry else "",
         "license": (loaded.entry and loaded.entry.license) or "",
@@ -654,11 +654,12 @@ def _upload(folder: Path, repo: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     from ..tasks import TaskError
+    from ..zoo.library_errors import first_line
 
     api = HfApi(library_name="foveate")
     try:
         api.create_repo(repo, exist_ok=True)
         print(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add model"))
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise TaskError(f"{folder} is complete, but not uploaded to {repo}: {reason}") from error

@@ -2,13 +2,14 @@
 
 from fnmatch import fnmatch
 
-from . import agent, biformer, dat, dual, ela, host, nat, quadtree, shiftvit, van
+from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, quadtree, shiftvit, van
 from ._checkpoint import CheckpointError
+from ._maps import BackboneError
 from .backbone import Backbone, UnknownModelError, create_backbone
 
-__all__ = ["Backbone", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
+__all__ = ["Backbone", "BackboneError", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, shiftvit, van, ela, host)
+_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, van, ela, host)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -19,7 +19,8 @@ Image sizes: any from 32 pixels, where the paper's code wanted multiples of 112.
   token on the short axis, and a map with fewer than ``topk`` regions uses all of them.
 * the STL models drop the last rows and columns of images that their patches don't divide, as published.
 
-``n_win`` is no part of the weights: 7 for classification, 8 for segmentation, 16 for detection; the recipes set it.
+``n_win`` is no part of the weights: 7 for classification, 8 for segmentation, 16 for detection, as the dense settings
+say.
 """
 
 import re
@@ -301,9 +302,12 @@ def _dense(n_win: int, drop_path_rate: float) -> dict:
     return {"out_norms": True, "n_win": n_win, "drop_path_rate": drop_path_rate}
 
 
-# The published dense settings, for `create_backbone(name, recipe=...)`. Detection is Mask R-CNN and RetinaNet,
+# What the published dense models of the family do otherwise, for `head_options_of`: mmdet until 2.18 chose
+# candidates of RetinaNet by anchors, and the segmenters' images are stretched.
+head_options = {"biformer_*": {"retinanet": {"selection": "anchors"}, "images": {"divisor": 32}}}
+# The published dense settings, for `create_backbone(name, setting=...)`. Detection is Mask R-CNN and RetinaNet,
 # segmentation is Semantic FPN.
-recipes: dict[str, dict[str, dict]] = {
+dense_settings: dict[str, dict[str, dict]] = {
     "biformer_small": {
         "detection": _dense(16, 0.2),
         "segmentation": _dense(8, 0.15),

@@ -419,9 +419,12 @@ def _dense(drop_path_rate: float) -> dict:
     return {"out_norms": True, "drop_path_rate": drop_path_rate}
 
 
-# The published dense settings, for `create_backbone(name, recipe=...)`; they differ in stochastic depth alone.
+# What the published dense models of the family do otherwise, for `head_options_of`: the pyramid of Mask R-CNN
+# alone is extended from its input.
+head_options = {"dat_pp_*": {"mask_rcnn": {"extra_convs": "on_input"}}}
+# The published dense settings, for `create_backbone(name, setting=...)`; they differ in stochastic depth alone.
 # Detection's is that of Mask R-CNN 3x where it was trained, else of Cascade Mask R-CNN; segmentation's is UPerNet's.
-recipes: dict[str, dict[str, dict]] = {
+dense_settings: dict[str, dict[str, dict]] = {
     "dat_pp_tiny": {"detection": _dense(0.3), "segmentation": _dense(0.3), "semantic_fpn": _dense(0.4)},
     "dat_pp_small": {"detection": _dense(0.5), "segmentation": _dense(0.5), "semantic_fpn": _dense(0.4)},
     "dat_pp_base": {"detection": _dense(0.8), "segmentation": _dense(0.7), "semantic_fpn": _dense(0.7)},

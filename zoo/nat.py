@@ -8,8 +8,8 @@ Origin: github.com/SHI-Labs/Neighborhood-Attention-Transformer, code and weights
 `blocks.NeighborhoodAttention2d`; the published checkpoints, the authors' and the hub's transformers format, load
 through `convert_checkpoint`.
 
-A dilation is no part of the weights: ``dilations`` may be changed on any checkpoint, and the recipes of the dense
-models do. All but ``vitrpb`` take images of any size; maps smaller than a neighborhood are padded inside the attention.
+A dilation is no part of the weights: ``dilations`` may be changed on any checkpoint, and the dense settings do. All but
+``vitrpb`` take images of any size; maps smaller than a neighborhood are padded inside the attention.
 """
 
 import re
@@ -368,9 +368,9 @@ def _dense(drop_path_rate: float, depths: Sequence[int] | None = None, schedule:
     return {"out_norms": True, "drop_path_rate": drop_path_rate, **dilations, **options}
 
 
-# The published dense settings, for `create_backbone(name, recipe=...)`. Detection's stochastic depth is that of Mask
+# The published dense settings, for `create_backbone(name, setting=...)`. Detection's stochastic depth is that of Mask
 # R-CNN where it was trained, else of Cascade Mask R-CNN.
-recipes: dict[str, dict[str, dict]] = {
+dense_settings: dict[str, dict[str, dict]] = {
     "nat_atto": {"detection": _dense(0.0), "segmentation": _dense(0.0)},
     "nat_mini": {"detection": _dense(0.2), "segmentation": _dense(0.2)},
     "nat_tiny": {"detection": _dense(0.2), "segmentation": _dense(0.3)},
@@ -386,17 +386,17 @@ for _name, _config, _detection, _segmentation in (
     ("dinat_s_small", _S_SMALL, 0.35, 0.3),
     ("dinat_s_base", _S_BASE, 0.6, 0.3),
 ):
-    recipes[_name] = {
+    dense_settings[_name] = {
         "detection": _dense(_detection, _config["depths"], "detection"),
         "segmentation": _dense(_segmentation, _config["depths"], "ade20k_512"),
     }
 for _name in ("dinat_s_large", "dinat_s_large_384"):
-    recipes[_name] = {
+    dense_settings[_name] = {
         "detection": _dense(0.6, _S_LARGE["depths"], "detection"),
         "segmentation": _dense(0.3, _S_LARGE["depths"], "ade20k_640"),
     }
 for _name in ("dinat_large", "dinat_large_384", "dinat_large_384_11x11"):
-    recipes[_name] = {
+    dense_settings[_name] = {
         "detection": _dense(0.6, _LARGE["depths"], "detection", kernel_size=7),
         "segmentation": _dense(0.3, _LARGE["depths"], "ade20k_640", kernel_size=7),
         "mask2former": _dense(0.3, _LARGE["depths"], "mask2former", kernel_size=11),

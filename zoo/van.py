@@ -9,7 +9,7 @@ authors, of mmpretrain, mmseg and transformers load through `convert_checkpoint`
 
 A stage ends with a norm, whose output is both a feature and the next stage's input. Classifiers were trained with norms
 of eps 1e-6, as were the dense models of the spring of 2022 (Semantic FPN, Light-Ham and HamNet on VAN); later dense
-models, and MSCAN, have 1e-5: the recipes set it.
+models, and MSCAN, have 1e-5: the dense settings set it.
 
 No classifier of MSCAN was published. Ours is a composition: VAN's tail, the mean of the last map and a linear layer,
 with VAN's eps; the published backbones fit it, and a new classifier starts from them.
@@ -316,7 +316,7 @@ def _van(name: str, pretrained: bool, options: dict, config: dict) -> VAN:
     return build(VAN, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
-def _van_recipes(upernet: float, semantic_fpn: float | None = None) -> dict[str, dict]:
+def _van_settings(upernet: float, semantic_fpn: float | None = None) -> dict[str, dict]:
     """Return VAN's dense settings from the stochastic depth of UPerNet and Semantic FPN, as far as published."""
     now = {"norm_eps": 1e-5, "drop_path_rate": upernet}
     before = {"norm_eps": 1e-6, "drop_path_rate": upernet if semantic_fpn is None else semantic_fpn}
@@ -329,25 +329,27 @@ def _van_recipes(upernet: float, semantic_fpn: float | None = None) -> dict[str,
     }
 
 
-def _mscan_recipes(drop_path_rate: float) -> dict[str, dict]:
+def _mscan_settings(drop_path_rate: float) -> dict[str, dict]:
     dense = {"norm_eps": 1e-5, "drop_path_rate": drop_path_rate}
     return {"detection": dense, "segmentation": dense}
 
 
-# The published dense settings, for `create_backbone(name, recipe=...)`. Segmentation is UPerNet of VAN, SegNeXt of
+# What the published dense models of the family do otherwise, for `head_options_of`: SegNeXt's images are stretched.
+head_options = {"mscan_*": {"images": {"divisor": 32}}}
+# The published dense settings, for `create_backbone(name, setting=...)`. Segmentation is UPerNet of VAN, SegNeXt of
 # MSCAN; the other heads on VAN are older. No detector was published: that setting is segmentation's.
-recipes: dict[str, dict[str, dict]] = {
-    "van_b0": _van_recipes(0.1, 0.2),
-    "van_b1": _van_recipes(0.1, 0.2),
-    "van_b2": _van_recipes(0.1, 0.2),
-    "van_b3": _van_recipes(0.3, 0.3),
-    "van_b4": _van_recipes(0.4, 0.4),
-    "van_b5": _van_recipes(0.4),
-    "van_b6": _van_recipes(0.5),
-    "mscan_t": _mscan_recipes(0.1),
-    "mscan_s": _mscan_recipes(0.1),
-    "mscan_b": _mscan_recipes(0.1),
-    "mscan_l": _mscan_recipes(0.3),
+dense_settings: dict[str, dict[str, dict]] = {
+    "van_b0": _van_settings(0.1, 0.2),
+    "van_b1": _van_settings(0.1, 0.2),
+    "van_b2": _van_settings(0.1, 0.2),
+    "van_b3": _van_settings(0.3, 0.3),
+    "van_b4": _van_settings(0.4, 0.4),
+    "van_b5": _van_settings(0.4),
+    "van_b6": _van_settings(0.5),
+    "mscan_t": _mscan_settings(0.1),
+    "mscan_s": _mscan_settings(0.1),
+    "mscan_b": _mscan_settings(0.1),
+    "mscan_l": _mscan_settings(0.3),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checkpoint import CheckpointError, LoadReport, unwrap
-from .backbone import recipes_of
+from .backbone import dense_settings_of
 from .loading import WithoutInit, silence
 
 
@@ -73,10 +73,10 @@ def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:
     # Classes may be any.
     options = {"num_classes": 1000}
     if dense:
-        recipes = recipes_of(name)
-        if not recipes:
+        settings = dense_settings_of(name)
+        if not settings:
             raise CheckpointError(f"{name} has no dense settings")
-        options = {"features_only": True, **next(iter(recipes.values()))}
+        options = {"features_only": True, **next(iter(settings.values()))}
     with WithoutInit():
         model = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, device="meta", **options

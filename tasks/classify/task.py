@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
+from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
@@ -60,14 +61,13 @@ def create_classifier(
     except CheckpointError:
         raise
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if unknown_option(error) is None:
             raise
-        raise TaskError(f"{name}: {str(error).split('() ')[-1]}; model.kwargs must be options of the model") from error
+        raise TaskError(f"{name}: {call_fault(error)}; model.kwargs must be options of the model") from error
     except (RuntimeError, OSError, ValueError) as error:
         if not pretrained and checkpoint is None:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{name}: its published weights can't be loaded: {reason}") from error
+        raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
 class Classify:
@@ -133,7 +133,7 @@ class Classify:
         try:
             self.train_set, self.val_set = open_classes(data, self.rule)
         except TypeError as error:
-            raise TaskError(f"data.augment: {str(error).split('() ')[-1]}; it takes timm's create_transform") from error
+            raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])

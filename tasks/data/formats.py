@@ -126,14 +126,14 @@ def open_objects(data: dict, with_masks: bool, skip_damaged: bool = False) -> tu
 
 
 def open_maps(
-    data: dict, rule: MapRule, task: str = "semantic", as_masks: bool = False, skip_damaged: bool = False
+    data: dict, rule: MapRule, output: str = "semantic", as_masks: bool = False, skip_damaged: bool = False
 ) -> tuple[SegmentationSet, SegmentationSet]:
     """Return the training and the validation set of a segmenter.
 
     Args:
         data: As in `Segment.DEFAULTS`.
         rule: How images become inputs.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         as_masks: Whether to train on masks.
         skip_damaged: Whether images that can't be read are left to the loader, which skips them.
 
@@ -143,9 +143,9 @@ def open_maps(
     name = data["name"]
     if name != "nuclei":
         _check_name(data, {**MAPS, "nuclei": None})
-        if task not in MAPS[name].outputs:
+        if output not in MAPS[name].outputs:
             raise TaskError(
-                f"{name} has no annotations for {task} segmentation, only for {' or '.join(MAPS[name].outputs)}"
+                f"{name} has no annotations for {output} segmentation, only for {' or '.join(MAPS[name].outputs)}"
             )
     _check_settings(data)
     for key in ("values", "unlabelled"):
@@ -156,7 +156,7 @@ def open_maps(
     white = check_white(data.get("white"))
     crop = data["augment"].get("crop")
     pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
-    shared = {"rule": rule, "task": task, "as_masks": as_masks}
+    shared = {"rule": rule, "output": output, "as_masks": as_masks}
     to_train = {"augment": Augment(data["augment"]), "pad": pad, "repeat": data["repeat"]}
     if name == "nuclei":
         train, val = NucleiMaps("train", **shared, **to_train), NucleiMaps("val", tile=data["tile"], **shared)

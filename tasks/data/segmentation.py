@@ -49,6 +49,7 @@ class InputRule:
         divisor: Then both sides are stretched, a little, to the next multiple of it.
         mean: Subtracted from pixels of 0 to 1, for each channel.
         std: Divides the difference, for each channel.
+        channel_order: ``"bgr"`` turns the channels round first; ``mean`` and ``std`` are in that order.
     """
 
     short: int | None
@@ -56,6 +57,7 @@ class InputRule:
     divisor: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channel_order: str = "rgb"
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -65,7 +67,8 @@ class InputRule:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""
-        return normalize(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), self.mean, self.std)
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return normalize(image, self.mean, self.std, self.channel_order)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an RGB image as the input of evaluation, ``[3, H', W']``."""
@@ -89,7 +92,7 @@ class SegmentationSet(Dataset):
         classes: Names of the classes, in the order of the labels.
         things: For each class whether its objects are told apart.
         rule: How images become inputs.
-        task: What is predicted: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: What is predicted: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         as_masks: Whether to train on masks.
         augment: Augmentation; the set is to be measured by if None.
         pad: Height and width to which smaller images are padded, by zeros after normalisation, to train on them.
@@ -104,14 +107,14 @@ class SegmentationSet(Dataset):
         classes: Sequence[str],
         things: Sequence[bool],
         rule: InputRule,
-        task: str,
+        output: str,
         as_masks: bool,
         augment: Augment | None = None,
         pad: tuple[int, int] | None = None,
         repeat: int = 1,
     ):
         self.classes, self.things = list(classes), list(things)
-        self.rule, self.task, self.as_masks = rule, task, as_masks
+        self.rule, self.output, self.as_masks = rule, output, as_masks
         self.augment, self.pad, self.repeat = augment, pad, repeat
 
     @property
@@ -175,10 +178,10 @@ class SegmentationSet(Dataset):
         return pad_to(x, [max(sides) for sides in zip(self.pad or (0, 0), x.shape[-2:], strict=True)], value)
 
     def _truth(self, index: int) -> Any:
-        if self.task == "semantic":
+        if self.output == "semantic":
             return torch.from_numpy(self.labels(index))
         masks, labels, crowd = self.segments(index)
-        if self.task == "instance":
+        if self.output == "instance":
             return {
                 "boxes": torch.from_numpy(_boxes(masks)),
                 "labels": torch.from_numpy(labels),
@@ -375,14 +378,14 @@ class Nuclei(SegmentationSet):
 
     Args:
         split: ``"train"`` for the left half, else the right one.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         tile: Side of the tiles that the half is cut into, row by row; None: one image.
         **settings: As for `SegmentationSet`.
     """
 
-    def __init__(self, split: str, tile: int | None = None, task: str = "semantic", **settings):
-        names = ["nucleus"] if task == "instance" else ["background", "nucleus"]
-        super().__init__(classes=names, things=[name == "nucleus" for name in names], task=task, **settings)
+    def __init__(self, split: str, tile: int | None = None, output: str = "semantic", **settings):
+        names = ["nucleus"] if output == "instance" else ["background", "nucleus"]
+        super().__init__(classes=names, things=[name == "nucleus" for name in names], output=output, **settings)
         pixels, numbers = load_nuclei_half(split)
         self.white = white_of_depth(int(pixels.max()))
         height, width = numbers.shape
@@ -408,11 +411,11 @@ class Nuclei(SegmentationSet):
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return background, unless instances are asked for, and nuclei; for semantic masks all nuclei as one."""
         numbers = self.tiles[index][1]
-        if self.task == "semantic":
+        if self.output == "semantic":
             masks, labels = np.stack([numbers == 0, numbers > 0]), np.arange(2)
         else:
             found = np.unique(numbers)
-            found = found[found > 0] if self.task == "instance" else found
+            found = found[found > 0] if self.output == "instance" else found
             masks = numbers == found[:, None, None]
-            labels = np.minimum(found, 1) if self.task == "panoptic" else np.zeros_like(found)
+            labels = np.minimum(found, 1) if self.output == "panoptic" else np.zeros_like(found)
         return masks.astype(np.uint8), labels.astype(np.int64), np.zeros(len(labels), bool)

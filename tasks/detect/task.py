@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..data.formats import open_objects
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.build import build_described, describe_model, freeze_statistics, with_told
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
@@ -31,7 +31,7 @@ class Detect:
         "model": {
             "head": "mask_rcnn",  # or "retinanet", "cascade_mask_rcnn"
             "backbone": None,  # a timm name
-            "recipe": "auto",  # its dense setting; "auto": the one for the head, where there is one
+            "setting": "auto",  # its dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole detector: a file or an address
@@ -56,7 +56,7 @@ class Detect:
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
     OPTIONAL: ClassVar[dict] = {
         "model.backbone": str,
-        "model.recipe": str,
+        "model.setting": str,
         "model.backbone_checkpoint": str,
         "model.checkpoint": str,
         "data.root": str,
@@ -79,17 +79,16 @@ class Detect:
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
-        self._pad = None
-        if data["augment"].get("shorts") is not None:
-            options = {key: value for key, value in self.model["kwargs"].items() if key in ("mean", "std", "divisor")}
-            self._pad = DetectorTransform(min_size=None, **options)
+        self._are_resized = data["augment"].get("shorts") is not None
 
     def _kinds(self) -> tuple[str, ...]:
         return ("box", "mask") if self.with_masks else ("box",)
 
     def build_model(self) -> nn.Module:
         """Return the detector, initialised or with the weights the config starts from."""
-        return build_detector(self.model, len(self.classes))
+        model = build_detector(self.model, len(self.classes))
+        self.model = with_told(self.model, model)
+        return model
 
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
@@ -106,9 +105,10 @@ class Detect:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
             freeze_statistics(model.backbone)
-        if self._pad is None:
+        if not self._are_resized:
             return model(images, targets)
-        batch, targets, sizes = self._pad(images, targets)
+        options = {name: getattr(model.transform, name) for name in ("mean", "std", "divisor", "channel_order")}
+        batch, targets, sizes = DetectorTransform(min_size=None, **options)(images, targets)
         return model.losses_from_features(model.backbone(batch), targets, sizes)
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Any]]:
@@ -171,13 +171,15 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     if model["kwargs"].get("torchvision_outputs"):
         raise TaskError("model.kwargs.torchvision_outputs: a run counts labels from 0; set it on the trained model")
-    # All that becomes of images is the run's own say, not that of a file that it starts from.
-    transform = {name: option.default for name, option in inspect.signature(DetectorTransform).parameters.items()}
+    # The sizes of images are the run's own say; how they are normalised, a file that it starts from may tell.
+    held = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
+    parameters = inspect.signature(DetectorTransform).parameters
+    transform = {name: option.default for name, option in parameters.items() if name not in held}
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 

@@ -16,7 +16,9 @@ from timm.models import is_model
 from timm.optim import list_optimizers
 
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
+from ...zoo.library_errors import first_line
 from .. import TASKS, TaskError, nearest
+from ..checkpoints import renamed
 from .keys import meaning
 
 # Every key that a config of any task may have, with its default; a task adds its own. `keys` says what they mean.
@@ -105,6 +107,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             default.
     """
     given = _read(Path(path))
+    if Path(path).with_name("environment.json").is_file():  # beside a run's own config, perhaps of an older version
+        given = renamed(given)
     defaults = copy.deepcopy(DEFAULTS)
     task = given.get("task")
     if task not in TASKS:
@@ -135,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         except TaskError:
             raise
         except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = first_line(error)
             raise TaskError(f"{path}: {type(error).__name__}: {reason}") from error
 
 

@@ -7,7 +7,7 @@ _MODEL = {
 _DENSE = {
     **_MODEL,
     "model.backbone": "a timm name",
-    "model.recipe": 'the backbone\'s dense setting; "auto": the one for the head, where there is one',
+    "model.setting": 'the backbone\'s dense setting; "auto": the one for the head, where there is one',
     "model.pretrained": "start from a backbone with published weights",
     "model.backbone_checkpoint": "start from weights of the backbone alone: a file, an address or model.tag",
     "model.norm_eval": "keep the statistics of the backbone's batch norms",
@@ -99,7 +99,7 @@ KEYS: dict[str | None, dict[str, str]] = {
     "segment": {
         **_DENSE,
         "model.head": '"upernet", "semantic_fpn", "deeplabv3", "mask2former" or "oneformer"',
-        "model.task": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
+        "model.output": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
         "model.kwargs": "options of create_segmenter, such as channels or loss_mean",
         "data.name": '"ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei" or "voc"',
         "data.train.maps": "folder in root of coco_panoptic's pictures; beside the annotations if None",

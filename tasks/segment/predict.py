@@ -32,7 +32,7 @@ class Predictor:
         rule: How an image becomes its input.
         classes: Names of the classes, in the order of the labels.
         things: For each class whether its objects are told apart.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         test: As in `Segment.DEFAULTS`.
         device: Where to run.
         white: Value of 16-bit pixels that is white; see `read_image`.
@@ -48,13 +48,13 @@ class Predictor:
         rule: InputRule,
         classes: Sequence[str],
         things: Sequence[bool],
-        task: str,
+        output: str,
         test: dict[str, Any],
         device: str | torch.device = "cpu",
         white: int = FULL_WHITE,
     ):
         self.model = model.eval().to(device)
-        self.rule, self.task, self.test = rule, task, dict(test)
+        self.rule, self.output, self.test = rule, output, dict(test)
         self.classes, self.things = list(classes), list(things)
         self.device = device
         self.white = white
@@ -69,7 +69,7 @@ class Predictor:
         card = read_checkpoint(path, "segment")["card"]
         rule = InputRule(**card["input"])
         model = build_segmenter(rebuilt_from(card, path), card["things"], rule)
-        how = (card["classes"], card["things"], card["segments"], card["test"], device, card["white"])
+        how = (card["classes"], card["things"], card["output"], card["test"], device, card["white"])
         predictor = cls(model, rule, *how)
         predictor.card = card
         return predictor
@@ -83,7 +83,7 @@ class Predictor:
                 self.model,
                 self.rule(image).to(self.device),
                 (image.height, image.width),
-                self.task,
+                self.output,
                 self.test,
                 len(self.classes),
             )
@@ -92,9 +92,9 @@ class Predictor:
 
     def describe(self, found: Any) -> dict[str, Any]:
         """Return, in plain types, the share of the image of every class, or its objects, or its segments."""
-        if self.task == "instance":
+        if self.output == "instance":
             return describe_objects(found, self.classes, self.threshold)
-        if self.task == "semantic":
+        if self.output == "semantic":
             return {"classes": [{"class": name, "share": round(share, 6)} for name, share in self._shares(found)]}
         segments = []
         for label, number in torch.unique(found.reshape(-1, 2), dim=0).tolist():
@@ -106,11 +106,11 @@ class Predictor:
 
     def headline(self, found: Any) -> str:
         """Return the largest classes and how many objects there are, in a few words."""
-        if self.task == "instance":
+        if self.output == "instance":
             return count_objects(found, self.classes, self.threshold)
-        labels = found if self.task == "semantic" else found[..., 0]
+        labels = found if self.output == "semantic" else found[..., 0]
         text = ", ".join(f"{name} {share:.1%}" for name, share in self._shares(labels)[:3]) or "nothing"
-        if self.task == "panoptic":
+        if self.output == "panoptic":
             count = sum(segment["thing"] for segment in self.describe(found)["segments"])
             text += f"; {count} objects"
         return text
@@ -122,11 +122,11 @@ class Predictor:
         COCO's panoptic code.
         """
         image = to_pixels(image, self.channels, self.white)
-        if self.task == "instance":
+        if self.output == "instance":
             draw_detections(image, found, self.classes, path, self.threshold)
             return {}
         draw_segmentation(image, found, self.classes, path, self.things)
-        if self.task == "semantic":
+        if self.output == "semantic":
             name, plain = "labels", Image.fromarray(found.numpy())
         else:
             numbers = np.where(found[..., 0].numpy() < len(self.classes), found[..., 1].numpy(), 0)

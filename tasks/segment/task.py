@@ -14,11 +14,11 @@ from .. import TaskError
 from ..data.formats import open_maps
 from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
-from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.build import build_described, describe_model, freeze_statistics, with_told
+from ..dense.segment.postprocess import OUTPUTS
 from ..dense.segment.segmenter import HEADS, create_segmenter
 from ..detections import to_plain
 
-TASKS = ("semantic", "instance", "panoptic")
 # The heads that predict a set of masks; the others label pixels.
 MASK_HEADS = ("mask2former", "oneformer")
 # Up to so many classes get a metric of their own.
@@ -40,8 +40,8 @@ class Segment:
         "model": {
             "head": "upernet",  # or "semantic_fpn", "deeplabv3", "mask2former", "oneformer"
             "backbone": None,  # a timm name
-            "task": "semantic",  # or, with mask2former and oneformer, "instance", "panoptic"
-            "recipe": "auto",  # the backbone's dense setting; "auto": the one for the head, where there is one
+            "output": "semantic",  # or, with mask2former and oneformer, "instance", "panoptic"
+            "setting": "auto",  # the backbone's dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole segmenter: a file or an address
@@ -83,7 +83,7 @@ class Segment:
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
     OPTIONAL: ClassVar[dict] = {
         "model.backbone": str,
-        "model.recipe": str,
+        "model.setting": str,
         "model.backbone_checkpoint": str,
         "model.checkpoint": str,
         "data.root": str,
@@ -103,21 +103,21 @@ class Segment:
     def __init__(self, config: dict):
         data = config["data"]
         self.model, self.test = dict(config["model"]), dict(config["test"])
-        head, self.task = self.model["head"], self.model["task"]
+        head, self.output = self.model["head"], self.model["output"]
         if self.model["backbone"] is None:
             raise TaskError("model.backbone is not set; `foveate list` shows what there is")
         if head not in HEADS:
             raise TaskError(f"model.head is {head!r}, but must be one of {', '.join(HEADS)}")
-        if self.task not in TASKS:
-            raise TaskError(f"model.task is {self.task!r}, but must be one of {', '.join(TASKS)}")
+        if self.output not in OUTPUTS:
+            raise TaskError(f"model.output is {self.output!r}, but must be one of {', '.join(OUTPUTS)}")
         self.as_masks = head in MASK_HEADS
-        if self.task != "semantic" and not self.as_masks:
-            raise TaskError(f"{head} labels pixels; {self.task} segmentation needs {' or '.join(MASK_HEADS)}")
+        if self.output != "semantic" and not self.as_masks:
+            raise TaskError(f"{head} labels pixels; {self.output} segmentation needs {' or '.join(MASK_HEADS)}")
         if data["augment"].get("crop") is None:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
-        self.train_set, self.val_set = open_maps(data, self.rule, self.task, self.as_masks, skip_damaged)
+        self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
         self._source, self._by_values = (
             data["root"] or data["name"],
             data["name"] == "folder" and data["unlabelled"] is None,
@@ -128,12 +128,14 @@ class Segment:
             "semantic": ["miou", "aacc", *named],
             "instance": ["mask_ap", "mask_ap50"],
             "panoptic": ["pq", "sq", "rq"],
-        }[self.task]
+        }[self.output]
         self.metric = self.shown[0]
 
     def build_model(self) -> nn.Module:
         """Return the segmenter, initialised or with the weights the config starts from."""
-        return build_segmenter(self.model, self.things, self.rule)
+        model = build_segmenter(self.model, self.things, self.rule)
+        self.model = with_told(self.model, model)
+        return model
 
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
@@ -141,10 +143,10 @@ class Segment:
         Raises:
             TaskError: If nothing is labelled, or for label maps held-out pixels are all of one class.
         """
-        what = {"semantic": "labelled pixel", "instance": "object", "panoptic": "segment"}[self.task]
+        what = {"semantic": "labelled pixel", "instance": "object", "panoptic": "segment"}[self.output]
         lines = []
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
-            needed = 2 if self.task == "semantic" and part == "validation" else 1
+            needed = 2 if self.output == "semantic" and part == "validation" else 1
             hint = partial(self._hint, samples)
             lines += check_classes(part, samples.occurring(), self.classes, self._source, what, needed, hint)
         return lines
@@ -169,13 +171,13 @@ class Segment:
             freeze_statistics(model.backbone)
         if self.as_masks:
             # Of these, a file may have made Mask2Former a OneFormer, which needs to know.
-            return model.loss(images, targets, task=self.task, normalized=True)
+            return model.loss(images, targets, prompt=self.output, normalized=True)
         return model.loss(images, targets, normalized=True)
 
     def predict(self, model: nn.Module, images: list[dict[str, Any]]) -> list[Any]:
         """Return for every image what `segment_image` does."""
         return [
-            segment_image(model, entry["image"], entry["size"], self.task, self.test, len(self.classes))
+            segment_image(model, entry["image"], entry["size"], self.output, self.test, len(self.classes))
             for entry in images
         ]
 
@@ -184,13 +186,13 @@ class Segment:
         from ..metrics.segmentation import count_labels, measure_labels, measure_panoptic
 
         pairs = zip(predictions, targets, strict=True)
-        if self.task == "semantic":
+        if self.output == "semantic":
             measured = measure_labels(count_labels(pairs, len(self.classes)))
             metrics = {key: value for key, value in measured.items() if isinstance(value, float)}
             if len(self.classes) <= NAMED_CLASSES:
                 of_class = dict(zip(self.classes, measured["iou"].tolist(), strict=True))
                 metrics |= {f"iou_{name}": value for name, value in of_class.items()}
-        elif self.task == "panoptic":
+        elif self.output == "panoptic":
             measured = measure_panoptic(pairs, self.things)
             metrics = {key: value for key, value in measured.items() if isinstance(value, float)}
         else:
@@ -215,7 +217,7 @@ class Segment:
         shown = list(zip(indices, targets, predictions, strict=True))[:4]
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
         title = f"held-out images, epoch {epoch}"
-        if self.task == "instance":
+        if self.output == "instance":
             from ..pictures.objects import draw_comparison
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title)
@@ -241,7 +243,7 @@ class Segment:
 
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
-        card = segmenter_card(self.model, self.classes, self.things, self.task, self.rule, self.test)
+        card = segmenter_card(self.model, self.classes, self.things, self.output, self.rule, self.test)
         return card | {"white": self.train_set.white}
 
 
@@ -249,7 +251,7 @@ def segmenter_card(
     model: Mapping[str, Any],
     classes: Sequence[str],
     things: Sequence[bool],
-    task: str,
+    output: str,
     rule: InputRule,
     test: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def segmenter_card(
         "task": "segment",
         "classes": list(classes),
         "things": list(things),
-        "segments": task,
+        "output": output,
         "input": dataclasses.asdict(rule),
         "test": dict(test),
         **describe_model(model),
@@ -275,7 +277,7 @@ def build_segmenter(model: dict[str, Any], things: list[bool], rule: InputRule) 
 
     Raises:
         TaskError: If there is no such head or option, or no weights to start from.
-        UnknownModelError: If the backbone or its recipe is unknown.
+        UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If a checkpoint can't be read or isn't one of this model.
     """
     kwargs = dict(model["kwargs"])
@@ -285,11 +287,18 @@ def build_segmenter(model: dict[str, Any], things: list[bool], rule: InputRule) 
     kwargs |= {"mean": rule.mean, "std": rule.std}
     if model["head"] in MASK_HEADS:
         kwargs.setdefault("things", [label for label, is_thing in enumerate(things) if is_thing])
-    return build_described(create_segmenter, model, len(things), kwargs)
+    if rule.channel_order != "rgb":
+        kwargs["channel_order"] = rule.channel_order
+    built = build_described(create_segmenter, model, len(things), kwargs)
+    if built.channel_order != rule.channel_order:
+        raise TaskError(
+            f"{model['checkpoint']}: sees channels as {built.channel_order}, but the data give {rule.channel_order}"
+        )
+    return built
 
 
 def segment_image(
-    model: nn.Module, image: Tensor, size: tuple[int, int], task: str, test: dict[str, Any], classes: int
+    model: nn.Module, image: Tensor, size: tuple[int, int], output: str, test: dict[str, Any], classes: int
 ) -> Any:
     """Segment one image.
 
@@ -297,7 +306,7 @@ def segment_image(
         model: A segmenter in evaluation mode.
         image: Normalised, ``[3, h, w]``.
         size: Height and width of the result.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         test: As in `Segment.DEFAULTS`.
         classes: Number of classes.
 
@@ -309,10 +318,10 @@ def segment_image(
     if not hasattr(model, "things"):
         windows = {key: test[key] for key in ("mode", "crop_size", "stride")}
         return model.predict([image], **windows, **views, output_size=size)[0].to(torch.uint8).cpu()
-    found = model.predict([image], task=task, **views, output_size=size)[0]
-    if task == "semantic":
+    found = model.predict([image], output=output, **views, output_size=size)[0]
+    if output == "semantic":
         return found.to(torch.uint8).cpu()
-    if task == "instance":
+    if output == "instance":
         return to_plain(found)
     numbers = found["segments"].cpu()
     label_of = torch.full((len(found["segments_info"]) + 1,), classes, dtype=torch.int32)

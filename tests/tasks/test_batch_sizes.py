@@ -24,8 +24,12 @@ DETECT = {
     "detect_masks": {"head": "mask_rcnn", "kwargs": {**SMALL_BOXES, "hidden": 32}},
 }
 SEGMENT = {
-    "segment_instances": {"head": "mask2former", "task": "instance", "kwargs": SMALL_QUERIES},
-    "segment_panoptic": {"head": "mask2former", "task": "panoptic", "kwargs": {**SMALL_QUERIES, "object_threshold": 0}},
+    "segment_instances": {"head": "mask2former", "output": "instance", "kwargs": SMALL_QUERIES},
+    "segment_panoptic": {
+        "head": "mask2former",
+        "output": "panoptic",
+        "kwargs": {**SMALL_QUERIES, "object_threshold": 0},
+    },
     "segment_semantic": {"head": "upernet", "kwargs": {"channels": 16}},
 }
 

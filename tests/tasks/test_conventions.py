@@ -4,7 +4,7 @@ import foveate
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.dense.detect import draw_evenly
+from foveate.tasks.dense.detect import sample_evenly
 from foveate.tasks.dense.segment.set_loss import semantic_targets
 from torch import nn
 
@@ -193,7 +193,7 @@ def test_detectors_are_called_as_torchvisions_and_answer_so_if_asked(head):
         same(told(list(pixels)), theirs)
     same(told.predict(pixels, torchvision_outputs=False), ours)
     targets = targets_of(head, pixels)
-    model.draw = draw_evenly
+    model.sample = sample_evenly
     same(model.train()(list(pixels), targets), model.loss(list(pixels), targets))
 
 

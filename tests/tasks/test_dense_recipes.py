@@ -9,6 +9,7 @@ from foveate.configs import list_recipes
 from foveate.configs.published import read_published
 from foveate.tasks import engine
 from foveate.tasks.data.coco import encode_mask
+from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.runner import _groups_by_name
 from foveate.tools.cli import main
 from PIL import Image
@@ -76,7 +77,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("name", DATA)
 def test_a_recipe_s_data_can_be_read_and_augmented(name, root):
     config = engine.load_config(name, [f"data.root={root}"])
-    task = engine.task_class_of(config["task"])(config)
+    task = task_class_of(config["task"])(config)
     assert len(task.classes) == config["data"]["num_classes"] or "cityscapes" in name
     torch.manual_seed(0)
     items = [task.train_set[0], task.train_set[0]]

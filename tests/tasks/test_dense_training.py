@@ -191,7 +191,7 @@ def test_a_run_that_began_before_cards_left_out_the_start_is_rebuilt_too(tmp_pat
         (MASK_RCNN, "model.kwargs.chanels=3", "chanels"),
         (MASK_RCNN, "data.augment.corp=3", "did you mean 'crop'"),
         (MASK_RCNN, "model.pretrained=True", "published weights can't be loaded"),
-        (UPERNET, "model.task=panoptic", "panoptic segmentation needs mask2former"),
+        (UPERNET, "model.output=panoptic", "panoptic segmentation needs mask2former"),
         (UPERNET, "model.kwargs.chanels=3", "chanels"),
         (UPERNET, "data.augment.crop=None", r"data\.augment\.crop is not set"),
         (UPERNET, "model.backbone=None", r"model\.backbone is not set"),

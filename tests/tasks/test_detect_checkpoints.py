@@ -171,7 +171,7 @@ def test_whole_published_files_of_every_family(name, open_fixture, tmp_path):
     model = create_detector("retinanet", model_name, checkpoint=path).eval()
     assert torch.equal(model.head.bbox_pred.weight, heads["bbox_head.retina_reg.weight"])
     assert model.head.selection == ("anchors" if "davit" in name else "pairs")
-    backbone = foveate.create_backbone(model_name, recipe="detection", checkpoint=path).eval()
+    backbone = foveate.create_backbone(model_name, setting="detection", checkpoint=path).eval()
     with torch.inference_mode():
         for index, (level, other) in enumerate(
             zip(model.backbone(fixture.input()), backbone(fixture.input()), strict=True)
@@ -181,7 +181,7 @@ def test_whole_published_files_of_every_family(name, open_fixture, tmp_path):
 
 
 def test_a_published_file_needs_its_backbone_by_name(open_fixture, tmp_path):
-    body = foveate.create_backbone("nat_atto", recipe="detection")
+    body = foveate.create_backbone("nat_atto", setting="detection")
     state = published(open_fixture, "retinanet", channels=body.channels) | {"backbone.norm0.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match="read if it is given by name"):
         create_detector("retinanet", body, checkpoint=save(state, tmp_path))
@@ -216,11 +216,11 @@ def test_wrong_arguments_are_one_line():
         create_detector("retinanet", StubBackbone(), selection="both")
     with pytest.raises(TaskError, match="Sequential has no `channels`"):
         create_detector("retinanet", nn.Sequential())
-    with pytest.raises(TaskError, match="recipe 'detection' is for a backbone given by name"):
-        create_detector("retinanet", StubBackbone(), recipe="detection")
+    with pytest.raises(TaskError, match="setting 'detection' is for a backbone given by name"):
+        create_detector("retinanet", StubBackbone(), setting="detection")
     with pytest.raises(TaskError, match="but there is none"):
         create_detector("retinanet", StubBackbone(), reset_classifier=True)
-    with pytest.raises(TaskError, match="vit_tiny_patch16_224 returns 4 maps of strides 16, 16, 16, 16"):
-        create_detector("retinanet", "vit_tiny_patch16_224")
+    with pytest.raises(TaskError, match="tnt_s_patch16_224 takes images of up to 224x224 alone"):
+        create_detector("retinanet", "tnt_s_patch16_224")
     with pytest.raises(ValueError, match="did you mean 'nat_tiny'"):
         create_detector("retinanet", "nat_tinny")

@@ -4,7 +4,7 @@ import foveate
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.dense.detect import DetectorTransform, create_detector, draw_evenly
+from foveate.tasks.dense.detect import DetectorTransform, create_detector, sample_evenly
 from torch import nn
 
 HEADS = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
@@ -172,8 +172,8 @@ def test_losses_are_reproducible_with_an_even_draw(head):
         return torch.stack([*found.values()])
 
     assert not torch.equal(losses(), losses())
-    model.draw = draw_evenly
-    assert model.rpn.sampler.draw is model.roi_heads.sampler.draw is model.draw is draw_evenly
+    model.sample = sample_evenly
+    assert model.rpn.sampler.sample is model.roi_heads.sampler.sample is model.sample is sample_evenly
     assert torch.equal(losses(), losses())
 
 

@@ -6,7 +6,7 @@ import foveate
 import numpy as np
 import pytest
 import torch
-from foveate.tasks.dense.detect import draw_evenly
+from foveate.tasks.dense.detect import sample_evenly
 from foveate.tasks.dense.detect.boxes import BoxCoder, multiclass_nms
 from foveate.tasks.dense.detect.checkpoint import renamed
 from foveate.tasks.dense.detect.masks import paste_masks
@@ -251,7 +251,7 @@ def targets_of(fixture) -> list[dict[str, torch.Tensor]]:
 def test_losses_and_gradients(name, open_fixture, tmp_path):
     fixture = open_fixture(f"dense/{name}")
     model = detector_of(fixture, tmp_path).train()
-    model.draw = draw_evenly
+    model.sample = sample_evenly
     levels = [level.requires_grad_() for level in fixture.levels()]
     arguments = {}
     if "roi_proposals" in fixture.spec["inputs"]:

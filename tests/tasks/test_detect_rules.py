@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks.dense.detect.anchors import AnchorGrid
-from foveate.tasks.dense.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, draw_evenly
+from foveate.tasks.dense.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, sample_evenly
 from foveate.tasks.dense.detect.boxes import BoxCoder, giou_loss, grouped_nms, has_area, pairwise_iou, top_k
 from foveate.tasks.dense.detect.masks import crop_masks, paste_masks
 from foveate.tasks.dense.detect.roi_heads import RoIExtractor
@@ -99,7 +99,7 @@ def test_matches(positive, negative, minimum):
     assert len(Matcher(positive, negative, minimum)(boxes[:0], objects)) == 0
 
 
-@pytest.mark.parametrize("draw", [None, draw_evenly])
+@pytest.mark.parametrize("draw", [None, sample_evenly])
 def test_samples_are_limited_and_filled_up(draw):
     matches = torch.full((1000,), BACKGROUND)
     matches[100:300], matches[500:600] = 3, IGNORED

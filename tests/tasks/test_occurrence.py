@@ -8,6 +8,7 @@ import torch
 from foveate.tasks import TaskError, engine
 from foveate.tasks.data.augment import IGNORE
 from foveate.tasks.data.occurrence import check_classes
+from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.hooks import Metric
 from foveate.tasks.engine.loading import Samples
 from foveate.tasks.metrics.segmentation import count_labels, measure_labels
@@ -55,7 +56,7 @@ def config_file(root, **settings):
 
 def task_of(path, *overrides):
     config = engine.load_config(path, overrides)
-    return engine.task_class_of(config["task"])(config)
+    return task_class_of(config["task"])(config)
 
 
 def test_masks_of_0_and_255_are_refused_with_the_cure(tmp_path, capsys):
@@ -128,8 +129,8 @@ def coco(root, crowd, held_out_crowd):
 TASKS = {
     "boxes": {"task": "detect", "model": {"head": "retinanet", "backbone": "nat_atto"}},
     "masks": {"task": "detect", "model": {"head": "mask_rcnn", "backbone": "nat_atto"}},
-    "instances": {"task": "segment", "model": {"head": "mask2former", "backbone": "nat_atto", "task": "instance"}},
-    "panoptic": {"task": "segment", "model": {"head": "mask2former", "backbone": "nat_atto", "task": "panoptic"}},
+    "instances": {"task": "segment", "model": {"head": "mask2former", "backbone": "nat_atto", "output": "instance"}},
+    "panoptic": {"task": "segment", "model": {"head": "mask2former", "backbone": "nat_atto", "output": "panoptic"}},
 }
 
 

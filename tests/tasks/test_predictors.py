@@ -30,7 +30,7 @@ def test_a_published_segmenter_resizes_as_published(tmp_path):
     predictor = load_published("quadtree_b0.tang_semantic_fpn_ade20k_160k", weights=path)
     assert predictor.classes[:2] == ["wall", "building"]
     assert predictor.rule(Image.new("RGB", (100, 60))).shape == (3, 512, 864)
-    assert predictor.task == "semantic"
+    assert predictor.output == "semantic"
 
 
 @pytest.mark.heavy
@@ -45,9 +45,9 @@ def test_a_published_segmenter_resizes_as_published(tmp_path):
 def test_a_published_mask_transformer_knows_its_task(name, task, things, tmp_path):
     head = "oneformer" if "oneformer" in name else "mask2former"
     recipe = name.partition(f"{head}_")[2]
-    path = save(create_segmenter(head, "dinat_large", recipe=recipe), tmp_path / "weights.pth")
+    path = save(create_segmenter(head, "dinat_large", setting=recipe), tmp_path / "weights.pth")
     predictor = load_published(name, weights=path)
-    assert predictor.task == task
+    assert predictor.output == task
     assert things is None or sum(predictor.things) == things
 
 

@@ -6,7 +6,7 @@ import foveate
 import pytest
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.dense.segment.mask2former import RECIPES, THINGS
+from foveate.tasks.dense.segment.mask2former import SETTINGS, THINGS
 from foveate.tasks.dense.segment.postprocess import (
     boxes_around,
     fused_panoptic,
@@ -15,7 +15,7 @@ from foveate.tasks.dense.segment.postprocess import (
 )
 from foveate.tasks.dense.segment.set_loss import semantic_targets
 from foveate.zoo import CheckpointError
-from foveate.zoo.backbone import recipes_of
+from foveate.zoo.backbone import dense_settings_of
 from torch import nn
 
 SMALL = {"dim": 32, "num_queries": 6, "encoder_layers": 2, "decoder_layers": 4, "num_heads": 4, "num_points": 48}
@@ -225,14 +225,14 @@ def test_boxes_of_masks():
 def test_published_settings():
     assert len(THINGS["ade20k"]) == 100
     assert len(THINGS["mapillary"]) == 37
-    for head, recipes in RECIPES.items():
+    for head, recipes in SETTINGS.items():
         for name, settings in recipes.items():
-            assert settings["backbone"] in recipes_of("dinat_large"), (head, name)
-    model = small("oneformer", num_classes=None, recipe="ade20k", num_queries=5)
+            assert settings["backbone"] in dense_settings_of("dinat_large"), (head, name)
+    model = small("oneformer", num_classes=None, setting="ade20k", num_queries=5)
     assert model.criterion.num_classes == 150
     assert (model.object_threshold, model.topk, model.number_things) == (0.5, 250, True)
     assert model.things == THINGS["ade20k"]
-    semantic = small(num_classes=None, recipe="cityscapes_semantic")
+    semantic = small(num_classes=None, setting="cityscapes_semantic")
     assert (semantic.criterion.num_classes, semantic.resize_first) == (19, False)
     with pytest.raises(TaskError, match="things are classes from 0 to 2"):
         small(things=[3])
@@ -241,7 +241,7 @@ def test_published_settings():
 @pytest.mark.heavy
 def test_dinat_large_as_published():
     with torch.device("meta"):
-        model = foveate.create_segmenter("mask2former", "dinat_large", recipe="coco_panoptic")
+        model = foveate.create_segmenter("mask2former", "dinat_large", setting="coco_panoptic")
         dilations = [[block.attn.dilation for block in stage.blocks] for stage in model.backbone.features.model.stages]
     assert [len(stage) for stage in dilations] == [3, 4, 18, 5]
     assert model.head.predictor.query_feat.num_embeddings == 200

@@ -10,10 +10,10 @@ from foveate.tasks import TaskError
 from foveate.tasks.dense.segment.fcn import FCNHead
 from foveate.tasks.dense.segment.inference import slide
 from foveate.tasks.dense.segment.losses import pixel_accuracy, pixel_cross_entropy
-from foveate.tasks.dense.segment.mask2former import RECIPES
+from foveate.tasks.dense.segment.mask2former import SETTINGS
 from foveate.tasks.dense.segment.segmenter import HEADS
 from foveate.zoo import CheckpointError, UnknownModelError
-from foveate.zoo.backbone import recipes_of
+from foveate.zoo.backbone import dense_settings_of
 from torch import nn
 
 SMALL = {"upernet": {"channels": 16}, "semantic_fpn": {"channels": 16, "neck_channels": 24}}
@@ -205,12 +205,12 @@ def test_the_table_of_published_segmenters_names_recipes_that_exist():
     sizes = {"ade20k": {150, 100}, "coco": {133, 80}, "cityscapes": {19, 8}, "mapillary": {65}}
     for row in read_published("segment"):
         assert row["head"] in HEADS, row
-        own = RECIPES.get(row["head"], {})
+        own = SETTINGS.get(row["head"], {})
         if own:
-            assert row["recipe"] in own, row
-            assert own[row["recipe"]]["num_classes"] in sizes[row["data"]], row
-        setting = own[row["recipe"]]["backbone"] if own else row["recipe"]
-        assert not row["recipe"] or setting in recipes_of(row["backbone"]), row
+            assert row["setting"] in own, row
+            assert own[row["setting"]]["num_classes"] in sizes[row["data"]], row
+        setting = own[row["setting"]]["backbone"] if own else row["setting"]
+        assert not row["setting"] or setting in dense_settings_of(row["backbone"]), row
 
 
 def test_wrong_options_are_named():
@@ -220,8 +220,8 @@ def test_wrong_options_are_named():
         TaskError, match="neither upernet nor nat_atto has an option 'chanels'; did you mean 'channels'"
     ):
         foveate.create_segmenter("upernet", "nat_atto", chanels=3)
-    with pytest.raises(UnknownModelError, match="nat_tiny has no recipe 'coco_panoptic'"):
-        foveate.create_segmenter("mask2former", "nat_tiny", recipe="coco_panoptic")
+    with pytest.raises(UnknownModelError, match="nat_tiny has no setting 'coco_panoptic'"):
+        foveate.create_segmenter("mask2former", "nat_tiny", setting="coco_panoptic")
 
 
 # From our names to mmseg's.
@@ -303,8 +303,8 @@ def test_published_backbones_are_read_by_name(tmp_path, caplog):
         model = foveate.create_segmenter("upernet", stub, checkpoint=path)
     assert "left out its backbone, since Identity has no weights" in caplog.text
     assert not model.load_report.missing or all("num_batches" in key for key in model.load_report.missing)
-    with pytest.raises(TaskError, match="recipe 'segmentation' is for a backbone given by name"):
-        foveate.create_segmenter("upernet", stub, recipe="segmentation")
+    with pytest.raises(TaskError, match="setting 'segmentation' is for a backbone given by name"):
+        foveate.create_segmenter("upernet", stub, setting="segmentation")
     with pytest.raises(TaskError, match="but there is none"):
         foveate.create_segmenter("upernet", stub, reset_classifier=True)
 

@@ -12,12 +12,13 @@ import timm
 import torch
 from foveate.configs import list_recipes, read_recipe, recipes_of_model
 from foveate.tasks import TASKS, TaskError, engine
+from foveate.tasks.checkpoints import renamed
 from foveate.tasks.classify import Classify, create_classifier
-from foveate.tasks.engine.config import leaves, load_config, plain, task_class_of
+from foveate.tasks.engine.config import FREE, leaves, load_config, plain, task_class_of
 from foveate.tasks.engine.keys import KEYS
 from foveate.tasks.engine.runner import TaskRunner
 from foveate.tools.cli import main
-from foveate.zoo.backbone import recipes_of
+from foveate.zoo.backbone import dense_settings_of
 from PIL import Image
 
 RECIPES = [name for name in list_recipes() if name.startswith("classify/")]
@@ -91,8 +92,8 @@ SETTINGS = Path(__file__).parents[1] / "golden/recipes/settings.json.gz"
 def settings(config):
     """Return a config's settings by dotted key, with the backbone's options that its dense setting stands for."""
     model = config["model"]
-    if config["task"] != "classify" and model["recipe"] == "auto":
-        known = recipes_of(model["backbone"])
+    if config["task"] != "classify" and model["setting"] == "auto":
+        known = dense_settings_of(model["backbone"])
         tried = (model["head"], {"detect": "detection", "segment": "segmentation"}[config["task"]])
         dense = next((known[name] for name in tried if name in known), {})
         config = config | {"model": model | {"backbone_kwargs": dense | model["backbone_kwargs"]}}
@@ -106,7 +107,7 @@ def test_every_recipe_has_the_settings_that_it_had_as_a_file():
     assert set(before) <= set(list_recipes())
     changed = {}
     for name, config in before.items():
-        old, new = settings(config), settings(load_config(name))
+        old, new = settings(renamed(config)), settings(load_config(name))
         defaults = dict(leaves(plain(engine.DEFAULTS | task_class_of(config["task"]).DEFAULTS), ()))
         for key in old.keys() | new.keys():
             was, now = old.get(key, defaults.get(key)), new.get(key, "nothing")
@@ -145,7 +146,7 @@ def test_a_base_that_is_not_there_is_named(base, reason, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_key_of_a_config_is_documented_and_no_other(task):
-    free = (*engine.FREE, *task_class_of(task).FREE)
+    free = (*FREE, *task_class_of(task).FREE)
     known = {key for key, _ in leaves(engine.DEFAULTS | task_class_of(task).DEFAULTS, free)}
     assert known == KEYS[None].keys() | KEYS[task].keys()
 
@@ -193,3 +194,20 @@ def test_a_published_recipe_states_the_table_s_numbers():
     assert "Expect: the authors state box AP 47.7; mask AP 42.6; not run by us." in text
     assert "top-1 83.2" in read_recipe("classify/nat_tiny_imagenet")
     assert "no result was published" in read_recipe("detect/mask_rcnn_quadtree_b0_3x_coco")
+
+
+def test_runs_that_called_settings_recipes_and_outputs_tasks_are_read(tmp_path):
+    head = {"head": "mask2former", "backbone": "nat_atto"}
+    (tmp_path / "config.py").write_text(f"task = 'segment'\nmodel = {head | {'recipe': None, 'task': 'panoptic'}!r}\n")
+    with pytest.raises(TaskError, match=r"unknown key 'model\.\w+'"):
+        load_config(tmp_path / "config.py")
+    (tmp_path / "environment.json").write_text("{}")  # as a run's folder has it
+    model = load_config(tmp_path / "config.py")["model"]
+    assert (model["setting"], model["output"]) == (None, "panoptic")
+    card = {"task": "segment", "segments": "panoptic", "recipe": "auto", "model": "mask2former on nat_atto"}
+    assert renamed(card) == {
+        "task": "segment",
+        "output": "panoptic",
+        "setting": "auto",
+        "model": "mask2former on nat_atto",
+    }

@@ -229,7 +229,7 @@ def test_pvt_position_embeddings_are_resized_by_the_stages_own_grid(size):
 
 def test_train_and_eval_return_the_model():
     """The published dense PVT's return None."""
-    model = foveate.create_backbone("agent_pvt_tiny", recipe="detection", device="meta")
+    model = foveate.create_backbone("agent_pvt_tiny", setting="detection", device="meta")
     assert model.train() is model
     assert model.eval() is model
 
@@ -289,7 +289,7 @@ def test_detectors_checkpoint_gives_the_backbone(open_fixture, save):
     state = published(open_fixture, "agent_pvt_tiny_dense")
     detector = {f"backbone.{key}": value for key, value in state.items()} | {"rpn_head.weight": torch.zeros(1)}
     path = save({"state_dict": detector, "meta": {}})["pretrained_cfg_overlay"]["file"]
-    net = foveate.create_backbone("agent_pvt_tiny", recipe="detection", checkpoint=path)
+    net = foveate.create_backbone("agent_pvt_tiny", setting="detection", checkpoint=path)
     attention = net.features.model.stages[2].blocks[1].attn
     torch.testing.assert_close(attention.qkv.weight[:320], state["block3.1.attn.q.weight"])
     torch.testing.assert_close(attention.qkv.weight[320:], state["block3.1.attn.kv.weight"])
@@ -297,7 +297,7 @@ def test_detectors_checkpoint_gives_the_backbone(open_fixture, save):
 
 def test_classifiers_checkpoint_starts_a_dense_model(open_fixture, save):
     path = save(published(open_fixture, "agent_swin_tiny"))["pretrained_cfg_overlay"]["file"]
-    net = foveate.create_backbone("agent_swin_tiny", recipe="segmentation", checkpoint=path).eval()
+    net = foveate.create_backbone("agent_swin_tiny", setting="segmentation", checkpoint=path).eval()
     with torch.inference_mode():
         shapes = [tuple(features.shape) for features in net(torch.randn(1, 3, 50, 70))]
     assert shapes == [(1, 96, 13, 18), (1, 192, 7, 9), (1, 384, 4, 5), (1, 768, 2, 3)]
@@ -329,12 +329,12 @@ def test_own_state_dict_is_left_alone():
 
 
 def test_every_dense_model_has_its_recipes():
-    from foveate.zoo.backbone import recipes_of
+    from foveate.zoo.backbone import dense_settings_of
 
     for name in ("agent_pvt_tiny", "agent_pvt_small", "agent_pvt_medium", "agent_pvt_large"):
-        assert {"detection", "retinanet", "segmentation"} == set(recipes_of(name))
+        assert {"detection", "retinanet", "segmentation"} == set(dense_settings_of(name))
     for name in ("agent_swin_tiny", "agent_swin_small", "agent_swin_base"):
-        assert {"detection", "segmentation"} == set(recipes_of(name))
+        assert {"detection", "segmentation"} == set(dense_settings_of(name))
 
 
 def test_weight_decay_is_the_published_one():

@@ -99,7 +99,7 @@ def test_wrappers_and_whole_detectors_are_read(open_fixture, tmp_path):
     dense = open_fixture("biformer/biformer_small_seg_256x320").state()
     detector = {f"backbone.{key}": value for key, value in dense.items()} | {"rpn_head.weight": torch.zeros(3)}
     torch.save({"state_dict": detector}, path)
-    backbone = foveate.create_backbone("biformer_small", recipe="detection", checkpoint=path)
+    backbone = foveate.create_backbone("biformer_small", setting="detection", checkpoint=path)
     assert torch.equal(backbone.features.model.out_norms[2].weight, dense["extra_norms.2.weight"])
 
 

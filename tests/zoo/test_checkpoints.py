@@ -195,7 +195,7 @@ def test_the_report_tells_what_became_of_every_entry(state, tmp_path):
     assert str(load("nat_mini", tmp_path / "nat_mini.pth").load_report) == f"{len(state)} entries matched"
     grey = load("nat_mini", tmp_path / "nat_mini.pth", in_chans=1).load_report
     assert grey.reshaped == (("stem.proj.0.weight", (32, 3, 3, 3), (32, 1, 3, 3), "input channels adapted"),)
-    backbone = foveate.create_backbone("nat_mini", recipe="detection", checkpoint=tmp_path / "nat_mini.pth")
+    backbone = foveate.create_backbone("nat_mini", setting="detection", checkpoint=tmp_path / "nat_mini.pth")
     dense = backbone.features.model.load_report
     assert "out_norms.0.weight" in dense.missing
     assert "norm.weight" in dense.unexpected
@@ -208,7 +208,7 @@ def test_the_report_tells_what_became_of_every_entry(state, tmp_path):
 
 def test_a_classifier_starts_a_dense_backbone(state, expected, tmp_path):
     torch.save(state, tmp_path / "nat_mini.pth")
-    backbone = foveate.create_backbone("nat_mini", recipe="detection", checkpoint=tmp_path / "nat_mini.pth")
+    backbone = foveate.create_backbone("nat_mini", setting="detection", checkpoint=tmp_path / "nat_mini.pth")
     model = backbone.features.model
     assert torch.equal(model.stages[2].blocks[1].mlp.fc1.weight, expected["stages.2.blocks.1.mlp.fc1.weight"])
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in model.out_norms)
@@ -221,7 +221,7 @@ def test_the_backbone_of_our_own_dense_models_is_read(create, tmp_path):
     whole = create("nat_atto", num_classes=3)
     torch.save(whole.state_dict(), tmp_path / "whole.pth")
     recipe = "segmentation" if hasattr(whole, "predict") else "detection"
-    backbone = foveate.create_backbone("nat_atto", recipe=recipe, checkpoint=tmp_path / "whole.pth")
+    backbone = foveate.create_backbone("nat_atto", setting=recipe, checkpoint=tmp_path / "whole.pth")
     assert_same(backbone, whole.backbone.state_dict())
 
 

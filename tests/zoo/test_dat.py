@@ -87,7 +87,7 @@ def test_parameter_count_is_the_published_one(name):
 
 def test_dense_parameter_count_is_the_published_one():
     with torch.device("meta"):
-        backbone = foveate.create_backbone("dat_pp_tiny", recipe="detection")
+        backbone = foveate.create_backbone("dat_pp_tiny", setting="detection")
     assert sum(parameter.numel() for parameter in backbone.parameters()) == 23_450_772
 
 
@@ -202,7 +202,7 @@ def test_a_whole_detector_gives_its_backbone(open_fixture, tmp_path):
     state = fixture.state()
     detector = {f"backbone.{key}": value for key, value in state.items()} | {"neck.convs.0.weight": torch.zeros(1)}
     torch.save({"meta": {}, "state_dict": detector}, tmp_path / "detector.pth")
-    backbone = foveate.create_backbone("dat_pp_tiny", recipe="detection", checkpoint=tmp_path / "detector.pth")
+    backbone = foveate.create_backbone("dat_pp_tiny", setting="detection", checkpoint=tmp_path / "detector.pth")
     loaded = backbone.features.model.state_dict()
     assert len(loaded) == len(state)
     assert all(torch.equal(loaded[_rename(key)], value) for key, value in state.items())

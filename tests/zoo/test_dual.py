@@ -84,14 +84,14 @@ def test_retinanets_file_may_lack_the_first_norm(tmp_path, caplog):
     options = {key: value for key, value in ATTO.items() if key != "num_classes"}
     with caplog.at_level(logging.WARNING):
         net = foveate.create_backbone(
-            "foveate_davit_tiny", recipe="detection", checkpoint=path, out_indices=(1, 2, 3), **options
+            "foveate_davit_tiny", setting="detection", checkpoint=path, out_indices=(1, 2, 3), **options
         )
     assert "no norm of the first stage's output" in caplog.text
     assert net.channels == [16, 24, 32]
     del state["backbone.norm2.weight"]
     torch.save({"state_dict": state}, path)
     with pytest.raises(CheckpointError, match=r"1 missing \(out_norms.2.weight\)"):
-        foveate.create_backbone("foveate_davit_tiny", recipe="detection", checkpoint=path, **options)
+        foveate.create_backbone("foveate_davit_tiny", setting="detection", checkpoint=path, **options)
 
 
 def test_every_sub_block_has_its_own_drop_path():

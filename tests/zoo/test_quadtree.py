@@ -6,8 +6,9 @@ import foveate
 import pytest
 import timm
 import torch
+from foveate.blocks.depthwise_mlp import DepthwiseMlp
 from foveate.zoo import CheckpointError
-from foveate.zoo.quadtree import ConvMlp, recipes
+from foveate.zoo.quadtree import recipes
 
 PARAMETERS = {
     "quadtree_b0": (3_589_468, 3_332_468),
@@ -26,7 +27,7 @@ def test_parameters_are_the_published_ones(name):
     count = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
     assert count == PARAMETERS[name][0]
     if PARAMETERS[name][1]:
-        backbone = foveate.create_backbone(name, recipe="detection", device="meta")
+        backbone = foveate.create_backbone(name, setting="detection", device="meta")
         assert sum(p.numel() for p in backbone.parameters()) == PARAMETERS[name][1]
 
 
@@ -55,7 +56,7 @@ def test_detectors_and_wrapped_checkpoints_load(open_fixture, tmp_path):
     state = {f"backbone.{key}": value for key, value in fixture.state().items()} | {"neck.conv.weight": torch.zeros(1)}
     path = tmp_path / "detector.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": state}, path)
-    backbone = foveate.create_backbone("quadtree_b0", recipe="segmentation", checkpoint=path).eval()
+    backbone = foveate.create_backbone("quadtree_b0", setting="segmentation", checkpoint=path).eval()
     with torch.inference_mode():
         for i, features in enumerate(backbone(fixture.input())):
             fixture.assert_output(f"stage{i + 1}", features, 1e-5)
@@ -63,7 +64,7 @@ def test_detectors_and_wrapped_checkpoints_load(open_fixture, tmp_path):
 
 def test_detection_may_start_from_a_classifiers_weights(open_fixture, tmp_path):
     checkpoint = open_fixture("quadtree/quadtree_b0").checkpoint(tmp_path)
-    dense = foveate.create_backbone("quadtree_b0", recipe="detection", checkpoint=checkpoint)
+    dense = foveate.create_backbone("quadtree_b0", setting="detection", checkpoint=checkpoint)
     plain = timm.create_model("quadtree_b0", pretrained=True, pretrained_cfg_overlay=dict(file=str(checkpoint)))
     for key, value in dense.features.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key.removeprefix("model.")]), key
@@ -90,7 +91,7 @@ def test_images_do_not_mix(name):
 @pytest.mark.parametrize("piece_bytes", [1, 5000, 2**21])
 def test_mlp_in_pieces_is_the_mlp(piece_bytes, monkeypatch):
     monkeypatch.setattr(sys.modules["foveate.zoo.quadtree"], "_PIECE_BYTES", piece_bytes)
-    mlp = ConvMlp(6, 40)
+    mlp = DepthwiseMlp(6, 40)
     x = torch.randn(3, 5, 7, 6)
     whole = mlp(x)
     assert whole.requires_grad
@@ -99,7 +100,7 @@ def test_mlp_in_pieces_is_the_mlp(piece_bytes, monkeypatch):
 
 
 def test_dropout_in_the_mlp_is_applied_without_gradients():
-    mlp = ConvMlp(6, 40, drop=0.5).train()
+    mlp = DepthwiseMlp(6, 40, drop=0.5).train()
     with torch.no_grad():
         assert (mlp(torch.randn(1, 5, 7, 6)) == 0).any()
 

@@ -6,7 +6,7 @@ import foveate
 import pytest
 import timm
 import torch
-from foveate.zoo.backbone import recipes_of
+from foveate.zoo.backbone import dense_settings_of
 
 # Parameters of the published models, counted on the authors' code.
 PARAMETERS = {
@@ -55,7 +55,7 @@ def test_parameter_count_is_the_published_one(name):
 )
 def test_dense_parameter_count_is_the_published_one(name, recipe, parameters):
     with torch.device("meta"):
-        assert count(foveate.create_backbone(name, recipe=recipe)) == parameters
+        assert count(foveate.create_backbone(name, setting=recipe)) == parameters
 
 
 def test_atto_is_well_under_a_million():
@@ -96,34 +96,34 @@ def test_weight_table_is_complete(name):
 
 
 def test_dilations_of_the_recipes_are_the_published_ones():
-    assert recipes_of("dinat_tiny")["detection"]["dilations"] == [
+    assert dense_settings_of("dinat_tiny")["detection"]["dilations"] == [
         [1, 28, 1],
         [1, 7, 1, 14],
         [1, 3, 1, 5, 1, 7] * 3,
         [1, 3, 1, 3, 1],
     ]
-    assert recipes_of("dinat_large")["segmentation"]["dilations"] == [
+    assert dense_settings_of("dinat_large")["segmentation"]["dilations"] == [
         [1, 20, 1],
         [1, 5, 1, 10],
         [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5],
         [1, 2, 1, 2, 1],
     ]
-    assert recipes_of("dinat_large")["mask2former"]["dilations"] == [
+    assert dense_settings_of("dinat_large")["mask2former"]["dilations"] == [
         [1, 14, 1],
         [1, 4, 1, 7],
         [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3],
         [1, 1, 1, 1, 1],
     ]
-    assert recipes_of("dinat_s_tiny")["detection"]["dilations"] == [[1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]]
+    assert dense_settings_of("dinat_s_tiny")["detection"]["dilations"] == [[1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]]
 
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'nat_tiny'"):
         foveate.create_backbone("nat_tinny")
-    with pytest.raises(ValueError, match="nat_tiny has no recipe 'detect'; it has 'detection', 'segmentation'"):
-        foveate.create_backbone("nat_tiny", recipe="detect")
-    with pytest.raises(ValueError, match="resnet18 has no recipe 'detection'; it has none"):
-        foveate.create_backbone("resnet18", recipe="detection")
+    with pytest.raises(ValueError, match="nat_tiny has no setting 'detect'; it has 'detection', 'segmentation'"):
+        foveate.create_backbone("nat_tiny", setting="detect")
+    with pytest.raises(ValueError, match="resnet18 has no setting 'detection'; it has none"):
+        foveate.create_backbone("resnet18", setting="detection")
 
 
 def test_backbone_of_timms_own():

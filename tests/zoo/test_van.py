@@ -47,12 +47,12 @@ def test_images_are_normalised_as_the_weights_want():
 
 
 def test_dense_settings():
-    for name, recipes in van.recipes.items():
-        for recipe, options in recipes.items():
-            old = recipe in ("semantic_fpn", "light_ham", "ham_net")
-            assert options["norm_eps"] == (1e-6 if old else 1e-5), (name, recipe)
-        assert {"detection", "segmentation"} <= recipes.keys()
-    dense = foveate.create_backbone("van_b0", recipe="ham_net")
+    for name, settings in van.dense_settings.items():
+        for setting, options in settings.items():
+            old = setting in ("semantic_fpn", "light_ham", "ham_net")
+            assert options["norm_eps"] == (1e-6 if old else 1e-5), (name, setting)
+        assert {"detection", "segmentation"} <= settings.keys()
+    dense = foveate.create_backbone("van_b0", setting="ham_net")
     assert dense.reductions == [4, 8, 8, 8]
     assert timm.create_model("van_b0").stages[0].norm.eps == 1e-6
 

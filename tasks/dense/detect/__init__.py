@@ -1,6 +1,6 @@
 """Object detection and instance segmentation."""
 
-from .assign import draw_evenly, draw_randomly
+from .assign import sample_evenly, sample_randomly
 from .detector import CascadeMaskRCNN, Detector, MaskRCNN, RetinaNet, create_detector
 from .transform import DetectorTransform
 
@@ -11,6 +11,6 @@ __all__ = [
     "MaskRCNN",
     "RetinaNet",
     "create_detector",
-    "draw_evenly",
-    "draw_randomly",
+    "sample_evenly",
+    "sample_randomly",
 ]

@@ -11,7 +11,7 @@ from .boxes import pairwise_iou
 BACKGROUND = -1
 IGNORED = -2
 
-Draw = Callable[[Tensor, int], Tensor]
+Sample = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Matcher:
         return matches
 
 
-def draw_randomly(gallery: Tensor, count: int) -> Tensor:
+def sample_randomly(gallery: Tensor, count: int) -> Tensor:
     """Return ``count`` of the indices ``gallery`` ``[N]``, at random."""
     return gallery[torch.randperm(len(gallery), device=gallery.device)[:count]]
 
 
-def draw_evenly(gallery: Tensor, count: int) -> Tensor:
+def sample_evenly(gallery: Tensor, count: int) -> Tensor:
     """Return ``count`` of the indices ``gallery`` ``[N]``, evenly spaced: makes losses reproducible."""
     return gallery[torch.arange(count, device=gallery.device) * len(gallery) // count]
 
@@ -63,8 +63,8 @@ class Sampler:
 
     Attributes:
         draw: ``draw(gallery, count)`` returns ``count`` of the ascending indices ``gallery``; it is called only where
-            there are more than wanted. Replace it, for all samplers of a detector through ``detector.draw``, to make
-            the choice deterministic: ``detector.draw = draw_evenly``.
+            there are more than wanted. Replace it, for all samplers of a detector through ``detector.sample``, to make
+            the choice deterministic: ``detector.sample = sample_evenly``.
 
     Args:
         count: Size of the sample.
@@ -72,10 +72,10 @@ class Sampler:
         draw: See above.
     """
 
-    def __init__(self, count: int, positive_fraction: float, draw: Draw = draw_randomly):
+    def __init__(self, count: int, positive_fraction: float, sample: Sample = sample_randomly):
         self.count = count
         self.positive_fraction = positive_fraction
-        self.draw = draw
+        self.sample = sample
 
     def __call__(self, matches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ascending indices of the positives and of the background sampled from ``matches`` ``[N]``."""
@@ -84,4 +84,4 @@ class Sampler:
 
     def _limit(self, mask: Tensor, count: int) -> Tensor:
         gallery = mask.nonzero().squeeze(1)
-        return gallery if len(gallery) <= count else self.draw(gallery, count).sort().values
+        return gallery if len(gallery) <= count else self.sample(gallery, count).sort().values

@@ -84,7 +84,7 @@ class LightHamHead(nn.Module):
 class HamNetHead(nn.Module):
     """HamNet's head: the coarsest map through 3x3 convolutions and a `Hamburger2d`, joined with the map itself.
 
-    The published models have VAN at an output stride of 8, its recipe ``"ham_net"``, and an auxiliary head.
+    The published models have VAN at an output stride of 8, its setting ``"ham_net"``, and an auxiliary head.
 
     Args:
         in_channels: Channels of each map of the backbone.

@@ -16,9 +16,9 @@ from .base import BaseSegmenter
 from .inference import check_scales, pad_to, resize_to, views
 from .losses import check_labels
 from .masked_decoder import MaskedDecoder
-from .oneformer import OneFormerDecoder, task_embedding, task_tokens
+from .oneformer import OneFormerDecoder, prompt_embedding, prompt_tokens
 from .pixel_decoder import PixelDecoder
-from .postprocess import TASKS, postprocess
+from .postprocess import OUTPUTS, postprocess
 from .set_loss import SetCriterion, Target
 
 # ADE20K's 50 classes without objects, and the others; Cityscapes' from person to bicycle; Mapillary Vistas' 37 of 65.
@@ -65,9 +65,9 @@ def _oneformer(data: str, num_classes: int, backbone: str = "oneformer", queries
     return {"backbone": backbone, **settings, **options}
 
 
-# The published settings with DiNAT-Large, for `create_segmenter(..., recipe=...)`. The semantic models resize scores,
+# The published settings with DiNAT-Large, for `create_segmenter(..., setting=...)`. The semantic models resize scores,
 # all others the masks' logits.
-RECIPES: dict[str, dict[str, dict]] = {
+SETTINGS: dict[str, dict[str, dict]] = {
     "mask2former": {
         "coco_panoptic": _mask2former(133, THINGS["coco"]),
         "coco_instance": _mask2former(80),
@@ -130,15 +130,15 @@ class Mask2FormerHead(nn.Module):
         )
         self.predictor = self.decoder(num_classes, num_queries, dim, decoder_hidden, decoder_layers, num_heads)
 
-    def predictions(self, features: Sequence[Tensor], task: str | None = None) -> list[tuple[Tensor, Tensor]]:
+    def predictions(self, features: Sequence[Tensor], prompt: str | None = None) -> list[tuple[Tensor, Tensor]]:
         """Return the class and mask logits of every layer, as `MaskedDecoder.forward` does; the last are the result."""
-        return self.predictor(*self.pixel_decoder(features), self.task(features, task))
+        return self.predictor(*self.pixel_decoder(features), self.embed_prompt(features, prompt))
 
-    def task(self, features: Sequence[Tensor], task: str | None) -> Tensor | None:
-        """Return the embedding of a task's name ``[B, dim]``, which only OneFormer has."""
+    def embed_prompt(self, features: Sequence[Tensor], prompt: str | None) -> Tensor | None:
+        """Return the embedding of a prompt ``[B, dim]``, which only OneFormer has."""
         return None
 
-    def forward(self, features: Sequence[Tensor], task: str | None = None) -> dict[str, Tensor]:
+    def forward(self, features: Sequence[Tensor], prompt: str | None = None) -> dict[str, Tensor]:
         """Return all that the head computes from the backbone's features.
 
         Returns:
@@ -147,7 +147,7 @@ class Mask2FormerHead(nn.Module):
             and so on, the predictions before the first layer and after each but the last.
         """
         mask_features, maps = self.pixel_decoder(features)
-        *others, last = self.predictor(mask_features, maps, self.task(features, task))
+        *others, last = self.predictor(mask_features, maps, self.embed_prompt(features, prompt))
         outputs = {"mask_features": mask_features}
         outputs |= {f"multi_scale{level}": x for level, x in enumerate(maps)}
         outputs |= {"pred_logits": last[0], "pred_masks": last[1]}
@@ -157,18 +157,18 @@ class Mask2FormerHead(nn.Module):
 
 
 class OneFormerHead(Mask2FormerHead):
-    """Mask2Former's head, told the task. Arguments as there; the published dropout is 0.1."""
+    """Mask2Former's head, told by a prompt what to answer. Arguments as there; the published dropout is 0.1."""
 
     decoder = OneFormerDecoder
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, num_queries: int = 250, **options):
         options.setdefault("dropout", 0.1)
         super().__init__(in_channels, num_classes, num_queries, **options)
-        self.task_mlp = task_embedding(self.predictor.class_embed.in_features)
+        self.task_mlp = prompt_embedding(self.predictor.class_embed.in_features)
 
-    def task(self, features: Sequence[Tensor], task: str | None) -> Tensor:
-        """Return the embedding of a task's name ``[B, dim]``; panoptic if none is named."""
-        tokens = task_tokens("panoptic" if task is None else task, features[0])
+    def embed_prompt(self, features: Sequence[Tensor], prompt: str | None) -> Tensor:
+        """Return the embedding of a prompt ``[B, dim]``; panoptic if none is named."""
+        tokens = prompt_tokens("panoptic" if prompt is None else prompt, features[0])
         return self.task_mlp(tokens).expand(features[0].shape[0], -1)
 
 
@@ -192,6 +192,8 @@ class Mask2Former(BaseSegmenter):
         divisor: Images are padded, right and below, to a multiple of it.
         mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
         std: Their standard deviation.
+        channel_order: See `BaseSegmenter`.
+        neck: Makes the head's four maps of the backbone's; None if these are the same.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` to scores ``[B, num_classes, H, W]`` of every class at every pixel, which are
@@ -215,9 +217,10 @@ class Mask2Former(BaseSegmenter):
         divisor: int = 32,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channel_order: str = "rgb",
+        neck: nn.Module | None = None,
     ):
-        super().__init__(mean, std)
-        self.backbone = backbone
+        super().__init__(backbone, neck, mean, std, channel_order)
         self.head = head
         self.criterion = criterion
         self.things = tuple(range(criterion.num_classes)) if things is None else tuple(sorted(things))
@@ -240,7 +243,7 @@ class Mask2Former(BaseSegmenter):
         self,
         images: Tensor | Sequence[Tensor],
         targets: Sequence[Target],
-        task: str | None = None,
+        prompt: str | None = None,
         normalized: bool = False,
     ) -> dict[str, Tensor]:
         """Return the losses of a batch, weighted; their sum is what one minimises.
@@ -251,7 +254,7 @@ class Mask2Former(BaseSegmenter):
             targets: For each image ``labels`` ``[N]``, integers from 0 to the number of classes less 1, and ``masks``
                 ``[N, H, W]`` of the image's size, bool, uint8 or floating point of 0 and 1; `semantic_targets` makes
                 them of label maps.
-            task: For OneFormer, which is trained without its contrastive loss here.
+            prompt: For OneFormer, which is trained without its contrastive loss here.
             normalized: Whether the images are normalised already, by ``mean`` and ``std``.
 
         Raises:
@@ -263,7 +266,7 @@ class Mask2Former(BaseSegmenter):
         # Masks cover what the predictions cover: the padded images.
         canvas = padded.shape[-2:]
         targets = [target | {"masks": pad_to(target["masks"].float(), canvas)} for target in targets]
-        predictions = self.head.predictions(self.backbone(padded), task)
+        predictions = self.head.predictions(self.features(padded), prompt)
         return self.criterion.weighted(self.criterion(predictions, targets))
 
     def _check(self, targets: Sequence[Target], sizes: Sequence[Sequence[int]]) -> None:
@@ -294,7 +297,7 @@ class Mask2Former(BaseSegmenter):
     def predict(
         self,
         images: Tensor | Sequence[Tensor],
-        task: str = "semantic",
+        output: str = "semantic",
         output_size: Sequence[int] | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
@@ -304,7 +307,7 @@ class Mask2Former(BaseSegmenter):
 
         Args:
             images: RGB images ``[B, 3, H, W]``, or a list of ``[3, H_i, W_i]``, uint8 or floating point of 0 to 1.
-            task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+            output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
             output_size: Height and width of the results, such as an image's before it was resized; the images' own by
                 default.
             scales: semantic: factors of the images' size; the scores of all views are averaged.
@@ -316,26 +319,26 @@ class Mask2Former(BaseSegmenter):
             of instances (`instance_masks`), or of ``segments`` and ``segments_info`` (`panoptic_segments`).
 
         Raises:
-            TaskError: If the model is in training mode, images are none of these, the task is unknown or scales are
+            TaskError: If the model is in training mode, images are none of these, the output is unknown or scales are
                 not positive.
         """
         check_evaluation(self)
-        if task not in TASKS:
-            raise TaskError(f"there is no task {task!r}{nearest(task, TASKS)}")
+        if output not in OUTPUTS:
+            raise TaskError(f"there is no output {output!r}{nearest(output, OUTPUTS)}")
         check_scales(scales)
-        if task != "semantic" and (tuple(scales) != (1.0,) or flip):
-            raise TaskError(f"scales and flip average the scores of pixels; they don't go with the {task} task")
+        if output != "semantic" and (tuple(scales) != (1.0,) or flip):
+            raise TaskError(f"scales and flip average the scores of pixels; they don't go with the {output} output")
         if not isinstance(images, Tensor):
             batches = (self.prepare_one(image, normalized) for image in images)
-            return [self.predict(batch, task, output_size, scales, flip, normalized=True)[0] for batch in batches]
+            return [self.predict(batch, output, output_size, scales, flip, normalized=True)[0] for batch in batches]
         images = self.prepare(images, normalized)
         with torch.inference_mode():
             size = tuple(images.shape[-2:]) if output_size is None else tuple(output_size)
-            if task != "semantic":
-                return self._results(images, task, images.shape[-2:], size)
+            if output != "semantic":
+                return self._results(images, output, images.shape[-2:], size)
             total = 0
             for view, mirrored in views(images, scales, flip):
-                scores = torch.stack(self._results(view, task, view.shape[-2:], size))
+                scores = torch.stack(self._results(view, output, view.shape[-2:], size))
                 total = total + (scores.flip(-1) if mirrored else scores)
             return total.argmax(1)
 
@@ -343,7 +346,7 @@ class Mask2Former(BaseSegmenter):
         self,
         logits: Tensor,
         masks: Tensor,
-        task: str,
+        output: str,
         image_size: Sequence[int] | None = None,
         output_size: Sequence[int] | None = None,
     ) -> Tensor | dict:
@@ -354,7 +357,7 @@ class Mask2Former(BaseSegmenter):
         result = postprocess(
             logits,
             masks,
-            task,
+            output,
             image_size,
             output_size,
             self.things,
@@ -364,17 +367,17 @@ class Mask2Former(BaseSegmenter):
             self.resize_first,
             self.fusion,
         )
-        if task == "instance" and self.number_things:
+        if output == "instance" and self.number_things:
             things = torch.tensor(self.things, device=result["labels"].device)
             result["labels"] = torch.searchsorted(things, result["labels"])
         return result
 
-    def _results(self, x: Tensor, task: str, image_size: Sequence[int], output_size: Sequence[int]) -> list:
+    def _results(self, x: Tensor, output: str, image_size: Sequence[int], output_size: Sequence[int]) -> list:
         padded = self._pad(x)
-        logits, masks = self.head.predictions(self.backbone(padded), task)[-1]
+        logits, masks = self.head.predictions(self.features(padded), output)[-1]
         logits = logits.float()
         return [
-            self.postprocess(*pair, task, tuple(image_size), tuple(output_size))
+            self.postprocess(*pair, output, tuple(image_size), tuple(output_size))
             for pair in zip(logits, resize_to(masks.float(), padded.shape[-2:]), strict=True)
         ]
 

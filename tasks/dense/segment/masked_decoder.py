@@ -121,26 +121,26 @@ class MaskedDecoder(nn.Module):
         """Create what the queries start from: here, learned features."""
         self.query_feat = nn.Embedding(num_queries, dim)
 
-    def first_queries(self, mask_features: Tensor, task: Tensor | None) -> Tensor:
+    def first_queries(self, mask_features: Tensor, prompt: Tensor | None) -> Tensor:
         """Return the queries ``[B, Q, dim]`` before the first layer."""
         return self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
 
     def forward(
-        self, mask_features: Tensor, maps: Sequence[Tensor], task: Tensor | None = None
+        self, mask_features: Tensor, maps: Sequence[Tensor], prompt: Tensor | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Predict classes and masks, before the first layer and after each.
 
         Args:
             mask_features: ``[B, dim, H, W]``.
             maps: ``[B, dim, H_l, W_l]``, coarsest first.
-            task: The task's embedding ``[B, dim]``, for OneFormer.
+            prompt: The prompt's embedding ``[B, dim]``, for OneFormer.
 
         Returns:
             Class logits ``[B, Q, num_classes + 1]`` and mask logits ``[B, Q, H, W]``; the last pair is the result.
         """
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed.weight, strict=True)]
         positions = [sine_position(*x.shape[-2:], x.shape[1], x).flatten(2).transpose(1, 2) for x in maps]
-        queries = self.first_queries(mask_features, task)
+        queries = self.first_queries(mask_features, prompt)
         query_position = self.query_embed.weight
         predictions = [self._predict(queries, mask_features)]
         layers = zip(

@@ -12,7 +12,7 @@ from .masked_decoder import MLP, MaskedDecoder, with_position
 from .pixel_decoder import sine_position
 
 # "The task is {task}" as CLIP's byte pairs number it; zeros follow up to 77. No tokenizer is needed for three phrases.
-TASK_TOKENS = {
+PROMPT_TOKENS = {
     "semantic": (49406, 518, 10549, 533, 29119, 1550, 49407),
     "instance": (49406, 518, 10549, 533, 34572, 49407),
     "panoptic": (49406, 518, 10549, 533, 1072, 24755, 49407),
@@ -20,11 +20,11 @@ TASK_TOKENS = {
 TOKENS = 77
 
 
-def task_tokens(task: str, like: Tensor) -> Tensor:
-    """Return the numbers ``[77]`` of a task's phrase, as a vector of floats."""
-    if task not in TASK_TOKENS:
-        raise TaskError(f"there is no task {task!r}{nearest(task, TASK_TOKENS)}")
-    numbers = TASK_TOKENS[task]
+def prompt_tokens(prompt: str, like: Tensor) -> Tensor:
+    """Return the numbers ``[77]`` of a prompt's phrase, as a vector of floats."""
+    if prompt not in PROMPT_TOKENS:
+        raise TaskError(f"there is no prompt {prompt!r}{nearest(prompt, PROMPT_TOKENS)}")
+    numbers = PROMPT_TOKENS[prompt]
     return torch.tensor([*numbers, *[0] * (TOKENS - len(numbers))], dtype=torch.float32, device=like.device)
 
 
@@ -51,7 +51,7 @@ class _DecoderLayer(nn.Module):
 
 
 class _ClassTransformer(nn.Module):
-    """The layers that turn the task's token into queries, under their published names."""
+    """The layers that turn the prompt's token into queries, under their published names."""
 
     def __init__(self, dim: int, num_heads: int, hidden: int, num_layers: int = 2, dropout: float = 0.1):
         super().__init__()
@@ -69,27 +69,27 @@ class _ClassTransformer(nn.Module):
 
 
 class OneFormerDecoder(MaskedDecoder):
-    """Mask2Former's decoder, with first queries made of the task's token and the features of the masks.
+    """Mask2Former's decoder, with first queries made of the prompt's token and the features of the masks.
 
-    Arguments as for `MaskedDecoder`; `forward` needs the task.
+    Arguments as for `MaskedDecoder`; `forward` needs the prompt.
     """
 
     def _add_first_queries(self, num_queries: int, dim: int, num_heads: int, hidden: int) -> None:
         self.class_transformer = _ClassTransformer(dim, num_heads, hidden)
         self.class_input_proj = nn.Conv2d(dim, dim, 1)
 
-    def first_queries(self, mask_features: Tensor, task: Tensor) -> Tensor:
-        """Return the queries ``[B, Q, dim]`` before the first layer; the last of them is the task's token."""
-        task = self.decoder_norm(task)[:, None]
+    def first_queries(self, mask_features: Tensor, prompt: Tensor) -> Tensor:
+        """Return the queries ``[B, Q, dim]`` before the first layer; the last of them is the prompt's token."""
+        prompt = self.decoder_norm(prompt)[:, None]
         position = self.query_embed.weight[:-1]
         # As published, the image is seen through the keys alone; the values are the sine embedding of its positions.
         value = sine_position(*mask_features.shape[-2:], mask_features.shape[1], mask_features)
         value = value.flatten(2).transpose(1, 2).expand(mask_features.shape[0], -1, -1)
         key = value + self.class_input_proj(mask_features).flatten(2).transpose(1, 2)
-        queries = self.class_transformer(task.expand(-1, position.shape[0], -1), position, key, value)
-        return torch.cat([queries, task], dim=1)
+        queries = self.class_transformer(prompt.expand(-1, position.shape[0], -1), position, key, value)
+        return torch.cat([queries, prompt], dim=1)
 
 
-def task_embedding(dim: int) -> MLP:
-    """Return the network that turns a task's tokens into an embedding of ``dim`` channels."""
+def prompt_embedding(dim: int) -> MLP:
+    """Return the network that turns a prompt's tokens into an embedding of ``dim`` channels."""
     return MLP(TOKENS, dim, dim, 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import TaskError, nearest
 from .inference import resize_to
 
-TASKS = ("semantic", "instance", "panoptic")
+OUTPUTS = ("semantic", "instance", "panoptic")
 FUSIONS = ("mask2former", "mmdet")
 
 
@@ -175,7 +175,7 @@ def fused_panoptic(
 def postprocess(
     classes: Tensor,
     masks: Tensor,
-    task: str,
+    output: str,
     image_size: tuple[int, int] | None = None,
     output_size: tuple[int, int] | None = None,
     things: Collection[int] | None = None,
@@ -190,7 +190,7 @@ def postprocess(
     Args:
         classes: ``[Q, K + 1]``.
         masks: ``[Q, h, w]`` at the network's input size.
-        task: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
+        output: ``"semantic"``, ``"instance"`` or ``"panoptic"``.
         image_size: Height and width of the image within the padded input; the whole input by default.
         output_size: Height and width of the result; ``image_size`` by default.
         things: Classes with objects; all by default.
@@ -206,19 +206,19 @@ def postprocess(
         semantic: scores ``[K, H, W]``; instance: as `instance_masks`; panoptic: a dict of ``segments`` ``[H, W]`` and
         ``segments_info``, as `panoptic_segments` returns them (mmdet's have no ``score``).
     """
-    if task not in TASKS:
-        raise TaskError(f"there is no task {task!r}{nearest(task, TASKS)}")
+    if output not in OUTPUTS:
+        raise TaskError(f"there is no output {output!r}{nearest(output, OUTPUTS)}")
     if fusion not in FUSIONS:
         raise TaskError(f"there is no fusion {fusion!r}{nearest(fusion, FUSIONS)}")
     height, width = masks.shape[-2:] if image_size is None else image_size
     size = (height, width) if output_size is None else tuple(output_size)
     masks = masks[:, :height, :width]
-    if task == "semantic" and not resize_first:
+    if output == "semantic" and not resize_first:
         return resize_to(semantic_scores(classes, masks)[None], size)[0]
     masks = resize_to(masks[None], size)[0]
-    if task == "semantic":
+    if output == "semantic":
         return semantic_scores(classes, masks)
-    if task == "instance":
+    if output == "instance":
         return instance_masks(classes, masks, topk, things)
     things = range(classes.shape[1] - 1) if things is None else things
     if fusion == "mmdet":
