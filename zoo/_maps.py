@@ -17,6 +17,8 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from .library_errors import first_line, needs_values, unknown_option
+
 # What lets timm's models of a fixed input size take any; each model has one of these options, or none.
 _FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
 # Sides of which a model may need multiples: patches, windows on the coarsest map, and both.
@@ -162,7 +164,7 @@ def _build(name: str, options: Mapping[str, Any], device: str) -> tuple[dict[str
             features = _create(name, {**free, **options}, None, device)
             break
         except TypeError as error:
-            if not free or f"unexpected keyword argument {next(iter(free))!r}" not in str(error):
+            if unknown_option(error) not in free:
                 raise
     indices = tuple(index for index, info in enumerate(features.feature_info.info) if info["module"])
     return free, _create(name, {**free, **options}, indices, device).eval(), indices
@@ -180,7 +182,7 @@ def _create(name: str, options: Mapping[str, Any], indices: tuple[int, ...] | No
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         if device == "meta":
             raise
-        raise BackboneError(f"timm gives no maps of {name}: {str(error).splitlines()[0]}") from error
+        raise BackboneError(f"timm gives no maps of {name}: {first_line(error)}") from error
 
 
 def _measure(name: str, options: Mapping[str, Any], features: nn.Module, indices: tuple[int, ...], device: str) -> Maps:
@@ -193,7 +195,7 @@ def _measure(name: str, options: Mapping[str, Any], features: nn.Module, indices
             with torch.no_grad():
                 found = features(torch.zeros(1, in_chans, *size, device=device))
         except Exception as error:  # any error says that the model doesn't take this size
-            if device == "meta" and "meta tensors" in str(error):
+            if device == "meta" and needs_values(error):
                 raise NotImplementedError(str(error)) from error
             return None
         return _layout(found, channels)

@@ -31,3 +31,8 @@ def needs_unpickling(error: Exception) -> bool:
 def lacks_variance(error: ValueError) -> bool:
     """Return whether a batch norm was given one value per channel to train on."""
     return "more than 1 value per channel" in str(error)
+
+
+def needs_values(error: Exception) -> bool:
+    """Return whether something was computed on tensors without values that needs them."""
+    return "meta tensors" in str(error)

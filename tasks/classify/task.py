@@ -102,7 +102,7 @@ class Classify:
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "augment": {},  # arguments of timm.data.create_transform; and affine, a dict for RandomAffine
+            "augment": {},  # arguments of timm.data.create_transform; and affine and transforms
         },
         "loss": {
             "label_smoothing": 0.0,

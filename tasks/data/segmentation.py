@@ -167,7 +167,7 @@ class SegmentationSet(Dataset):
         else:
             # One picture of all masks is augmented in place of each.
             numbers = np.einsum("nhw,n->hw", masks, np.arange(1, len(masks) + 1), dtype=np.uint16, casting="unsafe")
-            pixels, numbers = self.augment(pixels, numbers)
+            pixels, numbers = self.augment(pixels, numbers, empty=0)
             left = np.unique(numbers[numbers > 0]).astype(np.int64) - 1
             masks = numbers == (left + 1)[:, None, None]
         image = self._padded(self.rule.normalise(pixels), 0.0)

@@ -50,7 +50,7 @@ class Detect:
             "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
             "keep_empty": True,  # train on images without objects too
             "repeat": 1,  # how often an epoch shows each training image
-            "augment": {},  # keys of tasks.augment.SETTINGS; images that it resizes have the detector's scale
+            "augment": {},  # keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale
         },
     }
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own

@@ -65,6 +65,7 @@ DEFAULTS = {
         "gamma": 0.1,
     },
     "ema": None,
+    "custom_hooks": (),
 }
 FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
 # Types of what may be None.

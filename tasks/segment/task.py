@@ -70,7 +70,7 @@ class Segment:
             "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
-            "augment": {},  # keys of tasks.augment.SETTINGS
+            "augment": {},  # keys of tasks.data.augment.SETTINGS
         },
         "test": {
             "mode": "whole",  # or "slide": in windows
