@@ -31,6 +31,7 @@ from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
 from ..blocks.plain import is_plain
 from ..blocks.pointwise import apply_pointwise
+from ..kernels.backends import channels_come_last
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -64,7 +65,7 @@ class ConvFeedForward(nn.Module):
             return False
         if not is_plain(self.fc1, self.conv, self.act, self.fc2, self.drop):
             return False
-        large = x.is_cpu and x.shape[2] * x.shape[3] > _LARGE_MAP and x.is_contiguous(memory_format=torch.channels_last)
+        large = x.is_cpu and x.shape[2] * x.shape[3] > _LARGE_MAP and channels_come_last(x)
         return large and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
     @torch.jit.ignore
@@ -78,7 +79,7 @@ class ConvFeedForward(nn.Module):
             hidden = F.linear(x.permute(0, 2, 3, 1), inputs[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
             weight = self.conv.weight[part]
             hidden = F.gelu(F.conv2d(hidden, weight, self.conv.bias[part], padding=1, groups=len(weight)))
-            total.addmm_(hidden.permute(0, 2, 3, 1).flatten(0, 2), outputs[:, part].t())
+            total = torch.addmm(total, hidden.permute(0, 2, 3, 1).flatten(0, 2), outputs[:, part].t())
         return total.view(batch, height, width, dim).permute(0, 3, 1, 2)
 
 

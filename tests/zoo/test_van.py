@@ -101,6 +101,14 @@ def test_the_fast_paths_of_a_cpu_are_the_layers(name):
         torch.testing.assert_close(model(images), fast, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["van_b0", "mscan_t"])
+def test_the_fast_paths_are_taken_under_vmap_too(name):
+    model, images = timm.create_model(name, num_classes=5, **SMALL).eval(), torch.randn(2, 3, 140, 150)
+    with torch.no_grad():
+        mapped = torch.vmap(lambda image: model(image[None])[0])(images)
+        torch.testing.assert_close(mapped, model(images), atol=1e-6, rtol=1e-4)
+
+
 def test_classifiers_start_anew_from_a_backbones_file(open_fixture, tmp_path):
     state = open_fixture("mscan/mscan_t_seg_256x320").state()
     torch.save(state, tmp_path / "mscan_t.pth")
