@@ -18,7 +18,6 @@ from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
-from ..data.formats import open_classes
 from ..data.occurrence import check_classes
 
 # Images of a gallery.
@@ -124,6 +123,8 @@ class Classify:
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
+        from ..data.formats import open_classes
+
         data, loss = config["data"], config["loss"]
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")

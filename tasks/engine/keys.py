@@ -64,7 +64,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "schedule.power": "of poly",
         "schedule.steps": "of step: epochs after which the learning rate is multiplied by gamma",
         "schedule.gamma": "of step",
-        "custom_hooks": "of mmengine, or registered with it: dict(type='EarlyStoppingHook', monitor='val/accuracy'), ...",
+        "custom_hooks": "of mmengine, or registered there: dict(type='EarlyStoppingHook', monitor='val/accuracy'), ...",
         "ema": "weight of the newest parameters in their running average, such as 2e-4",
     },
     "classify": {

@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ... import TaskError
+from ...extras import require
 from ..normalize import check_images, check_order, normalize
 from .boxes import has_area, scale_of
 
@@ -139,8 +140,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     if image.dtype != torch.uint8:
         return F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-    import cv2
-
+    cv2 = require("cv2")
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
     pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
     return torch.from_numpy(pixels.reshape(*size, -1)).permute(2, 0, 1).to(image.device)
