@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backends import channels_come_last
 from ..kernels.pointwise import pointwise
 from .plain import is_plain
 
@@ -39,7 +40,7 @@ def apply_pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
         return layer(x)
-    few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and x.is_contiguous(memory_format=torch.channels_last)
+    few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and channels_come_last(x)
     if not (few and x.is_cpu and torch.get_num_threads() == 1):
         return layer(x)
     return pointwise(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)

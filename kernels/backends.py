@@ -87,6 +87,17 @@ def transform_obstacle() -> str | None:
     return None
 
 
+def channels_come_last(x: Tensor) -> bool:
+    """Return whether a map ``[B, C, H, W]`` lies in memory as `torch.channels_last` says, and not as it is written.
+
+    Asked of the strides, which `torch.vmap` answers.
+    """
+    channels, height, width = x.shape[1:]
+    if channels == 1 or height * width == 1:
+        return False
+    return x.stride() == (channels * height * width, 1, channels * width, channels)
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """Return ``x``, or a copy of it, whose last axis lies without gaps."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

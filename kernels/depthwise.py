@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, exporting, report
+from .backends import Backend, channels_come_last, choose, exporting, report
 
 # Read once: a compiler can't follow the questions.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -38,13 +38,8 @@ def _convolution(problem: Problem) -> Tensor:
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=len(weight))
 
 
-def _channels_come_last(x: Tensor) -> bool:
-    # Of one channel, or of one pixel, both are true; such maps count as ordinary ones.
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def _like(out: Tensor, x: Tensor) -> Tensor:
-    return _with_channels_last(out) if _channels_come_last(x) else out.contiguous()
+    return _with_channels_last(out) if channels_come_last(x) else out.contiguous()
 
 
 def _with_channels_last(x: Tensor) -> Tensor:
@@ -98,7 +93,7 @@ def _drawback(problem: Problem) -> str | None:
 
 
 def _channels_last_drawback(problem: Problem) -> str | None:
-    if _channels_come_last(problem.x):
+    if channels_come_last(problem.x):
         return "the channels come last already"
     if problem.x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "it is faster in float32 only"

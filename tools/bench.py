@@ -5,11 +5,13 @@ unfused, against FlexAttention with the same windows and bias, compiled and eage
 then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against a peer.
 ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of
 one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward, against
-the usual formulation with grid_sample. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the
-same augmentation. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
+the usual formulation with grid_sample. ``depthwise`` times the dilated, strip and wide depthwise convolutions of VAN,
+MSCAN and OverLoCK against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the same
+augmentation. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse
+import copy
 import csv
 import functools
 import platform
@@ -36,6 +38,13 @@ GPU_SHAPES = (
     (8, 128, 128, 4, 32, 7),
     (8, 64, 64, 4, 64, 13),
 )
+# Of VAN, MSCAN and OverLoCK: heights and widths, and dilations.
+LARGE_KERNELS = {
+    "7x7, dilation 3": ((7, 7), 3),
+    "1x21": ((1, 21), 1),
+    "21x1": ((21, 1), 1),
+    "17x17": ((17, 17), 1),
+}
 SIDES = (28, 56, 84, 112)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -241,8 +250,13 @@ def matmul_rate(device: str, rounds: int, dtype: torch.dtype = torch.float32) ->
 def bench_models(
     names: Sequence[str], peer: str, batch: int, size: int, rounds: int, device: str, dtype: torch.dtype
 ) -> list[dict]:
-    """Time inference of every model and of the peer; images per second, and the ratio to the peer."""
+    """Time inference of every model and of the peer; images per second, and the ratios to the peer.
+
+    The second ratio is of multiply-adds per second: what the machine gets done, whatever the model's size.
+    """
     import timm
+
+    from ..tasks.cost import count_macs
 
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     models = {}
@@ -251,14 +265,17 @@ def bench_models(
         models[name] = timm.create_model(name, **fixed).eval().to(device, dtype)
     with torch.inference_mode():
         times = alternate({name: lambda m=model: m(images) for name, model in models.items()}, rounds, device)
+    macs = {name: count_macs(copy.deepcopy(model).to("meta"), (3, size, size)) for name, model in models.items()}
     return [
         {
             "model": name,
             "batch": batch,
             "size": size,
             "M parameters": round(sum(p.numel() for p in models[name].parameters()) / 1e6, 1),
+            "GMACs": round(macs[name] / 1e9, 2),
             "images/s": round(batch / seconds, 1),
             f"times {peer}": round(times[peer] / seconds, 2),
+            f"MACs/s times {peer}": round(times[peer] / seconds * macs[name] / macs[peer], 2),
         }
         for name, seconds in times.items()
     ]
@@ -362,6 +379,52 @@ def bench_deformable(sides: Sequence[int], rounds: int, device: str) -> list[dic
                 }
                 for name, seconds in times.items()
             ]
+    return rows
+
+
+def bench_depthwise(shapes: Sequence[tuple[int, int]], batch: int, rounds: int, device: str) -> list[dict]:
+    """Time the depthwise convolutions of large kernels on maps in both memory formats, by our choice and by torch's.
+
+    Args:
+        shapes: Channels of the maps, and their height and width.
+        batch: Maps at once.
+        rounds: See `alternate`.
+        device: Where to run.
+    """
+    from ..kernels import depthwise_backends, depthwise_conv2d
+
+    formats = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
+    rows = []
+    for channels, side in shapes:
+        for title, (kernel, dilation) in LARGE_KERNELS.items():
+            weight = torch.randn(channels, 1, *kernel, device=device)
+            for layout, memory_format in formats.items():
+                x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=memory_format)
+                answers = depthwise_backends(x, weight, dilation=dilation)
+                chosen = next(name for name, answer in answers.items() if answer == "chosen")
+                for backward in (False, True):
+                    inputs = [y.detach().requires_grad_(backward) for y in (x, weight)]
+
+                    def function(x, weight, dilation=dilation, backend=chosen):
+                        return depthwise_conv2d(x, weight, dilation=dilation, backend=backend)
+
+                    calls = {
+                        "ours": partial(_step, function, inputs, backward),
+                        "torch": partial(_step, partial(function, backend="convolution"), inputs, backward),
+                    }
+                    times = alternate(calls, rounds, device)
+                    rows.append(
+                        {
+                            "map": f"{batch}x{channels}x{side}x{side}",
+                            "kernel": title,
+                            "layout": layout,
+                            "pass": "forward+backward" if backward else "forward",
+                            "path": chosen,
+                            "ms": round(times["ours"] * 1e3, 2),
+                            "torch ms": round(times["torch"] * 1e3, 2),
+                            "times torch": round(times["torch"] / times["ours"], 2),
+                        }
+                    )
     return rows
 
 
@@ -492,7 +555,9 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "what", choices=("kernels", "models", "detectors", "deformable", "loader"), help="what to measure; see above"
+        "what",
+        choices=("kernels", "models", "detectors", "deformable", "depthwise", "loader"),
+        help="what to measure; see above",
     )
     parser.add_argument(
         "models", nargs="*", default=["nat_tiny"], metavar="MODEL", help="timm names; nat_tiny by default"
@@ -540,6 +605,8 @@ def run(args: argparse.Namespace) -> int:
         rows = bench_loader(args.data, args.size, args.batch, args.workers, args.rounds)
     elif args.what == "deformable":
         rows = bench_deformable((128, 256, 512), args.rounds, args.device)
+    elif args.what == "depthwise":
+        rows = bench_depthwise(((64, 56), (320, 14)), args.batch, args.rounds, args.device)
     else:
         on_cpu = args.device == "cpu"
         measure = {"rounds": args.rounds, "device": args.device, "backward": args.backward, "dtype": dtype}

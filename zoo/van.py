@@ -22,13 +22,16 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
+from ..blocks.plain import is_plain
 from ..blocks.pointwise import apply_pointwise
+from ..kernels.backends import channels_come_last
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -48,9 +51,40 @@ class ConvFeedForward(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._takes_pieces(x):
+            return self._forward_in_pieces(x)
         x = self.fc1(x) if torch.jit.is_scripting() else apply_pointwise(self.fc1, x)
         x = self.drop(self.act(self.conv(x)))
         return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_pointwise(self.fc2, x))
+
+    @torch.jit.ignore
+    def _takes_pieces(self, x: Tensor) -> bool:
+        """Return whether hidden maps are so large that their way to memory and back costs more than the products."""
+        # A graph is traced whole, gradients need everything anyway, and who looks at a layer wants the whole map.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or self.training:
+            return False
+        if not is_plain(self.fc1, self.conv, self.act, self.fc2, self.drop):
+            return False
+        large = x.is_cpu and x.shape[2] * x.shape[3] > _LARGE_MAP and channels_come_last(x)
+        return large and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+    @torch.jit.ignore
+    def _forward_in_pieces(self, x: Tensor) -> Tensor:
+        """Take some hidden channels at a time, and add up what they give."""
+        batch, dim, height, width = x.shape
+        total = self.fc2.bias.expand(batch * height * width, dim).contiguous()
+        inputs, outputs = self.fc1.weight.flatten(1), self.fc2.weight.flatten(1)
+        for start in range(0, len(inputs), _PIECE):
+            part = slice(start, min(start + _PIECE, len(inputs)))
+            hidden = F.linear(x.permute(0, 2, 3, 1), inputs[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
+            weight = self.conv.weight[part]
+            hidden = F.gelu(F.conv2d(hidden, weight, self.conv.bias[part], padding=1, groups=len(weight)))
+            total = torch.addmm(total, hidden.permute(0, 2, 3, 1).flatten(0, 2), outputs[:, part].t())
+        return total.view(batch, height, width, dim).permute(0, 3, 1, 2)
+
+
+# Positions beyond which hidden maps are taken in pieces of so many channels.
+_LARGE_MAP, _PIECE = 1024, 128
 
 
 class Block(nn.Module):

@@ -363,6 +363,10 @@ def detector_neck(
 SEGMENTER_NECKS = {"multilevel": MultiLevelNeck, "simple": SimpleFeaturePyramid, "scaled": ScaledMaps}
 
 
+# The heads that take the coarsest map alone.
+_ONE_MAP = ("deeplabv3", "ham_net")
+
+
 def segmenter_neck(head: str, backbone: nn.Module, neck: str | None) -> nn.Module | None:
     """Return what makes the maps that a segmenter's head takes of those that any backbone gives; None if nothing need.
 
@@ -371,9 +375,9 @@ def segmenter_neck(head: str, backbone: nn.Module, neck: str | None) -> nn.Modul
         backbone: Has ``channels``, and perhaps ``reductions``; without them its maps are taken as they are.
         neck: ``"multilevel"`` (mmseg's MultiLevelNeck), ``"simple"`` (ViTDet's simple feature pyramid), ``"scaled"``
             (the nearest maps, scaled), None, or ``"auto"``. Auto leaves maps of strides 4, 8, 16 and 32 as they are,
-            for UperNet and Semantic FPN also those that begin at stride 4, and for DeepLabV3, which takes one map, all;
-            maps of one stride get MultiLevelNeck under UperNet and the simple feature pyramid under all others; all
-            else is scaled.
+            for UperNet and Semantic FPN also those that begin at stride 4, and for DeepLabV3 and HamNet, which take one
+            map, all; maps of one stride get MultiLevelNeck under UperNet and the simple feature pyramid under all
+            others; all else is scaled.
 
     Raises:
         TaskError: If there is no such neck, or it doesn't suit the backbone or the head.
@@ -385,7 +389,7 @@ def segmenter_neck(head: str, backbone: nn.Module, neck: str | None) -> nn.Modul
     single = len(set(strides)) == 1
     needs_all = head in ("mask2former", "oneformer")
     if neck == "auto":
-        if not known or head == "deeplabv3" or strides == list(STRIDES) or (strides[0] == STRIDES[0] and not needs_all):
+        if not known or head in _ONE_MAP or strides == list(STRIDES) or (strides[0] == STRIDES[0] and not needs_all):
             neck = None
         elif single:
             neck = "multilevel" if head == "upernet" and len(strides) == len(STRIDES) else "simple"

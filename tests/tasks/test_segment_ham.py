@@ -304,3 +304,16 @@ def test_semantic_fpn_on_van_is_the_published_one(open_fixture, tmp_path):
     model = foveate.create_segmenter("semantic_fpn", "van_b0", checkpoint=fixture.checkpoint(tmp_path)).eval()
     with torch.inference_mode():
         assert_published(fixture, "logits", model.head(model.backbone(fixture.input())), 5e-5)
+
+
+def test_segnext_is_exported_and_keeps_its_answers():
+    torch.manual_seed(0)
+    small = dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))
+    model = foveate.create_segmenter("light_ham", "mscan_t", 5, backbone_kwargs=small, **HEADS["light_ham"]).eval()
+    images = torch.randn(1, 3, 40, 56)
+    graph = torch.export.export(model, (torch.randn(1, 3, 40, 56),)).module()
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(graph(images), expected, atol=1e-6, rtol=1e-4)
+        lowered = model.to(torch.bfloat16)(images.bfloat16()).float()
+    assert (lowered - expected).std() < 0.05 * expected.std()

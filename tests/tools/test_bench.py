@@ -13,7 +13,10 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
     assert main([*argv, "--output", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "models.csv").open()))
     assert [row["model"] for row in rows] == ["nat_atto", "resnet10t"]
-    assert float(rows[1]["times resnet10t"]) == 1.0
+    assert float(rows[1]["times resnet10t"]) == float(rows[1]["MACs/s times resnet10t"]) == 1.0
+    ratios = [float(rows[0][f"{what}times resnet10t"]) for what in ("", "MACs/s ")]
+    macs = [float(row["GMACs"]) for row in rows]
+    assert ratios[1] == pytest.approx(ratios[0] * macs[0] / macs[1], rel=0.2)
     assert (tmp_path / "models.md").read_text().splitlines()[-1] in capsys.readouterr().out
 
 
@@ -31,6 +34,13 @@ def test_deformable_attention_is_timed_against_grid_sample():
     assert {row["path"] for row in rows} == {"bags (chosen)", "grid_sample"}
     assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_depthwise_convolutions_are_timed_against_torchs():
+    rows = bench.bench_depthwise([(8, 9)], 1, 1, "cpu")
+    assert {row["kernel"] for row in rows} == set(bench.LARGE_KERNELS)
+    assert {row["path"] for row in rows} == {"interleaved", "channels_last", "convolution"}
+    assert all(row["ms"] > 0 and row["torch ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -30,6 +30,8 @@ MODELS = {
     "litv2_small": 224,
     "shiftvit_light_tiny": 224,
     "overlock_xt": 224,
+    "van_b0": 224,
+    "mscan_t": 224,
     "ela_t_resnet18": 224,
     "foveate_davit_tiny": 224,
     "foveate_host_atto": 64,
