@@ -553,7 +553,6 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument(
         "what",
         choices=("kernels", "models", "detectors", "deformable", "depthwise", "loader"),

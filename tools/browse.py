@@ -9,7 +9,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="recipe, such as classify/nat_atto_digits, or a Python file")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as data.root=FOLDER")
     parser.add_argument("--output", type=Path, help="PNG to write; runs/browse/RECIPE.png by default")

@@ -14,7 +14,6 @@ RECIPE = "classify/host_atto_digits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("attentions", nargs="*", metavar="ATTENTION", help="all by default")
     parser.add_argument("--epochs", type=int, help="the recipe's by default; 0 compares the cost alone")
     parser.add_argument("--seed", type=int, default=0, help="of the training; %(default)s by default")

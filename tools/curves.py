@@ -13,7 +13,6 @@ MOST = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/curves.png"), help="PNG to write; %(default)s by default"

@@ -16,7 +16,6 @@ SHOWN = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder; %(default)s by default")
     parser.add_argument("--epochs", type=int, help="passes over the 1400 digits; the recipe's by default")
     parser.add_argument("--seed", type=int, default=0, help="of the training; %(default)s by default")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="recipe or Python file, such as the run's config.py")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="best.pth or last.pth of a run")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as device=cpu batch_size=16")

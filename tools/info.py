@@ -7,7 +7,6 @@ _CROPS = {"squash": "to a square whatever the shape, central crop", "border": "p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("name", metavar="NAME", help="such as nat_tiny, or with a tag nat_tiny.shi_in1k")
     parser.add_argument(
         "--size", type=int, help="side of the image for the cost, in pixels; the model's own by default"

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="glob, such as 'nat_*'; quote it")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--timm", action="store_true", help="list timm's own models too, by name only")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

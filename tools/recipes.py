@@ -8,7 +8,6 @@ import re
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="glob, such as 'detect/*'; quote it")
 
 

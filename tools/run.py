@@ -13,7 +13,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("script", metavar="SCRIPT", type=Path, help="such as pytorch-image-models/validate.py")
     parser.add_argument(
         "arguments", metavar="...", nargs=argparse.REMAINDER, help="of the script, such as --model nat_tiny --help"

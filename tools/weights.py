@@ -51,7 +51,6 @@ _VIEWS = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
     parsers = {name: actions.add_parser(name, help=what, description=what) for name, what in ACTIONS.items()}
 

@@ -40,9 +40,6 @@ class Names:
     Attributes:
         root: Folder with ``Annotations``, ``JPEGImages`` and ``ImageSets``.
 
-    Args:
-        root: See above.
-
     Raises:
         TaskError: If the folder has no ``JPEGImages``.
     """

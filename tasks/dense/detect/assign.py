@@ -69,7 +69,6 @@ class Sampler:
     Args:
         count: Size of the sample.
         positive_fraction: Largest share of positives.
-        draw: See above.
     """
 
     def __init__(self, count: int, positive_fraction: float, sample: Sample = sample_randomly):

@@ -50,9 +50,6 @@ class Detector(nn.Module):
 
     Args:
         backbone: See above; has ``channels``.
-        neck: See above.
-        transform: See above.
-        num_classes: See above.
     """
 
     needs_masks: ClassVar[bool] = False

@@ -36,12 +36,6 @@ class RetinaHead(nn.Module):
     Args:
         channels: Channels of the pyramid.
         num_classes: Classes of objects; there is no background.
-        anchors: See above.
-        score_threshold: See above.
-        nms_threshold: See above.
-        max_detections: See above.
-        per_level: See above.
-        selection: See above.
         rules: ``"mmdet"``, or ``"detectron2"``: boxes are clipped to the image only after the overlapping ones are
             gone, and may shrink freely.
 

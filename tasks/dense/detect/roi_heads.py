@@ -167,9 +167,6 @@ class RoIHeads(nn.Module):
         rules: ``"mmdet"``, or ``"detectron2"``: boxes shrink freely, and it is not the logits of a cascade's stages
             that are averaged, but their probabilities.
         layer_norm: Whether the convolutions, of masks too, have norms over the channels, as in ViTDet.
-        score_threshold: See above.
-        nms_threshold: See above.
-        max_detections: See above.
     """
 
     def __init__(

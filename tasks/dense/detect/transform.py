@@ -38,14 +38,6 @@ class DetectorTransform(nn.Module):
         channel_order: ``"rgb"``, or ``"bgr"``: the model sees the channels the other way round, and ``mean`` and
             ``std`` are in its order.
 
-    Args:
-        min_size: See above.
-        max_size: See above.
-        mean: See above.
-        std: See above.
-        divisor: See above.
-        channel_order: See above.
-
     Raises:
         TaskError: If there is no such order, or ``mean`` and ``std`` don't go together.
     """
