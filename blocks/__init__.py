@@ -1,6 +1,7 @@
 """Attention modules, each usable alone on maps."""
 
 from .agent import AgentAttention2d, AgentTokenAttention
+from .aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from .cbam import CBAM
 from .create import create_attention, list_attentions
 from .cross_shaped import CrossShapedAttention2d
@@ -9,6 +10,7 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -22,6 +24,7 @@ __all__ = [
     "CBAM",
     "AgentAttention2d",
     "AgentTokenAttention",
+    "AggregatedAttention2d",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
     "CrossShapedAttention2d",
@@ -30,7 +33,9 @@ __all__ = [
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
+    "HeadRouter",
     "LePEAttention2d",
+    "MixtureOfHeads2d",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
@@ -40,6 +45,7 @@ __all__ = [
     "RoutedRegions",
     "Shift2d",
     "TripletAttention",
+    "UnitGlobalAttention2d",
     "WindowAttention2d",
     "create_attention",
     "list_attentions",

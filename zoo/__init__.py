@@ -2,13 +2,13 @@
 
 from fnmatch import fnmatch
 
-from . import agent, biformer, dat, dual, ela, host, nat, quadtree, shiftvit
+from . import agent, biformer, dat, dual, ela, host, nat, quadtree, shiftvit, transnext
 from ._checkpoint import CheckpointError
 from .backbone import Backbone, UnknownModelError, create_backbone
 
 __all__ = ["Backbone", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, shiftvit, ela, host)
+_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, shiftvit, transnext, ela, host)
 
 
 def list_models(pattern: str = "*") -> list[str]:
