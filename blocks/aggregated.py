@@ -1,13 +1,15 @@
 """Attention of TransNeXt (arXiv 2311.17132): to a window and a pooled map at once, or to the whole map."""
 
+import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows, window_mask
+from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows
 from .continuous_bias import AxisTable, ContinuousBias, bias_of_rows, pooling_matrix
 
 
@@ -145,15 +147,32 @@ class AggregatedAttention2d(nn.Module):
             self.relative_pos_bias_local,
             self.cpb(rows, columns),
             lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
-            torch.einsum("...hd,hds->...hs", unit, self.learnable_tokens) + self.learnable_bias[:, 0],
+            self.token_weights(unit),
         )
         return self.proj_drop(self.proj(out.flatten(-2)))
 
+    def token_weights(self, unit: Tensor) -> Tensor:
+        """Return what the learned tokens add to the windows' weights, ``[B, H, W, heads, slots]``."""
+        tokens, bias = self.learnable_tokens.to(unit.dtype), self.learnable_bias.to(unit.dtype)
+        weights = torch.baddbmm(bias, unit.flatten(0, 2).transpose(0, 1), tokens)
+        return weights.transpose(0, 1).unflatten(0, unit.shape[:3])
+
     def scaled(self, unit: Tensor, pooled: int) -> Tensor:
         """Return the queries of unit vectors ``[B, H, W, heads, head_dim]``: longer where more keys are seen."""
-        seen = window_mask(unit.shape[1], unit.shape[2], self.window_size, unit.device).sum(-1)
-        scale = torch.log((seen + pooled).to(self.temperature.dtype))[:, :, None, None]
+        scale = key_scale(unit.shape[1], unit.shape[2], self.window_size, pooled)
+        scale = torch.from_numpy(scale).to(self.temperature)[:, :, None, None]
         return (unit + self.query_embedding[:, 0]) * (F.softplus(self.temperature[:, 0]) * scale)
+
+
+@functools.lru_cache(maxsize=128)
+def key_scale(height: int, width: int, window: int, pooled: int) -> np.ndarray:
+    """Return the logarithm of the number of keys that each position sees, ``[H, W]``."""
+    reach = window // 2
+    rows, columns = (
+        np.minimum(np.arange(length) + reach, length - 1) - np.maximum(np.arange(length) - reach, 0) + 1
+        for length in (height, width)
+    )
+    return np.log(rows[:, None] * columns + pooled)
 
 
 class UnitGlobalAttention2d(nn.Module):

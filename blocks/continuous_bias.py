@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backends import exporting, transform_obstacle
+from .plain import is_plain
+
 
 class AxisTable(NamedTuple):
     """One axis of a bias: the distances that occur, and which of them, weighted, a pair of positions has.
@@ -63,6 +66,10 @@ def axis_table(queries: int, keys: int, trained_queries: int, trained_keys: int)
     return AxisTable(distances, index, weight)
 
 
+def _same(kept: Tensor, weight: Tensor) -> bool:
+    return kept.dtype == weight.dtype and kept.device == weight.device and torch.equal(kept, weight)
+
+
 class ContinuousBias(nn.Module):
     """The bias of a map's queries to the keys of a pooled map, by the logarithm of their distance along each axis.
 
@@ -92,6 +99,11 @@ class ContinuousBias(nn.Module):
         self.fc1 = nn.Linear(2, hidden, **dd)
         self.act = nn.ReLU()
         self.fc2 = nn.Linear(hidden, num_heads, **dd)
+        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        # What is kept may be a tensor that cannot be copied.
+        return {**self.__dict__, "_kept": None}
 
     def axes(self, size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int) -> tuple[AxisTable, AxisTable]:
         """Return the tables of both axes of a map and a pooled one; ``sr_ratio`` pools the trained size."""
@@ -104,7 +116,30 @@ class ContinuousBias(nn.Module):
         return tables[0], tables[1]
 
     def forward(self, rows: AxisTable, columns: AxisTable) -> Tensor:
-        """Return the bias of every pair of distances, ``[heads, Sy, Sx]``."""
+        """Return the bias of every pair of distances, ``[heads, Sy, Sx]``.
+
+        Without gradients, and on a CPU, that of the last size is kept for as long as the weights are the same.
+        """
+        if not self._may_keep():
+            return self._bias(rows, columns)
+        size = (*rows.index.shape, *columns.index.shape, len(rows.distances), len(columns.distances))
+        weights = [parameter.detach() for parameter in self.parameters()]
+        if self._kept is not None:
+            kept_size, kept_weights, bias = self._kept
+            # Weights are compared by their numbers: some averages of weights overwrite them without a trace.
+            if kept_size == size and all(map(_same, kept_weights, weights)):
+                return bias
+        bias = self._bias(rows, columns)
+        self._kept = (size, [weight.clone() for weight in weights], bias)
+        return bias
+
+    def _may_keep(self) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or self.training:
+            return False
+        plain = is_plain(self.fc1, self.fc2) and type(self.act) is nn.ReLU and not torch.is_autocast_enabled("cpu")
+        return plain and self.fc1.weight.device.type == "cpu" and transform_obstacle() is None
+
+    def _bias(self, rows: AxisTable, columns: AxisTable) -> Tensor:
         parameter = next(self.parameters())
         exact = torch.promote_types(parameter.dtype, torch.float32)
         y, x = (

@@ -4,9 +4,12 @@ The window is cut at the map's borders: what lies outside has no weight. The nei
 inwards; here they run on a map with a margin, whose own windows are thrown away, so that all others lie free.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,14 +22,17 @@ from .neighborhood.unfused import na2d_av, na2d_qk
 CHUNK = 1 << 21
 
 
+@functools.lru_cache(maxsize=128)
+def _mask(height: int, width: int, window: int) -> np.ndarray:
+    step = np.arange(window) - window // 2
+    rows, columns = (np.arange(length)[:, None] + step for length in (height, width))
+    rows, columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height, width, -1)
+
+
 def window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """Return which keys of each position's window lie on the map, ``[H, W, window * window]``, row-major."""
-    step = torch.arange(window, device=device) - window // 2
-    inside = []
-    for length in (height, width):
-        key = torch.arange(length, device=device)[:, None] + step
-        inside.append((key >= 0) & (key < length))
-    return (inside[0][:, None, :, None] & inside[1][None, :, None, :]).flatten(2)
+    return torch.from_numpy(_mask(height, width, window)).to(device)
 
 
 def _margin(x: Tensor, window: int) -> Tensor:
@@ -38,6 +44,49 @@ def _margin(x: Tensor, window: int) -> Tensor:
 def _middle(x: Tensor, window: int) -> Tensor:
     reach = window // 2
     return x[:, reach : x.shape[1] - reach, reach : x.shape[2] - reach]
+
+
+def _without_margin(x: Tensor, window: int) -> bool:
+    """Return whether to work on the map itself, whose windows shift, and to move what belongs to the borders.
+
+    That overwrites parts of results, which is for no graph and no gradient.
+    """
+    fits = min(x.shape[1], x.shape[2]) >= window
+    return fits and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting())
+
+
+def _move_borders(x: Tensor, window: int, to_free: bool) -> None:
+    """Move the entries ``[B, H, W, heads, window, window]`` of border windows from the shifted to the free window.
+
+    A free window's entries beyond the map are left alone. The other way, without ``to_free``, entries of the shifted
+    window that the free one lacks become 0.
+    """
+    reach = window // 2
+    for axis in (1, 2):
+        length, slots = x.shape[axis], axis + 3
+        # The middle position of a map as short as the window has its free window.
+        for i in range(reach):
+            for position, by in ((i, reach - i), (length - 1 - i, i - reach)):
+                border = x.select(axis, position).movedim(slots - 1, 0)
+                source, target = (slice(None, -by), slice(by, None)) if by > 0 else (slice(-by, None), slice(None, by))
+                if not to_free:
+                    source, target = target, source
+                border[target] = border[source].clone()
+                if not to_free:
+                    border[slice(-by, None) if by > 0 else slice(None, -by)] = 0
+
+
+def _moved_scores(query: Tensor, key: Tensor, window: int, backend: str | None) -> Tensor:
+    """Return what `cut_window_scores` does, but anything where a window leaves the map."""
+    scores = na2d_qk(query, key, window, backend=backend)
+    _move_borders(scores.unflatten(-1, (window, window)), window, to_free=True)
+    return scores
+
+
+def _moved_values(weights: Tensor, value: Tensor, window: int, backend: str | None) -> Tensor:
+    """Return what `cut_window_values` does; overwrites the weights."""
+    _move_borders(weights.unflatten(-1, (window, window)), window, to_free=False)
+    return na2d_av(weights, value, window, backend=backend)
 
 
 def cut_window_scores(query: Tensor, key: Tensor, window: int, *, backend: str | None = None) -> Tensor:
@@ -52,6 +101,9 @@ def cut_window_scores(query: Tensor, key: Tensor, window: int, *, backend: str |
     Returns:
         ``[B, H, W, heads, window * window]``, keys row-major.
     """
+    if _without_margin(query, window):
+        scores = _moved_scores(query, key, window, backend)
+        return scores.masked_fill_(~window_mask(*query.shape[1:3], window, query.device)[:, :, None], 0)
     scores = na2d_qk(_margin(query, window), _margin(key, window), window, backend=backend)
     return _middle(scores, window)
 
@@ -68,8 +120,50 @@ def cut_window_values(weights: Tensor, value: Tensor, window: int, *, backend: s
     Returns:
         ``[B, H, W, heads, dim]`` in the dtype of ``value``.
     """
+    if _without_margin(value, window):
+        weights = weights.clone(memory_format=torch.contiguous_format)
+        return _moved_values(weights, value, window, backend)
     sums = na2d_av(_margin(weights, window), _margin(value, window), window, backend=backend)
     return _middle(sums, window)
+
+
+def _infer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pooled_key: Tensor,
+    pooled_value: Tensor,
+    local_bias: Tensor,
+    pool_bias: Callable[[int, int], Tensor],
+    added_weights: Tensor | None,
+    window: int,
+    rows: int,
+    backend: str | None,
+) -> Tensor:
+    """Return what `aggregated_attention` does, every number written once; without gradients."""
+    height, width = query.shape[1:3]
+    slots = window * window
+    local = _moved_scores(query, key, window, backend)
+    window_weights = torch.empty_like(local, dtype=value.dtype, memory_format=torch.contiguous_format)
+    pooled_key, pooled_value = pooled_key.permute(0, 2, 3, 1), pooled_value.transpose(1, 2)
+    pooled = []
+    for first in range(0, height, rows):
+        end = min(first + rows, height)
+        products = query[:, first:end].flatten(1, 2).transpose(1, 2) @ pooled_key
+        scores = local_bias.new_empty(*products.shape[:-1], slots + products.shape[-1])
+        bias = local_bias[first:end].flatten(0, 1).transpose(0, 1)
+        torch.add(local[:, first:end].flatten(1, 2).transpose(1, 2), bias, out=scores[..., :slots])
+        torch.add(products, pool_bias(first, end), out=scores[..., slots:])
+        weights = scores.softmax(-1)
+        inside = weights[..., :slots].transpose(1, 2).unflatten(1, (end - first, width))
+        part = window_weights[:, first:end]
+        if added_weights is None:
+            part.copy_(inside)
+        else:
+            torch.add(inside.to(part.dtype), added_weights[:, first:end].to(part.dtype), out=part)
+        pooled.append(weights[..., slots:].to(value.dtype) @ pooled_value)
+    out = _moved_values(window_weights, value, window, backend)
+    return out.add_(join_rows(pooled).transpose(1, 2).unflatten(1, (height, width)))
 
 
 def _softmax_rows(
@@ -141,8 +235,11 @@ def aggregated_attention(
     exact = torch.promote_types(query.dtype, torch.float32)
     mask = window_mask(height, width, window, query.device)
     bias = local_bias.to(exact).masked_fill(~mask[:, :, None], float("-inf"))
-    local = cut_window_scores(query, key, window, backend=backend) + bias
     rows = rows_at_once(height, batch * heads * height * width * (slots + pooled_key.shape[1]))
+    if _without_margin(query, window):
+        whole = partial(pool_bias, bias_table)
+        return _infer(query, key, value, pooled_key, pooled_value, bias, whole, added_weights, window, rows, backend)
+    local = cut_window_scores(query, key, window, backend=backend) + bias
     weights, pooled = [], []
     for first in range(0, height, rows):
         end = min(first + rows, height)
