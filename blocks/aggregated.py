@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows
 from .continuous_bias import AxisTable, ContinuousBias, bias_of_rows, pooling_matrix
+from .pointwise import apply_linear
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -133,10 +134,10 @@ class AggregatedAttention2d(nn.Module):
         size = (x.shape[1], x.shape[2])
         pooled = self.pooled_size(*size)
         heads = (self.num_heads, -1)
-        unit = F.normalize(self.q(x).unflatten(-1, heads), dim=-1)
-        key, value = self.kv(x).unflatten(-1, (2, *heads)).unbind(-3)
-        tokens = self.norm(pool_map(self.act(self.sr(x)), *pooled)).flatten(1, 2)
-        pooled_key, pooled_value = self.kv(tokens).unflatten(-1, (2, *heads)).unbind(-3)
+        unit = F.normalize(apply_linear(self.q, x).unflatten(-1, heads), dim=-1)
+        key, value = apply_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(-3)
+        tokens = self.norm(pool_map(self.act(apply_linear(self.sr, x)), *pooled)).flatten(1, 2)
+        pooled_key, pooled_value = apply_linear(self.kv, tokens).unflatten(-1, (2, *heads)).unbind(-3)
         rows, columns = self.cpb.axes(size, pooled, self.sr_ratio)
         out = aggregated_attention(
             (self.scaled(unit, math.prod(pooled))).to(key.dtype),
@@ -149,7 +150,7 @@ class AggregatedAttention2d(nn.Module):
             lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
             self.token_weights(unit),
         )
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return self.proj_drop(apply_linear(self.proj, out.flatten(-2)))
 
     def token_weights(self, unit: Tensor) -> Tensor:
         """Return what the learned tokens add to the windows' weights, ``[B, H, W, heads, slots]``."""
@@ -230,13 +231,13 @@ class UnitGlobalAttention2d(nn.Module):
         """Attend over ``x`` ``[B, H, W, dim]``."""
         size = (x.shape[1], x.shape[2])
         tokens = size[0] * size[1]
-        qkv = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query = (F.normalize(query, dim=-1) + self.query_embedding) * (F.softplus(self.temperature) * math.log(tokens))
         query, key = query.to(value.dtype), F.normalize(key, dim=-1).to(value.dtype)
         rows, columns = self.cpb.axes(size, size, 1)
         out = _attend_globally(query, key, value, self.cpb(rows, columns), rows, columns)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2).unflatten(1, size)))
+        return self.proj_drop(apply_linear(self.proj, out.transpose(1, 2).flatten(2).unflatten(1, size)))
 
 
 def _attend_globally(

@@ -17,18 +17,24 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from ..blocks.mixture_of_heads import HeadRouter, MixtureOfHeads2d, balance_loss
+from ..blocks.plain import is_plain
+from ..blocks.pointwise import apply_linear
+from ..kernels.backends import exporting
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["TransNeXt"]
 
 _STRIDES = (4, 8, 16, 32)
+# Of the hidden channels at a time, where they are computed in pieces: about a core's second-level cache.
+_PIECE_BYTES = 2 * 2**20
 
 
 class PatchEmbed(nn.Module):
@@ -58,9 +64,42 @@ class ConvGlu(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, -1)
+        if self._in_pieces(x):
+            return self._forward_in_pieces(x)
+        gate, value = apply_linear(self.fc1, x).chunk(2, -1)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(gate) * value)
+        return apply_linear(self.fc2, self.act(gate) * value)
+
+    def _in_pieces(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or exporting()
+        if traced or torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        return is_plain(self.fc1, self.dwconv, self.act, self.fc2)
+
+    def _forward_in_pieces(self, x: Tensor) -> Tensor:
+        """Compute some images and hidden channels at a time, which depend on no others: they stay in the cache."""
+        batch, height, width, dim = x.shape
+        hidden = self.fc2.in_features
+        channel_bytes = height * width * x.element_size()
+        channels = min(hidden, max(16, _PIECE_BYTES // channel_bytes // 16 * 16))
+        images = max(1, _PIECE_BYTES // (channel_bytes * hidden))
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for first in range(0, batch, images):
+            tokens = x[first : first + images].reshape(-1, dim)
+            total = self.fc2.bias.expand(tokens.shape[0], -1)
+            for start in range(0, hidden, channels):
+                end = min(start + channels, hidden)
+                chosen, other = slice(start, end), slice(hidden + start, hidden + end)
+                gate = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
+                gate = gate.view(-1, height, width, gate.shape[-1]).permute(0, 3, 1, 2)
+                gate = F.conv2d(
+                    gate, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=gate.shape[1]
+                )
+                gate = self.act(gate.permute(0, 2, 3, 1).flatten(0, 2))
+                gate = gate.mul_(F.linear(tokens, self.fc1.weight[other], self.fc1.bias[other]))
+                total = torch.addmm(total, gate, self.fc2.weight[:, chosen].t())
+            out[first : first + images] = total.view(-1, height, width, dim)
+        return out
 
 
 class Block(nn.Module):
