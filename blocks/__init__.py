@@ -11,6 +11,7 @@ from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
 from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
+from .losses import collect_losses, report_logits, report_loss
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -47,6 +48,9 @@ __all__ = [
     "TripletAttention",
     "UnitGlobalAttention2d",
     "WindowAttention2d",
+    "collect_losses",
     "create_attention",
     "list_attentions",
+    "report_logits",
+    "report_loss",
 ]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.precision import full_precision
+from .losses import report_loss
 from .plain import is_plain
 
 
@@ -110,9 +111,8 @@ class MixtureOfHeads2d(nn.Module):
         num_heads: Its heads.
         shared_heads: As in `HeadRouter`, like ``routed_heads``.
         routed_heads: Heads that a position chooses of the others.
-
-    Attributes:
-        balance_loss: In training, the `HeadRouter.route`'s loss of the last call; None else, and without routed heads.
+        balance_weight: Factor on `HeadRouter.route`'s loss, which is reported as ``"balance"`` in training (see
+            `blocks.losses`); the published trainings have 0.01, divided by the number of routed attentions.
 
     Shape:
         ``[B, H, W, dim]`` to ``[B, H, W, dim]``.
@@ -132,6 +132,7 @@ class MixtureOfHeads2d(nn.Module):
         num_heads: int,
         shared_heads: int = 1,
         routed_heads: int = 1,
+        balance_weight: float = 0.01,
         device=None,
         dtype=None,
     ):
@@ -150,25 +151,12 @@ class MixtureOfHeads2d(nn.Module):
             attention.proj_drop = nn.Identity()
         self.num_heads = num_heads
         self.router = HeadRouter(proj.in_features, num_heads, shared_heads, routed_heads, device=device, dtype=dtype)
-        self.balance_loss: Tensor | None = None
-
-    def __getstate__(self) -> dict:
-        # A copy has had no call; and torch copies no tensor that is part of a graph.
-        return {**self.__dict__, "balance_loss": None}
+        self.balance_weight = balance_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
         weights, loss = self.router.route(x)
-        self.balance_loss = loss if self.training else None
+        if loss is not None and self.training:
+            report_loss("balance", self.balance_weight * loss)
         heads = self.attention(x).unflatten(-1, (self.num_heads, -1))
         return self.proj_drop(self.proj((heads * weights.unsqueeze(-1)).flatten(-2)))
-
-
-def balance_loss(model: nn.Module) -> Tensor | None:
-    """Return the mean balance loss of a model's routed attentions in its last call in training; None if it has none.
-
-    The published trainings add 0.01 of it to the classification loss. It is each process's own in distributed training.
-    """
-    losses = [module.balance_loss for module in model.modules() if isinstance(module, MixtureOfHeads2d)]
-    losses = [loss for loss in losses if loss is not None]
-    return torch.stack(losses).mean() if losses else None

@@ -23,7 +23,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.aggregated import AggregatedAttention2d, UnitGlobalAttention2d
-from ..blocks.mixture_of_heads import HeadRouter, MixtureOfHeads2d, balance_loss
+from ..blocks.mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from ..blocks.plain import is_plain
 from ..blocks.pointwise import apply_linear
 from ..kernels.backends import exporting
@@ -141,6 +141,8 @@ class TransNeXt(Pyramid):
         window_size: Odd side of the windows.
         shared_heads: Per stage, heads that every position uses, for a mixture of heads (MoH); none by default.
         routed_heads: Per stage, heads that each position chooses of the others; with ``shared_heads``.
+        balance_loss: Factor on the mean of the routers' balance losses, which the model reports while it trains; see
+            `blocks.losses`.
         qkv_bias: Whether the projections to queries, keys and values have biases.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after the attention's projection.
@@ -172,6 +174,7 @@ class TransNeXt(Pyramid):
         window_size: int = 3,
         shared_heads: Sequence[int] | None = None,
         routed_heads: Sequence[int] | None = None,
+        balance_loss: float = 0.01,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -188,6 +191,8 @@ class TransNeXt(Pyramid):
         channels = [embed_dim * 2**i for i in range(len(depths))]
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         pretrain_size = pretrain_size or img_size
+        routers = sum(depth for depth, routed in zip(depths, routed_heads or (), strict=False) if routed)
+        balance_weight = balance_loss / max(routers, 1)
 
         def attention(i: int) -> nn.Module:
             heads = channels[i] // head_dim
@@ -206,7 +211,7 @@ class TransNeXt(Pyramid):
                 )
             if shared_heads is None:
                 return module
-            return MixtureOfHeads2d(module, heads, shared_heads[i], routed_heads[i], **dd)
+            return MixtureOfHeads2d(module, heads, shared_heads[i], routed_heads[i], balance_weight, **dd)
 
         stages = []
         for i, dim in enumerate(channels):
@@ -248,14 +253,6 @@ class TransNeXt(Pyramid):
         """Return the parameters that optimizers should not decay: temperatures, embeddings, what makes biases."""
         kept = ("query_embedding", "relative_pos_bias_local", ".cpb.", "temperature")
         return {name for name, _ in self.named_parameters() if any(part in name for part in kept)}
-
-    @torch.jit.ignore
-    def balance_loss(self) -> Tensor | None:
-        """Return MoH's balance loss of the last call in training, of which the published trainings add 0.01.
-
-        None without a mixture of heads, and in evaluation; see `blocks.mixture_of_heads.balance_loss`.
-        """
-        return balance_loss(self)
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from timm.data import Mixup
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from ...blocks.losses import collect_losses
 from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
 from ...zoo.loading import create_model
@@ -170,11 +172,15 @@ class Classify:
         )
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return the loss of a batch of ``images`` ``[B, C, H, W]`` with ``targets`` ``[B]``."""
+        """Return the loss of ``images`` ``[B, C, H, W]`` with ``targets`` ``[B]``, and those that the model reports."""
+        smoothing = self.label_smoothing
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-            return {"loss": F.cross_entropy(model(images), targets)}
-        return {"loss": F.cross_entropy(model(images), targets, label_smoothing=self.label_smoothing)}
+            smoothing = 0.0  # the mixed targets are smooth already
+        criterion = partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
+        with collect_losses(criterion) as own:
+            logits = model(images)
+        return {"loss": criterion(logits)} | {f"loss_{name}": value for name, value in own.items()}
 
     def predict(self, model: nn.Module, images: Tensor) -> list[Tensor]:
         """Return the logits ``[classes]``, in float32, of every image."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, default_collate
 
+from ...blocks.losses import collect_losses
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, save_checkpoint
 from .config import PRECISIONS, plain
@@ -55,7 +56,9 @@ class TaskModel(BaseModel):
             inputs = inputs.to(memory_format=self.memory_format)
         with torch.autocast(**self._autocast):
             if mode == "loss":
-                return self._loss(self.net, inputs, targets)
+                with collect_losses() as own:
+                    losses = self._loss(self.net, inputs, targets)
+                return losses | {f"loss_{name}": value for name, value in own.items()}
             return self._predict(self.net, inputs)
 
 

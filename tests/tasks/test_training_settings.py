@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ import foveate
 import pytest
 import timm
 import torch
+from foveate.blocks.losses import report_loss
 from foveate.tasks import engine
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
@@ -125,6 +127,31 @@ GRADIENT = LineTask.inputs.mean(0, keepdim=True)
 def test_a_plain_step(train):
     _, checkpoint = train()
     torch.testing.assert_close(weights_of(checkpoint), START - 0.1 * GRADIENT)
+
+
+class ReportingLine(Line):
+    """A line that would have its outputs lower still."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        if self.training:
+            report_loss("own", 0.5 * out.mean())
+        return out
+
+
+class ReportingTask(LineTask):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = ReportingLine()
+
+
+def test_losses_that_a_model_reports_are_trained_on_and_logged_by_name(train, tmp_path):
+    task, checkpoint = train(ReportingTask)
+    torch.testing.assert_close(weights_of(checkpoint), START - 0.15 * GRADIENT)
+    (entry,) = json.loads((tmp_path / "run" / "history.json").read_text())
+    own = 0.5 * task.model.seen[-1][1].mean().item()
+    assert entry["train/loss_own"] == pytest.approx(own)
+    assert entry["train/loss"] == pytest.approx(2 * own)  # the task's alone, as in validation
 
 
 def test_gradients_are_clipped_to_their_norm(train):
