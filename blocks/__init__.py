@@ -10,8 +10,8 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
-from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from .losses import collect_losses, report_logits, report_loss
+from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention

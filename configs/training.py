@@ -325,7 +325,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("segment/upernet_*nat_*", dict(optimizer=dict(no_decay=_BIASES), precision="float16")),
     ("segment/upernet_dinat_large_*", dict(precision="float32")),
     ("segment/upernet_agent_swin_*", dict(optimizer=dict(no_decay=_AGENT_BIASES))),
-    ("segment/upernet_transnext_*", dict(optimizer=dict(no_decay=_TRANSNEXT_BIASES), data=_STRETCHED)),
+    ("segment/upernet_transnext_*", dict(optimizer=dict(no_decay=_TRANSNEXT_BIASES))),
     ("segment/semantic_fpn_agent_pvt_*", dict(optimizer=dict(no_decay=()), batch_size=2)),
     ("segment/*_foveate_davit_*", dict(optimizer=dict(no_decay=()), sync_batchnorm=False)),
     ("segment/*_dat_pp_*", dict(optimizer=dict(no_decay=_BIASES))),
