@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows
@@ -26,7 +26,7 @@ def _init_queries(temperature: Tensor, *small: Tensor) -> None:
 
 def pool_map(x: Tensor, height: int, width: int) -> Tensor:
     """Pool a map ``[B, H, W, C]`` to ``[B, height, width, C]`` as adaptive average pooling does."""
-    size = x.shape[1:3]
+    size = (int(x.shape[1]), int(x.shape[2]))
     if size[0] % height == 0 and size[1] % width == 0:
         step = (size[0] // height, size[1] // width)
         return F.avg_pool2d(x.permute(0, 3, 1, 2), step, step).permute(0, 2, 3, 1)
@@ -36,6 +36,8 @@ def pool_map(x: Tensor, height: int, width: int) -> Tensor:
     return torch.einsum("ph,bhwc->bpwc", rows, x)
 
 
+# Sizes decide how it is computed: a node of its own in a traced graph.
+@register_notrace_module
 class AggregatedAttention2d(nn.Module):
     """Multi-head self-attention to the window around each position and to a pooled map, by one softmax over both.
 
@@ -113,6 +115,7 @@ class AggregatedAttention2d(nn.Module):
         nn.init.zeros_(self.learnable_bias)
         trunc_normal_(self.relative_pos_bias_local, std=0.0004)
 
+    @torch.jit.ignore
     def pooled_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the pooled map.
 
@@ -131,7 +134,11 @@ class AggregatedAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        size = (x.shape[1], x.shape[2])
+        return self._attend(x)
+
+    @torch.jit.ignore
+    def _attend(self, x: Tensor) -> Tensor:
+        size = (int(x.shape[1]), int(x.shape[2]))
         pooled = self.pooled_size(*size)
         heads = (self.num_heads, -1)
         unit = F.normalize(apply_linear(self.q, x).unflatten(-1, heads), dim=-1)
@@ -152,15 +159,17 @@ class AggregatedAttention2d(nn.Module):
         )
         return self.proj_drop(apply_linear(self.proj, out.flatten(-2)))
 
+    @torch.jit.ignore
     def token_weights(self, unit: Tensor) -> Tensor:
         """Return what the learned tokens add to the windows' weights, ``[B, H, W, heads, slots]``."""
         tokens, bias = self.learnable_tokens.to(unit.dtype), self.learnable_bias.to(unit.dtype)
         weights = torch.baddbmm(bias, unit.flatten(0, 2).transpose(0, 1), tokens)
         return weights.transpose(0, 1).unflatten(0, unit.shape[:3])
 
+    @torch.jit.ignore
     def scaled(self, unit: Tensor, pooled: int) -> Tensor:
         """Return the queries of unit vectors ``[B, H, W, heads, head_dim]``: longer where more keys are seen."""
-        scale = key_scale(unit.shape[1], unit.shape[2], self.window_size, pooled)
+        scale = key_scale(int(unit.shape[1]), int(unit.shape[2]), self.window_size, pooled)
         scale = torch.from_numpy(scale).to(self.temperature)[:, :, None, None]
         return (unit + self.query_embedding[:, 0]) * (F.softplus(self.temperature[:, 0]) * scale)
 
@@ -176,6 +185,7 @@ def key_scale(height: int, width: int, window: int, pooled: int) -> np.ndarray:
     return np.log(rows[:, None] * columns + pooled)
 
 
+@register_notrace_module
 class UnitGlobalAttention2d(nn.Module):
     """Multi-head self-attention over a whole map as in TransNeXt's last stage: unit vectors, scale by the map's size.
 
@@ -229,7 +239,11 @@ class UnitGlobalAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        size = (x.shape[1], x.shape[2])
+        return self._attend(x)
+
+    @torch.jit.ignore
+    def _attend(self, x: Tensor) -> Tensor:
+        size = (int(x.shape[1]), int(x.shape[2]))
         tokens = size[0] * size[1]
         qkv = apply_linear(self.qkv, x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -115,6 +115,7 @@ class ContinuousBias(nn.Module):
             tables.append(axis_table(size[i], pooled[i], *trained))
         return tables[0], tables[1]
 
+    @torch.jit.ignore
     def forward(self, rows: AxisTable, columns: AxisTable) -> Tensor:
         """Return the bias of every pair of distances, ``[heads, Sy, Sx]``.
 

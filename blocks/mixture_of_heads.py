@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..kernels.precision import full_precision
@@ -61,8 +62,13 @@ class HeadRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weights of the heads at each position of ``x``."""
+        return self._weights(x)
+
+    @torch.jit.ignore
+    def _weights(self, x: Tensor) -> Tensor:
         return self.route(x)[0]
 
+    @torch.jit.ignore
     def route(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights, and the balance loss of this call: None unless heads are routed.
 
@@ -100,6 +106,8 @@ def _exact(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.to(parameter.dtype) if parameter.is_floating_point() else x).to(exact)
 
 
+# What it reports is no part of a traced graph.
+@register_notrace_module
 class MixtureOfHeads2d(nn.Module):
     """An attention whose heads each position weighs by a `HeadRouter` before their projection.
 
@@ -155,6 +163,10 @@ class MixtureOfHeads2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
+        return self._attend(x)
+
+    @torch.jit.ignore
+    def _attend(self, x: Tensor) -> Tensor:
         weights, loss = self.router.route(x)
         if loss is not None and self.training:
             report_loss("balance", self.balance_weight * loss)

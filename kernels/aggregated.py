@@ -141,7 +141,7 @@ def _infer(
     backend: str | None,
 ) -> Tensor:
     """Return what `aggregated_attention` does, every number written once; without gradients."""
-    height, width = query.shape[1:3]
+    height, width = map(int, query.shape[1:3])
     slots = window * window
     local = _moved_scores(query, key, window, backend)
     window_weights = torch.empty_like(local, dtype=value.dtype, memory_format=torch.contiguous_format)
@@ -227,7 +227,7 @@ def aggregated_attention(
     Raises:
         ValueError: If the window is no odd square, or shapes don't fit.
     """
-    batch, height, width, heads, _ = query.shape
+    batch, height, width, heads, _ = map(int, query.shape)
     slots = local_bias.shape[-1]
     window = math.isqrt(slots)
     if window * window != slots or window % 2 == 0 or window < 3:

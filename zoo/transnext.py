@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -52,6 +52,7 @@ class PatchEmbed(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1))
 
 
+@register_notrace_module
 class ConvGlu(nn.Module):
     """MLP whose gate is one half of its hidden channels after a 3x3 depthwise convolution; NHWC."""
 
@@ -64,18 +65,22 @@ class ConvGlu(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._in_pieces(x):
-            return self._forward_in_pieces(x)
+        return self._forward_in_pieces(x) if self._in_pieces(x) else self._forward(x)
+
+    @torch.jit.ignore
+    def _forward(self, x: Tensor) -> Tensor:
         gate, value = apply_linear(self.fc1, x).chunk(2, -1)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return apply_linear(self.fc2, self.act(gate) * value)
 
+    @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
         traced = torch.compiler.is_compiling() or exporting()
         if traced or torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
         return is_plain(self.fc1, self.dwconv, self.act, self.fc2)
 
+    @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
         """Compute some images and hidden channels at a time, which depend on no others: they stay in the cache."""
         batch, height, width, dim = x.shape
