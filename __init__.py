@@ -19,6 +19,7 @@ _HOMES = {
     "create_segmenter": ".tasks.dense.segment",
     "list_models": ".zoo",
 }
+_MODULES = {"natten": ".blocks.natten"}
 
 
 def __getattr__(name: str) -> object:
@@ -26,6 +27,8 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("foveate")
+    if name in _MODULES:
+        return import_module(_MODULES[name], __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)

@@ -4,14 +4,22 @@ from .agent import AgentAttention2d, AgentTokenAttention
 from .aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from .cbam import CBAM
 from .create import create_attention, list_attentions
+from .cross_axis import CrossAxisAttention2d
 from .cross_shaped import CrossShapedAttention2d
 from .das import DeformableGate
 from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
+<<<<<<< HEAD
 from .losses import collect_losses, report_logits, report_loss
 from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
+=======
+from .hamburger import Hamburger2d
+from .hilo import HiLoAttention2d
+from .inline import InLineAttention2d, InLineTokenAttention
+from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
+>>>>>>> main
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -28,13 +36,23 @@ __all__ = [
     "AggregatedAttention2d",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
+    "CrossAxisAttention2d",
     "CrossShapedAttention2d",
     "DeformableAttention2d",
     "DeformableGate",
+    "DilatedGate",
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
+<<<<<<< HEAD
     "HeadRouter",
+=======
+    "Hamburger2d",
+    "HiLoAttention2d",
+    "InLineAttention2d",
+    "InLineTokenAttention",
+    "LargeKernelAttention2d",
+>>>>>>> main
     "LePEAttention2d",
     "MixtureOfHeads2d",
     "MultiScaleDeformableAttention",
@@ -45,6 +63,7 @@ __all__ = [
     "QuadTreeAttention2d",
     "RoutedRegions",
     "Shift2d",
+    "StripGate",
     "TripletAttention",
     "UnitGlobalAttention2d",
     "WindowAttention2d",

@@ -22,6 +22,33 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return pointwise(x, layer.weight, layer.bias)
 
 
+# Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is; beyond,
+# the product's way to add the bias is.
+_FEW_POSITIONS = 1024
+
+
+def apply_pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a 1x1 convolution on ``x`` ``[B, in, H, W]``, on one thread of a CPU as a linear layer if that is faster.
+
+    That is so of small maps whose channels come last in memory. A layer that is hooked, adapted, quantized or otherwise
+    more than `torch.nn.Conv2d` is called as it is; so is every layer in a traced graph.
+
+    Example:
+        >>> apply_pointwise(torch.nn.Conv2d(16, 32, 1), torch.randn(1, 16, 5, 7)).shape
+        torch.Size([1, 32, 5, 7])
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
+        return layer(x)
+    few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and x.is_contiguous(memory_format=torch.channels_last)
+    if not (few and x.is_cpu and torch.get_num_threads() == 1):
+        return layer(x)
+    return pointwise(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+
+
 # Hidden numbers that a CPU holds at once: 8 MB in float32.
 _HIDDEN = 2**21
 

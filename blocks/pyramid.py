@@ -101,7 +101,12 @@ class ConvEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block: attention and MLP, each after a norm, scaled by an optional vector, dropped by path; NHWC."""
+    """Transformer block: attention and MLP, each after a norm, scaled by an optional vector, dropped by path; NHWC.
+
+    An attention that says ``takes_input`` gets the block's input, before the norm, as its second argument.
+    """
+
+    shows_input: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -117,6 +122,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.shows_input = getattr(attention, "takes_input", False)
         self.norm1 = norm_layer(dim, **dd)
         self.attn = attention
         self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale is not None else nn.Identity()
@@ -128,5 +134,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, dim]`` to the same shape."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        out = self.attn(self.norm1(x), x) if self.shows_input else self.attn(self.norm1(x))
+        x = x + self.drop_path1(self.ls1(out))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

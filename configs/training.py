@@ -30,21 +30,34 @@ CLASSIFIERS = (
     "dinat_s_tiny",
     "dinat_tiny",
     "ela_s_mobilenetv2",
+<<<<<<< HEAD
     "moh_transnext_base_75",
     "moh_transnext_small_75",
+=======
+    "mscan_t",
+>>>>>>> main
     "nat_isotropic_base",
     "nat_isotropic_small",
     "nat_tiny",
     "quadtree_b2",
+<<<<<<< HEAD
     "transnext_base_384",
     "transnext_tiny",
+=======
+    "van_b1",
+>>>>>>> main
 )
 
 _LAST_RATE = "Left out: 10 epochs more at the last rate."
 _THREE_TIMES = "Left out: three augmentations of each image in an epoch"
 _BIASES = ("norm", "rpb")
 _AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
+<<<<<<< HEAD
 _TRANSNEXT_BIASES = ("norm", "query_embedding", "relative_pos_bias_local", "cpb", "temperature")
+=======
+# SegNeXt decayed the norms of its stem.
+_MSCAN_NORMS = ("downsample.norm", *(f"{digit}.norm" for digit in range(10)))
+>>>>>>> main
 _STRETCHED = dict(divisor=32)  # evaluation stretches images, a little, to multiples of 32 pixels
 # What a rule holds beside the keys of a config.
 TEXTS = ("note", "gpus", "arguments", "sizes", "source")
@@ -256,6 +269,26 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             sizes="ela_l_mobilenetv2, ela_s_resnet18 or ela_s_resnet50",
         ),
     ),
+    *(
+        (
+            f"classify/{name}_imagenet",
+            dict(
+                data=dict(crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3, augment=dict(interpolation="random")),
+                precision="float32",
+                schedule=dict(warmup_epochs=5, final_factor=1e-3),
+                note=f"{_LAST_RATE}{note}",
+                sizes=sizes,
+            ),
+        )
+        for name, note, sizes in (
+            ("van_b1", "", "van_b0, van_b2 or van_b3, each with its own drop path"),
+            (
+                "mscan_t",
+                " The authors say that MSCAN was trained as VAN; they published neither code nor classifier.",
+                "mscan_s, mscan_b or mscan_l, each with its own drop path",
+            ),
+        )
+    ),
     # Detection on COCO.
     ("detect/*", dict(model=dict(pretrained=True))),
     ("detect/*_1x_coco", dict(_base_=["_base_/coco_multi_scale", "_base_/schedule_1x"])),
@@ -360,6 +393,43 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("segment/upernet_biformer_small_*", _drop_path(0.3)),
     ("segment/upernet_biformer_base_*", _drop_path(0.4)),
+    ("segment/*_van_*", dict(optimizer=dict(no_decay=("norm",)))),
+    ("segment/upernet_van_b4_*", dict(batch_size=4)),
+    *(
+        (f"segment/upernet_{name}_22k_*", dict(model=dict(pretrained=False, backbone_checkpoint=f"{name}.mcg_in22k")))
+        for name in ("van_b4", "van_b5", "van_b6")
+    ),
+    ("segment/semantic_fpn_van_*", dict(optimizer=dict(no_decay=()))),
+    # SegNeXt. Of Light-Ham on VAN the settings weren't published.
+    (
+        "segment/light_ham_mscan_*_160k_*",
+        dict(
+            _base_=["_base_/ade20k", "_base_/schedule_160k"],
+            model=dict(pretrained=True, kwargs=dict(channels=256, rank=16, random_bases=True)),
+            data=_STRETCHED,
+            optimizer=dict(no_decay=_MSCAN_NORMS, factors={"head.": 10.0}),
+            batch_size=8,
+            note="The bases of the factorisation are drawn anew in each step, as the authors' are.",
+        ),
+    ),
+    ("segment/light_ham_mscan_b_160k_*", dict(model=dict(kwargs=dict(channels=512, rank=64)), batch_size=4)),
+    ("segment/light_ham_mscan_l_160k_*", dict(model=dict(kwargs=dict(channels=1024, rank=64)), batch_size=4)),
+    (
+        "segment/light_ham_mscan_*_cityscapes",
+        dict(
+            data=dict(
+                name="cityscapes",
+                num_classes=19,
+                short=1024,
+                long=2048,
+                divisor=1,
+                augment=dict(shorts=(1024,), long=2048, crop=1024),
+            ),
+            test=dict(mode="slide", crop_size=1024, stride=768),
+            batch_size=4,
+        ),
+    ),
+    ("segment/light_ham_mscan_[bl]_*_cityscapes", dict(batch_size=2)),
     # Mask2Former on DiNAT-Large.
     *(
         (f"segment/mask2former_*_{output}", dict(model=dict(output=output)))

@@ -2,6 +2,7 @@
 
 from .attention import attention, merge_attentions
 from .deformable import deformable_backends, multi_scale_deformable_attention
+from .depthwise import depthwise_backends, depthwise_conv2d
 from .neighborhood import (
     na1d,
     na1d_av,
@@ -23,6 +24,8 @@ from .routing import routed_attention, routing_backends
 __all__ = [
     "attention",
     "deformable_backends",
+    "depthwise_backends",
+    "depthwise_conv2d",
     "merge_attentions",
     "multi_scale_deformable_attention",
     "na1d",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import Backend, choose, export_obstacle, report
+from .bilinear import neighbors
 
 
 class Problem(NamedTuple):
@@ -134,8 +135,8 @@ def _bags(problem: Problem) -> Tensor:
 
     # The maps' axis and the points' as one: longer rows.
     locations, weights = locations.flatten(3, 4), weights.flatten(3)
-    (left, right), (left_weight, right_weight) = _neighbors(locations[..., 0], widths)
-    (upper, lower), (upper_weight, lower_weight) = _neighbors(locations[..., 1], heights)
+    left, right, left_weight, right_weight = neighbors(locations[..., 0] * widths - 0.5, widths)
+    upper, lower, upper_weight, lower_weight = neighbors(locations[..., 1] * heights - 0.5, heights)
     upper_weight, lower_weight = upper_weight * weights, lower_weight * weights
     with torch.no_grad():
         first = torch.arange(0, batch * pixels * heads, pixels * heads, dtype=integer)[:, None, None, None]
@@ -150,23 +151,6 @@ def _bags(problem: Problem) -> Tensor:
         mode="sum",
     )
     return out.view(batch, queries, heads * dim)
-
-
-def _neighbors(location: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return the pixels before and after each point along an axis of ``size``, and the point's share in them.
-
-    A pixel outside is replaced by the nearest one, with a share of zero.
-    """
-    position = location * size - 0.5
-    with torch.no_grad():
-        before = position.floor()
-        after = before + 1
-        # fmax and fmin, so that points that are not numbers name a pixel too; their shares are not numbers.
-        zero, last = position.new_zeros(()), size - 1
-        pixels = tuple(torch.fmin(torch.fmax(pixel, zero), last) for pixel in (before, after))
-        inside = [(pixel == clamped) for pixel, clamped in zip((before, after), pixels, strict=True)]
-    offset = position - before
-    return pixels, ((1 - offset) * inside[0], offset * inside[1])
 
 
 def _bags_obstacle(problem: Problem) -> str | None:

@@ -44,8 +44,9 @@ class Pyramid(nn.Module):
         """Return the maps of normalised images ``[B, C, H, W]``."""
         if not self.dense:
             return tuple(self.model.forward_intermediates(x, intermediates_only=True))
-        maps = self.model.backbone(x)
-        return tuple(self.model.neck(maps) if hasattr(self.model, "neck") else maps)
+        if hasattr(self.model, "features"):
+            return tuple(self.model.features(x))
+        return tuple(self.model.neck(self.model.backbone(x)))
 
 
 def check_exportable(model: nn.Module, path: str | Path) -> None:

@@ -1,15 +1,21 @@
 """The predictor that a checkpoint of any task, or a published model's name, asks for."""
 
+import dataclasses
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..configs.published import read_published
 from ..zoo import CheckpointError
+from ..zoo.backbone import head_options_of
+from ..zoo.weights import table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
+from .dense.build import with_told
 
 _TRANSFORMERS = ("mask2former", "oneformer")
 # Whose classes there are so many of; the panoptic ones of COCO are 133.
@@ -68,7 +74,8 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
         raise TaskError(f"{name}: no weights were published; train it: foveate train {row['config']}")
     weights = name if weights is None else weights
     if row["head"] not in _TRANSFORMERS:
-        return load_dense(row["head"], row["backbone"], weights, device, data=row["data"])
+        options = table()[name].options if name in table() else None
+        return load_dense(row["head"], row["backbone"], weights, device, data=row["data"], options=options)
     from .dense.segment.mask2former import SETTINGS
 
     # What follows the head in the name: the data set, and the output or the training's size.
@@ -86,6 +93,7 @@ def load_dense(
     setting: str = "auto",
     output: str | None = None,
     data: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the predictor of a detector's or segmenter's file, whoever wrote it, with the published settings.
 
@@ -97,20 +105,21 @@ def load_dense(
         setting: As there.
         output: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
         data: Whose classes it has, for their names; told by their number if None.
+        options: Of a segmenter's head, what its file doesn't tell.
 
     Raises:
         CheckpointError: If the weights can't be had, or don't fit.
     """
-    described = {"head": head, "backbone": backbone, "setting": setting, "backbone_kwargs": {}, "kwargs": {}}
-    if head in ("retinanet", "mask_rcnn", "cascade_mask_rcnn"):
+    options = dict(options or {})
+    described = {"head": head, "backbone": backbone, "setting": setting, "backbone_kwargs": {}, "kwargs": options}
+    if head in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"):
         from .dense.detect import create_detector
         from .detect import Predictor
         from .detect.task import detector_card
 
         model = create_detector(head, backbone, setting=setting, checkpoint=weights)
-        count = model.num_classes
-        predictor = Predictor(model, class_names(data or _DATA.get(count, ""), count), device)
-        predictor.card = detector_card(described, predictor.classes)
+        predictor = Predictor(model, _classes_of(model, data or _DATA.get(model.num_classes, "")), device)
+        predictor.card = detector_card(with_told(described, model), predictor.classes)
         return predictor
     from .data.segmentation import InputRule
     from .dense.segment import create_segmenter
@@ -118,7 +127,7 @@ def load_dense(
     from .segment.task import segmenter_card
 
     test = {"mode": "whole", "crop_size": None, "stride": None, "scales": (1.0,), "flip": False}
-    model = create_segmenter(head, backbone, setting=setting, checkpoint=weights)
+    model = create_segmenter(head, backbone, setting=setting, checkpoint=weights, **options)
     count = model.num_classes
     data = data or _DATA.get(count, "")
     things = [False] * count
@@ -126,12 +135,27 @@ def load_dense(
         output, rule = output or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
-        stretched = backbone.startswith(("biformer", "quadtree"))
-        output, rule = "semantic", InputRule(512, 2048, 32 if stretched else 1, model.mean, model.std)
-    classes = class_names(data, count)
+        divisor = 1 if data == "cityscapes" else head_options_of(backbone, "images").get("divisor", 1)
+        short = 512
+        if data == "cityscapes":
+            short, test = 1024, test | {"mode": "slide", "crop_size": 1024, "stride": 768}
+        output, rule = "semantic", InputRule(short, 2048, divisor, model.mean, model.std)
+    told = getattr(model, "tests", None)
+    if told is not None:
+        rule = dataclasses.replace(rule, channel_order=model.channel_order)
+        if head not in _TRANSFORMERS:
+            rule = dataclasses.replace(rule, short=told["short"], long=told["long"])
+            test |= {name: value for name, value in told.items() if name in test}
+    classes = _classes_of(model, data)
     predictor = Predictor(model, rule, classes, things, output, test, device)
-    predictor.card = segmenter_card(described, classes, things, output, rule, test)
+    predictor.card = segmenter_card(with_told(described, model), classes, things, output, rule, test)
     return predictor
+
+
+def _classes_of(model: nn.Module, data: str) -> list[str]:
+    """Return the names of a dense model's classes: those of its file, if it has them, else those of the data."""
+    count, held = model.num_classes, list(getattr(model, "classes", ()))
+    return held if len(held) == count else class_names(data, count)
 
 
 def class_names(data: str, count: int) -> list[str]:

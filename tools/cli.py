@@ -98,9 +98,12 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         # These import torch; whatever raised one of them has done so.
         from ..tasks import TaskError
-        from ..zoo import CheckpointError, UnknownModelError
+        from ..tasks.extras import missing
+        from ..zoo import BackboneError, CheckpointError, UnknownModelError
 
-        if not isinstance(error, TaskError | CheckpointError | UnknownModelError):
+        if isinstance(error, ModuleNotFoundError) and (reason := missing(error.name)) is not None:
+            return _fail(reason)
+        if not isinstance(error, TaskError | BackboneError | CheckpointError | UnknownModelError):
             raise
         return _fail(str(error))
 

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..tasks import TaskError
     from ..tasks.export import FORMATS, Pyramid, check_exportable, export_model
+    from ..zoo.library_errors import first_line
 
     if args.batch < 1:
         raise TaskError(f"--batch is {args.batch}, but must be at least 1")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         facts = export_model(model, example, args.output, card, args.tolerance, args.dynamic_batch)
     except (AssertionError, RuntimeError) as error:
         # The model itself refused the example.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise TaskError(f"{args.source}: does not take images of {height}x{width} pixels: {reason}") from error
     kind, megabytes = FORMATS[args.output.suffix], args.output.stat().st_size / 1e6
     print(f"{args.output}: {kind}, {megabytes:.1f} MB")

@@ -298,11 +298,11 @@ def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
     if not any(key.startswith("backbone.") for key in state):
         return None
     try:
-        return "detect", detectors.head_of(detectors.read_detector(path), path)
+        return "detect", detectors.head_of(detectors.read_detector(path).state, path)
     except CheckpointError:
         pass
     try:
-        return "segment", segmenters.head_of(segmenters.read_segmenter(path), path)
+        return "segment", segmenters.head_of(segmenters.read_segmenter(path).state, path)
     except CheckpointError:
         return None
 
@@ -654,11 +654,12 @@ def _upload(folder: Path, repo: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     from ..tasks import TaskError
+    from ..zoo.library_errors import first_line
 
     api = HfApi(library_name="foveate")
     try:
         api.create_repo(repo, exist_ok=True)
         print(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add model"))
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise TaskError(f"{folder} is complete, but not uploaded to {repo}: {reason}") from error

@@ -2,13 +2,22 @@
 
 from fnmatch import fnmatch
 
+<<<<<<< HEAD
 from . import agent, biformer, dat, dual, ela, host, nat, quadtree, shiftvit, transnext
+=======
+from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, quadtree, shiftvit, van
+>>>>>>> main
 from ._checkpoint import CheckpointError
+from ._maps import BackboneError
 from .backbone import Backbone, UnknownModelError, create_backbone
 
-__all__ = ["Backbone", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
+__all__ = ["Backbone", "BackboneError", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 
+<<<<<<< HEAD
 _FAMILIES = (nat, biformer, dual, quadtree, dat, agent, shiftvit, transnext, ela, host)
+=======
+_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, van, ela, host)
+>>>>>>> main
 
 
 def list_models(pattern: str = "*") -> list[str]:

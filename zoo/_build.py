@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import weights
 from ._checkpoint import CheckpointError, filter_for, open_checkpoint
+from .library_errors import needs_unpickling
 
 # What the families' tables of weights have in common: ImageNet-1k classifiers at 224 pixels.
 IMAGENET_CFG = {
@@ -67,7 +68,7 @@ def build(
         )
     except RuntimeError as error:
         # timm's own text, for files in a folder or on the hub, advises to switch the safety off.
-        if "weights_only" not in str(error):
+        if not needs_unpickling(error):
             raise
         raise CheckpointError(
             f"{name}: the checkpoint is not read: it pickles objects, which could run code when read"

@@ -2,11 +2,9 @@
 
 import argparse
 import dataclasses
-import itertools
 import json
 import logging
 import pickle
-import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ._arrays import UnsafePickleError, is_pickle, read_arrays
+from .library_errors import first_line, needs_unpickling
 
 _logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def metadata_of(path: str | Path) -> dict[str, str]:
 
 
 def open_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint file, of safetensors or anything `torch.save` wrote, without executing what it pickles.
+    """Read a checkpoint file, of safetensors, detectron2's arrays or anything `torch.save` wrote, without running it.
 
     What the file is, its content tells, not its name.
 
@@ -158,11 +159,8 @@ def open_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if _is_pickle_of_arrays(path):
-        raise CheckpointError(
-            f"{path}: a pickle of NumPy arrays, as detectron2's model zoo has them, and no torch checkpoint; such "
-            "files are not read yet: save its arrays as tensors, by torch.save or safetensors"
-        )
+    if is_pickle(path):
+        return _of_arrays(path)
     try:
         if path.suffix == ".safetensors" or is_safetensors(path):
             from safetensors.torch import load_file
@@ -172,28 +170,31 @@ def open_checkpoint(path: str | Path) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
-        objects = any(kind in str(error).lower() for kind in ("unsupported global", "unsupported class"))
+        objects = needs_unpickling(error)
         reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
         raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
-def _is_pickle_of_arrays(path: Path) -> bool:
-    """Return whether a file is a bare pickle with arrays of NumPy early on; nothing of it is run."""
-    with open(path, "rb") as file:
-        if file.read(1) != b"\x80":
-            return False
-        file.seek(0)
-        try:
-            strings = (value for _, value, _ in itertools.islice(pickletools.genops(file), 1000))
-            return any(isinstance(value, str) and value.startswith("numpy") for value in strings)
-        except ValueError:
-            return False
+def _of_arrays(path: Path) -> dict:
+    """Read a pickle of NumPy arrays, as detectron2's model zoo has them."""
+    try:
+        checkpoint = read_arrays(path)
+    except UnsafePickleError as error:
+        raise CheckpointError(
+            f"{path}: not read: {error}; of pickles, only those of plain types and arrays of numbers are accepted"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    if not isinstance(checkpoint.get("model"), Mapping):
+        raise CheckpointError(
+            f"{path}: a pickle without a 'model', such as the blobs of Caffe2; its names are not known here"
+        )
+    return checkpoint
 
 
 def state_of(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -216,7 +217,9 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     # The second is that of our own detectors and segmenters.
     for prefix in ("backbone.", "features.model."):
         if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            # mmpretrain's classifiers have theirs beside the backbone.
+            head = {key: state[key] for key in ("head.fc.weight", "head.fc.bias") if key in state}
+            state = head | {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
 

@@ -13,18 +13,16 @@ as in the published dense models, which are dense settings of the same networks 
 import re
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks import AgentAttention2d, AgentTokenAttention
-from ..blocks.global_attention import resize_bias_table
-from ..blocks.position import resize_map
-from ..blocks.window import cut_windows, from_swin_table, join_windows
+from ..blocks.window import cut_windows, join_windows
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._checkpoint import resampled
+from .hosts.checkpoints import published_names, resized_positions
 from .hosts.cswin import CSWin
 from .hosts.deit import DeiT
 from .hosts.pvt import PVT
@@ -247,77 +245,28 @@ def _agent_shapes(
     return agent_shapes
 
 
-# From the published names to ours.
-_SWIN_NAMES = (
-    (r"^patch_embed\.", lambda m: "stem."),
-    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
-    (r"^layers\.", lambda m: "stages."),
-    (r"^norm(\d)\.", lambda m: f"out_norms.{m[1]}."),
-    (r"\.relative_position_bias_table$", lambda m: ".rpb"),
-)
-_PVT_NAMES = (
-    (r"^patch_embed1\.proj\.", lambda m: "stem.conv."),
-    (r"^patch_embed1\.norm\.", lambda m: "stem.norm."),
-    (r"^pos_embed1$", lambda m: "stem.pos_embed"),
-    (r"^patch_embed(\d)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.conv."),
-    (r"^patch_embed(\d)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.norm."),
-    (r"^pos_embed(\d)$", lambda m: f"stages.{int(m[1]) - 1}.downsample.pos_embed"),
-    (r"^block(\d)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
-)
-_CSWIN_NAMES = (
-    (r"^stage1_conv_embed\.0\.", lambda m: "stem.conv."),
-    (r"^stage1_conv_embed\.2\.", lambda m: "stem.norm."),
-    (r"^merge(\d)\.", lambda m: f"stages.{m[1]}.downsample."),
-    (r"^stage(\d)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
-    (r"\.(qkv|proj)\.", lambda m: f".attn.{m[1]}."),
-    (r"\.attns\.0\.([a-z]{2}_bias)$", lambda m: f".attn.{m[1]}"),
-    (r"\.attns\.(\d)\.get_v\.", lambda m: f".attn.lepe.{m[1]}."),
-)
+# In CSWin's blocks the attention has no name of its own in the published files.
+_CSWIN_BIASES = (r"\.attns\.0\.([a-z]{2}_bias)$", lambda m: f".attn.{m[1]}")
 # Where the biases that belong to a map's size have their rows or columns.
 _SPATIAL_DIMS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 
 
 def _renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return a published state dict under ``model``'s names and in its layouts, whatever the image size."""
-    if isinstance(model, AgentDeiT):
-        quarter = len(model.stages[0].blocks)
-        names = (
-            (r"^patch_embed\.", lambda m: "stem."),
-            (r"^blocks\.(\d+)\.", lambda m: f"stages.{int(m[1]) // quarter}.blocks.{int(m[1]) % quarter}."),
-        )
-    elif isinstance(model, AgentPVT):
-        names = _PVT_NAMES
-    elif isinstance(model, AgentCSWin):
-        names = _CSWIN_NAMES
-    else:
-        names = _SWIN_NAMES
     wanted = model.state_dict()
     renamed = {}
-    for key, value in state.items():
-        if key.endswith((".relative_position_index", ".attn_mask")):
-            continue
-        if key.endswith("relative_position_bias_table"):
-            value = from_swin_table(value)
-        for pattern, ours in names:
-            key = re.sub(pattern, ours, key)
-        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key.endswith("lepe.0.weight") or key.endswith("lepe.0.bias"):
+    for key, value in published_names(state, model).items():
+        key = re.sub(*_CSWIN_BIASES, key)
+        if key.endswith(("lepe.0.weight", "lepe.0.bias")):
             # In CSWin's agent blocks the same name stands for the convolution of the values.
             convolution = key.replace("lepe.0", "dwc")
             key = convolution if convolution in wanted else key
-        if key.endswith(".pos_embed") and value.ndim == 3:
-            side = round(value.shape[1] ** 0.5)
-            value = value.unflatten(1, (side, side))
         renamed[key] = value
-    for key in [key for key in renamed if ".attn.q." in key]:
-        kv = key.replace(".attn.q.", ".attn.kv.")
-        if kv in renamed:
-            renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([renamed.pop(key), renamed.pop(kv)])
     return renamed
 
 
 def _resized(key: str, value: Tensor, wanted: Tensor) -> Tensor:
-    """Resample a bias or position embedding of another image size to ``wanted``'s shape, as the published code does."""
+    """Resample an agent bias of another image size to ``wanted``'s shape, as the published code does."""
     leaf = key.rsplit(".", 1)[-1]
     if value.shape == wanted.shape or value.ndim != wanted.ndim:
         return value
@@ -327,20 +276,7 @@ def _resized(key: str, value: Tensor, wanted: Tensor) -> Tensor:
             lines = value.movedim(dim, -1)
             resized = F.interpolate(lines.flatten(0, 3)[:, None], size=wanted.shape[dim], mode="linear")
             return resampled(resized.reshape(*lines.shape[:-1], -1).movedim(-1, dim), value, "linear")
-    elif leaf == "rpb" and value.shape[0] == wanted.shape[0]:
-        return resampled(resize_bias_table(value, list(wanted.shape[1:])), value, "bicubic")
-    elif key.endswith(".pos_embed") and value.shape[-1] == wanted.shape[-1]:
-        return resampled(resize_map(value, wanted.shape[1], wanted.shape[2], "bicubic"), value, "bicubic")
     return value
-
-
-def _resized_tokens(pos_embed: Tensor, model: AgentDeiT) -> Tensor:
-    """Resample the position embedding of class token and patches ``[1, 1 + side * side, C]`` to ``model``'s map."""
-    side = round((pos_embed.shape[1] - 1) ** 0.5)
-    if pos_embed.shape == model.pos_embed.shape or side * side != pos_embed.shape[1] - 1:
-        return pos_embed
-    grid = resize_map(pos_embed[:, 1:].unflatten(1, (side, side)), model.map_height, model.map_width, "bicubic")
-    return resampled(torch.cat([pos_embed[:, :1], grid.flatten(1, 2)], dim=1), pos_embed, "bicubic")
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -353,9 +289,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         state = _renamed(state, model)
     wanted = model.state_dict()
     state = {key: _resized(key, value, wanted[key]) if key in wanted else value for key, value in state.items()}
-    if isinstance(model, AgentDeiT) and "pos_embed" in state:
-        state["pos_embed"] = _resized_tokens(state["pos_embed"], model)
-    return state
+    return resized_positions(state, model)
 
 
 _DEIT_TINY = dict(embed_dim=192, num_heads=3)

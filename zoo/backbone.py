@@ -1,18 +1,22 @@
 """Any timm model as a backbone of dense prediction: maps out, channels and reductions known."""
 
 import difflib
+import functools
+import math
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import timm
-from timm.models import get_pretrained_cfg, is_model, model_entrypoint
+import torch.nn.functional as F
+from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
+from ._maps import BackboneError, Maps, dense_indices, measure, said_maps
 from .loading import create_model
-
-# What lets timm's models of a fixed input size take any; each model has one of these options, or none.
-_FREE_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True})
+from .weights import locate
 
 
 class UnknownModelError(ValueError):
@@ -22,31 +26,114 @@ class UnknownModelError(ValueError):
 class Backbone(nn.Module):
     """A timm model cut to its features.
 
+    Images that the model doesn't take as they are get zeros on the right and at the bottom, and the maps lose the cells
+    beyond the image again.
+
     Attributes:
         channels: Channels of each map.
         reductions: Stride of each map with respect to the image.
+        multiple: Sides of images are padded to multiples of it.
+        size: The one ``(height, width)`` to which images are padded; None if the model takes any.
         load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
+
+    Args:
+        features: A model made with ``features_only``.
+        maps: What its maps are; what ``features`` itself says, by default.
+        resample: Whether maps whose stride is no power of two, as those of patches of 14 pixels, are resampled to the
+            nearest one.
     """
 
-    def __init__(self, features: nn.Module):
+    def __init__(self, features: nn.Module, maps: Maps | None = None, resample: bool = False):
         super().__init__()
         self.features = features
         self.load_report = getattr(features, "load_report", None)
-        self.channels = list(features.feature_info.channels())
-        self.reductions = list(features.feature_info.reduction())
-        # timm's Swin transformers and a few others say so.
-        self._channels_last = getattr(features, "output_fmt", "NCHW") == "NHWC"
+        maps = said_maps(features) if maps is None else maps
+        self.channels = list(maps.channels)
+        self._strides = list(maps.strides)
+        self.reductions = [2 ** round(math.log2(stride)) if resample else stride for stride in maps.strides]
+        self.multiple, self.size = maps.multiple, maps.size
+        self._channels_last, self._borderless = maps.channels_last, maps.borderless
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest."""
+        """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest.
+
+        Raises:
+            BackboneError: If the images are larger than the one size that the model takes.
+        """
+        size = x.shape[-2:]
+        x = self._padded(x)
         maps = self.features(x)
-        return [level.permute(0, 3, 1, 2) for level in maps] if self._channels_last else maps
+        if self._channels_last:
+            maps = [level.permute(0, 3, 1, 2) for level in maps]
+        if self._borderless:
+            maps = [_with_border(level, stride, x) for level, stride in zip(maps, self._strides, strict=True)]
+        if self.reductions != self._strides:
+            grids = zip(maps, self._strides, self.reductions, strict=True)
+            maps = [_resampled(level, stride, wanted) for level, stride, wanted in grids]
+        elif self.size is None and self.multiple == 1:
+            return maps
+        return crop_maps(maps, self.reductions, size)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if self.size is None:
+            below, right = -height % self.multiple, -width % self.multiple
+        else:
+            below, right = self.size[0] - height, self.size[1] - width
+            if below < 0 or right < 0:
+                raise BackboneError(
+                    f"the backbone takes images of up to {self.size[0]}x{self.size[1]} pixels, got {height}x{width}; "
+                    f"build it for larger ones: img_size=({max(height, self.size[0])}, {max(width, self.size[1])})"
+                )
+        return F.pad(x, (0, right, 0, below)) if below or right else x
+
+
+def crop_maps(maps: Sequence[Tensor], strides: Sequence[int], size: Sequence[int]) -> list[Tensor]:
+    """Return NCHW maps without the cells that begin beyond an image of ``size``."""
+    return [
+        level[..., : -(-size[0] // stride), : -(-size[1] // stride)]
+        for level, stride in zip(maps, strides, strict=True)
+    ]
+
+
+def _with_border(level: Tensor, stride: int, x: Tensor) -> Tensor:
+    """Return a map ``[B, C, h, w]`` of ``x`` with the cells that unpadded convolutions left out around it."""
+    lost = [-(-side // stride) - cells for side, cells in zip(x.shape[-2:], level.shape[-2:], strict=True)]
+    top, left = (max(side, 0) // 2 for side in lost)
+    return F.pad(level, (left, max(lost[1], 0) - left, top, max(lost[0], 0) - top), mode="replicate")
+
+
+def _resampled(level: Tensor, stride: int, wanted: int) -> Tensor:
+    """Return a map ``[B, C, h, w]`` on the grid of another stride, which begins at the same corner of the image."""
+    if stride == wanted:
+        return level
+    # The whole of what the map sees, and a little more: the last cell of the other grid may reach beyond.
+    level = F.pad(level, (0, 2, 0, 2), mode="replicate")
+    return F.interpolate(level, scale_factor=stride / wanted, mode="bilinear", recompute_scale_factor=False)
 
 
 def dense_settings_of(name: str) -> dict[str, dict]:
     """Return the published dense settings of a model by setting; empty if there are none."""
     module = sys.modules[model_entrypoint(name).__module__]
     return getattr(module, "dense_settings", {}).get(name.split(".")[0], {})
+
+
+def head_options_of(name: str, head: str) -> dict[str, Any]:
+    """Return what a family's published dense models do otherwise than others.
+
+    Args:
+        name: Model.
+        head: A detector's or segmenter's name, whose options they are; or ``"images"``, for the published evaluation's
+            ``divisor`` of an image's sides.
+    """
+    module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
+    options = getattr(module, "head_options", {})
+    return {
+        key: value
+        for pattern, heads in options.items()
+        if fnmatchcase(name, pattern)
+        for key, value in heads.get(head, {}).items()
+    }
 
 
 def check_name(name: str) -> None:
@@ -60,24 +147,43 @@ def create_backbone(
     name: str,
     setting: str | None = None,
     checkpoint: str | Path | None = None,
-    out_indices: Sequence[int] = (0, 1, 2, 3),
+    out_indices: Sequence[int] | None = (0, 1, 2, 3),
     **kwargs,
 ) -> Backbone:
     """Create any timm model, ours or theirs, as a backbone that returns NCHW maps.
+
+    The strides and the layout of the maps of timm's own models, and the sizes of images that they take, are measured
+    at construction, by forward passes without values. Where a model takes one size alone, ``img_size`` chooses it.
 
     Args:
         name: Registered name, with an optional tag.
         setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
         checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
-            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read.
-        out_indices: Which maps to return.
-        **kwargs: Options of the model; they win over the setting's.
+            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read: ours,
+            and those of mmdet, mmseg, detectron2 and Mask2Former.
+        out_indices: Which maps to return. None takes those that dense heads use: the last four of stages that begin at
+            stride 4, four at even distances of blocks on one map, or those nearest to strides 4, 8, 16 and 32; and
+            resamples maps whose stride is no power of two, such as 14, to the nearest one.
+        **kwargs: Options of the model; they win over the setting's. Those of a form are no options of timm's, see
+            `published.PublishedBackbone`: ``style``, ``dense``, ``out_norms``. A published file tells them.
 
     Raises:
         UnknownModelError: If the model or the setting is unknown.
+        BackboneError: If timm gives no such maps of it.
         CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
+    # That file's backbones are of the class above.
+    from .published import PublishedBackbone, build_filled, form_in, is_foreign
+
     check_name(name)
+    if checkpoint is not None and is_foreign(name):
+        checkpoint = locate(checkpoint)
+        create = functools.partial(create_backbone, name, setting, None, out_indices)
+        filled = build_filled(create, name, checkpoint, kwargs)
+        if filled is not None:
+            return filled
+    form, kwargs = form_in(kwargs)
+    kind = functools.partial(PublishedBackbone, **form) if form else Backbone
     options = {}
     if setting is not None:
         known = dense_settings_of(name)
@@ -86,12 +192,14 @@ def create_backbone(
                 f"{name} has no setting {setting!r}; it has {', '.join(map(repr, known)) or 'none'}"
             )
         options = dict(known[setting])
-    options |= {"features_only": True, "out_indices": tuple(out_indices)} | kwargs
-    free = _FREE_SIZE if get_pretrained_cfg(name).fixed_input_size and "img_size" not in options else ()
-    for freedom in free:
-        try:
-            return Backbone(create_model(name, checkpoint, **freedom | options))
-        except TypeError as error:
-            if f"unexpected keyword argument {next(iter(freedom))!r}" not in str(error):
-                raise
-    return Backbone(create_model(name, checkpoint, **options))
+    options |= kwargs
+    if form.get("dense") and name.startswith("swin_"):
+        options["always_partition"] = True
+    if model_entrypoint(name).__module__.startswith(f"{__package__}."):
+        # The contract tests hold ours to what they say.
+        indices = (-4, -3, -2, -1) if out_indices is None else tuple(out_indices)
+        return Backbone(create_model(name, checkpoint, **{"features_only": True, "out_indices": indices} | options))
+    free, maps = measure(name, options)
+    maps = maps.take(dense_indices(maps) if out_indices is None else out_indices)
+    options = {"features_only": True, "out_indices": maps.indices} | free | options
+    return kind(create_model(name, checkpoint, **options), maps, resample=out_indices is None)

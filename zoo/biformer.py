@@ -302,6 +302,9 @@ def _dense(n_win: int, drop_path_rate: float) -> dict:
     return {"out_norms": True, "n_win": n_win, "drop_path_rate": drop_path_rate}
 
 
+# What the published dense models of the family do otherwise, for `head_options_of`: mmdet until 2.18 chose
+# candidates of RetinaNet by anchors, and the segmenters' images are stretched.
+head_options = {"biformer_*": {"retinanet": {"selection": "anchors"}, "images": {"divisor": 32}}}
 # The published dense settings, for `create_backbone(name, setting=...)`. Detection is Mask R-CNN and RetinaNet,
 # segmentation is Semantic FPN.
 dense_settings: dict[str, dict[str, dict]] = {

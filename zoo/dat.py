@@ -419,6 +419,9 @@ def _dense(drop_path_rate: float) -> dict:
     return {"out_norms": True, "drop_path_rate": drop_path_rate}
 
 
+# What the published dense models of the family do otherwise, for `head_options_of`: the pyramid of Mask R-CNN
+# alone is extended from its input.
+head_options = {"dat_pp_*": {"mask_rcnn": {"extra_convs": "on_input"}}}
 # The published dense settings, for `create_backbone(name, setting=...)`; they differ in stochastic depth alone.
 # Detection's is that of Mask R-CNN 3x where it was trained, else of Cascade Mask R-CNN; segmentation's is UPerNet's.
 dense_settings: dict[str, dict[str, dict]] = {

@@ -281,6 +281,9 @@ def _davit(name: str, pretrained: bool, options: dict, config: dict) -> DaViT:
     return build(DaViT, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
+# What the published dense models of the family do otherwise, for `head_options_of`: mmdet until 2.18 chose
+# candidates of RetinaNet by anchors.
+head_options = {"foveate_davit_*": {"retinanet": {"selection": "anchors"}}}
 # The published dense settings, for `create_backbone(name, setting=...)`: drop path of the 36-epoch detectors (0.1 in
 # those of 12 epochs) and of UPerNet, the same for every size.
 dense_settings: dict[str, dict[str, dict]] = {

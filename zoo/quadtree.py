@@ -20,15 +20,13 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
-from timm.models.pvt_v2 import MlpWithDepthwiseConv, OverlapPatchEmbed
+from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
 from ..blocks import QuadTreeAttention2d
-from ..blocks.plain import is_plain
-from ..kernels.backends import is_exporting
+from ..blocks.depthwise_mlp import DepthwiseMlp
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -44,59 +42,6 @@ class Downsample(OverlapPatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, in_dim]`` to ``[B, ceil(H / 2), ceil(W / 2), dim]``."""
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-# Of the MLP's hidden map at a time, where it is computed in pieces: about a core's second-level cache.
-_PIECE_BYTES = 2 * 2**20
-
-
-class ConvMlp(MlpWithDepthwiseConv):
-    """PVTv2's MLP on maps: linear, depthwise 3x3, GELU, linear; NHWC.
-
-    Its hidden map is the largest tensor of the model, up to 8 times its input, but no hidden channel and no image
-    depends on another. Without gradients on the CPU it is therefore computed in pieces that stay in the cache.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, H, W, dim]`` to the same shape."""
-        if not torch.jit.is_scripting() and self._in_pieces(x):
-            return self._forward_in_pieces(x)
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.drop(self.act(x))))
-
-    @torch.jit.ignore
-    def _in_pieces(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
-        if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
-            return False
-        return is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2)
-
-    @torch.jit.ignore
-    def _forward_in_pieces(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        hidden = self.fc1.out_features
-        channel_bytes = height * width * x.element_size()
-        channels = min(hidden, max(16, _PIECE_BYTES // channel_bytes // 16 * 16))
-        images = max(1, _PIECE_BYTES // (channel_bytes * hidden))
-        out = torch.empty_like(x)
-        for first in range(0, batch, images):
-            part = x[first : first + images]
-            tokens = part.reshape(-1, part.shape[-1])
-            total = self.fc2.bias.expand(tokens.shape[0], -1)
-            for start in range(0, hidden, channels):
-                chosen = slice(start, start + channels)
-                piece = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
-                piece = piece.view(part.shape[0], height, width, -1).permute(0, 3, 1, 2)
-                piece = F.conv2d(
-                    piece, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=piece.shape[1]
-                )
-                piece = self.act(piece.permute(0, 2, 3, 1).flatten(0, 2))
-                total = torch.addmm(total, piece, self.fc2.weight[:, chosen].t())
-            out[first : first + images] = total.view(part.shape)
-        return out
-
-
-register_notrace_module(ConvMlp)
 
 
 class Block(nn.Module):
@@ -118,7 +63,7 @@ class Block(nn.Module):
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,6 +224,9 @@ def _quadtree(name: str, pretrained: bool, options: dict, config: dict) -> QuadT
     return build(QuadTree, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
+# What the published dense models of the family do otherwise, for `head_options_of`: the segmenters' images
+# are stretched.
+head_options = {"quadtree_*": {"images": {"divisor": 32}}}
 # The published dense settings, for `create_backbone(name, setting=...)`.
 _DENSE = dict(topk=32, value_act="relu", drop_path_rate=0.1)
 dense_settings: dict[str, dict[str, dict]] = {

@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from ._checkpoint import CheckpointError, open_checkpoint
 from ._download import DownloadError, download, sha256_of
+from .library_errors import first_line
 
 _logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Weights:
         head: Kind of the detector or segmentor.
         schedule: Which of several trainings.
         note: What else one has to know.
+        options: Of the segmentor's head, what its file doesn't tell.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Weights:
     head: str | None = None
     schedule: str | None = None
     note: str | None = None
+    options: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -322,7 +325,7 @@ def _fetch_from(
             path = Path(hf_hub_download(source.repo, source.name, cache_dir=cache_dir, force_download=renew))
         except Exception as error:
             # The errors of the HTTP library below have no base class that it names.
-            raise DownloadError((str(error) or type(error).__name__).splitlines()[0]) from error
+            raise DownloadError(first_line(error)) from error
         _check(path, sha256)
         return path
     if not address.startswith(("http://", "https://")):

@@ -409,8 +409,9 @@ static int make_plan(plan *p, const call *a, int pass, int lanes, int most_rows)
                  + (a->bias ? 2 * p->entries * lanes : 0) /* bias and its gradient, by lane */
                  + 16 * (rows + 1)                        /* list of rows */
                  + 64 * lanes;
-    if (pass >= SCORES) /* a query's weights, or a row's of every lane */
-        p->scratch += ((a->reach[0] + 1) * (a->reach[1] + 1) * (a->reach[2] + 1) + p->most_columns) * lanes;
+    if (pass >= SCORES) /* the weights of a tile's queries, or a row's of every lane */
+        p->scratch +=
+            most_rows * ((a->reach[0] + 1) * (a->reach[1] + 1) * (a->reach[2] + 1) + p->most_columns) * lanes;
     return DONE;
 }
 
@@ -1154,6 +1155,8 @@ static void FN(run)(plan *p, int task, float *scratch) {
     const int64_t mirror = pass == BACKWARD_KEY ? -1 : 1;
     const int64_t bias_row = a->bias ? -mirror * width * LANES : 0, bias_next = a->bias ? mirror * LANES : 0;
 
+    /* Columns beside the map are computed with and masked: what was there might be denormal, a hundred times as slow. */
+    memset(ring, 0, ring_rows * p->ring_row * sizeof(float));
     int filled = 0;
     for (int t = mine.tile_from; t < mine.tile_to; t++) {
         const int start = p->tile[t].start, rows = p->tile[t].rows;
@@ -1316,6 +1319,69 @@ static void FN(read_pairs)(
     if (dtype == BFLOAT16) FN(read_pairs_as)(row, c, group, plane, to, BFLOAT16);
 }
 
+/* Where the weights of a key row begin among those by slot of a tile's rows: at the first row that sees it. */
+INLINE int64_t FN(slot_of)(
+    const plan *p, const key_row *key, int zi, int start, int64_t slots_y, int64_t slots_x, int64_t slots) {
+    const int64_t slot_z = key->layer - p->depth.first[zi], slot_y = key->row - p->height.first[start + key->from];
+    return key->from * slots + (slot_z * slots_y + slot_y) * slots_x;
+}
+
+/* Write the scores of one row of keys, by offset and lane, to each query's run of slots at `to`. */
+static void FN(write_runs)(
+    const float *x, const columns *c, char *const *to, float *spare, uint32_t valid, int dtype) {
+#if LANES == 16
+    if (dtype == FLOAT32 && c->count <= LANES) {
+        V row[LANES];
+        EACH (i, LANES) {
+            row[i] = ALL(0);
+            if (i < c->count) row[i] = load(x + i * LANES);
+        }
+        FN(transpose)(row);
+        EACH (l, LANES)
+            if (valid >> l & 1) {
+                const uint32_t run = (1u << c->run[3 * l + 2]) - 1;
+                _mm512_mask_storeu_ps(
+                    to[l], (__mmask16)run, _mm512_maskz_compress_ps((__mmask16)(run << c->run[3 * l + 1]), row[l]));
+            }
+        return;
+    }
+#endif
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    float one[LANES];
+    char *lane[LANES];
+    store(one, ALL(1));
+    for (int l = 0; l < LANES; l++) lane[l] = (char *)spare + l * c->count * size;
+    FN(scatter)(x, c->count, one, lane, valid, dtype);
+    for (int l = 0; l < LANES; l++)
+        if (valid >> l & 1) memcpy(to[l], lane[l] + c->run[3 * l + 1] * size, c->run[3 * l + 2] * size);
+}
+
+/* Read each query's run of slots at `from` as weights by offset and lane, 0 where a lane has none. */
+static void FN(read_runs)(float *x, const columns *c, char *const *from, float *spare, int dtype) {
+#if LANES == 16
+    if (dtype == FLOAT32 && c->count <= LANES) {
+        V row[LANES];
+        EACH (l, LANES) {
+            const uint32_t run = (1u << c->run[3 * l + 2]) - 1;
+            row[l] = _mm512_maskz_expand_ps(
+                (__mmask16)(run << c->run[3 * l + 1]), _mm512_maskz_loadu_ps((__mmask16)run, from[l]));
+        }
+        FN(transpose)(row);
+        EACH (i, LANES)
+            if (i < c->count) store(x + i * LANES, row[i]);
+        return;
+    }
+#endif
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    char *lane[LANES];
+    memset(spare, 0, (int64_t)c->count * LANES * sizeof(float));
+    for (int l = 0; l < LANES; l++) {
+        lane[l] = (char *)spare + l * c->count * size;
+        memcpy(lane[l] + c->run[3 * l + 1] * size, from[l], c->run[3 * l + 2] * size);
+    }
+    FN(gather)(lane, c->count, 1, x, LANES, dtype);
+}
+
 /* A product of unfused attention. `key` is what lies in the ring: keys, values, or what is scattered; `value` are the
  * weights or scores, by slot; `query` is read for scores, `out` written else. */
 static void FN(product)(plan *p, int task, float *scratch) {
@@ -1333,9 +1399,10 @@ static void FN(product)(plan *p, int task, float *scratch) {
     float *ring = scratch, *tile_a = ring + p->layers * p->ring * p->ring_row;
     float *sum = tile_a + MOST_ROWS * dim * LANES, *score = sum + MOST_ROWS * dim * LANES;
     float *held = score + p->block * MOST_ROWS * p->most_columns * LANES;
-    key_row *key = (key_row *)(held + (slots + p->most_columns) * LANES);
+    key_row *key = (key_row *)(held + MOST_ROWS * (slots + p->most_columns) * LANES);
     float zero[LANES] = {0}, one[LANES];
     store(one, ALL(1));
+    memset(ring, 0, p->layers * p->ring * p->ring_row * sizeof(float)); /* see `run` */
 
     int filled = 0;
     for (int t = mine.tile_from; t < mine.tile_to; t++) {
@@ -1346,6 +1413,10 @@ static void FN(product)(plan *p, int task, float *scratch) {
                 FN(fill_row)(
                     p, &plane, NULL, z->position[layer], y->position[filled], mine.v_from, mine.v_to,
                     ring + ((layer - mine.layer_from) * p->ring + filled % p->ring) * p->ring_row);
+        /* How far a row's window is from that of the row before it; -1 if that differs within the tile. */
+        int step = rows > 1 ? y->first[start + 1] - y->first[start] : 0;
+        for (int r = 2; r < rows; r++)
+            if (y->first[start + r] - y->first[start + r - 1] != step) step = -1;
         for (int zi = mine.z_from; zi < mine.z_to; zi++) {
             const int keys = list_rows(p, &mine, &p->tile[t], zi, ring, key);
             for (int v = mine.v_from; v < mine.v_to; v++) {
@@ -1353,9 +1424,15 @@ static void FN(product)(plan *p, int task, float *scratch) {
                 const int64_t at = (int64_t)(v - mine.v_from) * LANES + c->first * next,
                               row_size = (int64_t)c->count * LANES;
                 const uint32_t valid = FN(valid_lanes)(p, mine.first_plane, v);
-                const int whole = !c->mask && pass != SCATTER; /* all lanes have the same slots */
                 char *lane[LANES];
+                /* Where all lanes have the same slots, and rows advance evenly, the arithmetic works on the weights by
+                 * slot, of one row after another; else on offsets, in `score`. */
+                const int by_slot = pass != SCATTER && !c->mask && step >= 0;
+                const int64_t slot_row = by_slot ? (slots - step * slots_x) * LANES : row_size;
                 if (pass == SCORES) {
+                    if (by_slot && (c->count < slots_x || z->high[zi] - z->low[zi] <= a->reach[0] ||
+                                    y->high[start] - y->low[start] <= a->reach[1]))
+                        memset(held, 0, rows * slots * LANES * sizeof(float)); /* some slots have no key */
                     for (int r = 0; r < rows; r++) {
                         FN(lanes_of)(
                             p, &a->query, plane.query, z->position[zi], y->position[start + r], v, size, lane);
@@ -1364,14 +1441,19 @@ static void FN(product)(plan *p, int task, float *scratch) {
                     for (int i = 0; i < keys; i++)
                         FN(scores)(
                             key[i].to - key[i].from, c->count, dim, tile_a + key[i].from * dim * LANES, key[i].a + at,
-                            ld, next, zero, 0, 0, score + ((int64_t)i * rows + key[i].from) * row_size, row_size);
+                            ld, next, zero, 0, 0,
+                            by_slot ? held + FN(slot_of)(p, &key[i], zi, start, slots_y, slots_x, slots) * LANES
+                                    : score + ((int64_t)i * rows + key[i].from) * row_size,
+                            slot_row);
                 }
                 for (int r = 0; r < rows; r++) {
-                    if (whole) {
+                    if (by_slot) {
+                        float *row = held + r * slots * LANES;
                         FN(lanes_of)(
                             p, &a->value, plane.value, z->position[zi], y->position[start + r], v, size, lane);
-                        if (pass == SCORES) memset(held, 0, slots * LANES * sizeof(float));
-                        if (pass == VALUES) FN(gather)(lane, slots, 1, held, LANES, dtype);
+                        if (pass == SCORES) FN(scatter)(row, slots, one, lane, valid, dtype);
+                        if (pass == VALUES) FN(gather)(lane, slots, 1, row, LANES, dtype);
+                        continue;
                     }
                     for (int i = 0; i < keys; i++) {
                         if (r < key[i].from || r >= key[i].to) continue;
@@ -1384,44 +1466,33 @@ static void FN(product)(plan *p, int task, float *scratch) {
                             slot_z = zi - z->first[depth];
                             slot_y = start + r - y->first[height];
                         }
-                        const int64_t first = (slot_z * slots_y + slot_y) * slots_x;
-                        if (whole) {
-                            float *to = pass == SCORES ? held + first * LANES : x;
-                            memcpy(to, pass == SCORES ? x : held + first * LANES, row_size * sizeof(float));
-                            continue;
-                        }
                         char *row = (char *)(intptr_t)a->value.data +
                                     (z->position[depth] * a->value.position[0] +
-                                     y->position[height] * a->value.position[1] + first) *
+                                     y->position[height] * a->value.position[1] +
+                                     (slot_z * slots_y + slot_y) * slots_x) *
                                         size;
                         if (pass == SCATTER) {
                             FN(read_pairs)(row, c, p->group, plane.value, x, dtype);
                             continue;
                         }
-                        /* Lanes differ: each query's run of slots comes from, or goes to, its place among the offsets. */
-                        if (pass == VALUES) memset(held, 0, row_size * sizeof(float));
-                        for (int l = 0; l < LANES; l++) lane[l] = (char *)held + l * c->count * size;
-                        if (pass == SCORES) FN(scatter)(x, c->count, one, lane, valid, dtype);
-                        for (int l = 0; l < LANES; l++) {
-                            const int64_t *run = c->run + 3 * l;
-                            char *theirs = row + (run[0] + plane.value[l % p->group]) * size, *ours = lane[l] + run[1] * size;
-                            if (pass == VALUES) memcpy(ours, theirs, run[2] * size);
-                            if (pass == SCORES && valid >> l & 1) memcpy(theirs, ours, run[2] * size);
-                        }
-                        if (pass == VALUES) FN(gather)(lane, c->count, 1, x, LANES, dtype);
+                        for (int l = 0; l < LANES; l++)
+                            lane[l] = row + (c->run[3 * l] + plane.value[l % p->group]) * size;
+                        if (pass == SCORES) FN(write_runs)(x, c, lane, held, valid, dtype);
+                        if (pass == VALUES) FN(read_runs)(x, c, lane, held, dtype);
                     }
-                    if (whole && pass == SCORES) FN(scatter)(held, slots, one, lane, valid, dtype);
                 }
                 if (pass == SCORES) continue;
                 memset(sum, 0, rows * dim * LANES * sizeof(float));
                 for (int i = 0, same; i < keys; i += same) { /* rows that the same rows of the tile see */
-                    for (same = 1; i + same < keys && key[i + same].from == key[i].from && key[i + same].to == key[i].to;)
+                    for (same = 1; i + same < keys && key[i + same].from == key[i].from &&
+                                   key[i + same].to == key[i].to && key[i + same].layer == key[i].layer;)
                         same++;
                     const int r = key[i].from;
                     FN(weighted)(
                         key[i].to - r, dim, key + i, same, 1, c->count, at, ld, next, c->mask,
-                        score + ((int64_t)i * rows + r) * row_size, row_size, rows * row_size, sum + r * dim * LANES,
-                        dim * LANES);
+                        by_slot ? held + FN(slot_of)(p, &key[i], zi, start, slots_y, slots_x, slots) * LANES
+                                : score + ((int64_t)i * rows + r) * row_size,
+                        slot_row, by_slot ? slots_x * LANES : rows * row_size, sum + r * dim * LANES, dim * LANES);
                 }
                 for (int r = 0; r < rows; r++) {
                     FN(lanes_of)(p, &a->out, plane.out, z->position[zi], y->position[start + r], v, size, lane);

@@ -143,13 +143,25 @@ def _call(
         raise RuntimeError(f"foveate's native neighborhood attention failed: {_ERRORS[status]}")
 
 
+def heads_first(x: Tensor) -> bool:
+    """Return whether the heads of ``x`` ``[B, *spatial, heads, _]`` lie before its positions in memory."""
+    return x.stride(-2) > x.stride(-3)
+
+
+def empty_like(x: Tensor, last: int) -> Tensor:
+    """Return an empty tensor like ``x`` ``[B, *spatial, heads, _]`` but for its last axis, stored in the same order."""
+    if not heads_first(x):
+        return x.new_empty(*x.shape[:-1], last)
+    return x.new_empty(x.shape[0], x.shape[-2], *x.shape[1:-2], last).movedim(1, -2)
+
+
 def native_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], lanes: int | None = None) -> Tensor:
     """Return the products of each query with the keys of its window; see `products.neighborhood_scores`."""
     query, key = contiguous_rows(query), contiguous_rows(key)
     slots = math.prod(axis.kernel_size for axis in axes)
-    # A causal window has slots without a key, which are left alone.
-    empty = query.new_zeros if any(axis.is_causal for axis in axes) else query.new_empty
-    out = empty(*query.shape[:-1], slots)
+    out = empty_like(query, slots)
+    if any(axis.is_causal for axis in axes):
+        out.zero_()  # slots without a key are left alone
     if query.numel():
         _product("scores", key, out, query, query, axes, lanes)
     return out
@@ -158,7 +170,7 @@ def native_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], lanes: int |
 def native_values(weights: Tensor, value: Tensor, axes: Sequence[Axis], lanes: int | None = None) -> Tensor:
     """Return the sums of each window's values by weights; see `products.neighborhood_values`."""
     weights, value = contiguous_rows(weights.to(value.dtype)), contiguous_rows(value)
-    out = value.new_empty(value.shape)
+    out = empty_like(value, value.shape[-1])
     if out.numel():
         _product("values", value, weights, out, out, axes, lanes)
     return out
@@ -167,7 +179,7 @@ def native_values(weights: Tensor, value: Tensor, axes: Sequence[Axis], lanes: i
 def native_scatter(weights: Tensor, x: Tensor, axes: Sequence[Axis], lanes: int | None = None) -> Tensor:
     """Return what each key gets of the queries' ``x``; see `products.neighborhood_scatter`."""
     weights, x = contiguous_rows(weights.to(x.dtype)), contiguous_rows(x)
-    out = x.new_empty(x.shape)
+    out = empty_like(x, x.shape[-1])
     if out.numel():
         _product("scatter", x, weights, out, out, axes, lanes)
     return out

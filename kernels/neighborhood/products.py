@@ -3,7 +3,8 @@
 Three products are closed under differentiation, as QuadTree's are: scores (query x key), values (weights x value) and
 the transpose of the latter, which scatters. Each one's gradients are the other two, of any order. Weights and scores
 are ``[B, *spatial, heads, slots]``; a slot is a key of a query's window, row-major, and a causal window lacks the last
-ones of an axis: there scores are 0, and weights are not read.
+ones of an axis: there scores are 0, and weights are not read. Where the heads of a tensor lie before its positions in
+memory, as in NATTEN's layout, those of the result do too.
 """
 
 import math
@@ -35,6 +36,11 @@ def _slots(axes: Fields) -> int:
     return math.prod(axes[1::5])
 
 
+def _stored_like(x: Tensor, out: Tensor) -> Tensor:
+    """Return ``out`` stored in the order of ``x``: heads last, or before the positions."""
+    return out.movedim(-2, 1).contiguous().movedim(1, -2) if native.heads_first(x) else out
+
+
 @torch.library.custom_op("foveate::neighborhood_scores", mutates_args=())
 def neighborhood_scores(query: Tensor, key: Tensor, axes: Fields, backend: str) -> Tensor:
     """Return the products of each query with the keys of its window, ``[B, *spatial, heads, slots]``.
@@ -45,34 +51,34 @@ def neighborhood_scores(query: Tensor, key: Tensor, axes: Fields, backend: str) 
         axes: The fields of `window.Axis` of each spatial axis, one after another.
         backend: A name of `unfused`'s table.
     """
-    return _PRODUCTS[backend].scores(query, key, unflatten_axes(axes))
+    return _stored_like(query, _PRODUCTS[backend].scores(query, key, unflatten_axes(axes)))
 
 
 @torch.library.custom_op("foveate::neighborhood_values", mutates_args=())
 def neighborhood_values(weights: Tensor, value: Tensor, axes: Fields, backend: str) -> Tensor:
     """Return the sums of each window's values ``[B, *spatial, heads, dim]`` by weights; in the value's dtype."""
-    return _PRODUCTS[backend].values(weights, value, unflatten_axes(axes))
+    return _stored_like(value, _PRODUCTS[backend].values(weights, value, unflatten_axes(axes)))
 
 
 @torch.library.custom_op("foveate::neighborhood_scatter", mutates_args=())
 def neighborhood_scatter(weights: Tensor, x: Tensor, axes: Fields, backend: str) -> Tensor:
     """Return what each key gets of the queries' ``x`` ``[B, *spatial, heads, dim]`` by the weights of those it has."""
-    return _PRODUCTS[backend].scatter(weights, x, unflatten_axes(axes))
+    return _stored_like(x, _PRODUCTS[backend].scatter(weights, x, unflatten_axes(axes)))
 
 
 @neighborhood_scores.register_fake
 def _(query, key, axes, backend):
-    return query.new_empty(*query.shape[:-1], _slots(axes))
+    return native.empty_like(query, _slots(axes))
 
 
 @neighborhood_values.register_fake
 def _(weights, value, axes, backend):
-    return value.new_empty(value.shape)
+    return native.empty_like(value, value.shape[-1])
 
 
 @neighborhood_scatter.register_fake
 def _(weights, x, axes, backend):
-    return x.new_empty(x.shape)
+    return native.empty_like(x, x.shape[-1])
 
 
 def _save(ctx, inputs, output) -> None:

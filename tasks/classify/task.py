@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...blocks.losses import collect_losses
 from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
+from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
-from ..data.formats import open_classes
 from ..data.occurrence import check_classes
 
 # Images of a gallery.
@@ -62,14 +62,13 @@ def create_classifier(
     except CheckpointError:
         raise
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if unknown_option(error) is None:
             raise
-        raise TaskError(f"{name}: {str(error).split('() ')[-1]}; model.kwargs must be options of the model") from error
+        raise TaskError(f"{name}: {call_fault(error)}; model.kwargs must be options of the model") from error
     except (RuntimeError, OSError, ValueError) as error:
         if not pretrained and checkpoint is None:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{name}: its published weights can't be loaded: {reason}") from error
+        raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
 class Classify:
@@ -104,7 +103,7 @@ class Classify:
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "augment": {},  # arguments of timm.data.create_transform; and affine, a dict for RandomAffine
+            "augment": {},  # arguments of timm.data.create_transform; and affine and transforms
         },
         "loss": {
             "label_smoothing": 0.0,
@@ -126,6 +125,8 @@ class Classify:
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
+        from ..data.formats import open_classes
+
         data, loss = config["data"], config["loss"]
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
@@ -135,7 +136,7 @@ class Classify:
         try:
             self.train_set, self.val_set = open_classes(data, self.rule)
         except TypeError as error:
-            raise TaskError(f"data.augment: {str(error).split('() ')[-1]}; it takes timm's create_transform") from error
+            raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])

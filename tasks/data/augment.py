@@ -4,12 +4,14 @@ Everything random is drawn from torch's generator, which the engine seeds for ev
 """
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from .. import TaskError, nearest
 from ..dense.detect.boxes import has_area
@@ -226,7 +228,42 @@ SETTINGS = {
     "flip_vertical": 0.0,
     "rotate": 0.0,  # probability of a rotation by a multiple of 90 degrees
     "distortion": False,  # photometric
+    "transforms": (),  # any of albumentations', after these: dict(type="GaussNoise", p=0.5), ...
 }
+
+
+def build_transforms(described: Sequence[Mapping[str, Any]]) -> list[albumentations.BasicTransform]:
+    """Return albumentations' transforms that a config describes.
+
+    Args:
+        described: For each its ``type``, a name in albumentations, and its arguments; those of a composition, such as
+            ``"OneOf"``, have such descriptions in ``transforms``.
+
+    Raises:
+        TaskError: If there is no such transform, or it doesn't take an argument.
+    """
+    steps = []
+    for number, entry in enumerate(described):
+        place = f"data.augment.transforms[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
+            raise TaskError(f'{place} is {entry!r}; a transform is dict(type="GaussNoise", ...)')
+        arguments = dict(entry)
+        name = arguments.pop("type")
+        kind = getattr(albumentations, name, None)
+        if not (
+            isinstance(kind, type) and issubclass(kind, (albumentations.BasicTransform, albumentations.BaseCompose))
+        ):
+            known = [known for known in dir(albumentations) if known[0].isupper()]
+            raise TaskError(f"{place}: albumentations has no {name!r}{nearest(name, known)}")
+        if "transforms" in arguments:
+            arguments["transforms"] = build_transforms(arguments["transforms"])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # what it doesn't know, it only warns of
+                steps.append(kind(**arguments))
+        except (TypeError, ValueError, UserWarning) as error:
+            raise TaskError(f"{place}: {name}: {' '.join(str(error).split())}") from error
+    return steps
 
 
 class Augment:
@@ -265,18 +302,24 @@ class Augment:
                     steps.append(transform(p=chosen[key]))
             if chosen["distortion"]:
                 steps.append(PhotometricDistortion())
+            steps += build_transforms(chosen["transforms"])
         except (TypeError, ValueError) as error:
             raise TaskError(f"data.augment: {' '.join(str(error).split())}") from error
         boxes = albumentations.BboxParams("pascal_voc", label_fields=["index"], clip=True, filter_invalid_bboxes=True)
         self._plain = albumentations.Compose(steps)
         self._boxed = albumentations.Compose(steps, bbox_params=boxes)
-        self._steps = steps
+        self._steps = _with_inner(steps)
+        # What geometric transforms leave empty is no class, unless a config says another.
+        self._fills = [step for step in self._steps if getattr(step, "fill_mask", None) == 0]
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Augment an image ``[H, W, 3]``, uint8, with its label map ``[H, W]``."""
-        self._seed()
-        done = self._plain(image=image, mask=mask)
-        return done["image"], done["mask"]
+    def __call__(self, image: np.ndarray, mask: np.ndarray, empty: int = IGNORE) -> tuple[np.ndarray, np.ndarray]:
+        """Augment an image ``[H, W, 3]``, uint8, with its label map ``[H, W]``; ``empty`` stands for no label."""
+        _seed(self._steps)
+        for step in self._fills:
+            step.fill_mask = empty
+        # OpenCV turns and bends no maps of 32 bits; labels fit into 8.
+        done = self._plain(image=image, mask=mask.astype(np.uint8) if mask.dtype == np.int32 else mask)
+        return _checked(done["image"]), done["mask"]
 
     def instances(
         self, image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None
@@ -291,7 +334,7 @@ class Augment:
         Returns:
             Image, boxes ``[M, 4]``, masks ``[M, H', W']`` or None, and the index ``[M]`` of each object that is left.
         """
-        self._seed()
+        _seed(self._steps)
         given = {"image": image, "bboxes": boxes.reshape(-1, 4), "index": np.arange(len(boxes))}
         if masks is not None and len(masks):
             given["masks"] = masks
@@ -303,10 +346,42 @@ class Augment:
                 np.asarray(done["masks"])[index] if len(masks) else np.zeros((0, *done["image"].shape[:2]), np.uint8)
             )
         left = has_area(boxes, masks).numpy()
-        return done["image"], boxes[left], None if masks is None else masks[left], index[left]
+        return _checked(done["image"]), boxes[left], None if masks is None else masks[left], index[left]
 
-    def _seed(self) -> None:
-        # Each step its own stream: albumentations would give all of them the same.
-        steps = [inner for step in self._steps for inner in (step, *getattr(step, "transforms", ()))]
-        for step, seed in zip(steps, torch.randint(2**31, (len(steps),)).tolist(), strict=True):
-            step.set_random_seed(seed)
+
+class ImageTransforms:
+    """Albumentations' transforms of an image without annotations, as a step of torchvision's.
+
+    Args:
+        described: As for `build_transforms`.
+    """
+
+    def __init__(self, described: Sequence[Mapping[str, Any]]):
+        steps = build_transforms(described)
+        self._compose, self._steps = albumentations.Compose(steps), _with_inner(steps)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the transformed image, of the same mode."""
+        _seed(self._steps)
+        pixels = np.asarray(image)
+        grey = pixels.ndim == 2
+        done = _checked(self._compose(image=pixels[..., None] if grey else pixels)["image"])
+        return Image.fromarray(done[..., 0] if grey and done.ndim == 3 else done)
+
+
+def _seed(steps: Sequence[Any]) -> None:
+    """Give each transform a stream of its own: albumentations would give all of them the same."""
+    for step, seed in zip(steps, torch.randint(2**31, (len(steps),)).tolist(), strict=True):
+        step.set_random_seed(seed)
+
+
+def _with_inner(steps: Sequence[Any]) -> list[Any]:
+    """Return transforms, each followed by those that it is composed of."""
+    return [inner for step in steps for inner in (step, *_with_inner(getattr(step, "transforms", ())))]
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise TaskError(f"data.augment.transforms: make images of 0 to 255 as uint8, not {kind}; the model normalises")
+    return image

@@ -52,12 +52,13 @@ class InputRule:
         """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random.
 
         Args:
-            augment: Arguments of timm's ``create_transform``, of which ``interpolation`` may be ``"random"``; and
-                ``affine``, those of torchvision's ``RandomAffine``, which then comes first, on the resized image. None
-                for the transform of evaluation.
+            augment: Arguments of timm's ``create_transform``, of which ``interpolation`` may be ``"random"``;
+                ``affine``, those of torchvision's ``RandomAffine``, which then comes first, on the resized image; and
+                ``transforms``, any of albumentations', which come before that. None for the transform of evaluation.
         """
         augment = None if augment is None else dict(augment)
         affine = (augment or {}).pop("affine", None)
+        described = (augment or {}).pop("transforms", ())
         transform = create_transform(
             input_size=(self.channels, self.size, self.size),
             is_training=augment is not None,
@@ -68,10 +69,15 @@ class InputRule:
             **{"interpolation": self.interpolation, **(augment or {})},
         )
         keep_posterize_total(transform)
-        if affine is None:
-            return transform
-        resize = Resize(self.size, InterpolationMode(self.interpolation))
-        return Compose([resize, RandomAffine(interpolation=InterpolationMode.BILINEAR, **affine), transform])
+        before = []
+        if described:
+            from .augment import ImageTransforms
+
+            before.append(ImageTransforms(described))
+        if affine is not None:
+            resize = Resize(self.size, InterpolationMode(self.interpolation))
+            before += [resize, RandomAffine(interpolation=InterpolationMode.BILINEAR, **affine)]
+        return Compose([*before, transform]) if before else transform
 
 
 def keep_posterize_total(transform: Compose) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
+from ...zoo.library_errors import first_line
 from .. import TaskError
 
 _READ = ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
@@ -198,7 +199,7 @@ def _has_chunk(path: str | Path, kind: bytes) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def read_image(path: str | Path, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:

@@ -49,6 +49,7 @@ class InputRule:
         divisor: Then both sides are stretched, a little, to the next multiple of it.
         mean: Subtracted from pixels of 0 to 1, for each channel.
         std: Divides the difference, for each channel.
+        channel_order: ``"bgr"`` turns the channels round first; ``mean`` and ``std`` are in that order.
     """
 
     short: int | None
@@ -56,6 +57,7 @@ class InputRule:
     divisor: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channel_order: str = "rgb"
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -65,7 +67,8 @@ class InputRule:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""
-        return normalize(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), self.mean, self.std)
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return normalize(image, self.mean, self.std, self.channel_order)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return an RGB image as the input of evaluation, ``[3, H', W']``."""
@@ -164,7 +167,7 @@ class SegmentationSet(Dataset):
         else:
             # One picture of all masks is augmented in place of each.
             numbers = np.einsum("nhw,n->hw", masks, np.arange(1, len(masks) + 1), dtype=np.uint16, casting="unsafe")
-            pixels, numbers = self.augment(pixels, numbers)
+            pixels, numbers = self.augment(pixels, numbers, empty=0)
             left = np.unique(numbers[numbers > 0]).astype(np.int64) - 1
             masks = numbers == (left + 1)[:, None, None]
         image = self._padded(self.rule.normalise(pixels), 0.0)

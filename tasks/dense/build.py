@@ -1,16 +1,30 @@
 """What whole dense models have in common: how they get a backbone, and how a checkpoint's entries get into them."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...zoo import CheckpointError, create_backbone
-from ...zoo._checkpoint import LoadReport
+from ...zoo import BackboneError, CheckpointError, create_backbone
+from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
+from ...zoo.library_errors import call_fault, first_line, unknown_option
+from ...zoo.published import (
+    TOLD_OPTIONS,
+    Layout,
+    Origin,
+    is_foreign,
+    layout_of,
+    likely_model,
+    origin_of,
+    refuse_homeless,
+    without_constants,
+)
 from ...zoo.weights import locate
 from .. import TaskError, nearest
 from ..checkpoints import load_weights, without_start
@@ -35,6 +49,55 @@ class OtherClassesError(CheckpointError):
         self.path, self.held = path, held
 
 
+@dataclasses.dataclass
+class DenseFile:
+    """A dense model's file, read once.
+
+    Attributes:
+        path: The file.
+        state: Its entries.
+        card: What it says of its model, if foveate wrote it; else empty.
+        origin: Where it comes from, if from one of the known libraries.
+        constants: Names of entries that nobody learned, which are left out.
+        likely: Name of timm's model that its backbone is, as far as widths and depths tell.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    card: dict[str, Any]
+    origin: Origin | None
+    constants: tuple[str, ...] = ()
+    likely: str | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> "DenseFile":
+        """Read a file.
+
+        Raises:
+            CheckpointError: If it can't be read.
+        """
+        checkpoint = open_checkpoint(path)
+        published = state_of(checkpoint)
+        origin = origin_of(path, checkpoint, published)
+        state, constants = without_constants(published) if origin else (published, [])
+        return cls(Path(path), state, card_of(path, checkpoint) or {}, origin, tuple(constants))
+
+    def layout(self, backbone: str | nn.Module) -> Layout | None:
+        """Return how the file names the entries of a named backbone of timm's, if they must be translated."""
+        translates = isinstance(backbone, str) and is_model(backbone) and is_foreign(backbone)
+        if self.origin is None or not translates:
+            return None
+        refuse_homeless(self.state, self.path)
+        layout = layout_of(self.state)
+        self.likely = None if layout is None else likely_model(layout, self.state)
+        return layout
+
+    def held_form(self) -> dict[str, Any]:
+        """Return the options of the backbone's form, of a file that foveate wrote."""
+        options = self.card.get("backbone_kwargs") or {}
+        return {name: options[name] for name in TOLD_OPTIONS if name in options}
+
+
 def has_backbone(state: dict[str, Tensor]) -> bool:
     """Return whether there are any entries of a backbone."""
     return any(key.startswith("backbone.") for key in state)
@@ -54,7 +117,7 @@ def build_backbone(
     options: dict,
     known_options: Sequence[str],
 ) -> nn.Module:
-    """Return a dense model's backbone: the module itself, or the named one with the four coarsest of its maps.
+    """Return a dense model's backbone: the module itself, or the named one with the maps that dense heads take.
 
     Args:
         head: The dense model's name, for messages.
@@ -66,7 +129,7 @@ def build_backbone(
         known_options: Those of the dense model, of which a wrong one may have been meant.
 
     Raises:
-        TaskError: If the module has no ``channels``, or an option is unknown.
+        TaskError: If the module has no ``channels``, the named model no maps, or an option is unknown.
         UnknownModelError: If the name or the setting is unknown.
         CheckpointError: If the checkpoint can't be read or isn't one of this backbone.
     """
@@ -89,10 +152,11 @@ def build_backbone(
         known = dense_settings_of(backbone)
         setting = next((name for name in auto if name in known), None)
     try:
-        return create_backbone(backbone, setting, checkpoint, out_indices=(-4, -3, -2, -1), **options)
+        return create_backbone(backbone, setting, checkpoint, out_indices=None, **options)
+    except BackboneError as error:
+        raise TaskError(f"{head} on {backbone}: {error}") from error
     except TypeError as error:
-        wrong = next((name for name in options if f"unexpected keyword argument {name!r}" in str(error)), None)
-        if wrong is None:
+        if (wrong := unknown_option(error)) not in options:
             raise
         raise TaskError(
             f"neither {head} nor {backbone} has an option {wrong!r}{nearest(wrong, known_options)}"
@@ -101,8 +165,7 @@ def build_backbone(
 
 def load_dense(
     model: nn.Module,
-    state: dict[str, Tensor],
-    path: str | Path,
+    file: DenseFile,
     backbone_loaded: bool,
     fresh: Callable[[str], bool] = lambda key: False,
 ) -> LoadReport:
@@ -112,14 +175,14 @@ def load_dense(
 
     Args:
         model: Has ``backbone``.
-        state: Entries under our names; those of the backbone may be as published if they are loaded already.
-        path: Their file, for messages.
+        file: Has its entries under our names; those of the backbone may be as published if they are loaded already.
         backbone_loaded: Whether the backbone has its weights already.
         fresh: Tells which entries of the model keep their initial values though the file has them.
 
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
+    path, state = file.path, file.state
     given, wanted = has_backbone(state), bool(model.backbone.state_dict())
     if wanted and not given:
         _logger.warning(f"{path}: holds the heads alone; the backbone keeps its weights")
@@ -139,7 +202,12 @@ def load_dense(
 
     entries = model.state_dict()
     kept_values = {key: value for key, value in entries.items() if kept(key)}
-    load_weights(model, state | kept_values, path)
+    try:
+        load_weights(model, state | kept_values, path)
+    except CheckpointError as error:
+        if file.likely is None:
+            raise
+        raise CheckpointError(f"{error}; the file's backbone is {file.likely} by its widths and depths") from error
     body = LoadReport(0)
     if not whole and backbone_loaded:
         body = getattr(model.backbone, "load_report", None) or body
@@ -147,7 +215,11 @@ def load_dense(
     report = LoadReport(
         matched=len(entries) - len(kept_values) + body.matched,
         missing=(*sorted(left), *(f"backbone.features.{key}" for key in body.missing)),
-        unexpected=(*sorted(state.keys() & kept_values.keys()), *(f"backbone.{key}" for key in body.unexpected)),
+        unexpected=(
+            *file.constants,
+            *sorted(state.keys() & kept_values.keys()),
+            *(f"backbone.{key}" for key in body.unexpected),
+        ),
         reshaped=tuple((f"backbone.features.{key}", *change) for key, *change in body.reshaped),
     )
     _logger.info(f"{path}: {report}")
@@ -159,6 +231,18 @@ def freeze_statistics(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+
+
+def described(options: Mapping[str, Any], body_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model that was built from a published file needs to be built again from another file of it."""
+    form = {name: body_options[name] for name in TOLD_OPTIONS if name in body_options}
+    return {"backbone_kwargs": form, "kwargs": dict(options)}
+
+
+def with_told(model: Mapping[str, Any], built: nn.Module) -> dict[str, Any]:
+    """Return a config's or a card's ``model`` with what a published file has told of the model that was built of it."""
+    told = getattr(built, "told", None) or {}
+    return {**model, **{key: {**options, **model[key]} for key, options in told.items()}}
 
 
 def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +295,13 @@ def build_described(
     except (TaskError, CheckpointError, UnknownModelError):
         raise
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if unknown_option(error) is None:
             raise
         raise TaskError(
-            f"{model['backbone']}: {str(error).split('() ')[-1]}; model.kwargs must be options of the head, and "
+            f"{model['backbone']}: {call_fault(error)}; model.kwargs must be options of the head, and "
             "model.backbone_kwargs those of the backbone"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
         if not options.get("pretrained"):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {reason}") from error
+        raise TaskError(f"{model['backbone']}: its published weights can't be loaded: {first_line(error)}") from error

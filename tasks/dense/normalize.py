@@ -10,19 +10,29 @@ from .. import TaskError
 
 # Resampling and noise overshoot 0 and 1 a little; normalised photographs and those of 0 to 255 by far more.
 _LEAST, _GREATEST = -0.5, 1.5
+ORDERS = ("rgb", "bgr")
 
 
-def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def check_order(channel_order: str) -> None:
+    """Raise a TaskError unless it is one of `ORDERS`."""
+    if channel_order not in ORDERS:
+        raise TaskError(f"channel_order is {channel_order!r}; it can be {' or '.join(map(repr, ORDERS))}")
+
+
+def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float], channel_order: str = "rgb") -> Tensor:
     """Return images ``[..., C, H, W]``, uint8 or of 0 to 1, less their mean and divided by their standard deviation.
 
     Args:
         image: Pixels.
         mean: For each channel, of pixels of 0 to 1.
         std: For each channel, of pixels of 0 to 1.
+        channel_order: ``"bgr"`` turns the channels round first, so that ``mean`` and ``std`` are in that order.
 
     Returns:
         float32.
     """
+    if channel_order == "bgr":
+        image = image.flip(-3)
     scale = 255 if image.dtype == torch.uint8 else 1
     image = image.float()
     mean, std = (image.new_tensor(values)[:, None, None] * scale for values in (mean, std))

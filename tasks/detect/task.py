@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..data.formats import open_objects
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.build import build_described, describe_model, freeze_statistics, with_told
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
@@ -50,7 +50,7 @@ class Detect:
             "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
             "keep_empty": True,  # train on images without objects too
             "repeat": 1,  # how often an epoch shows each training image
-            "augment": {},  # keys of tasks.augment.SETTINGS; images that it resizes have the detector's scale
+            "augment": {},  # keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale
         },
     }
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own
@@ -79,17 +79,16 @@ class Detect:
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
-        self._pad = None
-        if data["augment"].get("shorts") is not None:
-            options = {key: value for key, value in self.model["kwargs"].items() if key in ("mean", "std", "divisor")}
-            self._pad = DetectorTransform(min_size=None, **options)
+        self._are_resized = data["augment"].get("shorts") is not None
 
     def _kinds(self) -> tuple[str, ...]:
         return ("box", "mask") if self.with_masks else ("box",)
 
     def build_model(self) -> nn.Module:
         """Return the detector, initialised or with the weights the config starts from."""
-        return build_detector(self.model, len(self.classes))
+        model = build_detector(self.model, len(self.classes))
+        self.model = with_told(self.model, model)
+        return model
 
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
@@ -106,9 +105,10 @@ class Detect:
         """Return the losses of a batch; the engine adds them."""
         if self.model["norm_eval"]:
             freeze_statistics(model.backbone)
-        if self._pad is None:
+        if not self._are_resized:
             return model(images, targets)
-        batch, targets, sizes = self._pad(images, targets)
+        options = {name: getattr(model.transform, name) for name in ("mean", "std", "divisor", "channel_order")}
+        batch, targets, sizes = DetectorTransform(min_size=None, **options)(images, targets)
         return model.losses_from_features(model.backbone(batch), targets, sizes)
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Any]]:
@@ -176,8 +176,10 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     """
     if model["kwargs"].get("torchvision_outputs"):
         raise TaskError("model.kwargs.torchvision_outputs: a run counts labels from 0; set it on the trained model")
-    # All that becomes of images is the run's own say, not that of a file that it starts from.
-    transform = {name: option.default for name, option in inspect.signature(DetectorTransform).parameters.items()}
+    # The sizes of images are the run's own say; how they are normalised, a file that it starts from may tell.
+    held = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
+    parameters = inspect.signature(DetectorTransform).parameters
+    transform = {name: option.default for name, option in parameters.items() if name not in held}
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 

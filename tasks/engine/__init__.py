@@ -5,10 +5,13 @@ precision on any device, processes on CPU, resuming that is exact, between epoch
 """
 
 from .. import TaskError
+from ..extras import missing
 
 try:
     # mmengine's Runner imports it, and the wheel with a window system needs libraries that slim containers lack.
     import cv2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise TaskError(missing("cv2")) from error
 except ImportError as error:
     raise TaskError(
         f"OpenCV can't be imported ({str(error).splitlines()[0]}); cure: "

@@ -16,6 +16,7 @@ from timm.models import is_model
 from timm.optim import list_optimizers
 
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
+from ...zoo.library_errors import first_line
 from .. import TASKS, TaskError, nearest
 from ..checkpoints import renamed
 from .keys import meaning
@@ -64,6 +65,7 @@ DEFAULTS = {
         "gamma": 0.1,
     },
     "ema": None,
+    "custom_hooks": (),
 }
 FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
 # Types of what may be None.
@@ -138,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
         except TaskError:
             raise
         except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = first_line(error)
             raise TaskError(f"{path}: {type(error).__name__}: {reason}") from error
 
 

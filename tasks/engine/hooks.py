@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import TaskError
+from ...zoo.library_errors import call_fault
+from .. import TaskError, nearest
 from ..checkpoints import keep_copy
 from ..data.images import FULL_WHITE
 from .config import plain
@@ -324,3 +326,28 @@ class TestProgressHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics=None) -> None:
         """Remove it."""
         self._bar.close()
+
+
+def build_hooks(described: Sequence[Mapping[str, Any]]) -> list[Hook]:
+    """Return the hooks of mmengine that a config's ``custom_hooks`` describe.
+
+    Args:
+        described: For each its ``type``, a name registered with mmengine's ``HOOKS``, and its arguments.
+
+    Raises:
+        TaskError: If there is no such hook, or it doesn't take an argument.
+    """
+    hooks = []
+    for number, entry in enumerate(described):
+        place = f"custom_hooks[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
+            raise TaskError(f"{place} is {entry!r}; a hook is dict(type='EarlyStoppingHook', ...)")
+        if HOOKS.get(entry["type"]) is None:
+            raise TaskError(
+                f"{place}: mmengine has no hook {entry['type']!r}{nearest(entry['type'], HOOKS.module_dict)}"
+            )
+        try:
+            hooks.append(HOOKS.build(dict(entry)))
+        except TypeError as error:
+            raise TaskError(f"{place}: {entry['type']}: {call_fault(error)}") from error
+    return hooks

@@ -24,7 +24,7 @@ _DENSE = {
     "data.num_classes": "checked if given",
     "data.broken": '"refuse", or "drop": leave out images, objects and label maps that are broken',
     "data.repeat": "how often an epoch shows each training image",
-    "data.augment": "keys of tasks.augment.SETTINGS",
+    "data.augment": "keys of tasks.data.augment.SETTINGS, of which transforms takes any of albumentations'",
 }
 # By task, None for all of them.
 KEYS: dict[str | None, dict[str, str]] = {
@@ -64,6 +64,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "schedule.power": "of poly",
         "schedule.steps": "of step: epochs after which the learning rate is multiplied by gamma",
         "schedule.gamma": "of step",
+        "custom_hooks": "of mmengine, or registered there: dict(type='EarlyStoppingHook', monitor='val/accuracy'), ...",
         "ema": "weight of the newest parameters in their running average, such as 2e-4",
     },
     "classify": {
@@ -83,7 +84,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "data.interpolation": "of held-out images; of training images unless augment says another",
         "data.crop_pct": "share of the side that is left of held-out images",
         "data.crop_mode": 'of held-out images that aren\'t square: "center", "squash" or "border"',
-        "data.augment": "arguments of timm.data.create_transform; and affine, a dict for RandomAffine",
+        "data.augment": "timm.data.create_transform's; affine: RandomAffine's; transforms: any of albumentations'",
         "loss.label_smoothing": "share of the truth that is spread over all classes",
         "loss.mixup": "alpha of timm.data.Mixup; 0: none",
         "loss.cutmix": "alpha of timm.data.Mixup; 0: none",
@@ -94,7 +95,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "model.kwargs": "options of create_detector, such as min_size and max_size",
         "data.name": '"coco", "voc" or "nuclei" (the bundled ones)',
         "data.keep_empty": "train on images without objects too",
-        "data.augment": "keys of tasks.augment.SETTINGS; images that it resizes have the detector's scale",
+        "data.augment": "keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale",
     },
     "segment": {
         **_DENSE,

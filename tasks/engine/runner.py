@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, default_collate
 
+<<<<<<< HEAD
 from ...blocks.losses import collect_losses
+=======
+from ...zoo.library_errors import call_fault, first_line
+>>>>>>> main
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, save_checkpoint
 from .config import PRECISIONS, plain
@@ -212,7 +216,7 @@ class TaskRunner(Runner):
                 "optimizer.accumulate instead, or set precision=bfloat16 or grad_checkpointing=True"
             ) from error
         except (RuntimeError, ValueError, IndexError) as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            reason = first_line(error)
             raise TaskError(
                 f"a first batch of {count} fails ({type(error).__name__}: {reason}); look at data.* and model.*"
             ) from error
@@ -257,7 +261,7 @@ class TaskRunner(Runner):
                 **settings["kwargs"],
             )
         except TypeError as error:
-            raise TaskError(f"optimizer.kwargs: {str(error).split('() ')[-1]}") from error
+            raise TaskError(f"optimizer.kwargs: {call_fault(error)}") from error
         for group in optimizer.param_groups:
             # timm leaves this to its own schedulers.
             group["lr"] *= group.pop("lr_scale", 1.0)

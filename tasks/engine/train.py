@@ -18,7 +18,7 @@ from .. import TaskError
 from ..checkpoints import check_folder, load_weights, read_checkpoint, remove_partial
 from ..devices import choose_device
 from .config import task_class_of
-from .hooks import Metric, RunHook, SeedHook, TestProgressHook
+from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
 from .loading import build_loader
 from .resume import check_resumable, rebuild_config
 from .run_folder import RunFolder
@@ -98,6 +98,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
                 SeedHook(config["seed"]),
                 run_hook := RunHook(task, config, history, metric, progress),
                 *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+                *build_hooks(config["custom_hooks"]),
             ],
             load_from=str(last) if resume else None,
             resume=resume,

@@ -14,7 +14,7 @@ from .. import TaskError
 from ..data.formats import open_maps
 from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
-from ..dense.build import build_described, describe_model, freeze_statistics
+from ..dense.build import build_described, describe_model, freeze_statistics, with_told
 from ..dense.segment.postprocess import OUTPUTS
 from ..dense.segment.segmenter import HEADS, create_segmenter
 from ..detections import to_plain
@@ -70,7 +70,7 @@ class Segment:
             "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
-            "augment": {},  # keys of tasks.augment.SETTINGS
+            "augment": {},  # keys of tasks.data.augment.SETTINGS
         },
         "test": {
             "mode": "whole",  # or "slide": in windows
@@ -133,7 +133,9 @@ class Segment:
 
     def build_model(self) -> nn.Module:
         """Return the segmenter, initialised or with the weights the config starts from."""
-        return build_segmenter(self.model, self.things, self.rule)
+        model = build_segmenter(self.model, self.things, self.rule)
+        self.model = with_told(self.model, model)
+        return model
 
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
@@ -285,7 +287,14 @@ def build_segmenter(model: dict[str, Any], things: list[bool], rule: InputRule) 
     kwargs |= {"mean": rule.mean, "std": rule.std}
     if model["head"] in MASK_HEADS:
         kwargs.setdefault("things", [label for label, is_thing in enumerate(things) if is_thing])
-    return build_described(create_segmenter, model, len(things), kwargs)
+    if rule.channel_order != "rgb":
+        kwargs["channel_order"] = rule.channel_order
+    built = build_described(create_segmenter, model, len(things), kwargs)
+    if built.channel_order != rule.channel_order:
+        raise TaskError(
+            f"{model['checkpoint']}: sees channels as {built.channel_order}, but the data give {rule.channel_order}"
+        )
+    return built
 
 
 def segment_image(

@@ -31,10 +31,15 @@ FAMILIES = {
     "agent_pvt_tiny": dict(embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1), img_size=64),
     "agent_swin_tiny": dict(agent_blocks=(1, 1, 0, 0), window_size=2, img_size=64, **_SWIN),
     "agent_cswin_tiny": dict(embed_dim=16, num_heads=(2, 4, 8, 16), depths=(1, 1, 2, 1), img_size=64),
+    "inline_deit_tiny": dict(embed_dim=16, num_heads=2, depth=4, img_size=64),
+    "inline_pvt_tiny": dict(embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1), img_size=64),
+    "inline_swin_tiny": dict(inline_blocks=(1, 1, 0, 0), window_size=2, img_size=64, **_SWIN),
+    "inline_cswin_tiny": dict(embed_dim=16, num_heads=(2, 4, 8, 16), depths=(1, 1, 2, 1), img_size=64),
     "ela_t_resnet18": {},
     "ela_t_resnet50": dict(layers=(1, 1, 1, 1)),
     "ela_s_mobilenetv2": {},
     "shiftvit_light_tiny": dict(embed_dim=24, depths=(1, 1, 1, 1)),
+<<<<<<< HEAD
     "transnext_micro": dict(embed_dim=24, head_dim=12, depths=(1, 1, 1, 1), img_size=64),
     "transnext_micro_AAAA": dict(embed_dim=24, head_dim=12, depths=(1, 1, 1, 1), img_size=64),
     "moh_transnext_base_50": dict(
@@ -45,6 +50,10 @@ FAMILIES = {
         shared_heads=(4, 2, 1, 0),
         routed_heads=(0, 4, 8, 16),
     ),
+=======
+    "van_b0": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
+    "mscan_t": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
+>>>>>>> main
     "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
     "foveate_host_atto": {},
 }

@@ -27,7 +27,11 @@ SMALLEST = (
     "dat_tiny",
     "agent_deit_tiny",
     "agent_pvt_tiny",
+    "inline_deit_tiny",
+    "inline_swin_tiny",
     "ela_t_resnet18",
+    "van_b0",
+    "mscan_t",
     "foveate_davit_tiny",
     "foveate_host_atto",
 )

@@ -159,3 +159,28 @@ def test_registering_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_no_family_is_named_among_the_tasks():
+    families = {path.stem for path in (ROOT / "zoo").glob("*.py") if "default_cfgs" in path.read_text()}
+    families |= {"dinat", "davit", "dat_pp"}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {node.value!r}"
+        for path in sources("tasks")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.rstrip("_") in families
+    ]
+    assert not wrong, wrong
+
+
+def test_errors_are_matched_by_a_library_s_text_in_one_file():
+    """Comparisons of str(error), or of a name for it, with words."""
+    wrong = []
+    for room in ROOMS:
+        for path in sources(room):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Compare) and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
+                    text = ast.unparse(node)
+                    if "str(error)" in text and "str(path)" not in text and path.name != "library_errors.py":
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {text}")
+    assert not wrong, wrong

@@ -11,16 +11,17 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 
 
-def required(name: str) -> dict[str, Requirement]:
-    """Return what a package needs without its extras."""
+def required(name: str, extra: str = "") -> dict[str, Requirement]:
+    """Return what a package needs, without its extras or with one."""
     requirements = map(Requirement, importlib.metadata.requires(name) or ())
-    needed = [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
+    needed = [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": extra})]
     return {re.sub(r"[-_.]+", "-", each.name).lower(): each for each in needed}
 
 
 def all_required(name: str) -> set[str]:
     """Return what a package brings with it, directly or not."""
-    found, rest = set(), [name]
+    found = set(required(name, "all"))
+    rest = [*found]
     while rest:
         new = set(required(rest.pop())) - found
         found |= new

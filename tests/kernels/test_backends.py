@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from foveate.kernels import deformable_backends, pointwise_backends, quadtree_backends, routing_backends
+from foveate.kernels import (
+    deformable_backends,
+    depthwise_backends,
+    pointwise_backends,
+    quadtree_backends,
+    routing_backends,
+)
 from foveate.kernels.backends import Backend, choose, contiguous_rows, report
 from foveate.kernels.pointwise import pointwise
 from foveate.kernels.triton_launch import TileSize, power_of_two, size_for
@@ -41,6 +47,7 @@ def deformable_report(backend=None, device="cpu"):
         (lambda **o: routing_backends(MAP, MAP, MAP, torch.zeros(1, 4, 1, dtype=torch.int64), (2, 3), **o), "chunked"),
         (lambda **o: quadtree_backends(CHILDREN, **o), "chunked"),
         (deformable_report, "bags"),
+        (lambda **o: depthwise_backends(CHILDREN[0], torch.zeros(3, 1, 3, 3), **o), "convolution"),
         (lambda **o: pointwise_backends(torch.zeros(3, 4), torch.zeros(2, 4), **o), "linear"),
     ],
 )

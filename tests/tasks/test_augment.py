@@ -172,3 +172,52 @@ def test_what_has_no_area_in_float32_goes_whatever_the_transform():
 def test_a_line_keeps_a_pixel():
     assert fit_size(1, 3000, 600, 800) == (1, 800)
     assert resize_within(np.zeros((1, 3000, 3), np.uint8), 600, 800).shape == (1, 800, 3)
+
+
+def test_any_transform_of_albumentations_is_taken_with_what_is_annotated():
+    """A quarter turn to the left moves image, boxes, masks and labels alike; what is left empty is no class."""
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    labels = (image[..., 0] > 127).astype(np.int32)
+    turn = {"flip": 0, "transforms": [{"type": "Rotate", "limit": (90, 90), "p": 1, "interpolation": 0}]}
+    pixels, turned = Augment(turn)(image, labels)
+    np.testing.assert_array_equal(turned, pixels[..., 0] > 127)
+    np.testing.assert_array_equal(pixels, np.rot90(image))
+    masks = np.zeros((2, 20, 20), np.uint8)
+    masks[0, 2:5, 3:9] = masks[1, 10:18, 1:4] = 1
+    boxes = np.array([[3, 2, 9, 5], [1, 10, 4, 18]], np.float64)
+    pixels, found, moved, left = Augment(turn).instances(image, boxes, masks)
+    np.testing.assert_array_equal(moved, [np.rot90(mask) for mask in masks])
+    np.testing.assert_allclose(found, [[2, 11, 5, 17], [10, 16, 18, 19]], atol=1e-4)
+    assert left.tolist() == [0, 1]
+    shift = {"flip": 0, "transforms": [{"type": "Affine", "translate_px": {"x": 8, "y": 0}, "p": 1}]}
+    _, shifted = Augment(shift)(image, labels)
+    assert (shifted[:, :8] == IGNORE).all()
+    assert (shifted[:, 8:] != IGNORE).all()
+    numbers = (labels + 1).astype(np.uint16)
+    assert (Augment(shift)(image, numbers, empty=0)[1][:, :8] == 0).all()
+
+
+def test_transforms_draw_from_torch_s_generator():
+    chain = {"transforms": [{"type": "OneOf", "transforms": [{"type": "GaussNoise"}, {"type": "Blur"}], "p": 1}]}
+    image, labels, augment = np.full((9, 9, 3), 100, np.uint8), np.zeros((9, 9), np.int32), Augment(chain)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return [augment(image, labels)[0] for _ in range(6)]
+
+    np.testing.assert_array_equal(run(1), run(1))
+    assert not np.array_equal(run(1), run(2))
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ({"type": "GausNoise"}, r"transforms\[0\]: albumentations has no 'GausNoise'; did you mean 'GaussNoise'"),
+        ({"type": "Blur", "limit": 3}, r"transforms\[0\]: Blur: .*'?limit"),
+        ("Blur", r"transforms\[0\] is 'Blur'; a transform is dict"),
+        ({"type": "Normalize", "p": 1}, "make images of 0 to 255 as uint8, not float32"),
+    ],
+)
+def test_wrong_transforms_are_named(described, reason):
+    with pytest.raises(TaskError, match=reason):
+        Augment({"transforms": [described]})(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.int32))

@@ -67,6 +67,13 @@ def test_the_digits_are_split_without_overlap_and_drawn_dark_on_white():
     assert train.pixels.min() == 0
 
 
+def test_transforms_of_albumentations_come_before_timm_s():
+    rule = InputRule(8, 1, (0.0,), (1.0,))
+    turned = rule.transform({"no_aug": True, "transforms": [{"type": "Transpose", "p": 1}]})
+    digit = Digits("val").image(0)
+    assert torch.equal(turned(digit), rule.transform({"no_aug": True})(digit).mT)
+
+
 def test_the_affine_augmentation_moves_digits_and_evaluation_does_not():
     rule = InputRule(32, 1, (0.5,), (0.5,))
     digit = Digits("val").image(3)

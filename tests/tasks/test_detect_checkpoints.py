@@ -220,7 +220,7 @@ def test_wrong_arguments_are_one_line():
         create_detector("retinanet", StubBackbone(), setting="detection")
     with pytest.raises(TaskError, match="but there is none"):
         create_detector("retinanet", StubBackbone(), reset_classifier=True)
-    with pytest.raises(TaskError, match="vit_tiny_patch16_224 returns 4 maps of strides 16, 16, 16, 16"):
-        create_detector("retinanet", "vit_tiny_patch16_224")
+    with pytest.raises(TaskError, match="tnt_s_patch16_224 takes images of up to 224x224 alone"):
+        create_detector("retinanet", "tnt_s_patch16_224")
     with pytest.raises(ValueError, match="did you mean 'nat_tiny'"):
         create_detector("retinanet", "nat_tinny")

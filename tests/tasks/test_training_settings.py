@@ -13,8 +13,12 @@ import foveate
 import pytest
 import timm
 import torch
+<<<<<<< HEAD
 from foveate.blocks.losses import report_loss
 from foveate.tasks import engine
+=======
+from foveate.tasks import TaskError, engine
+>>>>>>> main
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
 from foveate.tasks.dense.build import freeze_statistics
@@ -22,6 +26,8 @@ from foveate.tasks.engine import run_folder
 from foveate.tasks.engine import runner as runner_module
 from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.hooks import SeedHook
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -363,3 +369,35 @@ def test_segmenters_see_rgb_of_imagenet_by_default():
     data = Segment.DEFAULTS["data"]
     torch.testing.assert_close(255 * torch.tensor(data["mean"]), torch.tensor([123.675, 116.28, 103.53]))
     torch.testing.assert_close(255 * torch.tensor(data["std"]), torch.tensor([58.395, 57.12, 57.375]))
+
+
+def test_hooks_of_mmengine_are_called(train, capsys):
+    @HOOKS.register_module(force=True)
+    class Notes(Hook):
+        def __init__(self, text):
+            self.text = text
+
+        def after_train_epoch(self, runner):
+            print(self.text, runner.epoch)
+
+    train(custom_hooks=[{"type": "Notes", "text": "noted"}], epochs=2)
+    assert capsys.readouterr().out.split() == ["noted", "0", "noted", "1"]
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ({"type": "EMAHok"}, r"custom_hooks\[0\]: mmengine has no hook 'EMAHok'; did you mean 'EMAHook'"),
+        ({"type": "EarlyStoppingHook", "speed": 1}, r"custom_hooks\[0\]: EarlyStoppingHook: .*speed"),
+        ("EMAHook", r"custom_hooks\[0\] is 'EMAHook'; a hook is dict"),
+    ],
+)
+def test_wrong_hooks_are_named(train, described, reason):
+    with pytest.raises(TaskError, match=reason):
+        train(custom_hooks=[described])
+
+
+def test_a_run_may_stop_early_by_mmengine_s_hook(train):
+    stop = {"type": "EarlyStoppingHook", "monitor": "val/loss", "patience": 1, "min_delta": 1e9}
+    _, checkpoint = train(custom_hooks=[stop], epochs=9)
+    assert len(checkpoint["history"]) < 4

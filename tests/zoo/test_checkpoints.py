@@ -74,6 +74,18 @@ def test_hub_format_gives_the_same_model(name, golden_folder, open_fixture, tmp_
     assert_same(load(name, tmp_path / "hub.bin"), load(name, tmp_path / "authors.pth").state_dict())
 
 
+@pytest.mark.parametrize("library", ["hf", "mmpretrain"])
+def test_vans_formats_give_the_same_model(library, golden_folder, open_fixture, tmp_path):
+    rows = json.loads((golden_folder / "hf_keys" / f"{library}_keys_van_b0.json").read_text())["rows"]
+    authors = open_fixture("van/van_b0").state()
+    # transformers' files hold a norm that nothing uses.
+    theirs = {key: torch.ones(shape) if name is None else authors[name] for key, shape, name, _ in rows}
+    assert len(theirs) >= len(authors)
+    torch.save(authors, tmp_path / "authors.pth")
+    torch.save({"state_dict": theirs, "meta": {}}, tmp_path / "theirs.pth")
+    assert_same(load("van_b0", tmp_path / "theirs.pth"), load("van_b0", tmp_path / "authors.pth").state_dict())
+
+
 def test_hub_format_with_layer_scale(open_fixture, tmp_path):
     authors = open_fixture("nat/nat_small").state()
     torch.save(authors, tmp_path / "authors.pth")

@@ -6,8 +6,9 @@ import foveate
 import pytest
 import timm
 import torch
+from foveate.blocks.depthwise_mlp import DepthwiseMlp
 from foveate.zoo import CheckpointError
-from foveate.zoo.quadtree import ConvMlp, recipes
+from foveate.zoo.quadtree import recipes
 
 PARAMETERS = {
     "quadtree_b0": (3_589_468, 3_332_468),
@@ -90,7 +91,7 @@ def test_images_do_not_mix(name):
 @pytest.mark.parametrize("piece_bytes", [1, 5000, 2**21])
 def test_mlp_in_pieces_is_the_mlp(piece_bytes, monkeypatch):
     monkeypatch.setattr(sys.modules["foveate.zoo.quadtree"], "_PIECE_BYTES", piece_bytes)
-    mlp = ConvMlp(6, 40)
+    mlp = DepthwiseMlp(6, 40)
     x = torch.randn(3, 5, 7, 6)
     whole = mlp(x)
     assert whole.requires_grad
@@ -99,7 +100,7 @@ def test_mlp_in_pieces_is_the_mlp(piece_bytes, monkeypatch):
 
 
 def test_dropout_in_the_mlp_is_applied_without_gradients():
-    mlp = ConvMlp(6, 40, drop=0.5).train()
+    mlp = DepthwiseMlp(6, 40, drop=0.5).train()
     with torch.no_grad():
         assert (mlp(torch.randn(1, 5, 7, 6)) == 0).any()
 

@@ -26,10 +26,12 @@ class BoxCoder:
 
     Args:
         stds: Standard deviations of the offsets of centre and logarithmic size.
+        shrinks_freely: Whether offsets that make boxes smaller have no limit, as in detectron2.
     """
 
-    def __init__(self, stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0)):
+    def __init__(self, stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0), shrinks_freely: bool = False):
         self.stds = tuple(stds)
+        self._least = None if shrinks_freely else -_MAX_LOG_RATIO
 
     def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
         """Return the offsets ``[N, 4]`` from ``references`` ``[N, 4]`` to ``boxes`` ``[N, 4]``."""
@@ -43,7 +45,7 @@ class BoxCoder:
         offsets = offsets * offsets.new_tensor(self.stds)
         centre, size = _centre_and_size(references)
         centre = centre + size * offsets[..., :2]
-        half = size * offsets[..., 2:].clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() * 0.5
+        half = size * offsets[..., 2:].clamp(self._least, _MAX_LOG_RATIO).exp() * 0.5
         boxes = torch.cat([centre - half, centre + half], dim=-1)
         return boxes if image_size is None else clip(boxes, image_size)
 

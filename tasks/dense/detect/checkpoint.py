@@ -1,6 +1,6 @@
 """Published detectors' files: which detector they hold, in which variant, and their entries under our names.
 
-Read are the containers of mmdet 2.x and 3.x, whose heads have the same names, and our own.
+Read are the containers of mmdet 2.x and 3.x, whose heads have the same names, those of detectron2, and our own.
 """
 
 import re
@@ -10,11 +10,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
-from ..build import load_dense
+from ....zoo._checkpoint import LoadReport
+from ..build import DenseFile, load_dense
 from ..neck import convert_pyramid
 
 _HEADS = ("rpn.", "roi_heads.", "head.")
+# detectron2's prefixes and mmdet's. Levels of the pyramid are numbered by their strides there.
+_DETECTRON = tuple(
+    (re.compile(theirs), published)
+    for theirs, published in (
+        (r"proposal_generator\.rpn_head\.conv\.(?!conv)", "rpn_head.rpn_conv."),
+        (r"proposal_generator\.rpn_head\.objectness_logits\.", "rpn_head.rpn_cls."),
+        (r"proposal_generator\.rpn_head\.anchor_deltas\.", "rpn_head.rpn_reg."),
+        (r"roi_heads\.box_head\.(\d+\.)?fc(\d)\.", "roi_head.bbox_head.{0}shared_fcs.{1}."),
+        (r"roi_heads\.box_predictor\.(\d+\.)?cls_score\.", "roi_head.bbox_head.{0}fc_cls."),
+        (r"roi_heads\.box_predictor\.(\d+\.)?bbox_pred\.", "roi_head.bbox_head.{0}fc_reg."),
+        (r"roi_heads\.mask_head\.mask_fcn()(\d)\.", "roi_head.mask_head.convs.{1}.conv."),
+        (r"roi_heads\.mask_head\.deconv\.", "roi_head.mask_head.upsample."),
+        (r"roi_heads\.mask_head\.predictor\.", "roi_head.mask_head.conv_logits."),
+        (r"head\.cls_score\.", "bbox_head.retina_cls."),
+        (r"head\.bbox_pred\.", "bbox_head.retina_reg."),
+    )
+)
+_SUBNET = re.compile(r"head\.(cls|bbox)_subnet\.(\d)\.")
+_LEVEL = re.compile(r"backbone\.(?:fpn_(lateral|output)(\d)|top_block\.p(\d))\.")
 # Published prefixes and ours; the stage of a cascade is a group.
 _NAMES = tuple(
     (re.compile(published), ours)
@@ -36,34 +55,70 @@ _NAMES = tuple(
 )
 _HIDDEN = re.compile(r"roi_head\.bbox_head\.(?:(\d+)\.)?shared_fcs\.(\d+)\.")
 _CONV = re.compile(r"roi_head\.bbox_head\.(?:\d+\.)?shared_convs\.(\d+)\.conv\.weight")
-# mmdet 3.x keeps the normalisation of images there; ours is the transform's.
-_EXTRAS = ("data_preprocessor.",)
 # The layers that know the classes, of which the offsets may or may not.
 _CLASSIFIERS = re.compile(
     r"roi_heads\.(box_heads\.\d+\.(cls_score|bbox_pred)|mask_heads\.\d+\.predictor\.mask_fcn_logits)\.|head\.cls_logits\."
 )
 
 
-def held_options(path: str | Path) -> dict[str, Any]:
-    """Return the options of `create_detector` that a checkpoint of `foveate train` was made with; else none."""
-    card = card_of(path, open_checkpoint(path)) or {}
-    return dict(card["kwargs"]) if card.get("task") == "detect" else {}
+def read_detector(path: str | Path) -> DenseFile:
+    """Read a detector's checkpoint, once.
 
-
-def read_detector(path: str | Path) -> dict[str, Tensor]:
-    """Read a detector's checkpoint; return its entries under our names, the backbone's as published.
+    Returns:
+        Its entries under our names, the backbone's as published, and what the file says of itself.
 
     Raises:
         CheckpointError: If it can't be read, or holds no detector.
     """
-    published = state_of(open_checkpoint(path))
+    file = DenseFile.read(path)
+    published = file.state
+    if file.origin is not None and file.origin.library == "detectron2":
+        published = from_detectron(published, path)
     convs = len({match.group(1) for key in published if (match := _CONV.fullmatch(key))})
-    state = {
-        renamed(key, convs): value for key, value in convert_pyramid(published).items() if not key.startswith(_EXTRAS)
-    }
-    if not any(key.startswith(_HEADS) for key in state):
-        raise CheckpointError(f"{path}: holds no detector, only {', '.join(map(repr, list(state)[:3]))}, ...")
-    return state
+    file.state = {renamed(key, convs): value for key, value in convert_pyramid(published).items()}
+    if not any(key.startswith(_HEADS) for key in file.state):
+        raise CheckpointError(f"{path}: holds no detector, only {', '.join(map(repr, list(file.state)[:3]))}, ...")
+    return file
+
+
+def from_detectron(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return detectron2's entries under mmdet's names, and RetinaNet's outputs in its order of anchors.
+
+    Raises:
+        CheckpointError: If RetinaNet's anchors are not three sizes by three ratios.
+    """
+    levels = [match for key in state if (match := _LEVEL.match(key))]
+    # RetinaNet's pyramid begins at the second map.
+    first = min((int(match[2]) for match in levels if match[2]), default=2)
+    count = len({match[2] for match in levels if match[1] == "lateral"})
+    extras = sorted({int(match[3]) for match in levels if match[3]})
+    cells = len(state["head.bbox_pred.weight"]) // 4 if "head.bbox_pred.weight" in state else 9
+    if cells != 9:
+        raise CheckpointError(f"{path}: its RetinaNet has {cells} anchors in a cell; known are 9, of three sizes")
+
+    def mm(key: str) -> str:
+        if match := _LEVEL.match(key):
+            kind, level, extra = match.groups()
+            part = "lateral" if kind == "lateral" else "fpn"
+            number = int(level) - first if level else count + extras.index(int(extra))
+            return f"neck.{part}_convs.{number}.conv." + key[match.end() :]
+        if match := _SUBNET.match(key):
+            part = "cls" if match[1] == "cls" else "reg"
+            return f"bbox_head.{part}_convs.{int(match[2]) // 2}.conv." + key[match.end() :]
+        for theirs, published in _DETECTRON:
+            if match := theirs.match(key):
+                stage, number = (*match.groups(), None, None)[:2]
+                number = int(number) - 1 if number else ""
+                return published.format(stage or "", number) + key[match.end() :]
+        return key
+
+    def ordered(key: str, value: Tensor) -> Tensor:
+        # Sizes are outside there and ratios inside; here it is the other way round.
+        if key.startswith(("head.cls_score.", "head.bbox_pred.")):
+            return value.unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return value
+
+    return {mm(key): ordered(key, value) for key, value in state.items()}
 
 
 def renamed(key: str, convs: int) -> str:
@@ -83,8 +138,15 @@ def head_of(state: dict[str, Tensor], path: str | Path) -> str:
     if "head.cls_logits.weight" in state:
         return "retinanet"
     if "roi_heads.box_heads.0.cls_score.weight" not in state:
-        raise CheckpointError(f"{path}: holds no head that is known; known: retinanet, mask_rcnn, cascade_mask_rcnn")
-    return "cascade_mask_rcnn" if "roi_heads.box_heads.1.cls_score.weight" in state else "mask_rcnn"
+        raise CheckpointError(
+            f"{path}: holds no head that is known; known: retinanet, faster_rcnn, mask_rcnn, cascade_mask_rcnn"
+        )
+    masks = any(key.startswith("roi_heads.mask_heads.") for key in state)
+    if "roi_heads.box_heads.1.cls_score.weight" in state:
+        if not masks:
+            raise CheckpointError(f"{path}: holds a cascade without masks, which there is none of here")
+        return "cascade_mask_rcnn"
+    return "mask_rcnn" if masks else "faster_rcnn"
 
 
 def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
@@ -94,13 +156,16 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
         CheckpointError: If there is no pyramid.
     """
     levels = [key for key in state if re.fullmatch(r"neck\.inner_blocks\.\d+\.0\.weight", key)]
-    if not levels or "neck.layer_blocks.0.0.weight" not in state:
+    simple = next((key for key in state if re.fullmatch(r"neck\.simfp_\d\.\d+\.norm\.weight", key)), None)
+    if simple is None and (not levels or "neck.layer_blocks.0.0.weight" not in state):
         raise CheckpointError(f"{path}: holds heads without a pyramid (neck.*)")
-    channels = state["neck.layer_blocks.0.0.weight"].shape[0]
+    channels = state[simple or "neck.layer_blocks.0.0.weight"].shape[0]
     variant = {"channels": channels}
     extra = state.get("neck.extra_blocks.convs.0.weight")
     if extra is None:
         variant["extra_convs"] = None
+    elif simple is not None:
+        variant["extra_convs"] = "on_output"
     else:
         # Where the backbone's last map has as many channels as the outputs, either fits; on_input is the published one.
         last = max(levels, key=lambda key: int(key.split(".")[2]))
@@ -112,29 +177,45 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
     variant |= {"num_classes": classes - 1, "hidden": hidden}
     if head == "cascade_mask_rcnn":
         variant["style"] = "swin" if "roi_heads.box_heads.0.tower.0.0.weight" in state else "default"
+        variant["mask_heads"] = len({key.split(".")[2] for key in state if key.startswith("roi_heads.mask_heads.")})
     return variant
 
 
-def load_detector(
-    model: nn.Module, state: dict[str, Tensor], path: str | Path, backbone_loaded: bool, reset_classifier: bool
-) -> LoadReport:
+def rules_of(file: DenseFile) -> dict[str, Any]:
+    """Return the options of a detector that neither names nor shapes tell: whose rules they are, and their limits."""
+    if file.origin is None:
+        return {}
+    if file.origin.library == "detectron2":
+        retina = "head.cls_logits.weight" in file.state
+        return {"rules": "detectron2"} | ({"extra_relu": True} if retina else {})
+    test = file.origin.test
+    test = test.get("rcnn") or test
+    nms = test.get("nms")
+    found = {
+        "score_threshold": test.get("score_thr"),
+        "nms_threshold": nms.get("iou_threshold", nms.get("iou_thr")) if isinstance(nms, dict) else None,
+        "max_detections": test.get("max_per_img"),
+    }
+    return {name: value for name, value in found.items() if type(value) in (int, float)}
+
+
+def load_detector(model: nn.Module, file: DenseFile, backbone_loaded: bool, reset_classifier: bool) -> LoadReport:
     """Load entries under our names into ``model``: all of them, and no others; report what was done.
 
     Args:
         model: The detector.
-        state: What `read_detector` returned.
-        path: Its file, for messages.
+        file: What `read_detector` returned; the backbone's entries may have been renamed since.
         backbone_loaded: Whether the backbone has its weights already.
         reset_classifier: Whether the layers that know the classes keep their initial values.
 
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
-    wanted = model.state_dict()
+    wanted, state = model.state_dict(), file.state
 
     def fresh(key: str) -> bool:
         # Offsets for all classes have four rows whatever the classes; those of a single class are one's own.
         shared = ".bbox_pred." in key and len(wanted[key]) == len(state.get(key, ())) == 4
         return reset_classifier and not shared and _CLASSIFIERS.match(key) is not None
 
-    return load_dense(model, state, path, backbone_loaded, fresh)
+    return load_dense(model, file, backbone_loaded, fresh)

@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 from ....zoo import CheckpointError
 from ....zoo._checkpoint import LoadReport
+from ....zoo.backbone import head_options_of
+from ....zoo.published import STYLES, form_of, statistics_from, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
-from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
-from ..neck import FeaturePyramid
+from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
+from ..neck import detector_neck
 from ..normalize import check_evaluation, dtype_of
 from .anchors import AnchorGrid
 from .assign import Sample, Sampler
 from .boxes import has_area
-from .checkpoint import head_of, held_options, load_detector, read_detector, variant_of
+from .checkpoint import head_of, load_detector, read_detector, rules_of, variant_of
 from .retinanet import RetinaHead
-from .roi_heads import CASCADE_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
+from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
 
-_STRIDES = [4, 8, 16, 32]
-# Families published with mmdet until 2.18, which chose candidates of RetinaNet by anchors.
-_CHOOSE_ANCHORS = ("foveate_davit", "biformer")
+RULES = ("mmdet", "detectron2")
 
 Size = tuple[int, int]
 
@@ -41,7 +41,7 @@ class Detector(nn.Module):
     targets are of labels from 0 all the same.
 
     Attributes:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image.
+        backbone: Maps a batch to maps, four of 1/4 to 1/32 of the image or what the neck makes them of.
         neck: The pyramid on them.
         transform: Makes the batch of images.
         num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
@@ -168,7 +168,7 @@ class Detector(nn.Module):
         """Return the detections of each image, as `forward` does, from maps of the backbone.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             original_sizes: ``(height, width)`` of each image before it was resized, in whose pixels the answer is; as
                 ``image_sizes`` by default.
@@ -182,7 +182,7 @@ class Detector(nn.Module):
         """Return the losses, as `forward` does, from maps of the backbone.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
         """
@@ -259,7 +259,7 @@ class RetinaNet(Detector):
         head: Classes and boxes of every anchor, a `RetinaHead`.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         channels: Channels of the pyramid.
@@ -272,6 +272,8 @@ class RetinaNet(Detector):
         per_level: How many pairs of anchor and class, or anchors, of a level are considered.
         selection: ``"pairs"``, or ``"anchors"`` for what was published with mmdet until 2.18, here DaViT and BiFormer;
             see `RetinaHead`.
+        extra_relu: Whether a ReLU stands between the pyramid's convolved levels, as in detectron2.
+        rules: Whose rules find objects, ``"mmdet"`` or ``"detectron2"``; see `RetinaHead`.
     """
 
     def __init__(
@@ -288,8 +290,13 @@ class RetinaNet(Detector):
         max_detections: int = 100,
         per_level: int = 1000,
         selection: str = "pairs",
+        extra_relu: bool = False,
+        rules: str = "mmdet",
     ):
-        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, start_level=1, extra_convs=extra_convs)
+        _check_rules(rules)
+        neck = detector_neck(
+            backbone, channels, num_outs=5, start_level=1, extra_convs=extra_convs, extra_relu=extra_relu
+        )
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         self.head = RetinaHead(
             channels,
@@ -300,6 +307,7 @@ class RetinaNet(Detector):
             max_detections,
             per_level,
             selection,
+            rules,
         )
 
     @torch.no_grad()
@@ -331,7 +339,7 @@ class MaskRCNN(Detector):
         roi_heads: Boxes and masks of regions, `RoIHeads`.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         channels: Channels of the pyramid and of the heads' convolutions.
@@ -345,6 +353,7 @@ class MaskRCNN(Detector):
         score_threshold: Detections have higher scores.
         nms_threshold: Largest overlap of detections of a class.
         max_detections: Most detections of an image.
+        rules: Whose rules find objects, ``"mmdet"`` or ``"detectron2"``; see `RoIHeads`.
     """
 
     needs_masks: ClassVar[bool] = True
@@ -364,12 +373,15 @@ class MaskRCNN(Detector):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
+        rules: str = "mmdet",
     ):
-        neck = FeaturePyramid(backbone.channels, channels, num_outs=5, extra_convs=extra_convs)
+        _check_rules(rules)
+        self._rules = rules
+        neck = detector_neck(backbone, channels, num_outs=5, start_level=0, extra_convs=extra_convs)
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         rpn, regions, stages = self._design()
         anchors = AnchorGrid((4, 8, 16, 32, 64), anchor_scales, anchor_ratios)
-        self.rpn = RegionProposalNetwork(channels, anchors, samples=anchor_samples, **rpn)
+        self.rpn = RegionProposalNetwork(channels, anchors, samples=anchor_samples, rules=rules, **rpn)
         self.roi_heads = RoIHeads(
             channels,
             num_classes,
@@ -379,6 +391,7 @@ class MaskRCNN(Detector):
             score_threshold=score_threshold,
             nms_threshold=nms_threshold,
             max_detections=max_detections,
+            rules=rules,
             **regions,
         )
 
@@ -411,7 +424,7 @@ class MaskRCNN(Detector):
         Which anchors and regions learn is drawn at random; see ``draw`` for how to fix it.
 
         Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of 1/4 to 1/32 of the padded batch, as ``backbone`` returns them.
+            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
             targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
             image_sizes: ``(height, width)`` of each image in the batch, without padding.
             proposals: Regions ``[P, 4]`` of each image, in pixels of the batch, instead of those of the RPN. Objects
@@ -433,16 +446,26 @@ class MaskRCNN(Detector):
         return losses | {name: value for name, value in found.items() if not name.endswith("acc")}
 
 
+class FasterRCNN(MaskRCNN):
+    """Faster R-CNN (Ren et al. 2015) on a feature pyramid: Mask R-CNN without masks. Arguments as there."""
+
+    needs_masks: ClassVar[bool] = False
+
+    def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
+        return {}, {"mask_heads": 0}, MASK_RCNN_STAGES
+
+
 class CascadeMaskRCNN(MaskRCNN):
     """Cascade Mask R-CNN (Cai & Vasconcelos 2018): three stages of boxes and masks.
 
     Args:
-        backbone: Maps a batch to four maps, of 1/4 to 1/32 of the image; has ``channels``.
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         style: ``"swin"``: box heads with four convolutions and batch norm, offsets for each class, GIoU loss, as in all
             models published with the backbones here; or ``"default"``, mmdet's: two hidden layers, offsets for all
             classes, smooth L1 loss.
+        mask_heads: How many heads for masks there are: one for each stage, or as in detectron2 a single one.
         **options: As those of `MaskRCNN`.
 
     Raises:
@@ -460,19 +483,31 @@ class CascadeMaskRCNN(MaskRCNN):
         num_classes: int = 80,
         transform: DetectorTransform | None = None,
         style: str = "swin",
+        mask_heads: int = 3,
         **options,
     ):
         if style not in self.STYLES:
             raise TaskError(f"style is {style!r}; it can be {' or '.join(map(repr, self.STYLES))}")
-        self._style = style
+        self._style, self._mask_heads = style, mask_heads
         super().__init__(backbone, num_classes, transform, **options)
 
     def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
         rpn = {"most_in_training": 2000, "inside_only": True, "beta": 1 / 9}
-        return rpn, self.STYLES[self._style], CASCADE_STAGES
+        stages = DETECTRON_STAGES if self._rules == "detectron2" else CASCADE_STAGES
+        return rpn, self.STYLES[self._style] | {"mask_heads": self._mask_heads}, stages
 
 
-DETECTORS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN, "cascade_mask_rcnn": CascadeMaskRCNN}
+DETECTORS = {
+    "retinanet": RetinaNet,
+    "faster_rcnn": FasterRCNN,
+    "mask_rcnn": MaskRCNN,
+    "cascade_mask_rcnn": CascadeMaskRCNN,
+}
+
+
+def _check_rules(rules: str) -> None:
+    if rules not in RULES:
+        raise TaskError(f"rules is {rules!r}; it can be {' or '.join(map(repr, RULES))}")
 
 
 def create_detector(
@@ -490,8 +525,10 @@ def create_detector(
 
     Args:
         head: ``"retinanet"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
-        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of four maps, of 1/4 to
-            1/32 of the image, and has their ``channels``.
+        backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, and has their
+            ``channels`` and ``reductions``, their strides; without the latter they are four, of 1/4 to 1/32 of the
+            image. Maps of one stride, as of plain vision transformers, get ViTDet's simple feature pyramid, other
+            strides than 4, 8, 16 and 32 what `detector_neck` says.
         num_classes: Classes of objects; the checkpoint's, or else 80 (COCO), by default. Labels are 0 to
             ``num_classes - 1``; background is no label.
         setting: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
@@ -523,22 +560,32 @@ def create_detector(
     kind = DETECTORS[head]
     options, transform, others = _split_options(kind, kwargs)
     body_options = {**(backbone_kwargs or {}), **others}
-    state, published = None, False
+    if head == "cascade_mask_rcnn" and options.get("style") in STYLES:
+        body_options["style"] = options.pop("style")  # of a ResNet, not of the cascade
+    file, layout, published = None, None, False
     if checkpoint is not None:
         checkpoint = locate(checkpoint)
-        state = read_detector(checkpoint)
+        file = read_detector(checkpoint)
+        state = file.state
         variant = _variant(head, state, checkpoint, num_classes, reset_classifier)
         num_classes = variant.pop("num_classes")
-        options = variant | options
-        published = has_backbone(state) and not is_ours(state)
+        layout = file.layout(backbone)
+        published = has_backbone(state) and not is_ours(state) and layout is None
         if is_ours(state):
-            transform = _split_options(kind, held_options(checkpoint))[1] | transform
+            held, held_transform, _ = _split_options(kind, file.card.get("kwargs") or {})
+            options, transform = held | variant | options, held_transform | transform
+            body_options = file.held_form() | body_options
+        else:
+            options = rules_of(file) | variant | options
+        if layout is not None:
+            form = form_of(layout, file.origin, state, backbone, body_options)
+            transform = statistics_from(file.origin, state, form.get("style")) | transform
+            body_options = form | body_options
+            body_options.pop("pretrained", None)
     elif reset_classifier:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
-    if head == "retinanet" and isinstance(backbone, str) and backbone.startswith(_CHOOSE_ANCHORS):
-        options.setdefault("selection", "anchors")
-    if head == "mask_rcnn" and isinstance(backbone, str) and backbone.startswith("dat_pp"):
-        options.setdefault("extra_convs", "on_input")  # as published, for this head of theirs alone
+    if isinstance(backbone, str):
+        options = head_options_of(backbone, head) | options
     body = build_backbone(
         head,
         backbone,
@@ -548,12 +595,17 @@ def create_detector(
         body_options,
         _known_options(kind),
     )
-    _check_maps(backbone, body)
-    model = kind(body, 80 if num_classes is None else num_classes, DetectorTransform(**transform), **options)
+    prepare = DetectorTransform(**transform)
+    _check_size(backbone, body, prepare)
+    model = kind(body, 80 if num_classes is None else num_classes, prepare, **options)
     model.torchvision_outputs = torchvision_outputs
-    if state is not None:
+    if file is not None:
+        if layout is not None:
+            file.state = translated(layout, file.state, body, checkpoint)
+            model.classes = file.origin.classes
+            model.told = described(options | transform, body_options)
         loaded = published and isinstance(backbone, str)
-        model.load_report = load_detector(model, state, checkpoint, loaded, reset_classifier)
+        model.load_report = load_detector(model, file, loaded, reset_classifier)
     return model
 
 
@@ -594,12 +646,16 @@ def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]
     )
 
 
-def _check_maps(backbone: str | nn.Module, body: nn.Module) -> None:
-    """Raise a TaskError unless a backbone returns four maps of 1/4 to 1/32."""
-    strides = list(getattr(body, "reductions", _STRIDES))
-    if len(body.channels) != len(_STRIDES) or strides != _STRIDES:
+def _check_size(backbone: str | nn.Module, body: nn.Module, transform: DetectorTransform) -> None:
+    """Raise a TaskError if a backbone of one input size can't take all images that the transform makes."""
+    size = getattr(body, "size", None)
+    if size is None:
+        return
+    least = -(-transform.max_size // transform.divisor) * transform.divisor
+    if transform.min_size is None or min(size) < least:
         name = backbone if isinstance(backbone, str) else type(backbone).__name__
         raise TaskError(
-            f"{name} returns {len(body.channels)} maps of strides {', '.join(map(str, strides))}; "
-            f"a detector needs four, of strides {', '.join(map(str, _STRIDES))}"
+            f"{name} takes images of up to {size[0]}x{size[1]} alone, and the detector makes them up to "
+            f"{'any size' if transform.min_size is None else least}: build it with img_size={least}, or the detector "
+            f"with min_size={min(size)}, max_size={min(size)}"
         )

@@ -12,7 +12,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from ... import TaskError
 from .anchors import AnchorGrid
 from .assign import BACKGROUND, IGNORED, Matcher
-from .boxes import BoxCoder, grouped_nms, has_area, multiclass_nms, scale_of, top_k
+from .boxes import BoxCoder, clip, grouped_nms, has_area, multiclass_nms, scale_of, top_k
 from .rpn import EPS, flatten_map
 
 SELECTIONS = ("pairs", "anchors")
@@ -42,6 +42,8 @@ class RetinaHead(nn.Module):
         max_detections: See above.
         per_level: See above.
         selection: See above.
+        rules: ``"mmdet"``, or ``"detectron2"``: boxes are clipped to the image only after the overlapping ones are
+            gone, and may shrink freely.
 
     Raises:
         TaskError: If ``selection`` is none of those.
@@ -57,13 +59,15 @@ class RetinaHead(nn.Module):
         max_detections: int = 100,
         per_level: int = 1000,
         selection: str = "pairs",
+        rules: str = "mmdet",
     ):
         super().__init__()
         if selection not in SELECTIONS:
             raise TaskError(f"selection is {selection!r}; it can be {' or '.join(map(repr, SELECTIONS))}")
         self.num_classes = num_classes
         self.anchors = anchors
-        self.coder = BoxCoder()
+        self.coder = BoxCoder(shrinks_freely=rules == "detectron2")
+        self.clips_last = rules == "detectron2"
         self.matcher = Matcher(0.5, 0.4, minimum=0.0)
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
@@ -151,11 +155,32 @@ class RetinaHead(nn.Module):
         for image, (image_size, original) in enumerate(zip(image_sizes, original_sizes, strict=True)):
             levels = zip(anchors, (level[image] for level in logits), (level[image] for level in offsets), strict=True)
             scale = scale_of(offsets[0], image_size, original)
-            boxes, labels, scores = choose(levels, image_size, scale)
+            if self.clips_last:
+                boxes, labels, scores = self._clipped_last(levels, scale, original)
+            else:
+                boxes, labels, scores = choose(levels, image_size, scale)
             detections.append({"boxes": boxes, "labels": labels, "scores": scores})
         return detections
 
     def _by_pairs(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, labels, scores = self._pairs(levels, scale, image_size)
+        boxes = boxes / scale
+        valid = has_area(boxes)
+        boxes, labels, scores = boxes[valid], labels[valid], scores[valid]
+        kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
+        return boxes[kept], labels[kept], scores[kept]
+
+    def _clipped_last(self, levels: _Levels, scale: Tensor, original: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, labels, scores = self._pairs(levels, scale, None)
+        kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
+        boxes = clip(boxes[kept] / scale, original)
+        valid = has_area(boxes)
+        return boxes[valid], labels[kept][valid], scores[kept][valid]
+
+    def _pairs(
+        self, levels: _Levels, scale: Tensor, image_size: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes, labels and scores of the best pairs of anchor and class of every level."""
         boxes, labels, scores = [], [], []
         floor = torch.logit(scale.new_tensor(self.score_threshold))
         for grid, logit, offset in levels:
@@ -170,11 +195,7 @@ class RetinaHead(nn.Module):
             boxes.append(self.coder.decode(grid[cells], offset[cells], image_size))
             labels.append(pairs % self.num_classes)
             scores.append(score)
-        boxes, labels, scores = torch.cat(boxes) / scale, torch.cat(labels), torch.cat(scores)
-        valid = has_area(boxes)
-        boxes, labels, scores = boxes[valid], labels[valid], scores[valid]
-        kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
-        return boxes[kept], labels[kept], scores[kept]
+        return torch.cat(boxes), torch.cat(labels), torch.cat(scores)
 
     def _by_anchors(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores = [], []

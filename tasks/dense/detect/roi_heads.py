@@ -40,6 +40,8 @@ CASCADE_STAGES = (
     Stage(0.6, (0.05, 0.05, 0.1, 0.1), 0.5),
     Stage(0.7, (0.033, 0.033, 0.067, 0.067), 0.25),
 )
+# Weights of 30 and 15, where mmdet rounds their inverses.
+DETECTRON_STAGES = (*CASCADE_STAGES[:2], Stage(0.7, (1 / 30, 1 / 30, 1 / 15, 1 / 15), 0.25))
 
 
 class RoIExtractor:
@@ -48,16 +50,18 @@ class RoIExtractor:
     Args:
         strides: Strides of the levels, the pyramid's first ones.
         finest: Side in pixels from which on a region is cut out of the second level, halved.
+        eps: Added to the side, in units of ``finest``: detectron2 adds another than mmdet.
     """
 
-    def __init__(self, strides: Sequence[int] = (4, 8, 16, 32), finest: int = 56):
+    def __init__(self, strides: Sequence[int] = (4, 8, 16, 32), finest: int = 56, eps: float = 1e-6):
         self.strides = tuple(strides)
         self.finest = finest
+        self.eps = eps
 
     def levels(self, boxes: Tensor) -> Tensor:
         """Return the level ``[N]`` of each of ``boxes`` ``[N, 4]``."""
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-        return (side / self.finest + 1e-6).log2().floor().clamp(0, len(self.strides) - 1).long()
+        return (side / self.finest + self.eps).log2().floor().clamp(0, len(self.strides) - 1).long()
 
     def __call__(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
         """Return the maps ``[N, C, size, size]`` of the boxes ``[N_i, 4]`` of each image, in their order."""
@@ -138,7 +142,7 @@ class RoIHeads(nn.Module):
 
     Attributes:
         box_heads: One `BoxHead` for each stage.
-        mask_heads: One `MaskHead` for each stage.
+        mask_heads: One `MaskHead` for each stage; or a single one, or none.
         sampler: Draws the regions that learn.
         score_threshold: Detections have higher scores.
         nms_threshold: Largest overlap of detections of a class.
@@ -153,6 +157,9 @@ class RoIHeads(nn.Module):
         per_class: Whether each class has box offsets of its own.
         box_loss: ``"l1"``, ``"smooth_l1"`` on offsets, or ``"giou"`` on boxes.
         samples: Regions of an image that learn.
+        mask_heads: How many heads for masks there are: one for each stage (None), one, or none (0).
+        rules: ``"mmdet"``, or ``"detectron2"``: boxes shrink freely, and it is not the logits of a cascade's stages
+            that are averaged, but their probabilities.
         score_threshold: See above.
         nms_threshold: See above.
         max_detections: See above.
@@ -168,6 +175,8 @@ class RoIHeads(nn.Module):
         per_class: bool = True,
         box_loss: str = "l1",
         samples: int = 512,
+        mask_heads: int | None = None,
+        rules: str = "mmdet",
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
@@ -176,8 +185,11 @@ class RoIHeads(nn.Module):
         self.num_classes = num_classes
         self.stages = tuple(stages)
         self.box_loss = box_loss
-        self.extract = RoIExtractor()
-        self.coders = [BoxCoder(stage.stds) for stage in stages]
+        theirs = rules == "detectron2"
+        # Theirs is 1e-8 of 224 pixels.
+        self.extract = RoIExtractor(eps=4e-8) if theirs else RoIExtractor()
+        self.coders = [BoxCoder(stage.stds, theirs) for stage in stages]
+        self.averages_probabilities = theirs
         self.sampler = Sampler(samples, 0.25)
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
@@ -185,7 +197,8 @@ class RoIHeads(nn.Module):
         self.box_heads = nn.ModuleList(
             BoxHead(channels, num_classes, convs, 1 if convs else 2, hidden, per_class) for _ in stages
         )
-        self.mask_heads = nn.ModuleList(MaskHead(channels, num_classes) for _ in stages)
+        count = len(self.stages) if mask_heads is None else mask_heads
+        self.mask_heads = nn.ModuleList(MaskHead(channels, num_classes) for _ in range(count))
 
     def loss(
         self,
@@ -210,7 +223,8 @@ class RoIHeads(nn.Module):
             rois = [sample.boxes for sample in samples]
             logits, offsets = self.box_heads[index](self.extract(pyramid, rois, 7))
             found = self._box_losses(index, logits, offsets, samples)
-            found["loss_mask"] = self._mask_loss(index, pyramid, samples, targets)
+            if index < len(self.mask_heads):
+                found["loss_mask"] = self._mask_loss(index, pyramid, samples, targets)
             prefix = f"s{index}." if len(self.stages) > 1 else ""
             for name, value in found.items():
                 losses[prefix + name] = value * stage.weight if name.startswith("loss") else value
@@ -313,10 +327,16 @@ class RoIHeads(nn.Module):
             soft_masks: Whether masks are probabilities.
 
         Returns:
-            For each image ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and ``masks``
+            For each image ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and, where there are heads for
+            them, ``masks``
             ``[D, height, width]``, bool, or float32 if they are soft.
         """
         found = self._boxes(pyramid, proposals, image_sizes)
+        if not len(self.mask_heads):
+            return [
+                {"boxes": boxes / scale_of(boxes, size, original), "labels": labels, "scores": scores}
+                for (boxes, scores, labels), size, original in zip(found, image_sizes, original_sizes, strict=True)
+            ]
         masks = self._masks(pyramid, [boxes for boxes, _, _ in found], [labels for _, _, labels in found])
         detections = []
         for (boxes, scores, labels), mask, size, original in zip(
@@ -333,10 +353,11 @@ class RoIHeads(nn.Module):
         rois, sums = list(proposals), 0
         for index, head in enumerate(self.box_heads):
             logits, offsets = head(self.extract(pyramid, rois, 7))
-            sums = sums + logits
+            sums = sums + (logits.softmax(dim=1) if self.averages_probabilities else logits)
             if index + 1 < len(self.box_heads):
                 rois = self._refine(index, rois, logits[:, :-1].argmax(dim=1), offsets, image_sizes)
-        scores = (sums / len(self.box_heads)).softmax(dim=1)[:, :-1]
+        means = sums / len(self.box_heads)
+        scores = (means if self.averages_probabilities else means.softmax(dim=1))[:, :-1]
         counts = [len(boxes) for boxes in rois]
         found = []
         for boxes, score, offset, image_size in zip(

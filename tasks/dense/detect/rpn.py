@@ -38,6 +38,7 @@ class RegionProposalNetwork(nn.Module):
         inside_only: Whether only anchors inside the image learn.
         beta: Where the loss of boxes turns from a parabola to a line; 0 is L1.
         samples: Anchors of an image that learn.
+        rules: ``"mmdet"`` or ``"detectron2"``; see `BoxCoder`.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class RegionProposalNetwork(nn.Module):
         inside_only: bool = False,
         beta: float = 0.0,
         samples: int = 256,
+        rules: str = "mmdet",
     ):
         super().__init__()
         self.head = RPNHead(channels, anchors.per_cell)
         self.anchors = anchors
-        self.coder = BoxCoder()
+        self.coder = BoxCoder(shrinks_freely=rules == "detectron2")
         self.matcher = Matcher(0.7, 0.3, minimum=0.3)
         self.sampler = Sampler(samples, 0.5)
         self.nms_threshold = 0.7

@@ -10,7 +10,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ... import TaskError
-from ..normalize import check_images, normalize
+from ...extras import require
+from ..normalize import check_images, check_order, normalize
 from .boxes import has_area, scale_of
 
 
@@ -34,6 +35,8 @@ class DetectorTransform(nn.Module):
         mean: Mean of the channels, of images of 0 to 1.
         std: Their standard deviation.
         divisor: Sides of a batch are multiples of it.
+        channel_order: ``"rgb"``, or ``"bgr"``: the model sees the channels the other way round, and ``mean`` and
+            ``std`` are in its order.
 
     Args:
         min_size: See above.
@@ -41,6 +44,10 @@ class DetectorTransform(nn.Module):
         mean: See above.
         std: See above.
         divisor: See above.
+        channel_order: See above.
+
+    Raises:
+        TaskError: If there is no such order, or ``mean`` and ``std`` don't go together.
     """
 
     def __init__(
@@ -50,8 +57,10 @@ class DetectorTransform(nn.Module):
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         divisor: int = 32,
+        channel_order: str = "rgb",
     ):
         super().__init__()
+        check_order(channel_order)
         if len(mean) != len(std):
             raise TaskError(
                 f"mean has {len(mean)} channels and std has {len(std)}; they must have as many as the images"
@@ -61,6 +70,7 @@ class DetectorTransform(nn.Module):
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.divisor = divisor
+        self.channel_order = channel_order
 
     def forward(
         self,
@@ -88,7 +98,7 @@ class DetectorTransform(nn.Module):
         sizes = [self._size(original) for original in originals]
         images = [resize(image, size) for image, size in zip(images, sizes, strict=True)]
         if not normalized:
-            images = [normalize(image, self.mean, self.std) for image in images]
+            images = [normalize(image, self.mean, self.std, self.channel_order) for image in images]
         canvas = self._canvas(sizes)
         batch = torch.stack([_pad(image, canvas) for image in images])
         if targets is not None:
@@ -130,8 +140,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     if image.dtype != torch.uint8:
         return F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-    import cv2
-
+    cv2 = require("cv2")
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
     pixels = cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
     return torch.from_numpy(pixels.reshape(*size, -1)).permute(2, 0, 1).to(image.device)

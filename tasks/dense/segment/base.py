@@ -6,8 +6,10 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from ....zoo.backbone import crop_maps
 from ... import TaskError
-from ..normalize import check_images, dtype_of, normalize
+from ..neck import MultiLevelNeck
+from ..normalize import check_images, check_order, dtype_of, normalize
 from .inference import pad_to
 
 
@@ -15,15 +17,39 @@ class BaseSegmenter(nn.Module):
     """A model that normalises its images for `predict` and `loss`; ``forward`` takes normalised ones.
 
     Args:
+        backbone: Maps images to a list of maps.
+        neck: Makes the head's maps of the backbone's, see `segmenter_neck`; None if these are the same.
         mean: Mean of the channels, of images of 0 to 1; kept beside the parameters, not in the state dict.
         std: Their standard deviation.
+        channel_order: ``"rgb"``, or ``"bgr"``: the model sees the channels the other way round, and ``mean`` and
+            ``std`` are in its order.
     """
 
-    def __init__(self, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module | None = None,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channel_order: str = "rgb",
+    ):
         super().__init__()
+        check_order(channel_order)
+        self.channel_order = channel_order
+        self.backbone, self.neck = backbone, neck
         if len(mean) != len(std):
             raise TaskError(f"mean has {len(mean)} channels and std {len(std)}; they must have as many as the images")
         self.mean, self.std = tuple(mean), tuple(std)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Map normalised images ``[B, C, H, W]`` to the maps that the head takes."""
+        maps = self.backbone(x)
+        if self.neck is None:
+            return maps
+        maps = self.neck(maps)
+        # As published, MultiLevelNeck leaves it to the resizing of the logits to undo the padding to whole patches.
+        exact = isinstance(self.neck, MultiLevelNeck)
+        return maps if exact else crop_maps(maps, self.neck.reductions, x.shape[-2:])
 
     def prepare(self, images: Tensor, normalized: bool = False, look: bool = True) -> Tensor:
         """Return images ``[B, C, H, W]`` as ``forward`` takes them: normalised, in the dtype of the parameters.
@@ -42,7 +68,7 @@ class BaseSegmenter(nn.Module):
                 f"list of [{len(self.mean)}, height, width]"
             )
         check_images(images, len(self.mean), normalized, look)
-        return (images if normalized else normalize(images, self.mean, self.std)).to(dtype_of(self))
+        return (images if normalized else normalize(images, self.mean, self.std, self.channel_order)).to(dtype_of(self))
 
     def prepare_one(self, image: Tensor, normalized: bool = False, look: bool = True) -> Tensor:
         """Return an image ``[C, H, W]`` of a list as a batch of its own; see `prepare`."""

@@ -5,7 +5,7 @@ Written anew after the settings of mmseg (github.com/open-mmlab/mmsegmentation, 
 
 from collections.abc import Sequence
 
-from timm.layers import ConvNormAct
+from timm.layers import ConvNormAct, GroupNormAct
 from torch import Tensor, nn
 
 
@@ -33,17 +33,25 @@ class FCNHead(nn.Module):
         channels: Channels of the convolution.
         index: The map to use; the third by default.
         dropout: Dropout rate, of whole channels.
+        group_norm: Whether the norm is one of 32 groups, as beside HamNet, instead of a batch norm.
 
     Shape:
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H, W]`` at the scale of the chosen one.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], num_classes: int, channels: int = 256, index: int = 2, dropout: float = 0.1
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        channels: int = 256,
+        index: int = 2,
+        dropout: float = 0.1,
+        group_norm: bool = False,
     ):
         super().__init__()
         self.index = index
-        self.convs = nn.Sequential(ConvNormAct(in_channels[index], channels, 3))
+        norm = GroupNormAct if group_norm else nn.BatchNorm2d
+        self.convs = nn.Sequential(ConvNormAct(in_channels[index], channels, 3, norm_layer=norm))
         self.dropout = nn.Dropout2d(dropout)
         init_convolutions(self)
         self.conv_seg = classifier(channels, num_classes)

@@ -192,6 +192,8 @@ class Mask2Former(BaseSegmenter):
         divisor: Images are padded, right and below, to a multiple of it.
         mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
         std: Their standard deviation.
+        channel_order: See `BaseSegmenter`.
+        neck: Makes the head's four maps of the backbone's; None if these are the same.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` to scores ``[B, num_classes, H, W]`` of every class at every pixel, which are
@@ -215,9 +217,10 @@ class Mask2Former(BaseSegmenter):
         divisor: int = 32,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channel_order: str = "rgb",
+        neck: nn.Module | None = None,
     ):
-        super().__init__(mean, std)
-        self.backbone = backbone
+        super().__init__(backbone, neck, mean, std, channel_order)
         self.head = head
         self.criterion = criterion
         self.things = tuple(range(criterion.num_classes)) if things is None else tuple(sorted(things))
@@ -263,7 +266,7 @@ class Mask2Former(BaseSegmenter):
         # Masks cover what the predictions cover: the padded images.
         canvas = padded.shape[-2:]
         targets = [target | {"masks": pad_to(target["masks"].float(), canvas)} for target in targets]
-        predictions = self.head.predictions(self.backbone(padded), prompt)
+        predictions = self.head.predictions(self.features(padded), prompt)
         return self.criterion.weighted(self.criterion(predictions, targets))
 
     def _check(self, targets: Sequence[Target], sizes: Sequence[Sequence[int]]) -> None:
@@ -371,7 +374,7 @@ class Mask2Former(BaseSegmenter):
 
     def _results(self, x: Tensor, output: str, image_size: Sequence[int], output_size: Sequence[int]) -> list:
         padded = self._pad(x)
-        logits, masks = self.head.predictions(self.backbone(padded), output)[-1]
+        logits, masks = self.head.predictions(self.features(padded), output)[-1]
         logits = logits.float()
         return [
             self.postprocess(*pair, output, tuple(image_size), tuple(output_size))

@@ -4,23 +4,30 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, dense_settings_of
-from ....zoo.weights import locate
+from ....zoo.library_errors import lacks_variance
+from ....zoo.published import form_of, statistics_from, tests_of, translated
+from ....zoo.weights import locate, table
 from ... import TaskError, nearest
-from ..build import OtherClassesError, build_backbone, has_backbone, is_ours
+from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
+from ..neck import segmenter_neck
 from ..normalize import check_evaluation, statistics_of
+from .attention_unet import AttentionUNetHead
 from .base import BaseSegmenter
-from .checkpoint import aux_channels_of, head_of, held_statistics, load_segmenter, read_segmenter, variant_of
-from .deeplabv3 import DeepLabV3Head
+from .checkpoint import aux_channels_of, head_of, load_segmenter, neck_of, read_segmenter, variant_of
+from .deeplabv3 import DeepLabV3Head, DeepLabV3PlusHead
 from .fcn import FCNHead
+from .ham import HamNetHead, LightHamHead
 from .inference import predict_labels, resize_to
 from .losses import batch_labels, check_labels, pixel_cross_entropy
 from .mask2former import SETTINGS, Mask2Former, Mask2FormerHead, OneFormerHead
+from .mca import MCAHead
 from .semantic_fpn import SemanticFPNHead
 from .set_loss import SetCriterion
 from .upernet import UPerHead
@@ -31,11 +38,17 @@ HEADS = {
     "semantic_fpn": SemanticFPNHead,
     "upernet": UPerHead,
     "deeplabv3": DeepLabV3Head,
+    "light_ham": LightHamHead,
+    "ham_net": HamNetHead,
+    "mca": MCAHead,
+    "attention_unet": AttentionUNetHead,
+    "deeplabv3_plus": DeepLabV3PlusHead,
     "mask2former": Mask2FormerHead,
     "oneformer": OneFormerHead,
 }
 # The heads that are trained with an auxiliary one.
-_WITH_AUX = ("upernet", "deeplabv3")
+_WITH_AUX = ("upernet", "deeplabv3", "deeplabv3_plus", "ham_net")
+_DILATED = ("deeplabv3", "deeplabv3_plus")
 
 
 class Segmenter(BaseSegmenter):
@@ -57,6 +70,8 @@ class Segmenter(BaseSegmenter):
         aux_weight: Weight of the auxiliary loss.
         mean: Mean of the channels, of images of 0 to 1; ImageNet's by default.
         std: Their standard deviation.
+        channel_order: See `BaseSegmenter`.
+        neck: Makes the heads' maps of the backbone's; None if these are the same.
 
     Shape:
         Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
@@ -74,9 +89,10 @@ class Segmenter(BaseSegmenter):
         aux_weight: float = 0.4,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channel_order: str = "rgb",
+        neck: nn.Module | None = None,
     ):
-        super().__init__(mean, std)
-        self.backbone = backbone
+        super().__init__(backbone, neck, mean, std, channel_order)
         self.head = head
         self.aux_head = aux_head
         self.ignore_index = ignore_index
@@ -90,7 +106,7 @@ class Segmenter(BaseSegmenter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``[B, 3, H, W]`` to logits ``[B, num_classes, H, W]``."""
-        return resize_to(self.head(self.backbone(x)), x.shape[-2:])
+        return resize_to(self.head(self.features(x)), x.shape[-2:])
 
     def loss(
         self, images: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], normalized: bool = False
@@ -113,11 +129,11 @@ class Segmenter(BaseSegmenter):
         """
         x, sizes = self.prepare_batch(images, normalized)
         labels = batch_labels(targets, sizes, x.shape[-2:], self.ignore_index)
-        features = self.backbone(x)
+        features = self.features(x)
         try:
             logits = self.head(features)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_variance(error):
                 raise
             raise TaskError("the batch norm of a map pooled to one pixel needs at least 2 images in a batch") from error
         check_labels(labels, logits.shape[1], self.ignore_index)
@@ -182,27 +198,32 @@ def create_segmenter(
     """Create a segmenter of any backbone.
 
     Args:
-        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"mask2former"`` or ``"oneformer"``.
+        head: ``"semantic_fpn"``, ``"upernet"``, ``"deeplabv3"``, ``"deeplabv3_plus"``, ``"light_ham"`` (SegNeXt on
+            MSCAN), ``"ham_net"``, ``"mca"``, ``"attention_unet"``, ``"mask2former"`` or ``"oneformer"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, from the
-            finest to the coarsest, and has their ``channels`` (and, for DeepLabV3, ``reductions``).
+            finest to the coarsest, and has their ``channels`` and, unless the head takes them as they are,
+            ``reductions``, their strides.
         num_classes: Classes; the checkpoint's, or else the setting's or 150 (ADE20K), by default.
         setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
             default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
             own, which include the backbone's: `mask2former.SETTINGS`, such as ``"coco_panoptic"``.
-        checkpoint: Weights of a whole segmenter, a path or an address: mmseg's, detectron2's, or ours. The variant of
-            the head is read from it unless given; ``"mask2former"`` reads OneFormer's too. A file of a head alone
-            leaves the backbone as it is, and says so.
-        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet
-            and DeepLabV3; the others never have one.
+        checkpoint: Weights of a whole segmenter, a path, an address or the name of published ones: mmseg's,
+            detectron2's, or ours. The variant of the head is read from it unless given; ``"mask2former"`` reads
+            OneFormer's too. A file of a head alone leaves the backbone as it is, and says so. What no file tells, the
+            ``rank`` of ``"light_ham"``, is known of published names and of mmseg's files, and must be given of others.
+        aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet,
+            DeepLabV3 and HamNet; the others never have one.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's classifier, to train for other classes.
         **kwargs: Options of the head, such as ``channels``, of the segmenter, such as ``loss_mean`` or ``things``, and
-            of Mask2Former's `SetCriterion`; all others are options of a named backbone. ``mean`` and ``std`` of the
+            of Mask2Former's `SetCriterion`; ``neck``, what stands between backbone and head, see `segmenter_neck`; all
+            others are options of a named backbone. ``mean`` and ``std`` of the
             images are by default those of the run whose checkpoint it is; ImageNet's of published segmenters; else the
             backbone's own.
 
     Raises:
-        TaskError: If the head or an option is unknown, or the backbone does not suit the head.
+        TaskError: If the head or an option is unknown, the backbone does not suit the head, or the rank of Light-Ham's
+            factorisation must be given.
         UnknownModelError: If the backbone or its setting is unknown.
         CheckpointError: If the checkpoint can't be had or read, or is of another model.
 
@@ -215,17 +236,25 @@ def create_segmenter(
         raise TaskError(f"there is no segmenter {head!r}{nearest(head, HEADS)}")
     if reset_classifier and checkpoint is None:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
+    entry = table().get(str(checkpoint))
     checkpoint = None if checkpoint is None else locate(checkpoint)
-    state = None
+    file, layout, state = None, None, None
     if checkpoint is not None:
-        state = read_segmenter(checkpoint)
+        file = read_segmenter(checkpoint)
+        state = file.state
         head = _held_head(head, state, checkpoint)
+        layout = file.layout(backbone)
     options, aux_options = {}, {}
     aux = aux_head and head in _WITH_AUX
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
-        options |= variant_of(head, state)
+        options |= variant_of(head, state) | {"neck": neck_of(state)} | (entry.options if entry else {})
+        if head == "light_ham" and "rank" not in options | kwargs:
+            raise TaskError(
+                f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
+                "rank=64, which the authors took for B and L"
+            )
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
             raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
         aux_options = {"channels": aux_channels_of(state)}
@@ -239,7 +268,14 @@ def create_segmenter(
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
     *parts, others = _split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
-    published = state is not None and has_backbone(state) and not is_ours(state)
+    published = state is not None and has_backbone(state) and not is_ours(state) and layout is None
+    if layout is not None:
+        form = form_of(layout, file.origin, state, backbone, body_options)
+        parts[1] = statistics_from(file.origin, state, form.get("style")) | parts[1]
+        body_options = form | body_options
+        body_options.pop("pretrained", None)
+    elif file is not None and is_ours(state):
+        body_options = file.held_form() | body_options
 
     def build(**more: int) -> nn.Module:
         return build_backbone(
@@ -252,38 +288,60 @@ def create_segmenter(
             [name for kind in kinds for name in _options_of(kind)],
         )
 
-    if head == "deeplabv3" and isinstance(backbone, str) and "output_stride" not in body_options:
+    if head in _DILATED and layout is None and isinstance(backbone, str) and "output_stride" not in body_options:
         try:
             body = build(output_stride=16)
         except TaskError:  # most transformers can't trade stride for dilation
             body = build()
     else:
         body = build()
-    if head == "deeplabv3":
+    if head in _DILATED:
         parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
-    parts[1] = _statistics(state, checkpoint, body) | parts[1]
+    parts[1] = _statistics(file, body) | parts[1]
+    neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
+    channels = body.channels if neck is None else neck.channels
     if transformer:
         criterion = SetCriterion(num_classes, **parts[2])
-        module = HEADS[head](body.channels, num_classes, **parts[0])
+        module = HEADS[head](channels, num_classes, **parts[0])
         if head == "oneformer":
             parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
-        model = Mask2Former(body, module, criterion, **parts[1])
+        model = Mask2Former(body, module, criterion, neck=neck, **parts[1])
     else:
         aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
-        aux_module = FCNHead(body.channels, num_classes, **aux_options) if aux else None
-        model = Segmenter(body, HEADS[head](body.channels, num_classes, **parts[0]), aux_module, **parts[1])
+        # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
+        strides = getattr(body, "reductions", None)
+        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
+        aux_options["index"] = len(channels) - 1 if plain else min(2, len(channels) - 1)
+        aux_options |= {"group_norm": True} if head == "ham_net" else {}
+        aux_module = FCNHead(channels, num_classes, **aux_options) if aux else None
+        module = HEADS[head](channels, num_classes, **parts[0])
+        model = Segmenter(body, module, aux_module, neck=neck, **parts[1])
     model.num_classes = num_classes
-    if state is not None:
+    if file is not None:
+        if layout is not None:
+            file.state = translated(layout, state, body, checkpoint)
+            given = {name: value for part in parts for name, value in part.items() if name not in _OF_IMAGES}
+            model.told = described(given, body_options)
+            model.classes, model.tests = file.origin.classes, tests_of(layout, file.origin)
         loaded = published and isinstance(backbone, str)
-        model.load_report = load_segmenter(model, state, checkpoint, loaded, reset_classifier)
+        model.load_report = load_segmenter(model, file, loaded, reset_classifier)
     return model
 
 
-def _statistics(state: dict[str, Tensor] | None, path: Path | None, body: nn.Module) -> dict[str, Sequence[float]]:
+def _neck(head: str, body: nn.Module, neck: str | None, state: dict[str, Tensor] | None) -> nn.Module | None:
+    """Return the neck asked for or held by a file, whose heads may stand on the backbone's maps as they are."""
+    module = segmenter_neck(head, body, neck)
+    bare = state is not None and neck == "auto" and module is not None and module.state_dict()
+    return None if bare else module
+
+
+def _statistics(file: DenseFile | None, body: nn.Module) -> dict[str, Any]:
     """Return mean and std of a segmenter's images: of a run's file, of published files, or else of its backbone."""
-    if state is None:
+    if file is None:
         return statistics_of(body)
-    return held_statistics(path) if is_ours(state) else {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "channel_order": "rgb"}
+    rule = file.card.get("input") or {} if is_ours(file.state) else {}
+    return {name: rule.get(name, value) for name, value in usual.items()}
 
 
 def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
@@ -294,6 +352,8 @@ def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
     return held
 
 
+# What a run's data say of images.
+_OF_IMAGES = ("mean", "std", "channel_order")
 # What create_segmenter passes itself.
 _PARTS = ("in_channels", "num_classes", "backbone", "head", "aux_head", "criterion", "options")
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import TaskError
+from ...extras import require
 
 Target = dict[str, Tensor]
 
@@ -111,8 +112,7 @@ class SetCriterion(nn.Module):
     @torch.no_grad()
     def match(self, prediction: tuple[Tensor, Tensor], targets: Sequence[Target]) -> list[tuple[Tensor, Tensor]]:
         """Return, for each image, the queries and the objects of the cheapest matching, in the order of the queries."""
-        from scipy.optimize import linear_sum_assignment
-
+        linear_sum_assignment = require("scipy.optimize").linear_sum_assignment
         pairs = []
         for logits, masks, target in zip(*prediction, targets, strict=True):
             points = torch.rand(1, self.num_points, 2, device=masks.device)

@@ -1,0 +1,82 @@
+"""PVTv2's MLP (arXiv 2106.13797), which convolves its hidden map."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels.backends import is_exporting
+from .plain import is_plain
+
+# Of the MLP's hidden map at a time, where it is computed in pieces: about a core's second-level cache.
+_PIECE_BYTES = 2 * 2**20
+
+
+class DepthwiseMlp(nn.Module):
+    """PVTv2's MLP on maps: linear, depthwise 3x3, GELU, linear; NHWC.
+
+    Its hidden map is the largest tensor of the model, up to 8 times its input, but no hidden channel and no image
+    depends on another. Without gradients on the CPU it is therefore computed in pieces that stay in the cache.
+
+    Args:
+        dim: Channels.
+        hidden: Channels between the layers.
+        drop: Dropout rate after either linear layer.
+
+    Shape:
+        ``[B, H, W, dim]`` to the same shape.
+
+    Example:
+        >>> DepthwiseMlp(16, 64)(torch.randn(1, 5, 7, 16)).shape
+        torch.Size([1, 5, 7, 16])
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, H, W, dim]`` to the same shape."""
+        if not torch.jit.is_scripting() and self._in_pieces(x):
+            return self._forward_in_pieces(x)
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+    @torch.jit.ignore
+    def _in_pieces(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
+        if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
+            return False
+        return is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2)
+
+    @torch.jit.ignore
+    def _forward_in_pieces(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        hidden = self.fc1.out_features
+        channel_bytes = height * width * x.element_size()
+        channels = min(hidden, max(16, _PIECE_BYTES // channel_bytes // 16 * 16))
+        images = max(1, _PIECE_BYTES // (channel_bytes * hidden))
+        out = torch.empty_like(x)
+        for first in range(0, batch, images):
+            part = x[first : first + images]
+            tokens = part.reshape(-1, part.shape[-1])
+            total = self.fc2.bias.expand(tokens.shape[0], -1)
+            for start in range(0, hidden, channels):
+                chosen = slice(start, start + channels)
+                piece = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
+                piece = piece.view(part.shape[0], height, width, -1).permute(0, 3, 1, 2)
+                piece = F.conv2d(
+                    piece, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=piece.shape[1]
+                )
+                piece = self.act(piece.permute(0, 2, 3, 1).flatten(0, 2))
+                total = torch.addmm(total, piece, self.fc2.weight[:, chosen].t())
+            out[first : first + images] = total.view(part.shape)
+        return out
+
+
+register_notrace_module(DepthwiseMlp)

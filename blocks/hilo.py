@@ -1,0 +1,126 @@
+"""HiLo attention (LITv2, arXiv 2205.13213): some heads attend within small windows, the others to a pooled map."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, trunc_normal_
+from torch import Tensor, nn
+
+from .pointwise import apply_linear
+from .window import cut_windows, join_windows
+
+
+@register_notrace_function
+def pool_windows(x: Tensor, size: int) -> Tensor:
+    """Average the windows of a map ``[B, H, W, C]``, zeros at the bottom and right included: ``[B, windows, C]``."""
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
+    return F.avg_pool2d(x.permute(0, 3, 1, 2), size).flatten(2).transpose(1, 2)
+
+
+class HiLoAttention2d(nn.Module):
+    """Multi-head self-attention that splits its heads between high and low frequencies of a map.
+
+    High frequencies: heads that attend within windows that do not overlap. Low frequencies: heads whose queries are all
+    positions, and whose keys and values are averages of the windows. Their outputs are joined, high before low, without
+    a projection of both. With windows of one position all heads are of the second kind, and attention is global.
+
+    A map that is no multiple of the window is padded with zeros at the bottom and right, before the projections. As in
+    the published dense models nothing of that is masked: padded positions are keys within their windows, and the zeros
+    count in the averages.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; must divide ``dim``.
+        window_size: Height and width of a window.
+        alpha: The part of the heads, rounded down, that attend to the pooled map; from 0 to 1.
+        qkv_bias: Whether the projections to queries, keys and values have a bias.
+
+    Shape:
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
+
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``dim``, or ``alpha`` or the window is out of range.
+
+    Example:
+        >>> attention = HiLoAttention2d(64, num_heads=4)
+        >>> attention(torch.randn(1, 20, 30, 64)).shape
+        torch.Size([1, 20, 30, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 2,
+        alpha: float = 0.5,
+        qkv_bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"HiLo attention needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+        if not 0 <= alpha <= 1 or window_size < 1:
+            raise ValueError(
+                f"HiLo attention needs alpha from 0 to 1 and windows of at least one position; got alpha {alpha}, "
+                f"windows of {window_size}"
+            )
+        self.window_size = window_size
+        self.low_heads = num_heads if window_size == 1 else int(num_heads * alpha)
+        self.high_heads = num_heads - self.low_heads
+        low, high = (heads * (dim // num_heads) for heads in (self.low_heads, self.high_heads))
+        self.h_qkv = nn.Linear(dim, 3 * high, bias=qkv_bias, **dd) if high else None
+        self.h_proj = nn.Linear(high, high, **dd) if high else None
+        self.l_q = nn.Linear(dim, low, bias=qkv_bias, **dd) if low else None
+        self.l_kv = nn.Linear(dim, 2 * low, bias=qkv_bias, **dd) if low else None
+        self.l_proj = nn.Linear(low, low, **dd) if low else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections as published: truncated normal, std 0.02."""
+        for linear in self.children():
+            trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print(model)` shows."""
+        return f"window_size={self.window_size}, {self.high_heads} heads high, {self.low_heads} low"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over ``x`` ``[B, H, W, dim]``."""
+        if self.low_heads == 0:
+            return self._attend_high(x)
+        if self.high_heads == 0:
+            return self._attend_low(x)
+        return torch.cat([self._attend_high(x), self._attend_low(x)], dim=-1)
+
+    def _attend_high(self, x: Tensor) -> Tensor:
+        """Attend within windows."""
+        height, width, size = x.shape[1], x.shape[2], self.window_size
+        h_qkv, h_proj = self.h_qkv, self.h_proj
+        assert h_qkv is not None
+        assert h_proj is not None
+        windows = cut_windows(x, size, size, 0, 0)
+        qkv = h_qkv(windows) if torch.jit.is_scripting() else apply_linear(h_qkv, windows)
+        q, k, v = qkv.unflatten(-1, (3, self.high_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = h_proj(out) if torch.jit.is_scripting() else apply_linear(h_proj, out)
+        return join_windows(out, height, width, size, size, 0, 0)
+
+    def _attend_low(self, x: Tensor) -> Tensor:
+        """Attend to the averages of windows."""
+        height, width = x.shape[1], x.shape[2]
+        l_q, l_kv, l_proj = self.l_q, self.l_kv, self.l_proj
+        assert l_q is not None
+        assert l_kv is not None
+        assert l_proj is not None
+        tokens = x.flatten(1, 2)
+        pooled = tokens if self.window_size == 1 else pool_windows(x, self.window_size)
+        q = l_q(tokens) if torch.jit.is_scripting() else apply_linear(l_q, tokens)
+        kv = l_kv(pooled) if torch.jit.is_scripting() else apply_linear(l_kv, pooled)
+        q = q.unflatten(-1, (self.low_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.low_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = l_proj(out) if torch.jit.is_scripting() else apply_linear(l_proj, out)
+        return out.unflatten(1, (height, width))

@@ -1,0 +1,121 @@
+"""Reading maps between their pixels."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import Backend, choose, exporting, report
+
+
+class Problem(NamedTuple):
+    """A call of `sample_bilinear`."""
+
+    x: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def sample_bilinear(x: Tensor, rows: Tensor, columns: Tensor, backend: str | None = None) -> Tensor:
+    """Read maps at points, bilinear between the pixels, which are zero outside.
+
+    That is the sampling of deformable convolution (arXiv 1703.06211, eq. 3), in absolute positions, which `grid_sample`
+    would have rounded once more. Points that are not finite numbers give values that are not numbers, and read nothing
+    else.
+
+    Args:
+        x: Maps ``[B, H, W, C]``.
+        rows: Vertical positions ``[B, P]`` in pixels, 0 the centre of the first row, in float32 or float64.
+        columns: Horizontal positions ``[B, P]``.
+        backend: ``"gather"``, the reference, or ``"bags"`` (CPU, without gradients: one pass over the four pixels
+            around every point). By default bags where they can run; graphs are built from the gather.
+
+    Returns:
+        ``[B, P, C]`` in the dtype of ``x``. Gradients flow to all three.
+
+    Raises:
+        ValueError: If there is no such backend or it cannot run; the message says why.
+
+    Example:
+        >>> x = torch.arange(6.0).view(1, 2, 3, 1)
+        >>> sample_bilinear(x, torch.tensor([[0.5, 9.0]]), torch.tensor([[1.0, 0.0]])).flatten()
+        tensor([2.5000, 0.0000])
+    """
+    problem = Problem(x, rows, columns)
+    return _BACKENDS[choose("sample_bilinear", _BACKENDS, problem, backend)].run(problem)
+
+
+def bilinear_backends(x: Tensor, rows: Tensor, columns: Tensor, backend: str | None = None) -> dict[str, str]:
+    """Say which backends can run a call of `sample_bilinear`, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    return report("sample_bilinear", _BACKENDS, Problem(x, rows, columns), backend)
+
+
+def neighbors(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the pixels before and after each point along an axis of ``size``, and the point's share in each.
+
+    A pixel outside is replaced by the nearest one, with a share of zero.
+    """
+    before = position.detach().floor()
+    after = before + 1
+    # fmax and fmin, so that points that are not numbers name a pixel too; their shares are not numbers.
+    zero, last = torch.zeros_like(size), size - 1
+    first, second = torch.fmin(torch.fmax(before, zero), last), torch.fmin(torch.fmax(after, zero), last)
+    offset = position - before
+    return first, second, (1 - offset) * (first == before), offset * (second == after)
+
+
+def gather_bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Do what `sample_bilinear` does, by four gathers."""
+    height, width, dim = x.shape[1], x.shape[2], x.shape[3]
+    upper, lower, upper_share, lower_share = neighbors(rows, torch.full_like(rows[:1, :1], height))
+    left, right, left_share, right_share = neighbors(columns, torch.full_like(columns[:1, :1], width))
+    pixels = x.flatten(1, 2).to(rows.dtype)
+    out = torch.zeros_like(pixels[:, :1])
+    for row, row_share in ((upper, upper_share), (lower, lower_share)):
+        for column, column_share in ((left, left_share), (right, right_share)):
+            index = (row.long() * width + column.long()).unsqueeze(2).expand(-1, -1, dim)
+            out = out + torch.gather(pixels, 1, index) * (row_share * column_share).unsqueeze(2)
+    return out.to(x.dtype)
+
+
+def _bags(problem: Problem) -> Tensor:
+    """Sum the rows of the pixels around the points, which are each point's bag of an embedding."""
+    x, rows, columns = problem
+    batch, height, width, dim = x.shape
+    upper, lower, *row_shares = neighbors(rows, torch.full_like(rows[:1, :1], height))
+    left, right, *column_shares = neighbors(columns, torch.full_like(columns[:1, :1], width))
+    first = torch.arange(0, batch * height * width, height * width)[:, None]
+    starts = [first + row.long() * width for row in (upper, lower)]
+    pixels = torch.stack([start + column.long() for start in starts for column in (left, right)], dim=-1)
+    shares = torch.stack([row * column for row in row_shares for column in column_shares], dim=-1)
+    out = F.embedding_bag(
+        pixels.flatten(0, 1),
+        x.reshape(-1, dim).to(rows.dtype),
+        per_sample_weights=shares.flatten(0, 1),
+        mode="sum",
+    )
+    return out.unflatten(0, (batch, -1)).to(x.dtype)
+
+
+def _bags_obstacle(problem: Problem) -> str | None:
+    return None if problem.x.is_cpu else f"they are for CPU tensors; x is on {problem.x.device}"
+
+
+def _bags_drawback(problem: Problem) -> str | None:
+    if torch.is_grad_enabled():
+        return "gradients of any order take the gather"
+    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "graphs and transforms take torch's plain operators"
+    return None
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "bags": Backend(_bags, _bags_obstacle, _bags_drawback),
+    "gather": Backend(lambda problem: gather_bilinear(*problem)),
+}

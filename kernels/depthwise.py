@@ -1,0 +1,196 @@
+"""A convolution of each channel by itself, at stride 1, with kernels that processors' libraries are slow at.
+
+oneDNN generates code for a depthwise convolution only while its kernel is narrow. Beyond that it is 5 to 40 times
+slower, though a dilated convolution is a plain one on each of its interleaved grids, and a wide one is fast on a map
+whose channels come last.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import Backend, choose, exporting, report
+
+# Read once: a compiler can't follow the questions.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+# How far a kernel may reach beside its centre: oneDNN keeps that many vectors in registers.
+_REACH = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+
+
+class Problem(NamedTuple):
+    """A call of `depthwise_conv2d`; dilation and padding as (y, x)."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+
+    def output_size(self) -> list[int]:
+        sizes = zip(self.x.shape[2:], self.weight.shape[2:], self.dilation, self.padding, strict=True)
+        return [size + 2 * p - d * (k - 1) for size, k, d, p in sizes]
+
+
+def _convolution(problem: Problem) -> Tensor:
+    x, weight, bias, dilation, padding = problem
+    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=len(weight))
+
+
+def _channels_come_last(x: Tensor) -> bool:
+    # Of one channel, or of one pixel, both are true; such maps count as ordinary ones.
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _like(out: Tensor, x: Tensor) -> Tensor:
+    return _with_channels_last(out) if _channels_come_last(x) else out.contiguous()
+
+
+def _with_channels_last(x: Tensor) -> Tensor:
+    # Said so that torch.vmap understands.
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _channels_last(problem: Problem) -> Tensor:
+    return _like(_convolution(problem._replace(x=_with_channels_last(problem.x))), problem.x)
+
+
+def _interleaved(problem: Problem) -> Tensor:
+    """Convolve each of the grids of every ``dilation``-th row and column, which don't see each other, as one batch.
+
+    Of a padding that is no multiple of the dilation, the rest is put on the map, which moves it to another grid.
+    """
+    x, weight, bias, (dy, dx), (py, px) = problem
+    height, width = problem.output_size()
+    rest_y, rest_x = py % dy, px % dx
+    batch, channels, rows, columns = x.shape
+    rows, columns = rows + 2 * rest_y, columns + 2 * rest_x
+    fill_y, fill_x = -rows % dy, -columns % dx
+    # Channels come last: what moves is then a whole pixel.
+    maps = F.pad(x.permute(0, 2, 3, 1), (0, 0, rest_x, rest_x + fill_x, rest_y, rest_y + fill_y))
+    rows, columns = (rows + fill_y) // dy, (columns + fill_x) // dx
+    grids = maps.reshape(batch, rows, dy, columns, dx, channels).permute(2, 4, 0, 1, 3, 5)
+    grids = grids.reshape(dy * dx * batch, rows, columns, channels).permute(0, 3, 1, 2)
+    out = F.conv2d(grids, weight, bias, padding=(py // dy, px // dx), groups=channels).permute(0, 2, 3, 1)
+    rows, columns = out.shape[1:3]
+    out = out.reshape(dy, dx, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
+    out = out.reshape(batch, rows * dy, columns * dx, channels)[:, :height, :width]
+    return _like(out.permute(0, 3, 1, 2), x)
+
+
+def _dilation_obstacle(problem: Problem) -> str | None:
+    return None if max(problem.dilation) > 1 else "the kernel is not dilated"
+
+
+def _drawback(problem: Problem) -> str | None:
+    """Return why oneDNN's own choice for the map as it lies isn't slow."""
+    if exporting():
+        return "an exported graph keeps the layer"
+    if problem.x.device.type != "cpu":
+        return "it is faster on CPUs only"
+    if not _HAS_ONEDNN:
+        return "oneDNN is not available"
+    (height, width), (dy, dx) = problem.weight.shape[2:], problem.dilation
+    if (width - 1) * dx <= 2 * _REACH and ((height - 1) * dy <= 2 * _REACH or max(dy, dx) == 1):
+        return "oneDNN is fast at narrow kernels"
+    return None
+
+
+def _channels_last_drawback(problem: Problem) -> str | None:
+    if _channels_come_last(problem.x):
+        return "the channels come last already"
+    if problem.x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "it is faster in float32 only"
+    return _drawback(problem)
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "interleaved": Backend(_interleaved, _dilation_obstacle, _drawback),
+    "channels_last": Backend(_channels_last, drawback=_channels_last_drawback),
+    "convolution": Backend(_convolution),
+}
+
+
+def _problem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int | tuple[int, int],
+    padding: int | tuple[int, int] | None,
+) -> Problem:
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[:2] != (x.shape[1], 1):
+        raise ValueError(
+            "a depthwise convolution takes a map [B, C, H, W] and a weight [C, 1, h, w]; "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    dy, dx = (dilation, dilation) if isinstance(dilation, int) else dilation
+    if min(dy, dx) < 1:
+        raise ValueError(f"dilation must be positive, got {dilation}")
+    if padding is None:
+        height, width = weight.shape[2:]
+        if height % 2 == 0 or width % 2 == 0:
+            raise ValueError(f"a {height}x{width} kernel has no centre that keeps the size of the map; give padding")
+        padding = (height // 2 * dy, width // 2 * dx)
+    py, px = (padding, padding) if isinstance(padding, int) else padding
+    if min(py, px) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+    problem = Problem(x, weight, bias, (dy, dx), (py, px))
+    if any(size < 1 for size in problem.output_size()):  # min() would bind the sizes of a compiled graph to each other
+        raise ValueError(
+            f"a {weight.shape[2]}x{weight.shape[3]} kernel of dilation {(dy, dx)} does not fit into a map of "
+            f"{x.shape[2]}x{x.shape[3]} with padding {(py, px)}"
+        )
+    return problem
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dilation: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve each channel with a kernel of its own, at stride 1, as `torch.nn.functional.conv2d` does.
+
+    Args:
+        x: Map ``[B, C, H, W]``, in any memory format, which is that of the output too.
+        weight: ``[C, 1, h, w]``.
+        bias: ``[C]``.
+        dilation: Distance of the kernel's rows and columns on the map.
+        padding: Zeros on each side of the map; by default as many as keep its size, which takes odd kernels.
+        backend: ``"convolution"``, the reference, which is torch's own; ``"interleaved"``, a plain convolution on each
+            of the grids of every ``dilation``-th row and column; or ``"channels_last"``. By default the fastest: on a
+            CPU, interleaved for dilated kernels and channels last for plain ones, where they are wide.
+
+    Returns:
+        ``[B, C, H + 2 p - dilation (h - 1), W + 2 p - dilation (w - 1)]``.
+
+    Raises:
+        ValueError: If the shapes do not fit, the kernel does not fit into the padded map, or there is no such backend
+            or it cannot run; the message says why.
+
+    Example:
+        >>> depthwise_conv2d(torch.randn(1, 8, 5, 9), torch.randn(8, 1, 7, 7), dilation=3).shape
+        torch.Size([1, 8, 5, 9])
+    """
+    problem = _problem(x, weight, bias, dilation, padding)
+    return _BACKENDS[choose("depthwise_conv2d", _BACKENDS, problem, backend)].run(problem)
+
+
+def depthwise_backends(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dilation: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> dict[str, str]:
+    """Say which backends can run a call of `depthwise_conv2d`, whose arguments these are, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    return report("depthwise_conv2d", _BACKENDS, _problem(x, weight, bias, dilation, padding), backend)

@@ -1,0 +1,169 @@
+"""Depthwise convolutions: every path is torch's own, forward and for every gradient, and the choice among them."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foveate.blocks.depthwise import apply_depthwise
+from foveate.kernels import depthwise_backends, depthwise_conv2d
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+pytestmark = pytest.mark.versions
+
+BACKENDS = ("interleaved", "channels_last")
+CHANNELS_LAST = torch.channels_last
+
+
+def tensors(batch, channels, size, kernel, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, channels, *size), (channels, 1, *kernel), (channels,))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def with_gradients(function, *args):
+    leaves = [x.clone().requires_grad_() for x in args]
+    out = function(*leaves)
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return out, *torch.autograd.grad(out, leaves, upstream)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    dilation=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 3),
+    channels_last=st.booleans(),
+)
+def test_every_backend_is_torchs_own(size, kernel, dilation, padding, batch, channels, channels_last):
+    x, weight, bias = tensors(batch, channels, size, kernel)
+    if channels_last:
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+    fits = all(n + 2 * p > d * (k - 1) for n, k, d, p in zip(size, kernel, dilation, padding, strict=True))
+    for backend in ("convolution",) if dilation == (1, 1) else ("convolution", "interleaved"):
+        options = {"dilation": dilation, "padding": padding, "backend": backend}
+        if not fits:
+            with pytest.raises(ValueError, match="does not fit into a map of"):
+                depthwise_conv2d(x, weight, bias, **options)
+            continue
+        actual = with_gradients(lambda *a, o=options: depthwise_conv2d(*a, **o), x, weight, bias)
+        expected = with_gradients(
+            lambda *a: F.conv2d(*a, padding=padding, dilation=dilation, groups=channels), x, weight, bias
+        )
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+# Odd sizes, sizes below the kernel, and maps of one pixel, at the kernels of VAN, MSCAN and OverLoCK.
+SIZES = [(56, 56), (13, 8), (5, 3), (1, 1), (1, 30)]
+KERNELS = [((7, 7), 3), ((1, 21), 1), ((21, 1), 1), ((17, 17), 1), ((3, 3), 7)]
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), KERNELS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+def test_the_chosen_path_is_torchs_own_in_float32(kernel, dilation, memory_format):
+    for size in SIZES:
+        x, weight, bias = tensors(2, 20, size, kernel, torch.float32)
+        padding = [k // 2 * dilation for k in kernel]
+        expected = with_gradients(
+            lambda *a, p=padding: F.conv2d(*a, padding=p, dilation=dilation, groups=20),
+            *(t.double() for t in (x, weight, bias)),
+        )
+        x = x.contiguous(memory_format=memory_format)
+        actual = with_gradients(lambda *a: depthwise_conv2d(*a, dilation=dilation), x, weight, bias)
+        assert actual[0].is_contiguous(memory_format=memory_format)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), KERNELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_spreads_as_far_as_the_kernel(kernel, dilation, value):
+    x, weight, bias = tensors(1, 4, (23, 26), kernel, torch.float32)
+    x[0, 2, 11, 12] = value
+    expected = F.conv2d(x, weight, bias, padding=[k // 2 * dilation for k in kernel], dilation=dilation, groups=4)
+    for layout in (x, x.contiguous(memory_format=CHANNELS_LAST)):
+        actual = depthwise_conv2d(layout, weight, bias, dilation)
+        assert actual.isfinite().equal(expected.isfinite())
+        assert not actual[0, 2].isfinite().all()
+        assert actual[0, [0, 1, 3]].isfinite().all()
+
+
+def test_the_choice():
+    x = torch.zeros(1, 8, 9, 9)
+    last = x.contiguous(memory_format=CHANNELS_LAST)
+    wide = {"fast": "convolution"} if not torch.backends.mkldnn.is_available() else {}
+
+    def chosen(x, kernel, **options):
+        return next(n for n, v in depthwise_backends(x, torch.zeros(8, 1, *kernel), **options).items() if v == "chosen")
+
+    for map_ in (x, last, x.bfloat16()):
+        assert chosen(map_, (7, 7), dilation=3) == wide.get("fast", "interleaved")
+        assert chosen(map_, (3, 3), dilation=3) == chosen(map_, (5, 5)) == "convolution"
+    assert chosen(x, (1, 21)) == chosen(x, (17, 17)) == wide.get("fast", "channels_last")
+    assert chosen(last, (1, 21)) == chosen(x, (21, 1)) == chosen(x.bfloat16(), (1, 21)) == "convolution"
+    assert chosen(x.to("meta"), (7, 7), dilation=3) == "convolution"
+    assert chosen(x, (7, 7), dilation=3, backend="convolution") == "convolution"
+    with pytest.raises(ValueError, match="'interleaved' cannot run here: the kernel is not dilated"):
+        chosen(x, (7, 7), backend="interleaved")
+
+
+def test_bad_arguments():
+    x, weight, bias = tensors(1, 4, (5, 5), (3, 3))
+    with pytest.raises(ValueError, match=r"a weight \[C, 1, h, w\]; got"):
+        depthwise_conv2d(x, weight[:2], bias)
+    with pytest.raises(ValueError, match="a 2x3 kernel has no centre"):
+        depthwise_conv2d(x, weight[:, :, :2], bias)
+    with pytest.raises(ValueError, match="dilation must be positive"):
+        depthwise_conv2d(x, weight, bias, dilation=(0, 1))
+    with pytest.raises(ValueError, match="padding must not be negative"):
+        depthwise_conv2d(x, weight, bias, padding=(1, -1))
+    with pytest.raises(ValueError, match=r"a 3x3 kernel of dilation .* does not fit into a map of 5x5"):
+        depthwise_conv2d(x, weight, bias, dilation=3, padding=0)
+
+
+def test_a_layer_that_is_watched_or_more_than_plain_is_called():
+    x = torch.randn(1, 6, 9, 8)
+    conv = nn.Conv2d(6, 6, 7, padding=9, dilation=3, groups=6)
+    torch.testing.assert_close(apply_depthwise(conv, x), conv(x))
+    seen = []
+    handle = conv.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    hooked = apply_depthwise(conv, x)
+    handle.remove()
+    assert len(seen) == 1
+    torch.testing.assert_close(hooked, 2 * conv(x))
+    prune.random_unstructured(conv, "weight", 0.5)
+    torch.testing.assert_close(apply_depthwise(conv, x), conv(x))
+    others = ({"stride": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}, {"groups": 3}, {})
+    for options in others:
+        conv = nn.Conv2d(6, 6, 3, **{"groups": 6, "dilation": 2, **options})
+        torch.testing.assert_close(apply_depthwise(conv, x), conv(x))
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [((7, 7), 3), ((1, 21), 1)])
+def test_graphs(kernel, dilation):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            padding = tuple(k // 2 * dilation for k in kernel)
+            self.conv = nn.Conv2d(4, 4, kernel, padding=padding, dilation=dilation, groups=4)
+
+        def forward(self, x):
+            return apply_depthwise(self.conv, x)
+
+    net = Net().eval()
+    compiled = torch.compile(net, backend="eager", dynamic=True, fullgraph=True)
+    for size in product((1, 10, 23), (9, 22)):
+        x = torch.randn(1, 4, *size)
+        torch.testing.assert_close(compiled(x), net.conv(x))
+    dynamic = {2: torch.export.Dim("height", max=99), 3: torch.export.Dim("width", max=99)}
+    graph = torch.export.export(net, (torch.randn(1, 4, 10, 22),), dynamic_shapes=(dynamic,))
+    operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert [name for name in operators if name.startswith("aten")] == ["aten.conv2d.default"]
+    torch.testing.assert_close(graph.module()(x), net.conv(x))

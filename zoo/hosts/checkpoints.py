@@ -1,0 +1,105 @@
+"""Published checkpoints of the hosts, whatever attends in them: their names, layouts and tables of positions."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ...blocks.global_attention import resize_bias_table
+from ...blocks.position import resize_map
+from ...blocks.window import from_swin_table
+from .._checkpoint import resampled
+from .cswin import CSWin
+from .deit import DeiT
+from .pvt import PVT
+
+# From the published names to ours.
+_SWIN_NAMES = (
+    (r"^patch_embed\.", lambda m: "stem."),
+    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+    (r"^layers\.", lambda m: "stages."),
+    (r"^norm(\d)\.", lambda m: f"out_norms.{m[1]}."),
+    (r"\.relative_position_bias_table$", lambda m: ".rpb"),
+)
+_PVT_NAMES = (
+    (r"^patch_embed1\.proj\.", lambda m: "stem.conv."),
+    (r"^patch_embed1\.norm\.", lambda m: "stem.norm."),
+    (r"^pos_embed1$", lambda m: "stem.pos_embed"),
+    (r"^patch_embed(\d)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.conv."),
+    (r"^patch_embed(\d)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.norm."),
+    (r"^pos_embed(\d)$", lambda m: f"stages.{int(m[1]) - 1}.downsample.pos_embed"),
+    (r"^block(\d)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+)
+_CSWIN_NAMES = (
+    (r"^stage1_conv_embed\.0\.", lambda m: "stem.conv."),
+    (r"^stage1_conv_embed\.2\.", lambda m: "stem.norm."),
+    (r"^merge(\d)\.", lambda m: f"stages.{m[1]}.downsample."),
+    (r"^stage(\d)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+    (r"\.(qkv|proj)\.", lambda m: f".attn.{m[1]}."),
+    (r"\.attns\.(\d)\.get_v\.", lambda m: f".attn.lepe.{m[1]}."),
+)
+
+
+def published_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a published state dict of a host under ``model``'s names and in its layouts, whatever the image size.
+
+    What the published code recomputes (``relative_position_index``, ``attn_mask``) is dropped.
+    """
+    if isinstance(model, DeiT):
+        quarter = len(model.stages[0].blocks)
+        names = (
+            (r"^patch_embed\.", lambda m: "stem."),
+            (r"^blocks\.(\d+)\.", lambda m: f"stages.{int(m[1]) // quarter}.blocks.{int(m[1]) % quarter}."),
+        )
+    elif isinstance(model, PVT):
+        names = _PVT_NAMES
+    elif isinstance(model, CSWin):
+        names = _CSWIN_NAMES
+    else:
+        names = _SWIN_NAMES
+    renamed = {}
+    for key, value in state.items():
+        if key.endswith((".relative_position_index", ".attn_mask")):
+            continue
+        if key.endswith("relative_position_bias_table"):
+            value = from_swin_table(value)
+        for pattern, ours in names:
+            key = re.sub(pattern, ours, key)
+        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
+        if key.endswith(".pos_embed") and value.ndim == 3:
+            side = round(value.shape[1] ** 0.5)
+            value = value.unflatten(1, (side, side))
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.q." in key]:
+        kv = key.replace(".attn.q.", ".attn.kv.")
+        if kv in renamed:
+            renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([renamed.pop(key), renamed.pop(kv)])
+    return renamed
+
+
+def resized_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resample a host's bias tables and position embeddings to ``model``'s image size, bicubic, as published."""
+    wanted = model.state_dict()
+    state = {key: _resized(key, value, wanted[key]) if key in wanted else value for key, value in state.items()}
+    if isinstance(model, DeiT) and "pos_embed" in state:
+        state["pos_embed"] = _resized_tokens(state["pos_embed"], model)
+    return state
+
+
+def _resized(key: str, value: Tensor, wanted: Tensor) -> Tensor:
+    if value.shape == wanted.shape or value.ndim != wanted.ndim:
+        return value
+    if key.endswith(".rpb") and value.shape[0] == wanted.shape[0]:
+        return resampled(resize_bias_table(value, list(wanted.shape[1:])), value, "bicubic")
+    if key.endswith(".pos_embed") and value.shape[-1] == wanted.shape[-1]:
+        return resampled(resize_map(value, wanted.shape[1], wanted.shape[2], "bicubic"), value, "bicubic")
+    return value
+
+
+def _resized_tokens(pos_embed: Tensor, model: DeiT) -> Tensor:
+    """Resample the position embedding of class token and patches ``[1, 1 + side * side, C]`` to ``model``'s map."""
+    side = round((pos_embed.shape[1] - 1) ** 0.5)
+    if pos_embed.shape == model.pos_embed.shape or side * side != pos_embed.shape[1] - 1:
+        return pos_embed
+    grid = resize_map(pos_embed[:, 1:].unflatten(1, (side, side)), model.map_height, model.map_width, "bicubic")
+    return resampled(torch.cat([pos_embed[:, :1], grid.flatten(1, 2)], dim=1), pos_embed, "bicubic")

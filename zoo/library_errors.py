@@ -1,0 +1,38 @@
+"""What errors of Python, torch and timm are about: told by their text, for want of types of their own.
+
+Nowhere else is an error matched by a library's words, so that a new version is answered here alone.
+"""
+
+import re
+
+
+def unknown_option(error: TypeError) -> str | None:
+    """Return the keyword that a function was called with but doesn't have; None if the error is another."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return found and found[1]
+
+
+def call_fault(error: TypeError) -> str:
+    """Return what is wrong with a call, without the function's own name."""
+    return str(error).split("() ")[-1]
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or what kind it is if it says nothing."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def needs_unpickling(error: Exception) -> bool:
+    """Return whether a file was refused since it pickles objects, which could run code."""
+    text = str(error).lower()
+    return any(words in text for words in ("weights_only", "unsupported global", "unsupported class"))
+
+
+def lacks_variance(error: ValueError) -> bool:
+    """Return whether a batch norm was given one value per channel to train on."""
+    return "more than 1 value per channel" in str(error)
+
+
+def needs_values(error: Exception) -> bool:
+    """Return whether something was computed on tensors without values that needs them."""
+    return "meta tensors" in str(error)
