@@ -11,15 +11,12 @@ from .deformable import DeformableAttention2d
 from .dual import ChannelGroupAttention2d, DualAttention2d
 from .ela import EfficientLocalAttention
 from .global_attention import GlobalAttention2d
-<<<<<<< HEAD
-from .losses import collect_losses, report_logits, report_loss
-from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
-=======
 from .hamburger import Hamburger2d
 from .hilo import HiLoAttention2d
 from .inline import InLineAttention2d, InLineTokenAttention
 from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
->>>>>>> main
+from .losses import collect_losses, report_logits, report_loss
+from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -44,15 +41,12 @@ __all__ = [
     "DualAttention2d",
     "EfficientLocalAttention",
     "GlobalAttention2d",
-<<<<<<< HEAD
-    "HeadRouter",
-=======
     "Hamburger2d",
+    "HeadRouter",
     "HiLoAttention2d",
     "InLineAttention2d",
     "InLineTokenAttention",
     "LargeKernelAttention2d",
->>>>>>> main
     "LePEAttention2d",
     "MixtureOfHeads2d",
     "MultiScaleDeformableAttention",

@@ -11,13 +11,10 @@ from .cross_shaped import CrossShapedAttention2d
 from .deformable import DeformableAttention2d
 from .dual import DualAttention2d
 from .global_attention import GlobalAttention2d
-<<<<<<< HEAD
-from .mixture_of_heads import MixtureOfHeads2d
-=======
 from .hilo import HiLoAttention2d
 from .inline import InLineAttention2d
 from .large_kernel import LargeKernelAttention2d
->>>>>>> main
+from .mixture_of_heads import MixtureOfHeads2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d
@@ -39,7 +36,6 @@ class _Shift(Shift2d):
         super().__init__(dim, **options)
 
 
-<<<<<<< HEAD
 def _mixture_of_heads(
     dim: int,
     num_heads: int,
@@ -56,13 +52,13 @@ def _mixture_of_heads(
     routed_heads = (num_heads - shared_heads + 1) // 2 if routed_heads is None else routed_heads
     module = create_attention(attention, dim, num_heads, **{**(attention_options or {}), **dd})
     return MixtureOfHeads2d(module, num_heads, shared_heads, routed_heads, **dd)
-=======
+
+
 class _LargeKernel(LargeKernelAttention2d):
     """Large kernel attention, which knows no heads."""
 
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None, **options):
         super().__init__(dim, **options, device=device, dtype=dtype)
->>>>>>> main
 
 
 # By name: the module, and the options it gets beyond its own defaults.
@@ -75,13 +71,10 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
     "dual": (DualAttention2d, {}),
     "global": (GlobalAttention2d, {}),
-<<<<<<< HEAD
     "moh": (_mixture_of_heads, {}),
-=======
     "hilo": (HiLoAttention2d, {}),
     "inline": (InLineAttention2d, {}),
     "large_kernel": (_LargeKernel, {}),
->>>>>>> main
     "neighborhood": (NeighborhoodAttention2d, {}),
     "quadtree": (QuadTreeAttention2d, {"levels": 3}),
     "shift": (_Shift, {}),
@@ -98,13 +91,7 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
     """Create an attention by name.
 
     Args:
-<<<<<<< HEAD
-        name: One of `list_attentions`: ``"agent"``, ``"aggregated"``, ``"bilevel"``, ``"cross_shaped"``,
-            ``"deformable"``, ``"dilated"``, ``"dual"``, ``"global"``, ``"moh"``, ``"neighborhood"``, ``"quadtree"``,
-            ``"shift"`` or ``"window"``.
-=======
         name: One of `list_attentions`, such as ``"neighborhood"``.
->>>>>>> main
         dim: Channels.
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the

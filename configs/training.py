@@ -30,34 +30,25 @@ CLASSIFIERS = (
     "dinat_s_tiny",
     "dinat_tiny",
     "ela_s_mobilenetv2",
-<<<<<<< HEAD
     "moh_transnext_base_75",
     "moh_transnext_small_75",
-=======
     "mscan_t",
->>>>>>> main
     "nat_isotropic_base",
     "nat_isotropic_small",
     "nat_tiny",
     "quadtree_b2",
-<<<<<<< HEAD
     "transnext_base_384",
     "transnext_tiny",
-=======
     "van_b1",
->>>>>>> main
 )
 
 _LAST_RATE = "Left out: 10 epochs more at the last rate."
 _THREE_TIMES = "Left out: three augmentations of each image in an epoch"
 _BIASES = ("norm", "rpb")
 _AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
-<<<<<<< HEAD
 _TRANSNEXT_BIASES = ("norm", "query_embedding", "relative_pos_bias_local", "cpb", "temperature")
-=======
 # SegNeXt decayed the norms of its stem.
 _MSCAN_NORMS = ("downsample.norm", *(f"{digit}.norm" for digit in range(10)))
->>>>>>> main
 _STRETCHED = dict(divisor=32)  # evaluation stretches images, a little, to multiples of 32 pixels
 # What a rule holds beside the keys of a config.
 TEXTS = ("note", "gpus", "arguments", "sizes", "source")

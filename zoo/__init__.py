@@ -2,22 +2,14 @@
 
 from fnmatch import fnmatch
 
-<<<<<<< HEAD
-from . import agent, biformer, dat, dual, ela, host, nat, quadtree, shiftvit, transnext
-=======
-from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, quadtree, shiftvit, van
->>>>>>> main
+from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, quadtree, shiftvit, transnext, van
 from ._checkpoint import CheckpointError
 from ._maps import BackboneError
 from .backbone import Backbone, UnknownModelError, create_backbone
 
 __all__ = ["Backbone", "BackboneError", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 
-<<<<<<< HEAD
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, shiftvit, transnext, ela, host)
-=======
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, van, ela, host)
->>>>>>> main
+_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, transnext, van, ela, host)
 
 
 def list_models(pattern: str = "*") -> list[str]:

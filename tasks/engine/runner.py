@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, default_collate
 
-<<<<<<< HEAD
 from ...blocks.losses import collect_losses
-=======
 from ...zoo.library_errors import call_fault, first_line
->>>>>>> main
 from .. import TaskError
 from ..checkpoints import load_weights, read_checkpoint, save_checkpoint
 from .config import PRECISIONS, plain

@@ -39,7 +39,6 @@ FAMILIES = {
     "ela_t_resnet50": dict(layers=(1, 1, 1, 1)),
     "ela_s_mobilenetv2": {},
     "shiftvit_light_tiny": dict(embed_dim=24, depths=(1, 1, 1, 1)),
-<<<<<<< HEAD
     "transnext_micro": dict(embed_dim=24, head_dim=12, depths=(1, 1, 1, 1), img_size=64),
     "transnext_micro_AAAA": dict(embed_dim=24, head_dim=12, depths=(1, 1, 1, 1), img_size=64),
     "moh_transnext_base_50": dict(
@@ -50,10 +49,8 @@ FAMILIES = {
         shared_heads=(4, 2, 1, 0),
         routed_heads=(0, 4, 8, 16),
     ),
-=======
     "van_b0": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     "mscan_t": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
->>>>>>> main
     "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
     "foveate_host_atto": {},
 }

@@ -13,12 +13,8 @@ import foveate
 import pytest
 import timm
 import torch
-<<<<<<< HEAD
 from foveate.blocks.losses import report_loss
-from foveate.tasks import engine
-=======
 from foveate.tasks import TaskError, engine
->>>>>>> main
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
 from foveate.tasks.dense.build import freeze_statistics

@@ -24,23 +24,16 @@ TOLERANCES = {
     "davit": (5e-5, 1e-4),
     "quadtree": (4e-6, 1e-5),
     "shiftvit": (1.5e-5, 1.5e-5),
-<<<<<<< HEAD
     "transnext": (6e-6, 1.5e-5),
     "moh": (4e-5, 4e-5),
-}
-# Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "shiftvit", "transnext", "moh"}
-RELATIVE_MAPS = {"shiftvit", "transnext"}
-# Families whose fixtures name options of the constructor.
-OPTIONS = {"transnext"}
-=======
     "van": (1e-5, 3e-5),
     "mscan": (1e-5, 6e-5),
 }
 # Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "inline", "litv2", "shiftvit", "van", "mscan"}
-RELATIVE_MAPS = {"litv2", "shiftvit", "van", "mscan"}
->>>>>>> main
+RELATIVE = {"biformer", "inline", "litv2", "shiftvit", "transnext", "moh", "van", "mscan"}
+RELATIVE_MAPS = {"litv2", "shiftvit", "transnext", "van", "mscan"}
+# Families whose fixtures name options of the constructor.
+OPTIONS = {"transnext"}
 RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former", "features": None}
 RECIPES |= {"extrapolation": "segmentation_extrapolation"}
 
@@ -76,13 +69,9 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
             parameters = sum(parameter.numel() for parameter in net.parameters())
             assert parameters == fixture.spec["notes"].get("params", parameters)
         else:
-<<<<<<< HEAD
-            net = foveate.create_backbone(model, setting=RECIPES[dense[-1]], checkpoint=checkpoint).eval()
-=======
             # Fixtures near the initial state, whose small streams show every eps, hold the tighter.
             maps_atol = 2e-5 if "eps" in parts else maps_atol
-            net = foveate.create_backbone(model, setting=RECIPES[dense[0]], checkpoint=checkpoint).eval()
->>>>>>> main
+            net = foveate.create_backbone(model, setting=RECIPES[dense[-1]], checkpoint=checkpoint).eval()
             for i, features in enumerate(net(fixture.input())):
                 scale = fixture.spec["outputs"][f"stage{i + 1}"]["std"] if family in RELATIVE_MAPS else 1
                 atol = maps_atol[i] if isinstance(maps_atol, tuple) else maps_atol
