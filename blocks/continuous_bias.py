@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..kernels.backends import exporting, transform_obstacle
 from .plain import is_plain
 
+# Hidden numbers of the MLP at once, where they are not kept for gradients: 8 MB in float32.
+_HIDDEN = 2**21
+
 
 class AxisTable(NamedTuple):
     """One axis of a bias: the distances that occur, and which of them, weighted, a pair of positions has.
@@ -130,7 +133,7 @@ class ContinuousBias(nn.Module):
             # Weights are compared by their numbers: some averages of weights overwrite them without a trace.
             if kept_size == size and all(map(_same, kept_weights, weights)):
                 return bias
-        bias = self._bias(rows, columns)
+        bias = self._bias(rows, columns, max(1, _HIDDEN // (self.fc1.out_features * len(columns.distances))))
         self._kept = (size, [weight.clone() for weight in weights], bias)
         return bias
 
@@ -140,7 +143,7 @@ class ContinuousBias(nn.Module):
         plain = is_plain(self.fc1, self.fc2) and type(self.act) is nn.ReLU and not torch.is_autocast_enabled("cpu")
         return plain and self.fc1.weight.device.type == "cpu" and transform_obstacle() is None
 
-    def _bias(self, rows: AxisTable, columns: AxisTable) -> Tensor:
+    def _bias(self, rows: AxisTable, columns: AxisTable, at_once: int | None = None) -> Tensor:
         parameter = next(self.parameters())
         exact = torch.promote_types(parameter.dtype, torch.float32)
         y, x = (
@@ -148,7 +151,8 @@ class ContinuousBias(nn.Module):
             for axis, length in zip((rows, columns), self.pretrain_size, strict=True)
         )
         pairs = torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1).to(parameter.dtype)
-        return self.fc2(self.act(self.fc1(pairs))).permute(2, 0, 1)
+        parts = (pairs,) if at_once is None else pairs.split(at_once)
+        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in parts]).permute(2, 0, 1)
 
     @staticmethod
     def coordinates(distances: Tensor, pretrain: int) -> Tensor:
