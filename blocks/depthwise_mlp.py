@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from ..kernels.backends import is_exporting
 from .plain import is_plain
 
-# Of the MLP's hidden map at a time, where it is computed in pieces: about a core's second-level cache.
-_PIECE_BYTES = 2 * 2**20
+# Of the MLP's hidden map at a time, where it is computed in pieces.
+_PIECE_BYTES = 8 * 2**20
 
 
 class DepthwiseMlp(nn.Module):
     """PVTv2's MLP on maps: linear, depthwise 3x3, GELU, linear; NHWC.
 
     Its hidden map is the largest tensor of the model, up to 8 times its input, but no hidden channel and no image
-    depends on another. Without gradients on the CPU it is therefore computed in pieces that stay in the cache.
+    depends on another. Without gradients on the CPU it is therefore computed in pieces if it is large: images, or
+    channels of an image, for which fresh memory costs less.
 
     Args:
         dim: Channels.
@@ -44,6 +45,9 @@ class DepthwiseMlp(nn.Module):
         """Map ``[B, H, W, dim]`` to the same shape."""
         if not torch.jit.is_scripting() and self._in_pieces(x):
             return self._forward_in_pieces(x)
+        return self._feed_forward(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop(self.fc2(self.drop(self.act(x))))
 
@@ -52,31 +56,35 @@ class DepthwiseMlp(nn.Module):
         traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
         if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
             return False
-        return is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2)
+        if not is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2):
+            return False
+        return x.shape[:3].numel() * self.fc1.out_features * x.element_size() >= 2 * _PIECE_BYTES
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        hidden = self.fc1.out_features
-        channel_bytes = height * width * x.element_size()
-        channels = min(hidden, max(16, _PIECE_BYTES // channel_bytes // 16 * 16))
-        images = max(1, _PIECE_BYTES // (channel_bytes * hidden))
-        out = torch.empty_like(x)
-        for first in range(0, batch, images):
-            part = x[first : first + images]
-            tokens = part.reshape(-1, part.shape[-1])
-            total = self.fc2.bias.expand(tokens.shape[0], -1)
-            for start in range(0, hidden, channels):
-                chosen = slice(start, start + channels)
-                piece = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
-                piece = piece.view(part.shape[0], height, width, -1).permute(0, 3, 1, 2)
-                piece = F.conv2d(
-                    piece, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=piece.shape[1]
-                )
-                piece = self.act(piece.permute(0, 2, 3, 1).flatten(0, 2))
-                total = torch.addmm(total, piece, self.fc2.weight[:, chosen].t())
-            out[first : first + images] = total.view(part.shape)
-        return out
+        channel_bytes = x.shape[1] * x.shape[2] * x.element_size()
+        image_bytes = channel_bytes * self.fc1.out_features
+        if image_bytes < 2 * _PIECE_BYTES:
+            images = max(1, _PIECE_BYTES // image_bytes)
+            return torch.cat([self._feed_forward(part) for part in x.split(images)])
+        channels = max(16, _PIECE_BYTES // channel_bytes // 16 * 16)
+        return torch.cat([self._sum_over_channels(image, channels) for image in x.split(1)])
+
+    def _sum_over_channels(self, x: Tensor, channels: int) -> Tensor:
+        """Map one image, so many hidden channels at a time."""
+        height, width = x.shape[1], x.shape[2]
+        tokens = x.flatten(0, 2)
+        total = self.fc2.bias.expand(tokens.shape[0], -1)
+        for start in range(0, self.fc1.out_features, channels):
+            chosen = slice(start, start + channels)
+            piece = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
+            piece = piece.view(1, height, width, -1).permute(0, 3, 1, 2)
+            piece = F.conv2d(
+                piece, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=piece.shape[1]
+            )
+            piece = self.act(piece.permute(0, 2, 3, 1).flatten(0, 2))
+            total = torch.addmm(total, piece, self.fc2.weight[:, chosen].t())
+        return total.view(x.shape)
 
 
 register_notrace_module(DepthwiseMlp)

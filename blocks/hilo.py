@@ -89,38 +89,34 @@ class HiLoAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        if self.low_heads == 0:
-            return self._attend_high(x)
-        if self.high_heads == 0:
-            return self._attend_low(x)
-        return torch.cat([self._attend_high(x), self._attend_low(x)], dim=-1)
+        # Torch's script compiles only the branch of what there is.
+        if self.h_qkv is None:
+            out = self._attend_low(x)
+        elif self.l_q is None:
+            out = self._attend_high(x)
+        else:
+            out = torch.cat([self._attend_high(x), self._attend_low(x)], dim=-1)
+        return out
 
     def _attend_high(self, x: Tensor) -> Tensor:
         """Attend within windows."""
         height, width, size = x.shape[1], x.shape[2], self.window_size
-        h_qkv, h_proj = self.h_qkv, self.h_proj
-        assert h_qkv is not None
-        assert h_proj is not None
         windows = cut_windows(x, size, size, 0, 0)
-        qkv = h_qkv(windows) if torch.jit.is_scripting() else apply_linear(h_qkv, windows)
+        qkv = self.h_qkv(windows) if torch.jit.is_scripting() else apply_linear(self.h_qkv, windows)
         q, k, v = qkv.unflatten(-1, (3, self.high_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = h_proj(out) if torch.jit.is_scripting() else apply_linear(h_proj, out)
+        out = self.h_proj(out) if torch.jit.is_scripting() else apply_linear(self.h_proj, out)
         return join_windows(out, height, width, size, size, 0, 0)
 
     def _attend_low(self, x: Tensor) -> Tensor:
         """Attend to the averages of windows."""
         height, width = x.shape[1], x.shape[2]
-        l_q, l_kv, l_proj = self.l_q, self.l_kv, self.l_proj
-        assert l_q is not None
-        assert l_kv is not None
-        assert l_proj is not None
         tokens = x.flatten(1, 2)
         pooled = tokens if self.window_size == 1 else pool_windows(x, self.window_size)
-        q = l_q(tokens) if torch.jit.is_scripting() else apply_linear(l_q, tokens)
-        kv = l_kv(pooled) if torch.jit.is_scripting() else apply_linear(l_kv, pooled)
+        q = self.l_q(tokens) if torch.jit.is_scripting() else apply_linear(self.l_q, tokens)
+        kv = self.l_kv(pooled) if torch.jit.is_scripting() else apply_linear(self.l_kv, pooled)
         q = q.unflatten(-1, (self.low_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.low_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = l_proj(out) if torch.jit.is_scripting() else apply_linear(l_proj, out)
+        out = self.l_proj(out) if torch.jit.is_scripting() else apply_linear(self.l_proj, out)
         return out.unflatten(1, (height, width))

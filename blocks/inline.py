@@ -55,9 +55,9 @@ def filter_maps(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
 
 def takes_images_one_by_one(x: Tensor) -> bool:
     """Return whether each image is computed for itself: on a CPU its heads and kernels then need no copies."""
-    if not x.is_cpu or x.shape[0] == 1 or torch._C._functorch.maybe_get_level(x) != -1:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return x.is_cpu and x.shape[0] > 1 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @register_notrace_function

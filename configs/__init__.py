@@ -60,9 +60,10 @@ def _published(name: str) -> str:
     if task == "classify":
         settings = merged({"model": {"name": stem.removesuffix("_imagenet")}}, settings)
         model = settings["model"]["name"]
-        entry = next(entry for entry in table().values() if (entry.model, entry.data) == (model, "imagenet-1k"))
-        title, source = f"{model} on ImageNet-1k", entry.page
-        metrics = "; ".join(f"{metric} {value}" for metric, value in entry.stated.items())
+        entry = next((entry for entry in table().values() if (entry.model, entry.data) == (model, "imagenet-1k")), None)
+        title, source, metrics = f"{model} on ImageNet-1k", "", ""
+        if entry is not None:
+            source, metrics = entry.page, "; ".join(f"{metric} {value}" for metric, value in entry.stated.items())
     else:
         row = published_recipes()[name]
         model = {"head": row["head"], "backbone": row["backbone"]}

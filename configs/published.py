@@ -10,11 +10,14 @@ import functools
 from collections.abc import Mapping
 from importlib.resources import files
 
+from ..zoo.published import is_foreign
 from ..zoo.weights import Weights, table
 from .training import settings_of
 
 # The dense setting of a task's backbones, unless the table says another.
 SETTINGS = {"detect": "detection", "segment": "segmentation"}
+# Dense settings that are not their task's usual one, and what they add to the names of recipes.
+_SUFFIXES = {"detection_ws4": "_ws4"}
 # Heads whose dense setting tells data and kind of truth; the names of their recipes do too.
 _MASK_HEADS = ("mask2former", "oneformer")
 _EPOCHS = {"737.5k": "100ep"}
@@ -39,11 +42,18 @@ def _rows() -> tuple[Mapping[str, str], ...]:
     rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in ours.items()}
     for name, row in rows.items():
         row["backbone"] = name.partition(".")[0]
-        row.setdefault("setting", SETTINGS[row["task"]])
+        ours = not is_foreign(row["backbone"])
+        if ours:
+            row.setdefault("setting", SETTINGS[row["task"]])
+        elif row["head"] in _MASK_HEADS:
+            row.setdefault("setting", f"{row['data']}_{row['schedule'].split()[0]}")
+        else:
+            row.setdefault("setting", "")  # timm's own models have none
         data = row["setting"] if row["head"] in _MASK_HEADS else row["data"]
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
-        recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}"
-        row["config"] = recipe if "_base_" in settings_of(recipe) else ""
+        recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}{_SUFFIXES.get(row['setting'], '')}"
+        # timm's own were trained by the recipes of their zoos.
+        row["config"] = recipe if ours and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
 
 

@@ -32,6 +32,14 @@ CLASSIFIERS = (
     "ela_s_mobilenetv2",
     "moh_transnext_base_75",
     "moh_transnext_small_75",
+    "inline_cswin_base_384",
+    "inline_cswin_tiny",
+    "inline_deit_tiny",
+    "inline_pvt_small",
+    "inline_swin_base_384",
+    "inline_swin_tiny",
+    "litv2_base_384",
+    "litv2_small",
     "mscan_t",
     "nat_isotropic_base",
     "nat_isotropic_small",
@@ -47,6 +55,7 @@ _THREE_TIMES = "Left out: three augmentations of each image in an epoch"
 _BIASES = ("norm", "rpb")
 _AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
 _TRANSNEXT_BIASES = ("norm", "query_embedding", "relative_pos_bias_local", "cpb", "temperature")
+_OFFSETS = {"conv_offset.weight": 1e-2}  # the points of LITv2's patches move slowly
 # SegNeXt decayed the norms of its stem.
 _MSCAN_NORMS = ("downsample.norm", *(f"{digit}.norm" for digit in range(10)))
 _STRETCHED = dict(divisor=32)  # evaluation stretches images, a little, to multiples of 32 pixels
@@ -152,6 +161,88 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             schedule=dict(warmup_epochs=5),
             note="FILE are the weights of agent_swin_base. The rate is 2e-5 for 512 images; 32 on each of 8 GPUs are "
             "256.",
+        ),
+    ),
+    ("classify/inline_*", dict(data=dict(crop_mode="squash"))),
+    *(
+        (
+            f"classify/inline_{host}_*[!4]_imagenet",
+            dict(optimizer=dict(clip_grad=5.0), schedule=dict(final_factor=1e-2)),
+        )
+        for host in ("deit", "swin")
+    ),
+    *(
+        (
+            f"classify/inline_{host}_*[!4]_imagenet",
+            dict(schedule=dict(warmup_factor=2e-3, final_factor=2e-2), note=_LAST_RATE),
+        )
+        for host in ("pvt", "cswin")
+    ),
+    (
+        "classify/inline_deit_tiny_imagenet",
+        dict(
+            batch_size=512,
+            optimizer=dict(lr=4e-3),
+            sizes="inline_deit_small with data.size=288 batch_size=128 optimizer.lr=1e-3;\n"
+            "    inline_deit_base with data.size=448 batch_size=64 optimizer.lr=5e-4",
+        ),
+    ),
+    (
+        "classify/inline_pvt_small_imagenet",
+        dict(
+            schedule=dict(warmup_epochs=5),
+            sizes="inline_pvt_tiny; inline_pvt_medium with optimizer.clip_grad=1.0; inline_pvt_large with\n"
+            "    that, batch_size=64 and optimizer.lr=5e-4",
+        ),
+    ),
+    (
+        "classify/inline_swin_tiny_imagenet",
+        dict(sizes="inline_swin_small; inline_swin_base with batch_size=64 optimizer.lr=5e-4"),
+    ),
+    (
+        "classify/inline_swin_base_384_imagenet",
+        dict(
+            batch_size=32,
+            optimizer=dict(lr=1e-5, clip_grad=5.0),
+            schedule=dict(warmup_epochs=5, final_factor=1e-2),
+            note="FILE are the weights of inline_swin_base. The rate is 2e-5 for 512 images; 32 on each of 8 GPUs are "
+            "256.",
+            source="https://github.com/LeapLabTHU/InLine",
+        ),
+    ),
+    (
+        "classify/inline_cswin_tiny_imagenet",
+        dict(
+            ema=1e-4,
+            note=f"{_LAST_RATE} The authors evaluate the averaged weights too, as here.",
+            sizes="inline_cswin_small; inline_cswin_base with batch_size=64 optimizer.lr=5e-4\n"
+            "    optimizer.weight_decay=0.1 ema=5e-5",
+        ),
+    ),
+    (
+        "classify/inline_cswin_base_384_imagenet",
+        dict(
+            data=dict(crop_pct=0.875),
+            batch_size=32,
+            epochs=20,
+            optimizer=dict(lr=2.5e-6),
+            ema=2.5e-5,
+            note=f"FILE are the weights of inline_cswin_base. The rate is 5e-6 for 512 images. {_LAST_RATE}",
+            source="https://github.com/LeapLabTHU/InLine",
+        ),
+    ),
+    ("classify/litv2_*", dict(optimizer=dict(clip_grad=5.0, factors=_OFFSETS), schedule=dict(final_factor=1e-2))),
+    (
+        "classify/litv2_small_imagenet",
+        dict(sizes="litv2_medium, litv2_base or a litv2_small_alpha, each with its own drop path"),
+    ),
+    (
+        "classify/litv2_base_384_imagenet",
+        dict(
+            data=dict(crop_mode="squash"),
+            optimizer=dict(lr=2e-5),
+            schedule=dict(warmup_epochs=5),
+            note="FILE are the weights of litv2_base.",
         ),
     ),
     ("classify/dat_*", dict(data=dict(crop_mode="squash"))),
@@ -330,6 +421,15 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         for family in ("agent_pvt", "biformer", "quadtree")
     ),
     ("detect/mask_rcnn_agent_pvt_*", dict(optimizer=dict(lr=2e-4))),
+    (
+        "detect/*_litv2_*_1x_coco*",
+        dict(
+            _base_=["_base_/coco_single_scale", "_base_/schedule_1x"],
+            optimizer=dict(weight_decay=1e-4, no_decay=()),
+            precision="float16",
+        ),
+    ),
+    ("detect/mask_rcnn_litv2_*", dict(optimizer=dict(lr=2e-4, no_decay=("norm",)))),
     ("detect/mask_rcnn_quadtree_*_1x_*", dict(optimizer=dict(lr=2e-4))),
     ("detect/*_quadtree_*_3x_*", dict(optimizer=dict(no_decay=("norm",)))),
     ("detect/*_quadtree_*", dict(model=dict(norm_eval=True))),
@@ -362,6 +462,15 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             _base_=["_base_/ade20k", "_base_/schedule_160k"],
             optimizer=dict(no_decay=("norm",), factors={"head.": 10.0, "head.neck.": 1.0}),
             data=_STRETCHED,
+        ),
+    ),
+    (
+        "segment/semantic_fpn_litv2_*",
+        dict(
+            optimizer=dict(lr=1e-4, no_decay=()),
+            batch_size=2,
+            iterations=80_000,
+            schedule=dict(final_factor=1e-2),
         ),
     ),
     (

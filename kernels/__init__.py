@@ -16,6 +16,7 @@ from .neighborhood import (
     neighborhood_backends,
     neighborhood_cost,
     set_neighborhood_backend,
+    unfused_neighborhood_backends,
 )
 from .pointwise import pointwise_backends
 from .quadtree import quadtree_backends, quadtree_scores, quadtree_values
@@ -46,4 +47,5 @@ __all__ = [
     "routed_attention",
     "routing_backends",
     "set_neighborhood_backend",
+    "unfused_neighborhood_backends",
 ]

@@ -21,8 +21,7 @@ def sample_bilinear(x: Tensor, rows: Tensor, columns: Tensor, backend: str | Non
     """Read maps at points, bilinear between the pixels, which are zero outside.
 
     That is the sampling of deformable convolution (arXiv 1703.06211, eq. 3), in absolute positions, which `grid_sample`
-    would have rounded once more. Points that are not finite numbers give values that are not numbers, and read nothing
-    else.
+    would have rounded once more. Points that are not finite give values that are not numbers, and read nothing else.
 
     Args:
         x: Maps ``[B, H, W, C]``.
@@ -62,9 +61,10 @@ def neighbors(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     """
     before = position.detach().floor()
     after = before + 1
-    # fmax and fmin, so that points that are not numbers name a pixel too; their shares are not numbers.
+    # Points that are not numbers must name a pixel too; their shares are not numbers.
     zero, last = torch.zeros_like(size), size - 1
-    first, second = torch.fmin(torch.fmax(before, zero), last), torch.fmin(torch.fmax(after, zero), last)
+    first = torch.minimum(torch.maximum(torch.where(before == before, before, zero), zero), last)
+    second = torch.minimum(torch.maximum(torch.where(after == after, after, zero), zero), last)
     offset = position - before
     return first, second, (1 - offset) * (first == before), offset * (second == after)
 

@@ -46,7 +46,7 @@ def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
 def is_file(source: str) -> bool:
     """Return whether ``source`` means a file, there or not, and no model's name."""
-    return Path(source).is_file() or Path(source).suffix in (".pth", ".pt", ".safetensors")
+    return Path(source).is_file() or Path(source).suffix in (".pth", ".pt", ".pkl", ".safetensors")
 
 
 def is_published(name: str) -> bool:

@@ -1,12 +1,12 @@
 """``foveate bench``: our paths and their peers side by side, alternating in one process, medians and ratios.
 
-``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, against
-FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window. ``models`` times
-backbones against a peer. ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights,
-on a backbone's maps of one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes,
-forward and backward, against the usual formulation with grid_sample. ``loader`` times epochs of labelled JPEGs by our
-loader and by timm's, with the same augmentation. Tables are printed and written as markdown and csv; kernels also as a
-plot of time against size.
+``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, fused and
+unfused, against FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window;
+then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against a peer.
+``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of
+one image. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward, against
+the usual formulation with grid_sample. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the
+same augmentation. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse
@@ -68,7 +68,9 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) 
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor, compiled: bool) -> Callable[..., Tensor]:
+def flex_attention_of(
+    height: int, width: int, kernel_size: int, rpb: Tensor | None, device: str, compiled: bool
+) -> Callable[..., Tensor]:
     """Return FlexAttention on ``[B, H, W, heads, dim]`` with neighborhood windows and bias.
 
     Compiled it is the best that torch itself has; eager, with all scores in memory, it is NATTEN 0.21's path on CPUs.
@@ -89,14 +91,14 @@ def flex_attention_of(height: int, width: int, kernel_size: int, rpb: Tensor, co
         return score + rpb[head, row, column]
 
     tokens = height * width
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=rpb.device)
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=device)
     # Every shape is compiled for itself, as if it were the only one.
     torch.compiler.reset()
     function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def run(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:  # the bias is in the mask's function
+    def run(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:  # the bias is in the scores' function
         flat = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
-        out = function(*flat, score_mod=biased, block_mask=mask)
+        out = function(*flat, score_mod=None if rpb is None else biased, block_mask=mask)
         return out.transpose(1, 2).unflatten(1, (height, width))
 
     return run
@@ -118,10 +120,11 @@ def gather_of(height: int, width: int, kernel_size: int, device: str) -> Callabl
     entries = row_entries[:, None, :, None] * (2 * kernel_size - 1) + column_entries[None, :, None, :]
     entries = entries.expand(window).flatten(2).flatten(0, 1)
 
-    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None = None) -> Tensor:
         query, key, value = (x.flatten(1, 2) for x in (query, key, value))
         scores = torch.einsum("bnhd,bnkhd->bnhk", query * query.shape[-1] ** -0.5, key[:, tokens])
-        scores = scores + rpb.flatten(1)[:, entries].transpose(0, 1).to(scores.dtype)
+        if rpb is not None:
+            scores = scores + rpb.flatten(1)[:, entries].transpose(0, 1).to(scores.dtype)
         out = torch.einsum("bnhk,bnkhd->bnhd", scores.softmax(-1), value[:, tokens])
         return out.unflatten(1, (height, width))
 
@@ -129,13 +132,19 @@ def gather_of(height: int, width: int, kernel_size: int, device: str) -> Callabl
 
 
 def bench_kernels(
-    shapes: Sequence[tuple[int, ...]], rounds: int, device: str, flex: bool, backward: bool, dtype: torch.dtype
+    shapes: Sequence[tuple[int, ...]],
+    rounds: int,
+    device: str,
+    flex: bool,
+    backward: bool,
+    dtype: torch.dtype,
+    bias: bool = True,
 ) -> list[dict]:
-    """Time one call of every path, and of its peers, at every shape, with relative position bias.
+    """Time one call of every path, and of its peers, at every shape, with relative position bias or without.
 
     Memory is what one call adds at its peak, its results included. FlexAttention has no gradient on CPUs.
     """
-    from ..kernels import neighborhood_backends
+    from ..kernels import neighborhood_backends, unfused_neighborhood_backends
     from ..tasks.cost import memory_growth
 
     matmul = matmul_rate(device, 15, dtype)
@@ -144,19 +153,26 @@ def bench_kernels(
     rows = []
     for batch, height, width, heads, dim, kernel_size in shapes:
         query, key, value = torch.randn(3, batch, height, width, heads, dim, device=device, dtype=dtype).unbind()
-        rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device)
+        rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device) if bias else None
         report = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
+        has_natten = neighborhood_backends(query, key, value, kernel_size)["natten"] == "can run"  # without bias only
         running = [name for name, answer in report.items() if answer in ("chosen", "can run")]
         # FlexAttention is among the peers, compiled for these windows alone.
         names = [name for name in running if name not in ("reference", "flex")]
         functions = {name: partial(_neighborhood, kernel_size, name) for name in names}
+        unfused = unfused_neighborhood_backends(query, key, kernel_size)
+        functions |= {
+            f"unfused, {name}": partial(_unfused, kernel_size, name)
+            for name, answer in unfused.items()
+            if answer in ("chosen", "can run") and name != "reference"
+        }
         expected = _neighborhood(kernel_size, "reference", query, key, value, rpb)
-        inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb)]
+        inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb) if x is not None]
         peers = {"gather": gather_of(height, width, kernel_size, device)}
         if flex:
-            peers["flex (compiled)"] = flex_attention_of(height, width, kernel_size, rpb, compiled=True)
+            peers["flex (compiled)"] = flex_attention_of(height, width, kernel_size, rpb, device, compiled=True)
             if batch * heads * (height * width) ** 2 <= 2**27:  # all scores, some times over
-                peers["flex (eager)"] = flex_attention_of(height, width, kernel_size, rpb, compiled=False)
+                peers["flex (eager)"] = flex_attention_of(height, width, kernel_size, rpb, device, compiled=False)
         functions |= peers
         calls, memory = {}, {}
         for name, function in functions.items():
@@ -166,6 +182,7 @@ def bench_kernels(
             calls[name]()
             memory[name] = memory_growth(calls[name], device)
         times = alternate(calls, rounds, device)
+        shown = ["gather", *(["flex (compiled)", "flex (eager)"] if flex else []), *(["natten"] if has_natten else [])]
         # Useful work: a query-key pair costs a multiply-add per channel, for the score and again for the value.
         useful = batch * height * width * heads * kernel_size**2 * dim * 4 * (3.5 if backward else 1)
         for name, seconds in times.items():
@@ -175,25 +192,34 @@ def bench_kernels(
                     "shape": f"{batch}x{height}x{width}x{heads}x{dim} k{kernel_size}",
                     "pass": "forward+backward" if backward else "forward",
                     "dtype": str(dtype).removeprefix("torch."),
+                    "bias": "yes" if bias else "no",
                     "path": name,
                     "ms": round(seconds * 1e3, 3),
                     "useful GFLOP/s": round(rate, 1),
                     "of matmul": f"{rate / matmul:.0%}",
                     "peak MB": round(memory[name] / 2**20, 1),
-                    **{
-                        f"times {peer}": round(times[peer] / seconds, 1) if peer in times else "-"
-                        for peer in ("gather", "flex (compiled)", "flex (eager)")
-                        if peer == "gather" or flex
-                    },
+                    **{f"times {peer}": round(times[peer] / seconds, 1) if peer in times else "-" for peer in shown},
                 }
             )
     return rows
 
 
-def _neighborhood(kernel_size: int, backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+def _neighborhood(
+    kernel_size: int, backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None = None
+) -> Tensor:
     from ..kernels import na2d
 
     return na2d(query, key, value, kernel_size, rpb=rpb, backend=backend)
+
+
+def _unfused(
+    kernel_size: int, backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None = None
+) -> Tensor:
+    """Scores, torch's softmax, and sums of values: what NATTEN's users composed."""
+    from ..kernels import na2d_av, na2d_qk
+
+    scores = na2d_qk(query * query.shape[-1] ** -0.5, key, kernel_size, rpb=rpb, backend=backend)
+    return na2d_av(scores.softmax(-1), value, kernel_size, backend=backend)
 
 
 def _step(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> None:
@@ -517,7 +543,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         on_cpu = args.device == "cpu"
         measure = {"rounds": args.rounds, "device": args.device, "backward": args.backward, "dtype": dtype}
-        rows = bench_kernels(SHAPES if on_cpu else GPU_SHAPES, flex=not args.no_flex, **measure)
+        shapes = SHAPES if on_cpu else GPU_SHAPES
+        rows = bench_kernels(shapes, flex=not args.no_flex, **measure)
+        plain = bench_kernels(shapes[:1], flex=False, bias=False, **measure)  # FlexAttention's columns stay as they are
+        rows += [{name: row.get(name, "-") for name in rows[0]} for row in plain]
         sizes = [(1 if on_cpu else 64, side, side, 2, 32, 7) for side in SIDES]
         # A GPU's kernel of FlexAttention is compiled for minutes at so many sizes.
         sweep = bench_kernels(sizes, flex=on_cpu and not args.no_flex, **measure)

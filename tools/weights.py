@@ -218,8 +218,9 @@ class _Loaded:
 
     def _find(self) -> str:
         from ..zoo import CheckpointError
+        from ..zoo.published import likely_model_of
 
-        names = self._fitting()
+        names = self._fitting() or list(filter(None, [likely_model_of(self.checkpoint)]))
         if not names:
             raise CheckpointError(f"{self.path}: fits no model of foveate; if it is one of timm's, name it by --model")
         if len(names) > 1:

@@ -80,10 +80,16 @@ class _Bounded:
         self._file, self._size = file, size
         self.tell = file.tell
 
-    def read(self, count: int = -1) -> bytes:
+    def read(self, count: int = -1) -> bytes | bytearray:
         if not 0 <= count <= self._size - self._file.tell():
             raise UnsafePickleError("it is truncated")
-        return self._file.read(count)
+        if count <= _SMALL:
+            return self._file.read(count)
+        # An array's contents, which stay where they were read to.
+        content = bytearray(count)
+        if self._file.readinto(content) != count:
+            raise UnsafePickleError("it is truncated")
+        return content
 
     def readline(self) -> bytes:
         line = self._file.readline(1000)
@@ -103,7 +109,7 @@ def is_pickle(path: str | Path) -> bool:
             next(opcodes)
             return next(opcodes)[1] != _TORCH_MAGIC
         except (ValueError, StopIteration):
-            return False
+            return True  # a broken one, which the reader refuses
 
 
 def read_arrays(path: str | Path) -> Any:
@@ -302,7 +308,8 @@ def _fill(array: _Array, shape: Any, dtype: Any, fortran: bool, raw: Any) -> Non
         count *= side
     if count * dtype.itemsize != len(raw):
         raise UnsafePickleError("an array has another length than its shape says")
-    values = np.frombuffer(bytearray(raw), dtype).reshape(shape, order="F" if fortran else "C")
+    content = raw if isinstance(raw, bytearray) else bytearray(raw)
+    values = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
     values = np.ascontiguousarray(values).reshape(shape)
     if not dtype.isnative:
         values = values.astype(dtype.newbyteorder("="))

@@ -186,7 +186,7 @@ def _of_arrays(path: Path) -> dict:
         checkpoint = read_arrays(path)
     except UnsafePickleError as error:
         raise CheckpointError(
-            f"{path}: not read: {error}; of pickles, only those of plain types and arrays of numbers are accepted"
+            f"{path}: not read: {error}; only tensors and plain types are accepted, and arrays of numbers"
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")

@@ -200,9 +200,13 @@ def _measure(name: str, options: Mapping[str, Any], features: nn.Module, indices
             return None
         return _layout(found, channels)
 
+    before = None
     for multiple in _MULTIPLES:
         odd = _sides(multiple)
         seen = see(odd)
+        if seen is not None and seen == before:
+            break  # it resizes what it gets, as CrossViT does
+        before = seen or before
         if seen is None or not _follow(seen[0], odd, said):
             continue
         unit = math.lcm(multiple, *said)

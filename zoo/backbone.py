@@ -34,6 +34,7 @@ class Backbone(nn.Module):
         reductions: Stride of each map with respect to the image.
         multiple: Sides of images are padded to multiples of it.
         size: The one ``(height, width)`` to which images are padded; None if the model takes any.
+        borderless: Whether the model's maps lack their borders, which are repeated here.
         load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
 
     Args:
@@ -52,7 +53,7 @@ class Backbone(nn.Module):
         self._strides = list(maps.strides)
         self.reductions = [2 ** round(math.log2(stride)) if resample else stride for stride in maps.strides]
         self.multiple, self.size = maps.multiple, maps.size
-        self._channels_last, self._borderless = maps.channels_last, maps.borderless
+        self._channels_last, self.borderless = maps.channels_last, maps.borderless
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest.
@@ -65,7 +66,7 @@ class Backbone(nn.Module):
         maps = self.features(x)
         if self._channels_last:
             maps = [level.permute(0, 3, 1, 2) for level in maps]
-        if self._borderless:
+        if self.borderless:
             maps = [_with_border(level, stride, x) for level, stride in zip(maps, self._strides, strict=True)]
         if self.reductions != self._strides:
             grids = zip(maps, self._strides, self.reductions, strict=True)

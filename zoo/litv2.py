@@ -17,7 +17,14 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, register_notrace_function, trunc_normal_
+from timm.layers import (
+    DropPath,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    register_notrace_function,
+    register_notrace_module,
+    trunc_normal_,
+)
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -143,6 +150,9 @@ class DeformablePatches(nn.Module):
                 offset = self.conv_offset(x.permute(0, 3, 1, 2))
         patches = sample_patches(x, offset.permute(0, 2, 3, 1))
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+register_notrace_module(DeformablePatches)
 
 
 class Downsample(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from ._checkpoint import CheckpointError, LoadReport, check_classes, faults_of, open_checkpoint, unwrap
+from ._checkpoint import CheckpointError, LoadReport, check_classes, faults_of, open_checkpoint, state_of, unwrap
 from .weights import locate
 
 # Options of timm's features, which the whole model doesn't know.
@@ -97,7 +97,9 @@ def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module
     features = bool(options.get("features_only"))
     whole = _whole(name, {key: value for key, value in options.items() if key not in _OF_FEATURES})
     wanted, classes, chosen = whole.state_dict(), getattr(whole, "num_classes", None), "num_classes" in options
-    state = _under_own_names(unwrap(open_checkpoint(path)), wanted)
+    checkpoint = open_checkpoint(path)
+    _refuse_published(name, path, checkpoint)
+    state = _under_own_names(unwrap(checkpoint), wanted)
     classifier, held = _classifier_of(name, state)
     if not features and classes is not None:
         options["num_classes"] = classes
@@ -139,6 +141,19 @@ def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module
     unused = sorted(key for key in state if key in classifier | wanted.keys() and key not in arrived)
     model.load_report = LoadReport(len(arrived), tuple(missing), tuple(unused), tuple(reshaped))
     return model
+
+
+def _refuse_published(name: str, path: Path, checkpoint: Mapping) -> None:
+    """Raise a CheckpointError if a file is a dense model's of mm's or detectron2's: its backbone may need a form."""
+    # That file builds backbones, of models that this one loads.
+    from .published import layout_of, origin_of
+
+    state = state_of(checkpoint)
+    if layout_of(state) is not None and origin_of(path, checkpoint, state) is not None:
+        raise CheckpointError(
+            f"{path}: is a dense model's; its backbone is read by create_backbone({name!r}, checkpoint=...), which "
+            "gives it the form in which it was trained"
+        )
 
 
 def _whole(name: str, options: dict) -> nn.Module:
@@ -202,8 +217,8 @@ def _refuse(name: str, model: nn.Module, missing: list[str], strange: list[str])
         total = sum(value.is_floating_point() for value in model.state_dict().values())
         raise CheckpointError(
             f"the checkpoint is not one of {name}: {total - len(missing)} of {total} entries match, "
-            f"{faults_of(missing=missing, unexpected=strange)}; names other than timm's, such as those of mmdet, mmseg "
-            "and detectron2, are not translated for its models"
+            f"{faults_of(missing=missing, unexpected=strange)}; names other than timm's are not translated here; "
+            "whole files of mmdet, mmseg and detectron2 are for create_detector, create_segmenter and create_backbone"
         )
 
 

@@ -10,6 +10,7 @@ Written after mmdet 3.3, mmseg 1.2, mmpretrain 1.2 (Apache-2.0), detectron2 (Apa
 
 import ast
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models import model_entrypoint
 from timm.models.resnet import Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._checkpoint import CheckpointError, LoadReport, faults_of, open_checkpoint, state_of
@@ -29,9 +31,9 @@ from .backbone import Backbone
 
 STYLES = ("pytorch", "caffe")
 # Options of a backbone that say in which form it computes; all others are timm's.
-FORM_OPTIONS = ("style", "dense", "out_norms")
+FORM_OPTIONS = ("style", "dense", "out_norms", "grid")
 # Those, and of timm's the ones that a published file may ask for.
-TOLD_OPTIONS = (*FORM_OPTIONS, "output_stride", "stem_type", "stem_width")
+TOLD_OPTIONS = (*FORM_OPTIONS, "output_stride", "stem_type", "stem_width", "img_size", "dynamic_img_size")
 
 # 0 to 255, in the order of the channels.
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -202,7 +204,7 @@ class Layout:
 
     Attributes:
         family: What it is, for messages.
-        mark: An entry that no other layout has.
+        marks: Entries that no other layout has; one of them does.
         rules: Patterns of its names, and timm's; the first that matches the beginning counts. Several names of timm's,
             where an entry is cut into rows.
         kinds: Beginnings of timm's names of the models it is of.
@@ -212,7 +214,7 @@ class Layout:
     """
 
     family: str
-    mark: str
+    marks: tuple[str, ...]
     rules: tuple[tuple[str, str], ...]
     kinds: tuple[str, ...]
     prefix: str = ""
@@ -225,7 +227,7 @@ def _unfold_order(name: str, value: Tensor) -> dict[str, Tensor]:
 
     There channels are outside, and neighbours, row by row, inside.
     """
-    if ".downsample." in name:
+    if ".downsample." in name and value.shape[-1] % 4 == 0:
         value = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
     return {name: value}
 
@@ -244,6 +246,14 @@ def _pointwise(name: str, value: Tensor) -> dict[str, Tensor]:
     return {name: value.flatten(1) if re.search(r"\.mlp\.fc[12]\.weight$", name) else value}
 
 
+def _without_token(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Give positions of patches the form of their grid, which is square, and leave out that of the class token."""
+    if name == "patch_embed.pos_embed" and value.dim() == 3:
+        side = math.isqrt(value.shape[1])
+        value = value[:, -side * side :].unflatten(1, (side, side))
+    return {name: value}
+
+
 _SWIN_BLOCK = (
     (r"layers\.(\d+)\.downsample\.", "layers.{+1}.downsample."),
     (r"norm(\d)\.(weight|bias)$", "out_norms.{0}.{1}"),
@@ -251,7 +261,7 @@ _SWIN_BLOCK = (
 LAYOUTS = (
     Layout(
         "detectron2's ResNet",
-        "res2.0.conv1.weight",
+        ("res2.0.conv1.weight", "res3.0.conv1.weight"),
         (
             (r"stem\.conv1\.norm\.", "bn1."),
             (r"stem\.conv1\.", "conv1."),
@@ -264,13 +274,13 @@ LAYOUTS = (
     ),
     Layout(
         "mmdet's or mmseg's ResNet",
-        "layer1.0.conv1.weight",
+        ("layer1.0.conv1.weight", "layer2.0.conv1.weight"),
         ((r"stem\.7\.", "bn1."), (r"stem\.(\d)\.", "conv1.{0}.")),
         ("resnet", "resnext"),
     ),
     Layout(
         "mmdet's or mmseg's Swin Transformer",
-        "stages.0.blocks.0.attn.w_msa.qkv.weight",
+        ("stages.0.blocks.0.attn.w_msa.qkv.weight", "stages.0.blocks.1.attn.w_msa.qkv.weight"),
         (
             (r"patch_embed\.projection\.", "patch_embed.proj."),
             (r"stages\.(\d)\.blocks\.(\d+)\.attn\.w_msa\.", "layers.{0}.blocks.{1}.attn."),
@@ -286,14 +296,14 @@ LAYOUTS = (
     ),
     Layout(
         "Microsoft's Swin Transformer",
-        "layers.0.blocks.0.attn.qkv.weight",
+        ("layers.0.blocks.0.attn.qkv.weight", "layers.0.blocks.1.attn.qkv.weight"),
         _SWIN_BLOCK,
         ("swin_",),
         out_norms=True,
     ),
     Layout(
         "mmpretrain's ConvNeXt",
-        "stages.0.0.depthwise_conv.weight",
+        ("stages.0.0.depthwise_conv.weight", "stages.0.1.depthwise_conv.weight"),
         (
             (r"downsample_layers\.0\.(\d)\.", "stem.{0}."),
             (r"downsample_layers\.(\d)\.(\d)\.", "stages.{0}.downsample.{1}."),
@@ -308,7 +318,7 @@ LAYOUTS = (
     ),
     Layout(
         "mmdet's PVTv2",
-        "layers.0.1.0.attn.attn.in_proj_weight",
+        ("layers.0.1.0.attn.attn.in_proj_weight", "layers.0.1.1.attn.attn.in_proj_weight"),
         (
             (r"layers\.0\.0\.projection\.", "patch_embed.proj."),
             (r"layers\.0\.0\.norm\.", "patch_embed.norm."),
@@ -324,6 +334,27 @@ LAYOUTS = (
         ),
         ("pvt_v2_",),
         change=_pvt_values,
+    ),
+    Layout(
+        "mmseg's ViT",
+        ("layers.0.ln1.weight", "layers.1.ln1.weight"),
+        (
+            (r"patch_embed\.projection\.", "patch_embed.proj."),
+            (r"layers\.(\d+)\.ln(\d)\.", "blocks.{0}.norm{1}."),
+            (r"layers\.(\d+)\.attn\.attn\.in_proj_", "blocks.{0}.attn.qkv."),
+            (r"layers\.(\d+)\.attn\.attn\.out_proj\.", "blocks.{0}.attn.proj."),
+            (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", "blocks.{0}.mlp.fc1."),
+            (r"layers\.(\d+)\.ffn\.layers\.1\.", "blocks.{0}.mlp.fc2."),
+            (r"ln1\.", "out_norms.3."),
+        ),
+        ("vit_", "deit_"),
+    ),
+    Layout(
+        "detectron2's ViTDet",
+        ("net.blocks.0.attn.rel_pos_h", "net.blocks.1.attn.rel_pos_h"),
+        ((r"net\.pos_embed", "patch_embed.pos_embed"), (r"net\.", "")),
+        ("samvit_",),
+        change=_without_token,
     ),
 )
 
@@ -371,7 +402,7 @@ def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
     """
     for layout in LAYOUTS:
         for prefix in ("backbone.", "backbone.bottom_up."):
-            if prefix + layout.mark in state:
+            if any(prefix + mark in state for mark in layout.marks):
                 return dataclasses.replace(layout, prefix=prefix)
     return None
 
@@ -384,6 +415,17 @@ def _renamed(layout: Layout, name: str) -> str:
             ours = ours.replace("{-1}", str(int(groups[0]) - 1) if groups and groups[0].isdigit() else "")
             return ours.format(*groups) + name[match.end() :]
     return name
+
+
+def likely_model_of(checkpoint: Mapping) -> str | None:
+    """Return the name of timm's model that a file's backbone is, as far as widths and depths tell; None if none here.
+
+    Args:
+        checkpoint: What `open_checkpoint` read.
+    """
+    state = state_of(checkpoint)
+    layout = layout_of(state)
+    return None if layout is None else likely_model(layout, state)
 
 
 def is_foreign(name: str) -> bool:
@@ -428,6 +470,13 @@ def form_of(
             missing = ", ".join(f"{layout.prefix}norm{index}" for index in sorted({0, 1, 2, 3} - held))
             raise CheckpointError(f"{path}: lacks norms of the backbone's maps: {missing}")
         form["out_norms"] = tuple(sorted(held))
+    if layout.family.endswith("ViT"):
+        # Patches of 16 pixels; the class token has a position too.
+        side = 16 * math.isqrt(_held(state, f"{layout.prefix}pos_embed", path).shape[1] - 1)
+        form |= {"img_size": (side, side), "dynamic_img_size": True}
+        form |= {"out_norms": (3,)} if f"{layout.prefix}ln1.weight" in state else {}
+    if layout.family.endswith("ViTDet"):
+        form["grid"] = math.isqrt(_held(state, f"{layout.prefix}net.pos_embed", path).shape[1])
     if "ResNet" in layout.family:
         form = {"style": _style_of(layout, origin, state, given.get("style"))}
         stride = _output_stride_of(origin, given.get("output_stride"))
@@ -437,6 +486,12 @@ def form_of(
         if stem is not None:
             form |= {"stem_type": "deep", "stem_width": len(stem)}
     return form
+
+
+def _held(state: Mapping[str, Tensor], key: str, path: Path) -> Tensor:
+    if key not in state:
+        raise CheckpointError(f"{path}: 1 missing ({key})")
+    return state[key]
 
 
 def _groups_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -524,8 +579,12 @@ def translated(layout: Layout, state: Mapping[str, Tensor], backbone: nn.Module,
     Raises:
         CheckpointError: If two entries would have the same name.
     """
-    names = {_flat(key.removeprefix("features.")): key for key in backbone.state_dict()}
+    names = {_flat(key.removeprefix("features.").removeprefix("model.")): key for key in backbone.state_dict()}
     result: dict[str, Tensor] = {}
+    if layout.family.endswith("ViT"):
+        # mmseg 1.2 builds its patches without a bias, which its own files have.
+        width = len(_held(state, f"{layout.prefix}patch_embed.projection.weight", path))
+        state = {f"{layout.prefix}patch_embed.projection.bias": torch.zeros(width), **state}
     for key, value in state.items():
         if not key.startswith(layout.prefix):
             result[key] = value
@@ -579,6 +638,10 @@ def likely_model(layout: Layout, state: Mapping[str, Tensor]) -> str | None:
         deep = depth(r"stages\.2\.(\d+)\.") > 9
         size = {96: "small" if deep else "tiny", 128: "base", 192: "large", 256: "xlarge"}
         return (found := size.get(width("downsample_layers.0.0.weight"))) and f"convnext_{found}"
+    if "ViT" in layout.family:
+        plain = {384: "deit_small_patch16_224", 768: "vit_base_patch16_224"}
+        sam = {768: "samvit_base_patch16", 1024: "samvit_large_patch16", 1280: "samvit_huge_patch16"}
+        return plain.get(width("patch_embed.projection.weight")) or sam.get(width("net.patch_embed.proj.weight"))
     depths = tuple(depth(rf"layers\.{index}\.1\.(\d+)\.") for index in range(4))
     known = {(3, 4, 6, 3): 2, (3, 4, 18, 3): 3, (3, 8, 27, 3): 4, (3, 6, 40, 3): 5}
     known[(2, 2, 2, 2)] = 0 if width("layers.0.0.projection.weight") == 32 else 1
@@ -608,18 +671,52 @@ class PadsBeforeItRolls(SwinTransformerBlock):
         return x[:, :height, :width].contiguous()
 
 
+class ResamplesPlainly(VisionTransformer):
+    """timm's ViT with mmseg's positions on grids of other sizes: bicubic, and not smoothed before."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            return super()._pos_embed(x)
+        prefix = self.num_prefix_tokens
+        grid = self.pos_embed[:, prefix:].unflatten(1, self.patch_embed.grid_size)
+        positions = torch.cat([self.pos_embed[:, :prefix], _bicubic(grid, x.shape[1:3]).flatten(1, 2)], dim=1)
+        tokens = x.flatten(1, 2)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+        return self.pos_drop(tokens + positions)
+
+
+class PositionedPatches(PatchEmbed):
+    """Patches ``[B, H, W, C]`` with positions of ViTDet, whose table is that of the pretraining's smaller images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, 3, H, W]`` to patches."""
+        x = super().forward(x)
+        return x + _bicubic(self.pos_embed, x.shape[1:3])
+
+
+def _bicubic(grid: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize positions ``[1, h, w, C]`` to ``size``, (height, width)."""
+    if tuple(grid.shape[1:3]) == tuple(size):
+        return grid
+    resized = F.interpolate(grid.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1)
+
+
 class PublishedBackbone(Backbone):
     """A timm model in the form in which the published dense code computes it.
 
     ResNet of style ``"caffe"`` strides in the first convolution of a bottleneck, not in the second. Swin Transformers
     pad their maps before they roll them, and roll in every second block whatever the map's size. PVTv2 has an eps of
-    1e-6 in all norms. Swin Transformers and ConvNeXt may normalise the maps that they return, while the others go on.
+    1e-6 in all norms, as samvit has in ViTDet. ViTs resample positions without smoothing. All but ResNets may normalise
+    the maps that they return, while those go on that are not normalised.
 
     Args:
         features: timm's model, cut to its features.
         style: Of a ResNet: ``"pytorch"`` or ``"caffe"``.
         dense: Whether all but ResNets have the form of the dense code.
         out_norms: Indices of the maps that are normalised.
+        grid: Of samvit: side of the grid of positions in patches.
 
     Raises:
         CheckpointError: If the model has no such form.
@@ -633,6 +730,7 @@ class PublishedBackbone(Backbone):
         style: str | None = None,
         dense: bool = False,
         out_norms: Sequence[int] = (),
+        grid: int | None = None,
     ):
         super().__init__(features, maps, resample)
         self._patch = 1
@@ -643,14 +741,22 @@ class PublishedBackbone(Backbone):
                 # As it is, with another forward: hooks, copies and pickles go on working.
                 module.__class__ = PadsBeforeItRolls
                 self._patch = 4
-            elif isinstance(module, nn.LayerNorm) and self._is_pvt():
+            elif type(module) is VisionTransformer:
+                module.__class__ = ResamplesPlainly
+            elif isinstance(module, nn.LayerNorm) and self._is_of("pvt_v2", "vision_transformer_sam"):
                 module.eps = 1e-6
+        if grid is not None:
+            model = features.model
+            model.patch_embed.__class__ = PositionedPatches
+            model.patch_embed.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, model.embed_dim))
+            model.pos_embed = None
         # timm's ConvNeXt has an eps of 1e-6, Swin of torch's 1e-5.
         eps = 1e-5 if self._patch == 4 else 1e-6
         self.out_norms = nn.ModuleDict({str(index): LayerNorm2d(self.channels[index], eps=eps) for index in out_norms})
 
-    def _is_pvt(self) -> bool:
-        return any(type(module).__module__ == "timm.models.pvt_v2" for module in self.features.modules())
+    def _is_of(self, *files: str) -> bool:
+        names = {f"timm.models.{file}" for file in files}
+        return any(type(module).__module__ in names for module in self.features.modules())
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest."""

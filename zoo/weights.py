@@ -39,6 +39,10 @@ from .library_errors import first_line
 _logger = logging.getLogger(__name__)
 
 STATES = ("listed", "derived", "browser", "dead")
+_CONDITIONS = {
+    "cc-by-nc-4.0": "name its authors, and no commercial use",
+    "cc-by-sa-3.0": "name its authors, and share what you make of it alike",
+}
 KINDS = ("release", "hub", "authors", "share", "url")
 
 
@@ -252,6 +256,8 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
         return path
     if weights.license is None and weights.sources[0].kind != "url":
         _logger.warning(f"{weights.name}: its authors state no licence; ask them before you use it")
+    elif weights.license in _CONDITIONS:
+        _logger.warning(f"{weights.name}: its licence is {weights.license}: {_CONDITIONS[weights.license]}")
     folder = cache_folder(cache_dir) / weights.name
     addresses, failures = list(_addresses(weights)), []
     if not addresses:

@@ -2,7 +2,7 @@
 
 from .api import clear_plans, na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
 from .cost import NeighborhoodCost, neighborhood_cost
-from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk, unfused_neighborhood_backends
 
 __all__ = [
     "NeighborhoodCost",
@@ -19,4 +19,5 @@ __all__ = [
     "neighborhood_backends",
     "neighborhood_cost",
     "set_neighborhood_backend",
+    "unfused_neighborhood_backends",
 ]

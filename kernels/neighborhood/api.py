@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..backends import Backend, check_name, choose, report
 from ..triton_launch import off_gpu
-from . import flex, native, tiled, triton_ops
+from . import flex, native, natten_peer, tiled, triton_ops, triton_products
 from .problem import AXIS_NAMES, make_problem
 from .reference import neighborhood_reference
 
-# In order of preference; flex and the reference run on request only.
+# In order of preference; flex, NATTEN and the reference run on request only.
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(native.neighborhood_native, native.obstacle),
     "triton": Backend(triton_ops.neighborhood_triton, triton_ops.obstacle, lambda problem: off_gpu(problem.query)),
@@ -20,6 +20,11 @@ _BACKENDS: dict[str, Backend] = {
         flex.neighborhood_flex,
         flex.obstacle,
         lambda problem: "every shape is compiled, for some ten seconds, and on CPUs is slower than tiled then",
+    ),
+    "natten": Backend(
+        natten_peer.neighborhood_natten,
+        natten_peer.obstacle,
+        lambda problem: "NATTEN itself runs on request only",
     ),
     "reference": Backend(neighborhood_reference),
 }
@@ -96,7 +101,8 @@ def na2d(
             dtype of ``query``; not defined with stride or on a causal axis.
         backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"triton"`` (on GPUs),
             ``"tiled"`` (plain torch), ``"flex"`` (torch's FlexAttention, compiled for every shape; on CPUs without
-            gradients) or ``"reference"``. By default the fastest that can run; the last two run on request only.
+            gradients), ``"natten"`` (an installed NATTEN of 0.20 or later, without bias) or ``"reference"``. By default
+            the fastest that can run; the last three run on request only.
         return_lse: Whether to return the log-sum-exp of the scores too.
 
     Returns:
@@ -151,18 +157,25 @@ def na3d(
 
 
 def clear_plans() -> None:
-    """Forget how maps are cut by the tiled path, and the masks of the flex path."""
+    """Forget how maps are cut by the tiled path, the masks of the flex path, and Triton's tables of windows."""
     tiled.clear_plans()
+    triton_products.clear_tables()
     flex.clear_masks()
 
 
 _preferred: str | None = os.environ.get("FOVEATE_NEIGHBORHOOD_BACKEND") or None
 
 
+def preferred(backend: str | None) -> str | None:
+    """Return the backend of a call: the one that it names, or else what `set_neighborhood_backend` chose."""
+    return backend or _preferred
+
+
 def set_neighborhood_backend(name: str | None) -> None:
     """Choose the path of every later call that names none; None for the fastest that can run.
 
-    The environment variable FOVEATE_NEIGHBORHOOD_BACKEND sets the same at import.
+    The unfused operators `na1d_qk` to `na3d_av` obey too, and refuse a path that they don't have. The environment
+    variable FOVEATE_NEIGHBORHOOD_BACKEND sets the same at import.
 
     Raises:
         ValueError: If there is no such backend.
@@ -196,14 +209,14 @@ def neighborhood_backends(
         raise ValueError(f"query must have 4, 5 or 6 axes, [B, *spatial, heads, dim]; got {list(query.shape)}")
     tensors = (query, key, value, additional_keys, additional_values)
     problem = make_problem(rank, tensors, return_lse, kernel_size=kernel_size, **options)
-    return report(f"na{rank}d", _BACKENDS, problem, backend or _preferred)
+    return report(f"na{rank}d", _BACKENDS, problem, preferred(backend))
 
 
 def _neighborhood(
     rank: int, tensors: tuple[Tensor | None, ...], backend: str | None, return_lse: bool, **options
 ) -> Tensor | tuple[Tensor, Tensor]:
     problem = make_problem(rank, tensors, return_lse, **options)
-    name = choose(f"na{rank}d", _BACKENDS, problem, backend or _preferred)
+    name = choose(f"na{rank}d", _BACKENDS, problem, preferred(backend))
     query, _, value = tensors[:3]
     if 0 in query.shape or 0 in value.shape:
         output = query.new_zeros(*query.shape[:-1], value.shape[-1])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, tiled_products
+from . import native, tiled_products, triton_products
 from .window import Axis, Fields, unflatten_axes
 
 
@@ -28,6 +28,7 @@ class Products(NamedTuple):
 
 _PRODUCTS = {
     "native": Products(native.native_scores, native.native_values, native.native_scatter),
+    "triton": Products(triton_products.scores, triton_products.values, triton_products.scatter),
     "tiled": Products(tiled_products.scores, tiled_products.values, tiled_products.scatter),
 }
 

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, export_obstacle
-from . import native
+from ..backends import Backend, choose, export_obstacle, report
+from ..triton_launch import off_gpu
+from . import native, triton_products
+from .api import preferred
 from .problem import AXIS_NAMES, check_rpb, make_axes
 from .products import neighborhood_scores, neighborhood_values
 from .reference import window_tables
@@ -57,6 +59,11 @@ def _pair(backend: str) -> tuple[Callable[[Problem], Tensor], ...]:
 # In order of preference; each runs the scores and the values.
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(_pair("native"), lambda problem: native.tensor_obstacle(problem.second)),
+    "triton": Backend(
+        _pair("triton"),
+        lambda problem: triton_products.obstacle(problem.second),
+        lambda problem: off_gpu(problem.second),
+    ),
     "tiled": Backend(_pair("tiled"), drawback=lambda problem: export_obstacle()),
     "reference": Backend((_scores_reference, _values_reference)),
 }
@@ -118,7 +125,7 @@ def _qk(
     if rpb is not None:
         check_rpb(operator, query, rpb, axes)
     problem = Problem(query, key, axes)
-    name = choose(operator, _BACKENDS, problem, backend)
+    name = choose(operator, _BACKENDS, problem, preferred(backend))
     slots = math.prod([axis.kernel_size for axis in axes])
     empty = 0 in query.shape
     scores = query.new_zeros(*query.shape[:-1], slots) if empty else _BACKENDS[name].run[0](problem)
@@ -162,11 +169,44 @@ def _av(
     if (missing := _missing(axes, value.device)) is not None:
         own = own.masked_fill(missing, 0)
     problem = Problem(own, value, axes)
-    name = choose(operator, _BACKENDS, problem, backend)
+    name = choose(operator, _BACKENDS, problem, preferred(backend))
     out = value.new_zeros(value.shape) if 0 in value.shape else _BACKENDS[name].run[1](problem)
     if more:
         out = out + torch.einsum("b...hm,bmhd->b...hd", weights[..., slots:], additional_values).to(out.dtype)
     return out
+
+
+def unfused_neighborhood_backends(
+    first: Tensor,
+    second: Tensor,
+    kernel_size: int | tuple[int, ...],
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    backend: str | None = None,
+) -> dict[str, str]:
+    """Say which backends can run a call of `na1d_qk` to `na3d_qk`, or of `na1d_av` to `na3d_av`, and why others cannot.
+
+    Args:
+        first: The query, or the weights; `na2d_qk` and `na2d_av` say more of all arguments.
+        second: The key, or the value.
+        kernel_size: Window length.
+        dilation: Distance between neighbors.
+        is_causal: Whether a query sees only its own position and the ones before it.
+        backend: A request, as the operators take it.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+
+    Raises:
+        ValueError: If the arguments don't fit, or a request cannot be obeyed.
+    """
+    rank = second.ndim - 3
+    if rank not in AXIS_NAMES:
+        raise ValueError(f"maps must have 4, 5 or 6 axes, [B, *spatial, heads, dim]; got {list(second.shape)}")
+    operator = f"na{rank}d_qk and na{rank}d_av"
+    axes = make_axes(operator, rank, second.shape[1:-2], kernel_size, 1, dilation, is_causal)
+    _check(operator, rank, first=first, second=second)
+    return report(operator, _BACKENDS, Problem(first, second, axes), preferred(backend))
 
 
 def na1d_qk(
@@ -208,8 +248,9 @@ def na2d_qk(
         is_causal: Whether a query sees only its own position and the ones before it, for each axis.
         additional_keys: ``[B, N, heads, dim]``, whose scores follow those of the window.
         rpb: Relative position bias ``[heads, 2 * Kh - 1, 2 * Kw - 1]``, added to the scores.
-        backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"tiled"`` (plain torch)
-            or ``"reference"``. By default the first that can run; exported graphs hold the last.
+        backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"triton"`` (on GPUs),
+            ``"tiled"`` (plain torch) or ``"reference"``. By default the fastest that can run; exported graphs hold the
+            last.
 
     Returns:
         ``[B, H, W, heads, Kh * Kw + N]`` in the dtype of ``query``: neighbors row-major, each axis ascending. The keys

@@ -226,6 +226,34 @@ def load_dense(
     return report
 
 
+def freeze_stages(backbone: nn.Module, count: int) -> list[nn.Module]:
+    """Let a backbone's first stages, and what precedes them, not learn; return their modules.
+
+    Args:
+        backbone: A `Backbone` of a model of stages, one after the other, as timm's ResNets, Swin Transformers and
+            ConvNeXt are.
+        count: How many stages; 0 for none.
+
+    Raises:
+        TaskError: If the backbone has no such stages, or not as many.
+    """
+    if count == 0:
+        return []
+    features = getattr(backbone, "features", backbone)
+    # timm's lists of features: what is returned after which child.
+    returned = getattr(features, "return_layers", None)
+    stages = [name for name, _ in features.named_children() if name in (returned or {})]
+    if not 0 < count <= len(stages):
+        has = f"has {len(stages)}" if stages else "has no stages that timm tells apart"
+        raise TaskError(f"model.frozen_stages is {count}, but the backbone {has}")
+    frozen = []
+    for name, module in features.named_children():
+        frozen.append(module.requires_grad_(False))
+        if name == stages[count - 1]:
+            break
+    return frozen
+
+
 def freeze_statistics(backbone: nn.Module) -> None:
     """Let a backbone's batch norms use the statistics that they have, until it is put into training mode again."""
     for module in backbone.modules():

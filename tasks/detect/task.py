@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..data.formats import open_objects
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_statistics, with_told
+from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
@@ -36,6 +36,7 @@ class Detect:
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole detector: a file or an address
             "norm_eval": False,  # keep the statistics of the backbone's batch norms
+            "frozen_stages": 0,  # how many of the backbone's stages, with what precedes them, don't learn
             "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
             "kwargs": {},  # options of create_detector, such as min_size and max_size
         },
@@ -79,6 +80,7 @@ class Detect:
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
+        self._frozen: list[nn.Module] = []
         self._are_resized = data["augment"].get("shorts") is not None
 
     def _kinds(self) -> tuple[str, ...]:
@@ -88,6 +90,7 @@ class Detect:
         """Return the detector, initialised or with the weights the config starts from."""
         model = build_detector(self.model, len(self.classes))
         self.model = with_told(self.model, model)
+        self._frozen = freeze_stages(model.backbone, self.model["frozen_stages"])
         return model
 
     def check_data(self, training: bool = True) -> list[str]:
@@ -103,8 +106,8 @@ class Detect:
 
     def loss(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the losses of a batch; the engine adds them."""
-        if self.model["norm_eval"]:
-            freeze_statistics(model.backbone)
+        for module in [model.backbone] if self.model["norm_eval"] else self._frozen:
+            freeze_statistics(module)
         if not self._are_resized:
             return model(images, targets)
         options = {name: getattr(model.transform, name) for name in ("mean", "std", "divisor", "channel_order")}

@@ -11,6 +11,7 @@ _DENSE = {
     "model.pretrained": "start from a backbone with published weights",
     "model.backbone_checkpoint": "start from weights of the backbone alone: a file, an address or model.tag",
     "model.norm_eval": "keep the statistics of the backbone's batch norms",
+    "model.frozen_stages": "how many of the backbone's stages, with what precedes them, don't learn",
     "model.backbone_kwargs": "options of the backbone, such as drop_path_rate",
     "data.root": "folder that holds images and annotations",
     "data.train.annotations": "file in root, of COCO's formats",

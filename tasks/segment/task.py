@@ -14,7 +14,7 @@ from .. import TaskError
 from ..data.formats import open_maps
 from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
-from ..dense.build import build_described, describe_model, freeze_statistics, with_told
+from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
 from ..dense.segment.postprocess import OUTPUTS
 from ..dense.segment.segmenter import HEADS, create_segmenter
 from ..detections import to_plain
@@ -46,6 +46,7 @@ class Segment:
             "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
             "checkpoint": None,  # start from weights of the whole segmenter: a file or an address
             "norm_eval": False,  # keep the statistics of the backbone's batch norms
+            "frozen_stages": 0,  # how many of the backbone's stages, with what precedes them, don't learn
             "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
             "kwargs": {},  # options of create_segmenter, such as channels or loss_mean
         },
@@ -104,6 +105,7 @@ class Segment:
         data = config["data"]
         self.model, self.test = dict(config["model"]), dict(config["test"])
         head, self.output = self.model["head"], self.model["output"]
+        self._frozen: list[nn.Module] = []
         if self.model["backbone"] is None:
             raise TaskError("model.backbone is not set; `foveate list` shows what there is")
         if head not in HEADS:
@@ -135,6 +137,7 @@ class Segment:
         """Return the segmenter, initialised or with the weights the config starts from."""
         model = build_segmenter(self.model, self.things, self.rule)
         self.model = with_told(self.model, model)
+        self._frozen = freeze_stages(model.backbone, self.model["frozen_stages"])
         return model
 
     def check_data(self, training: bool = True) -> list[str]:
@@ -167,8 +170,8 @@ class Segment:
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         """Return the losses of a batch; the engine adds them."""
-        if self.model["norm_eval"]:
-            freeze_statistics(model.backbone)
+        for module in [model.backbone] if self.model["norm_eval"] else self._frozen:
+            freeze_statistics(module)
         if self.as_masks:
             # Of these, a file may have made Mask2Former a OneFormer, which needs to know.
             return model.loss(images, targets, prompt=self.output, normalized=True)

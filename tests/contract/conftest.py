@@ -35,6 +35,7 @@ FAMILIES = {
     "inline_pvt_tiny": dict(embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1), img_size=64),
     "inline_swin_tiny": dict(inline_blocks=(1, 1, 0, 0), window_size=2, img_size=64, **_SWIN),
     "inline_cswin_tiny": dict(embed_dim=16, num_heads=(2, 4, 8, 16), depths=(1, 1, 2, 1), img_size=64),
+    "litv2_small": dict(embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1), alpha=0.5),
     "ela_t_resnet18": {},
     "ela_t_resnet50": dict(layers=(1, 1, 1, 1)),
     "ela_s_mobilenetv2": {},

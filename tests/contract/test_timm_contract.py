@@ -29,6 +29,7 @@ SMALLEST = (
     "agent_pvt_tiny",
     "inline_deit_tiny",
     "inline_swin_tiny",
+    "litv2_small",
     "ela_t_resnet18",
     "van_b0",
     "mscan_t",

@@ -105,6 +105,22 @@ def test_a_run_learns_is_drawn_measured_again_and_predicted_with(recipe, tmp_pat
             assert numbers.size == (256, 512)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "mark"),
+    [(MASK_RCNN, "neck.simfp_2.0.weight"), (UPERNET, "neck.lateral_convs.3.conv.weight")],
+)
+def test_a_plain_vision_transformer_is_trained_and_its_file_is_read_again(recipe, mark, tmp_path, image):
+    """ViTDet's pyramid under the detector, mmseg's MultiLevelNeck under UperNet."""
+    small = ("model.backbone=vit_tiny_patch16_224", "model.backbone_kwargs={'depth': 4, 'embed_dim': 48}")
+    short = ("epochs=2", "val_interval=2", "data.repeat=8", "batch_size=2", "data.augment.crop=64")
+    short += ("model.kwargs.max_detections=5",) if recipe == MASK_RCNN else ()
+    _, result = train(recipe, tmp_path / "run", "model.setting=None", *small, *short)
+    assert result["history"][-1]["train/loss"] < result["history"][0]["train/loss"]
+    assert METRICS[recipe] <= {key.removeprefix("val/") for key in result["history"][-1]}
+    assert mark in torch.load(result["last"], weights_only=True)["state_dict"]
+    assert main(["predict", str(image), "--model", str(result["last"]), "--output", str(tmp_path / "out")]) == 0
+
+
 def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     _, straight = train(UPERNET, tmp_path / "straight", "epochs=2", "data.repeat=4", "batch_size=2")
     check = RunHook._check_finite

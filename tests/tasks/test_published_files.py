@@ -1,7 +1,10 @@
 """Files of mmdet, mmseg, detectron2 and Mask2Former on timm's backbones: what they held is what comes out."""
 
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from foveate.tasks import TaskError
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
 from foveate.zoo import CheckpointError, create_backbone
+from foveate.zoo.loading import create_model
 from foveate.zoo.published import settings_of
 
 # Published errors are rounding; the sheet allows 2e-5 of an output's standard deviation.
@@ -29,7 +33,7 @@ def detectron_file(state: dict, path: Path) -> Path:
     """Write a file as detectron2's model zoo has them."""
     arrays = {key: value.numpy() for key, value in state.items() if not key.endswith(COUNTS)}
     with open(path, "wb") as file:
-        pickle.dump({"model": arrays, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}, file, 2)
+        pickle.dump({"model": arrays, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}, file, 3)
     return path
 
 
@@ -265,6 +269,16 @@ def test_a_file_that_differs_in_one_tensor_is_refused_by_its_name(change, retina
             create()
 
 
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "conv1.weight", "layer2.0.conv1.weight", "bn1.running_var"])
+def test_no_tensor_may_be_missing_that_tells_what_a_file_is(name, retinanet, tmp_path):
+    state = {key: value for key, value in retinanet.items() if key != f"backbone.{name}"}
+    path = mm_file(state, tmp_path / "retinanet_r50.pth")
+    with pytest.raises(CheckpointError, match=rf"1 missing \(backbone\.features\.{re.escape(name)}\)"):
+        create_detector("retinanet", "resnet26", checkpoint=path)
+    with pytest.raises(CheckpointError, match="is a dense model's; its backbone is read by create_backbone"):
+        create_model("resnet26", checkpoint=path, features_only=True)
+
+
 def test_a_file_of_another_model_is_refused_with_the_right_one(retinanet, tmp_path):
     path = mm_file(retinanet, tmp_path / "retinanet_r50.pth")
     with pytest.raises(CheckpointError, match=r"120 missing \(backbone\.features\.layer1\.2\."):
@@ -431,6 +445,17 @@ PVT = (
     (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.mlp\.fc2\.", r"backbone.layers.\1.1.\2.ffn.layers.4."),
     (r"backbone\.features\.stages_(\d)\.blocks\.(\d)\.", r"backbone.layers.\1.1.\2."),
 )
+VIT = (
+    (r"backbone\.out_norms\.3\.", "backbone.ln1."),
+    (r"backbone\.features\.model\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.norm(\d)\.", r"backbone.layers.\1.ln\2."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.attn\.qkv\.", r"backbone.layers.\1.attn.attn.in_proj_"),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.attn\.proj\.", r"backbone.layers.\1.attn.attn.out_proj."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.mlp\.fc1\.", r"backbone.layers.\1.ffn.layers.0.0."),
+    (r"backbone\.features\.model\.blocks\.(\d+)\.mlp\.fc2\.", r"backbone.layers.\1.ffn.layers.1."),
+    (r"backbone\.features\.model\.", "backbone."),
+    (r"neck\.", "neck."),
+)
 ENCODER = r"head\.pixel_decoder\.transformer\.encoder\.layers\.(\d)\."
 LAYERS = r"head\.predictor\.transformer_{}_layers\.(\d)\."
 MASK2FORMER = (
@@ -493,6 +518,7 @@ MASKED = {"num_queries": 5, "dim": 32, "encoder_layers": 1, "encoder_hidden": 16
 MASKED |= {"decoder_hidden": 16}
 DEEP = {"stem_type": "deep", "stem_width": 32}
 D8 = "resnet18", {"output_stride": 8, "style": "pytorch", **DEEP}
+PLAIN = {"dense": True, "img_size": (64, 64), "dynamic_img_size": True}
 NORMS = {"dense": True, "out_norms": (0, 1, 2, 3)}
 KINDS = {
     "upernet_r18": ("upernet", "resnet18", {"style": "pytorch", **DEEP}, {"channels": 16}, (*V1C, *MMSEG), None),
@@ -500,6 +526,13 @@ KINDS = {
     "deeplabv3_r18-d8": ("deeplabv3", *D8, {"design": "mmseg", "channels": 16}, (*V1C, *MMSEG), None),
     "deeplabv3plus_r18-d8": ("deeplabv3_plus", *D8, {"channels": 16}, (*V1C, *MMSEG), None),
     "upernet_convnext_femto_512x512": ("upernet", "convnext_tiny", NORMS, {"channels": 16}, (*CONVNEXT, *MMSEG), None),
+    "upernet_vit-b16_ln_mln": (
+        "upernet", "vit_tiny_patch16_224", PLAIN | {"out_norms": (3,)}, {"channels": 16, "neck": "multilevel"},
+        (*VIT, *MMSEG), None,
+    ),
+    "upernet_deit-s16": (
+        "upernet", "deit_tiny_patch16_224", PLAIN, {"channels": 16, "neck": None}, (*VIT, *MMSEG), None
+    ),
     "mask2former_swin-t": (
         "mask2former", "swin_tiny_patch4_window7_224", NORMS, MASKED, (*SWIN, *MASK2FORMER), unfolded
     ),
@@ -529,3 +562,157 @@ def test_what_was_written_under_published_names_is_read(name, tmp_path):
         assert torch.equal(read(x), model(x))
         # What the file told is what another file of the model must say.
         assert read.told["backbone_kwargs"] == form
+
+
+SAM = {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
+
+
+@pytest.mark.parametrize("head", ["mask_rcnn", "cascade_mask_rcnn"])
+@torch.no_grad()
+def test_vitdet(head, tmp_path):
+    design = {"design": "vitdet"} if head == "mask_rcnn" else {"style": "vitdet", "mask_heads": 1}
+    options = {"channels": 16, "hidden": 24, "rules": "detectron2", **design}
+    form = {"dense": True, "grid": 14, **SAM}
+    model = filled(create_detector(head, "samvit_base_patch16", num_classes=3, backbone_kwargs=form, **options))
+    stage = r"(\d)\." if head == "cascade_mask_rcnn" else r"0()\."
+    dot = "." if head == "cascade_mask_rcnn" else ""
+    state = renamed(
+        model.state_dict(),
+        (r"backbone\.features\.model\.patch_embed\.pos_embed", "backbone.net.pos_embed"),
+        (r"backbone\.features\.model\.", "backbone.net."),
+        (r"neck\.simfp_", "backbone.simfp_"),
+        (r"rpn\.head\.conv\.(\d)\.0\.", r"proposal_generator.rpn_head.conv.conv\1."),
+        (r"rpn\.head\.cls_logits\.", "proposal_generator.rpn_head.objectness_logits."),
+        (r"rpn\.head\.bbox_pred\.", "proposal_generator.rpn_head.anchor_deltas."),
+        (
+            rf"roi_heads\.box_heads\.{stage}tower\.([0-3])\.0\.",
+            lambda match: f"roi_heads.box_head.{match[1]}{dot}conv{int(match[2]) + 1}.",
+        ),
+        (
+            rf"roi_heads\.box_heads\.{stage}tower\.([0-3])\.1\.",
+            lambda match: f"roi_heads.box_head.{match[1]}{dot}conv{int(match[2]) + 1}.norm.",
+        ),
+        (rf"roi_heads\.box_heads\.{stage}tower\.5\.", lambda match: f"roi_heads.box_head.{match[1]}{dot}fc1."),
+        (
+            rf"roi_heads\.box_heads\.{stage}(cls_score|bbox_pred)\.",
+            lambda match: f"roi_heads.box_predictor.{match[1]}{dot}{match[2]}.",
+        ),
+        (
+            r"roi_heads\.mask_heads\.0\.convs\.(\d)\.0\.",
+            lambda match: f"roi_heads.mask_head.mask_fcn{int(match[1]) + 1}.",
+        ),
+        (
+            r"roi_heads\.mask_heads\.0\.convs\.(\d)\.1\.",
+            lambda match: f"roi_heads.mask_head.mask_fcn{int(match[1]) + 1}.norm.",
+        ),
+        (r"roi_heads\.mask_heads\.0\.predictor\.conv5_mask\.", "roi_heads.mask_head.deconv."),
+        (r"roi_heads\.mask_heads\.0\.predictor\.mask_fcn_logits\.", "roi_heads.mask_head.predictor."),
+    )
+    positions = state["backbone.net.pos_embed"].flatten(1, 2)
+    state["backbone.net.pos_embed"] = torch.cat([torch.ones(1, 1, positions.shape[-1]), positions], dim=1)
+    path = detectron_file(state, tmp_path / "model_final_61ccd1.pkl")
+    read = create_detector(head, "samvit_base_patch16", checkpoint=path, backbone_kwargs=SAM).eval()
+    assert (read.transform.min_size, read.transform.max_size, read.transform.divisor) == ((1024,), 1024, 1024)
+    assert all(torch.equal(value, read.state_dict()[key]) for key, value in model.state_dict().items())
+    x = torch.rand(1, 3, 250, 320, generator=torch.Generator().manual_seed(3))
+    assert all(
+        torch.equal(*pair) for pair in zip(read.neck(read.backbone(x)), model.neck(model.backbone(x)), strict=True)
+    )
+    assert {module.eps for module in read.backbone.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_starts_from_a_published_file(tmp_path):
+    from foveate.tasks import engine
+    from foveate.tasks.predictors import load_predictor
+
+    model = create_detector("mask_rcnn", "resnet26", num_classes=3, channels=16, hidden=24)
+    with torch.no_grad():
+        for name, value in model.backbone.state_dict().items():
+            if name.endswith("running_mean"):
+                value.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    state = as_mm(model)
+    path = mm_file(state, tmp_path / "mask_rcnn_r50_caffe_fpn_1x_coco.pth")
+    overrides = [
+        "model.backbone=resnet26",
+        f"model.checkpoint={path}",
+        "model.frozen_stages=1",
+        "model.norm_eval=True",
+        "model.kwargs.reset_classifier=True",
+        "model.kwargs.channels=16",
+        "model.kwargs.hidden=24",
+        "model.kwargs.region_samples=8",
+        "epochs=1",
+        "val_interval=1",
+        "data.repeat=4",
+        "batch_size=2",
+        "data.augment.crop=96",
+        "schedule.warmup_iterations=1",
+        "device=cpu",
+    ]
+    config = engine.load_config("detect/mask_rcnn_nat_atto_nuclei", overrides)
+    engine.train(config, tmp_path / "run", progress=False)
+    for name in ("best.pth", "last.pth"):
+        predictor = load_predictor(tmp_path / "run" / name)
+        trained = predictor.model
+        assert style_of(trained) == "caffe"
+        assert trained.transform.channel_order == "bgr"
+        body = {f"backbone.{key}": value for key, value in trained.backbone.features.state_dict().items()}
+        changed = {key for key in body if not key.endswith(COUNTS) and not torch.equal(body[key], state[key])}
+        assert not [key for key in changed if "layer1" in key or key.startswith(("backbone.conv1", "backbone.bn1"))]
+        assert not [key for key in changed if "running" in key]
+        assert {"backbone.layer2.0.conv1.weight", "backbone.layer4.1.conv2.weight"} <= changed
+        again = create_detector("mask_rcnn", "resnet26", checkpoint=tmp_path / "run" / name)
+        assert style_of(again) == "caffe"
+        assert (again.transform.channel_order, again.transform.mean) == ("bgr", trained.transform.mean)
+
+
+def test_stages_that_cannot_be_told_are_not_frozen(tmp_path):
+    from foveate.tasks.dense.build import freeze_stages
+
+    with pytest.raises(TaskError, match="frozen_stages is 1, but the backbone has no stages that timm tells apart"):
+        freeze_stages(create_backbone("nat_atto"), 1)
+    with pytest.raises(TaskError, match="frozen_stages is 5, but the backbone has 4"):
+        freeze_stages(create_backbone("resnet18", out_indices=None), 5)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from foveate.tasks.dense.detect import create_detector
+
+def peak():
+    # That of the process alone: getrusage's begins with that of its parent.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+def create(**options):
+    return create_detector("retinanet", "resnet26", num_classes=3, channels=768, **options)
+
+if sys.argv[1] == "write":
+    from test_published_files import as_detectron, detectron_file
+    detectron_file(as_detectron(create(extra_relu=True), 3), sys.argv[2])
+else:
+    create_detector("retinanet", "resnet26", channels=8)  # whatever is imported on the way
+    before = peak()
+    model = create(checkpoint=sys.argv[2])
+    print(peak() - before, sum(value.numel() * 4 for value in model.state_dict().values()))
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_large_file_is_in_memory_once(tmp_path):
+    path = tmp_path / "model_final.pkl"
+
+    def run(*arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        command = [sys.executable, "-c", MEASURE, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    run("write", str(path))
+    more, size = map(int, run("read", str(path)).split())
+    assert path.stat().st_size > 0.9 * size > 150e6
+    assert more < 1.3 * path.stat().st_size + size

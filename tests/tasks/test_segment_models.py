@@ -209,6 +209,8 @@ def test_the_table_of_published_segmenters_names_recipes_that_exist():
         if own:
             assert row["setting"] in own, row
             assert own[row["setting"]]["num_classes"] in sizes[row["data"]], row
+        if row["backbone"] not in foveate.list_models():
+            continue  # timm's own have no settings
         setting = own[row["setting"]]["backbone"] if own else row["setting"]
         assert not row["setting"] or setting in dense_settings_of(row["backbone"]), row
 

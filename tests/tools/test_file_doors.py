@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import foveate
 import numpy as np
@@ -209,13 +210,27 @@ def _truncated(path):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+class _Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def _arrays(path):
-    path.write_bytes(pickle.dumps({"model": {"backbone.conv1.weight": np.ones((3, 3), np.float32)}}, 2))
+    arrays = {"backbone.conv1.weight": np.ones((3, 3), np.float32), "x": _Payload(path.with_name("made"))}
+    path.write_bytes(pickle.dumps({"model": arrays}, 2))
+
+
+def _objects(path):
+    torch.save({"state_dict": {"backbone.conv1.weight": torch.ones(3), "x": _Payload(path.with_name("made"))}}, path)
 
 
 BROKEN = {
     "truncated": (_truncated, "truncated, or not a checkpoint"),
-    "arrays": (_arrays, "a pickle of NumPy arrays, as detectron2's model zoo has them"),
+    "arrays": (_arrays, "which could run code when read"),
+    "objects": (_objects, "which could run code when read"),
     "no state": (lambda path: torch.save({"epoch": 3}, path), r"state dict|doesn't say which model"),
     "text": (lambda path: path.write_text("no weights"), "not read|not a checkpoint"),
 }
@@ -248,4 +263,5 @@ def test_what_is_no_file_of_weights_is_refused_alike_by_every_door(kind, tmp_pat
         ["train", digits, f"model.checkpoint={path}", "--output", str(tmp_path / "run")],
     ):
         message = refused(*argv)
+        assert not path.with_name("made").exists()
         assert any(part.replace("\\", "") in message for part in reason.split("|")), message

@@ -61,7 +61,9 @@ def test_a_recipe_s_data_model_and_optimizer_can_be_built(name, root):
     assert {parameter for group in groups for parameter in group["params"]} == set(net.parameters())
     rates = {round(group["lr"] / config["optimizer"]["lr"], 6) for group in groups}
     assert max(rates) == 1.0
-    assert (len(rates) > 1) == (config["optimizer"]["layer_decay"] is not None)
+    factors = config["optimizer"]["factors"]
+    assert (len(rates) > 1) == (config["optimizer"]["layer_decay"] is not None or bool(factors))
+    assert config["optimizer"]["layer_decay"] is not None or rates == {1.0, *factors.values()}
 
 
 @pytest.mark.parametrize("name", IMAGENET)

@@ -1,6 +1,7 @@
 """Checkpoints: every published format in, anything else refused in one line, nothing ever executed."""
 
 import argparse
+import collections
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from foveate import zoo
+from foveate.zoo._checkpoint import open_checkpoint
 
 
 def load(name, path, **options):
@@ -257,16 +259,78 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_detectron2s_pickle_of_arrays_is_called_what_it_is(protocol, tmp_path):
-    arrays = {"backbone.bottom_up.stem.conv1.weight": np.ones((4, 3, 7, 7), np.float32)}
-    file = {"model": arrays, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
-    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(file, protocol))
-    with pytest.raises(
-        zoo.CheckpointError, match=r"model_final\.pkl: a pickle of NumPy arrays, as detectron2's"
-    ) as error:
-        load("nat_mini", tmp_path / "model_final.pkl")
+def test_detectron2s_pickles_of_arrays_are_read(protocol, tmp_path):
+    arrays = {
+        "float": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "columns": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "big": np.arange(3, dtype=">f8"),
+        "half": np.ones((2, 0, 3), np.float16),
+        "one": np.array(True),
+        "number": np.float32(0.5),
+    }
+    arrays["shared"] = arrays["float"]
+    file = {"model": collections.OrderedDict(arrays), "__author__": "Detectron2 Model Zoo", "list": [1, (2.5, None)]}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps(file, protocol))
+    read = open_checkpoint(path)
+    assert (read["__author__"], read["list"]) == ("Detectron2 Model Zoo", [1, (2.5, None)])
+    for name, array in arrays.items():
+        if name == "number":
+            assert read["model"][name] == 0.5
+        else:
+            assert read["model"][name].tolist() == array.tolist()
+            assert read["model"][name].shape == array.shape
+
+
+RECORD = np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f4")])
+
+
+def nested(times):
+    value = []
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (lambda path: Payload(path), "could run code when read"),
+        (lambda path: np.array([Payload(path)], dtype=object), "could run code when read|objects|none of plain"),
+        (lambda path: np.array([{}], dtype=object), "objects|none of plain"),
+        (lambda path: np.float32, "'numpy.float32', which could run code"),
+        (lambda path: {1, 2}, "could run code|EMPTY_SET"),
+        (lambda path: RECORD, "records"),
+        (lambda path: np.array(["text"]), "none of plain numbers"),
+        (lambda path: nested(30), "nested more than 32 deep, or endlessly"),
+    ],
+)
+def test_a_pickle_of_anything_else_builds_nothing(value, reason, protocol, tmp_path):
+    made, path = tmp_path / "made", tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": np.ones(2), "b": value(made)}}, protocol))
+    with pytest.raises(zoo.CheckpointError, match=reason) as error:
+        open_checkpoint(path)
     assert "\n" not in str(error.value)
-    assert "corrupt" not in str(error.value)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc.",  # more bytes than there are
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # a memo of two billion
+        b"\x80\x02}q\x00h\x00h\x05.",  # nothing there
+        b"\x80\x02(((((.",
+        b"\x80\x02cos\nsystem\nU\x04true\x85R.",
+        b"\x80\x02ccollections\nOrderedDict\n)R}q\x01Usb.",
+        pickle.dumps({"model": {"a": np.ones(9)}}, 2)[:-20],
+    ],
+)
+def test_a_crafted_pickle_costs_nothing(raw, tmp_path):
+    (tmp_path / "model.pkl").write_bytes(raw)
+    with pytest.raises(zoo.CheckpointError, match=r"not read|not a checkpoint|without a 'model'"):
+        open_checkpoint(tmp_path / "model.pkl")
 
 
 class Payload:

@@ -27,6 +27,7 @@ MODELS = {
     "inline_pvt_tiny": 224,
     "inline_swin_tiny": 224,
     "inline_cswin_tiny": 224,
+    "litv2_small": 224,
     "shiftvit_light_tiny": 224,
     "transnext_micro": 224,
     "ela_t_resnet18": 224,

@@ -1,12 +1,9 @@
 """QuadTree models: the published sizes, checkpoints, dense recipes, any image size, tracing, precision, the MLP."""
 
-import sys
-
 import foveate
 import pytest
 import timm
 import torch
-from foveate.blocks.depthwise_mlp import DepthwiseMlp
 from foveate.zoo import CheckpointError
 from foveate.zoo.quadtree import recipes
 
@@ -86,23 +83,6 @@ def test_images_do_not_mix(name):
     x = torch.randn(3, 3, 97, 130)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), torch.cat([model(image) for image in x.split(1)]), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("piece_bytes", [1, 5000, 2**21])
-def test_mlp_in_pieces_is_the_mlp(piece_bytes, monkeypatch):
-    monkeypatch.setattr(sys.modules["foveate.zoo.quadtree"], "_PIECE_BYTES", piece_bytes)
-    mlp = DepthwiseMlp(6, 40)
-    x = torch.randn(3, 5, 7, 6)
-    whole = mlp(x)
-    assert whole.requires_grad
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(x), whole, atol=1e-6, rtol=1e-5)
-
-
-def test_dropout_in_the_mlp_is_applied_without_gradients():
-    mlp = DepthwiseMlp(6, 40, drop=0.5).train()
-    with torch.no_grad():
-        assert (mlp(torch.randn(1, 5, 7, 6)) == 0).any()
 
 
 def test_topk_and_activation_change_the_output():

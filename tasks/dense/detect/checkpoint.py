@@ -25,7 +25,11 @@ _DETECTRON = tuple(
         (r"roi_heads\.box_head\.(\d+\.)?fc(\d)\.", "roi_head.bbox_head.{0}shared_fcs.{1}."),
         (r"roi_heads\.box_predictor\.(\d+\.)?cls_score\.", "roi_head.bbox_head.{0}fc_cls."),
         (r"roi_heads\.box_predictor\.(\d+\.)?bbox_pred\.", "roi_head.bbox_head.{0}fc_reg."),
+        (r"roi_heads\.box_head\.(\d+\.)?conv(\d)\.norm\.", "roi_head.bbox_head.{0}shared_convs.{1}.bn."),
+        (r"roi_heads\.box_head\.(\d+\.)?conv(\d)\.", "roi_head.bbox_head.{0}shared_convs.{1}.conv."),
+        (r"roi_heads\.mask_head\.mask_fcn()(\d)\.norm\.", "roi_head.mask_head.convs.{1}.bn."),
         (r"roi_heads\.mask_head\.mask_fcn()(\d)\.", "roi_head.mask_head.convs.{1}.conv."),
+        (r"backbone\.simfp_", "neck.simfp_"),
         (r"roi_heads\.mask_head\.deconv\.", "roi_head.mask_head.upsample."),
         (r"roi_heads\.mask_head\.predictor\.", "roi_head.mask_head.conv_logits."),
         (r"head\.cls_score\.", "bbox_head.retina_cls."),
@@ -39,6 +43,8 @@ _NAMES = tuple(
     (re.compile(published), ours)
     for published, ours in (
         (r"rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
+        # Of two convolutions, in ViTDet.
+        (r"proposal_generator\.rpn_head\.conv\.conv(\d)\.", "rpn.head.conv.{}.0."),
         (r"rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
         (r"rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
         (r"roi_head\.bbox_head\.(?:(\d+)\.)?shared_convs\.(\d+)\.conv\.", "roi_heads.box_heads.{}.tower.{}.0."),
@@ -46,6 +52,7 @@ _NAMES = tuple(
         (r"roi_head\.bbox_head\.(?:(\d+)\.)?fc_cls\.", "roi_heads.box_heads.{}.cls_score."),
         (r"roi_head\.bbox_head\.(?:(\d+)\.)?fc_reg\.", "roi_heads.box_heads.{}.bbox_pred."),
         (r"roi_head\.mask_head\.(?:(\d+)\.)?convs\.(\d+)\.conv\.", "roi_heads.mask_heads.{}.convs.{}.0."),
+        (r"roi_head\.mask_head\.(?:(\d+)\.)?convs\.(\d+)\.bn\.", "roi_heads.mask_heads.{}.convs.{}.1."),
         (r"roi_head\.mask_head\.(?:(\d+)\.)?upsample\.", "roi_heads.mask_heads.{}.predictor.conv5_mask."),
         (r"roi_head\.mask_head\.(?:(\d+)\.)?conv_logits\.", "roi_heads.mask_heads.{}.predictor.mask_fcn_logits."),
         (r"bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.", "head.{}_tower.{}.0."),
@@ -114,7 +121,7 @@ def from_detectron(state: dict[str, Tensor], path: str | Path) -> dict[str, Tens
 
     def ordered(key: str, value: Tensor) -> Tensor:
         # Sizes are outside there and ratios inside; here it is the other way round.
-        if key.startswith(("head.cls_score.", "head.bbox_pred.")):
+        if key.startswith(("head.cls_score.", "head.bbox_pred.")) and len(value) % 9 == 0:
             return value.unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
         return value
 
@@ -175,8 +182,12 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
         return variant | {"num_classes": state["head.cls_logits.weight"].shape[0] // per_cell}
     classes, hidden = state["roi_heads.box_heads.0.cls_score.weight"].shape
     variant |= {"num_classes": classes - 1, "hidden": hidden}
+    if head == "mask_rcnn" and "rpn.head.conv.1.0.weight" in state:
+        variant["design"] = "vitdet"
     if head == "cascade_mask_rcnn":
         variant["style"] = "swin" if "roi_heads.box_heads.0.tower.0.0.weight" in state else "default"
+        if "rpn.head.conv.1.0.weight" in state:
+            variant["style"] = "vitdet"
         variant["mask_heads"] = len({key.split(".")[2] for key in state if key.startswith("roi_heads.mask_heads.")})
     return variant
 

@@ -354,8 +354,17 @@ class MaskRCNN(Detector):
         nms_threshold: Largest overlap of detections of a class.
         max_detections: Most detections of an image.
         rules: Whose rules find objects, ``"mmdet"`` or ``"detectron2"``; see `RoIHeads`.
+        design: ``"plain"``, or ``"vitdet"``: two convolutions propose regions, and the heads on these have four, with
+            norms over the channels.
+
+    Raises:
+        TaskError: If there is no such design, or there are no such rules.
     """
 
+    DESIGNS: ClassVar[dict[str, tuple[dict, dict]]] = {
+        "plain": ({}, {}),
+        "vitdet": ({"convs": 2}, {"convs": 4, "layer_norm": True}),
+    }
     needs_masks: ClassVar[bool] = True
 
     def __init__(
@@ -374,9 +383,12 @@ class MaskRCNN(Detector):
         nms_threshold: float = 0.5,
         max_detections: int = 100,
         rules: str = "mmdet",
+        design: str = "plain",
     ):
         _check_rules(rules)
-        self._rules = rules
+        if design not in self.DESIGNS:
+            raise TaskError(f"design is {design!r}; it can be {' or '.join(map(repr, self.DESIGNS))}")
+        self._rules, self._of_design = rules, self.DESIGNS[design]
         neck = detector_neck(backbone, channels, num_outs=5, start_level=0, extra_convs=extra_convs)
         super().__init__(backbone, neck, transform or DetectorTransform(), num_classes)
         rpn, regions, stages = self._design()
@@ -397,7 +409,7 @@ class MaskRCNN(Detector):
 
     def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
         """Return the options of the RPN and of the heads on regions, and the stages."""
-        return {}, {}, MASK_RCNN_STAGES
+        return *self._of_design, MASK_RCNN_STAGES
 
     @torch.no_grad()
     def predict_from_features(
@@ -452,7 +464,8 @@ class FasterRCNN(MaskRCNN):
     needs_masks: ClassVar[bool] = False
 
     def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
-        return {}, {"mask_heads": 0}, MASK_RCNN_STAGES
+        rpn, regions = self._of_design
+        return rpn, regions | {"mask_heads": 0}, MASK_RCNN_STAGES
 
 
 class CascadeMaskRCNN(MaskRCNN):
@@ -463,8 +476,9 @@ class CascadeMaskRCNN(MaskRCNN):
         num_classes: Classes of objects.
         transform: Makes the batch of images.
         style: ``"swin"``: box heads with four convolutions and batch norm, offsets for each class, GIoU loss, as in all
-            models published with the backbones here; or ``"default"``, mmdet's: two hidden layers, offsets for all
-            classes, smooth L1 loss.
+            models published with the backbones here; ``"default"``, mmdet's: two hidden layers, offsets for all
+            classes, smooth L1 loss; or ``"vitdet"``, four convolutions with norms over the channels, and offsets for
+            all classes.
         mask_heads: How many heads for masks there are: one for each stage, or as in detectron2 a single one.
         **options: As those of `MaskRCNN`.
 
@@ -475,6 +489,7 @@ class CascadeMaskRCNN(MaskRCNN):
     STYLES: ClassVar[dict[str, dict]] = {
         "swin": {"convs": 4, "per_class": True, "box_loss": "giou"},
         "default": {"convs": 0, "per_class": False, "box_loss": "smooth_l1"},
+        "vitdet": {"convs": 4, "per_class": False, "box_loss": "smooth_l1", "layer_norm": True},
     }
 
     def __init__(
@@ -493,6 +508,7 @@ class CascadeMaskRCNN(MaskRCNN):
 
     def _design(self) -> tuple[dict, dict, tuple[Stage, ...]]:
         rpn = {"most_in_training": 2000, "inside_only": True, "beta": 1 / 9}
+        rpn |= {"convs": 2} if self._style == "vitdet" else {}
         stages = DETECTRON_STAGES if self._rules == "detectron2" else CASCADE_STAGES
         return rpn, self.STYLES[self._style] | {"mask_heads": self._mask_heads}, stages
 
@@ -580,6 +596,8 @@ def create_detector(
         if layout is not None:
             form = form_of(layout, file.origin, state, backbone, body_options)
             transform = statistics_from(file.origin, state, form.get("style")) | transform
+            if layout.family.endswith("ViTDet"):
+                transform = {"min_size": 1024, "max_size": 1024, "divisor": 1024} | transform
             body_options = form | body_options
             body_options.pop("pretrained", None)
     elif reset_classifier:
@@ -614,7 +632,10 @@ def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int |
     held = head_of(state, path)
     if held != head:
         raise CheckpointError(f"{path}: holds a {held}, not a {head}; create_detector({held!r}, ...) reads it")
-    variant = variant_of(head, state, path)
+    try:
+        variant = variant_of(head, state, path)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: 1 missing ({error.args[0]})") from error
     if num_classes not in (None, variant["num_classes"]):
         if not reset_classifier:
             raise OtherClassesError(path, variant["num_classes"], num_classes)

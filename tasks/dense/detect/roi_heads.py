@@ -1,11 +1,13 @@
 """Heads on regions: boxes and masks, in one stage (Mask R-CNN) or in a cascade of several."""
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -89,6 +91,7 @@ class BoxHead(nn.Module):
         hidden: Their width.
         per_class: Whether each class has offsets of its own.
         size: Side of a region's map.
+        norm: Makes the norm of the convolutions, of their channels.
     """
 
     def __init__(
@@ -100,10 +103,11 @@ class BoxHead(nn.Module):
         hidden: int = 1024,
         per_class: bool = True,
         size: int = 7,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
         self.tower = FastRCNNConvFCHead(
-            (channels, size, size), [channels] * convs, [hidden] * hidden_layers, norm_layer=nn.BatchNorm2d
+            (channels, size, size), [channels] * convs, [hidden] * hidden_layers, norm_layer=norm
         )
         self.cls_score = nn.Linear(hidden, num_classes + 1)
         self.bbox_pred = nn.Linear(hidden, 4 * num_classes if per_class else 4)
@@ -127,14 +131,16 @@ class MaskHead(nn.Sequential):
     Args:
         channels: Channels of the pyramid.
         num_classes: Classes of objects.
+        norm: Makes the norm of the convolutions, of their channels; None for none.
     """
 
-    def __init__(self, channels: int, num_classes: int):
+    def __init__(self, channels: int, num_classes: int, norm: Callable[[int], nn.Module] | None = None):
         predictor = MaskRCNNPredictor(channels, channels, num_classes)
         for name, parameter in predictor.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        super().__init__(OrderedDict(convs=MaskRCNNHeads(channels, [channels] * 4, dilation=1), predictor=predictor))
+        convs = MaskRCNNHeads(channels, [channels] * 4, dilation=1, norm_layer=norm)
+        super().__init__(OrderedDict(convs=convs, predictor=predictor))
 
 
 class RoIHeads(nn.Module):
@@ -160,6 +166,7 @@ class RoIHeads(nn.Module):
         mask_heads: How many heads for masks there are: one for each stage (None), one, or none (0).
         rules: ``"mmdet"``, or ``"detectron2"``: boxes shrink freely, and it is not the logits of a cascade's stages
             that are averaged, but their probabilities.
+        layer_norm: Whether the convolutions, of masks too, have norms over the channels, as in ViTDet.
         score_threshold: See above.
         nms_threshold: See above.
         max_detections: See above.
@@ -177,6 +184,7 @@ class RoIHeads(nn.Module):
         samples: int = 512,
         mask_heads: int | None = None,
         rules: str = "mmdet",
+        layer_norm: bool = False,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
@@ -194,11 +202,14 @@ class RoIHeads(nn.Module):
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
         self.max_detections = max_detections
+        norm = functools.partial(LayerNorm2d, eps=1e-6) if layer_norm else nn.BatchNorm2d
         self.box_heads = nn.ModuleList(
-            BoxHead(channels, num_classes, convs, 1 if convs else 2, hidden, per_class) for _ in stages
+            BoxHead(channels, num_classes, convs, 1 if convs else 2, hidden, per_class, norm=norm) for _ in stages
         )
         count = len(self.stages) if mask_heads is None else mask_heads
-        self.mask_heads = nn.ModuleList(MaskHead(channels, num_classes) for _ in range(count))
+        self.mask_heads = nn.ModuleList(
+            MaskHead(channels, num_classes, norm if layer_norm else None) for _ in range(count)
+        )
 
     def loss(
         self,

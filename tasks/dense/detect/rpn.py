@@ -39,6 +39,7 @@ class RegionProposalNetwork(nn.Module):
         beta: Where the loss of boxes turns from a parabola to a line; 0 is L1.
         samples: Anchors of an image that learn.
         rules: ``"mmdet"`` or ``"detectron2"``; see `BoxCoder`.
+        convs: Convolutions of the head.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class RegionProposalNetwork(nn.Module):
         beta: float = 0.0,
         samples: int = 256,
         rules: str = "mmdet",
+        convs: int = 1,
     ):
         super().__init__()
-        self.head = RPNHead(channels, anchors.per_cell)
+        self.head = RPNHead(channels, anchors.per_cell, conv_depth=convs)
         self.anchors = anchors
         self.coder = BoxCoder(shrinks_freely=rules == "detectron2")
         self.matcher = Matcher(0.7, 0.3, minimum=0.3)

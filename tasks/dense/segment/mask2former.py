@@ -65,8 +65,8 @@ def _oneformer(data: str, num_classes: int, backbone: str = "oneformer", queries
     return {"backbone": backbone, **settings, **options}
 
 
-# The published settings with DiNAT-Large, for `create_segmenter(..., setting=...)`. The semantic models resize scores,
-# all others the masks' logits.
+# The published settings, with DiNAT-Large where that has one, for `create_segmenter(..., setting=...)`. The semantic
+# models resize scores, all others the masks' logits.
 SETTINGS: dict[str, dict[str, dict]] = {
     "mask2former": {
         "coco_panoptic": _mask2former(133, THINGS["coco"]),
@@ -77,6 +77,8 @@ SETTINGS: dict[str, dict[str, dict]] = {
         "cityscapes_panoptic": _mask2former(19, THINGS["cityscapes"]),
         "cityscapes_instance": _mask2former(8),
         "cityscapes_semantic": _mask2former(19, queries=100, resize_first=False),
+        "mapillary_panoptic": _mask2former(65, THINGS["mapillary"]),
+        "mapillary_semantic": _mask2former(65, queries=100, resize_first=False),
     },
     "oneformer": {
         "coco": _oneformer("coco", 133, queries=150),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ....zoo import CheckpointError, UnknownModelError
 from ....zoo.backbone import check_name, dense_settings_of
 from ....zoo.library_errors import lacks_variance
-from ....zoo.published import form_of, statistics_from, tests_of, translated
+from ....zoo.published import form_of, is_foreign, statistics_from, tests_of, translated
 from ....zoo.weights import locate, table
 from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
@@ -249,7 +249,11 @@ def create_segmenter(
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
     if state is not None:
-        options |= variant_of(head, state) | {"neck": neck_of(state)} | (entry.options if entry else {})
+        try:
+            options |= variant_of(head, state)
+        except KeyError as error:
+            raise CheckpointError(f"{checkpoint}: 1 missing ({error.args[0]})") from error
+        options |= {"neck": neck_of(state)} | (entry.options if entry else {})
         if head == "light_ham" and "rank" not in options | kwargs:
             raise TaskError(
                 f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
@@ -274,6 +278,8 @@ def create_segmenter(
         parts[1] = statistics_from(file.origin, state, form.get("style")) | parts[1]
         body_options = form | body_options
         body_options.pop("pretrained", None)
+        if transformer and file.origin.library == "mm":
+            parts[1].setdefault("fusion", "mmdet")
     elif file is not None and is_ours(state):
         body_options = file.held_form() | body_options
 
@@ -295,11 +301,11 @@ def create_segmenter(
             body = build()
     else:
         body = build()
-    if head in _DILATED:
-        parts[0].setdefault("stride", list(getattr(body, "reductions", [16]))[-1])
     parts[1] = _statistics(file, body) | parts[1]
     neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
     channels = body.channels if neck is None else neck.channels
+    if head in _DILATED:
+        parts[0].setdefault("stride", list(getattr(neck or body, "reductions", [16]))[-1])
     if transformer:
         criterion = SetCriterion(num_classes, **parts[2])
         module = HEADS[head](channels, num_classes, **parts[0])
@@ -377,6 +383,8 @@ def _backbone_setting(head: str, backbone: str | nn.Module, setting: str | None)
     if setting not in own or not isinstance(backbone, str):
         return None if setting in own else setting
     check_name(backbone)
+    if is_foreign(backbone):
+        return None  # timm's own have none
     if own[setting]["backbone"] not in (known := dense_settings_of(backbone)):
         names = [*known, *(name for name, settings in own.items() if settings["backbone"] in known)]
         raise UnknownModelError(
