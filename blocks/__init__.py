@@ -1,6 +1,7 @@
 """Attention modules, each usable alone on maps."""
 
 from .agent import AgentAttention2d, AgentTokenAttention
+from .aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from .cbam import CBAM
 from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
 from .create import create_attention, list_attentions
@@ -17,6 +18,7 @@ from .hilo import HiLoAttention2d
 from .inline import InLineAttention2d, InLineTokenAttention
 from .large_kernel import DilatedGate, LargeKernelAttention2d, StripGate
 from .losses import collect_losses, report_logits, report_loss
+from .mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
@@ -30,6 +32,7 @@ __all__ = [
     "CBAM",
     "AgentAttention2d",
     "AgentTokenAttention",
+    "AggregatedAttention2d",
     "BiLevelRoutingAttention2d",
     "ChannelGroupAttention2d",
     "ContMixBlock",
@@ -45,11 +48,13 @@ __all__ = [
     "EfficientLocalAttention",
     "GlobalAttention2d",
     "Hamburger2d",
+    "HeadRouter",
     "HiLoAttention2d",
     "InLineAttention2d",
     "InLineTokenAttention",
     "LargeKernelAttention2d",
     "LePEAttention2d",
+    "MixtureOfHeads2d",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
@@ -60,6 +65,7 @@ __all__ = [
     "Shift2d",
     "StripGate",
     "TripletAttention",
+    "UnitGlobalAttention2d",
     "WindowAttention2d",
     "collect_losses",
     "create_attention",

@@ -1,11 +1,12 @@
 """Every spatial attention of the house by name, under one signature."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from .agent import AgentAttention2d
+from .aggregated import AggregatedAttention2d
 from .contmix import ContextMixing2d
 from .cross_shaped import CrossShapedAttention2d
 from .deformable import DeformableAttention2d
@@ -14,6 +15,7 @@ from .global_attention import GlobalAttention2d
 from .hilo import HiLoAttention2d
 from .inline import InLineAttention2d
 from .large_kernel import LargeKernelAttention2d
+from .mixture_of_heads import MixtureOfHeads2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d
@@ -35,6 +37,24 @@ class _Shift(Shift2d):
         super().__init__(dim, **options)
 
 
+def _mixture_of_heads(
+    dim: int,
+    num_heads: int,
+    attention: str = "neighborhood",
+    attention_options: Mapping | None = None,
+    shared_heads: int | None = None,
+    routed_heads: int | None = None,
+    device=None,
+    dtype=None,
+) -> MixtureOfHeads2d:
+    """Weigh the heads of another attention of the table; by default, half of the heads are shared, half of the rest."""
+    dd = {"device": device, "dtype": dtype}
+    shared_heads = num_heads // 2 if shared_heads is None else shared_heads
+    routed_heads = (num_heads - shared_heads + 1) // 2 if routed_heads is None else routed_heads
+    module = create_attention(attention, dim, num_heads, **{**(attention_options or {}), **dd})
+    return MixtureOfHeads2d(module, num_heads, shared_heads, routed_heads, **dd)
+
+
 class _LargeKernel(LargeKernelAttention2d):
     """Large kernel attention, which knows no heads."""
 
@@ -44,6 +64,7 @@ class _LargeKernel(LargeKernelAttention2d):
 
 # By name: the module, and the options it gets beyond its own defaults.
 _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
+    "aggregated": (AggregatedAttention2d, {}),
     "agent": (AgentAttention2d, {"agents": 7, "map_size": 14}),
     "bilevel": (BiLevelRoutingAttention2d, {}),
     "contmix": (ContextMixing2d, {}),
@@ -52,6 +73,7 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
     "dual": (DualAttention2d, {}),
     "global": (GlobalAttention2d, {}),
+    "moh": (_mixture_of_heads, {}),
     "hilo": (HiLoAttention2d, {}),
     "inline": (InLineAttention2d, {}),
     "large_kernel": (_LargeKernel, {}),
@@ -76,7 +98,8 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
         num_heads: Attention heads; must divide ``dim``.
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the
             module's own, but for ``dilation=2`` (dilated), ``levels=3`` (quadtree), ``agents=7`` and ``map_size=14``
-            (agent).
+            (agent). A mixture of heads (moh) takes the name of another one as ``attention`` (``"neighborhood"`` by
+            default), with its options as ``attention_options``.
 
     Returns:
         Module from maps ``[B, H, W, dim]`` to the same shape, for any H and W.

@@ -30,6 +30,8 @@ CLASSIFIERS = (
     "dinat_s_tiny",
     "dinat_tiny",
     "ela_s_mobilenetv2",
+    "moh_transnext_base_75",
+    "moh_transnext_small_75",
     "inline_cswin_base_384",
     "inline_cswin_tiny",
     "inline_deit_tiny",
@@ -44,6 +46,8 @@ CLASSIFIERS = (
     "nat_tiny",
     "overlock_t",
     "quadtree_b2",
+    "transnext_base_384",
+    "transnext_tiny",
     "van_b1",
 )
 
@@ -51,6 +55,7 @@ _LAST_RATE = "Left out: 10 epochs more at the last rate."
 _THREE_TIMES = "Left out: three augmentations of each image in an epoch"
 _BIASES = ("norm", "rpb")
 _AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
+_TRANSNEXT_BIASES = ("norm", "query_embedding", "relative_pos_bias_local", "cpb", "temperature")
 _OFFSETS = {"conv_offset.weight": 1e-2}  # the points of LITv2's patches move slowly
 _OVERLOCK_NORMS = ("norm1", "norm2", "out_norms")
 # SegNeXt decayed the norms of its stem.
@@ -301,6 +306,37 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         ),
     ),
     (
+        "classify/*transnext_*",
+        dict(
+            precision="float16",
+            optimizer=dict(clip_grad=1.0),
+            schedule=dict(warmup_epochs=5, final_factor=1e-2),
+            note=f"{_THREE_TIMES}, and 10 epochs more at the last rate.",
+        ),
+    ),
+    (
+        "classify/transnext_tiny_imagenet",
+        dict(
+            sizes="transnext_micro, transnext_small or transnext_base, each with its own drop path;\n"
+            "    transnext_micro_AAAA with data.size=256",
+        ),
+    ),
+    (
+        "classify/transnext_base_384_imagenet",
+        dict(
+            data=dict(crop_mode="squash"),
+            loss=dict(cutmix=0.0),
+            batch_size=128,
+            epochs=5,
+            optimizer=dict(lr=1e-5, weight_decay=0.05),
+            schedule=dict(warmup_epochs=0, final_factor=1.0),
+            note="FILE are the weights of transnext_base. The rate stays as it is; the batch is that of the training.",
+            sizes="transnext_small_384, with its own drop path",
+        ),
+    ),
+    ("classify/moh_transnext_small_75_imagenet", dict(sizes="moh_transnext_small_80")),
+    ("classify/moh_transnext_base_75_imagenet", dict(sizes="moh_transnext_base_50")),
+    (
         "classify/ela_*",
         dict(
             _base_=["_base_/folder"],
@@ -421,12 +457,21 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         "detect/*_overlock_*_1x_*",
         dict(_base_=["_base_/coco_single_scale", "_base_/schedule_1x"], optimizer=dict(lr=2e-4)),
     ),
+    (
+        "detect/mask_rcnn_transnext_*",
+        dict(
+            _base_=["_base_/coco_single_scale", "_base_/schedule_1x"],
+            optimizer=dict(lr=1e-4, weight_decay=0.05, no_decay=_TRANSNEXT_BIASES),
+            precision="float16",
+        ),
+    ),
     # Semantic segmentation of ADE20K.
     ("segment/upernet_*", dict(_base_=["_base_/ade20k", "_base_/schedule_160k"], model=dict(pretrained=True))),
     ("segment/semantic_fpn_*", dict(_base_=["_base_/ade20k", "_base_/schedule_40k"], model=dict(pretrained=True))),
     ("segment/upernet_*nat_*", dict(optimizer=dict(no_decay=_BIASES), precision="float16")),
     ("segment/upernet_dinat_large_*", dict(precision="float32")),
     ("segment/upernet_agent_swin_*", dict(optimizer=dict(no_decay=_AGENT_BIASES))),
+    ("segment/upernet_transnext_*", dict(optimizer=dict(no_decay=_TRANSNEXT_BIASES))),
     ("segment/semantic_fpn_agent_pvt_*", dict(optimizer=dict(no_decay=()), batch_size=2)),
     ("segment/*_foveate_davit_*", dict(optimizer=dict(no_decay=()), sync_batchnorm=False)),
     ("segment/*_dat_pp_*", dict(optimizer=dict(no_decay=_BIASES))),

@@ -2,14 +2,17 @@
 
 from fnmatch import fnmatch
 
-from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, overlock, quadtree, shiftvit, van
+from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, overlock, quadtree, shiftvit, transnext, van
 from ._checkpoint import CheckpointError
 from ._maps import BackboneError
 from .backbone import Backbone, UnknownModelError, create_backbone
 
 __all__ = ["Backbone", "BackboneError", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 
-_FAMILIES = (nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, van, overlock, ela, host)
+_FAMILIES = (
+    *(nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, transnext, van, overlock),
+    *(ela, host),
+)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -43,6 +43,16 @@ FAMILIES = {
     "overlock_xt": dict(
         embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), focus_depths=(2, 1), groups=(2, 2), head_dim=16
     ),
+    "transnext_micro": dict(embed_dim=24, head_dim=12, depths=(1, 1, 1, 1), img_size=64),
+    "transnext_micro_AAAA": dict(embed_dim=24, head_dim=12, depths=(1, 1, 1, 1), img_size=64),
+    "moh_transnext_base_50": dict(
+        embed_dim=24,
+        head_dim=6,
+        depths=(1, 1, 1, 1),
+        img_size=64,
+        shared_heads=(4, 2, 1, 0),
+        routed_heads=(0, 4, 8, 16),
+    ),
     "van_b0": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     "mscan_t": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     "foveate_davit_tiny": dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),

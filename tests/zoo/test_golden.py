@@ -25,14 +25,19 @@ TOLERANCES = {
     "davit": (5e-5, 1e-4),
     "quadtree": (4e-6, 1e-5),
     "shiftvit": (1.5e-5, 1.5e-5),
+    "transnext": (6e-6, 1.5e-5),
+    "moh": (4e-5, 4e-5),
     "van": (1e-5, 3e-5),
     "mscan": (1e-5, 6e-5),
     "overlock": (1e-5, 1e-4),
 }
 # Families whose reference logits are of any scale: tolerances are in units of the output's standard deviation.
-RELATIVE = {"biformer", "inline", "litv2", "shiftvit", "van", "mscan", "overlock"}
-RELATIVE_MAPS = {"litv2", "shiftvit", "van", "mscan", "overlock"}
+RELATIVE = {"biformer", "inline", "litv2", "shiftvit", "transnext", "moh", "van", "mscan", "overlock"}
+RELATIVE_MAPS = {"litv2", "shiftvit", "transnext", "van", "mscan", "overlock"}
+# Families whose fixtures name options of the constructor.
+OPTIONS = {"transnext"}
 RECIPES = {"dense": "detection", "det": "detection", "seg": "segmentation", "m2f": "mask2former", "features": None}
+RECIPES |= {"extrapolation": "segmentation_extrapolation"}
 
 
 def fixtures():
@@ -59,7 +64,9 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
         logits_atol *= fixture.spec["outputs"]["logits"]["std"]
     with torch.inference_mode():
         if not dense:
-            net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=dict(file=str(checkpoint))).eval()
+            overlay = dict(file=str(checkpoint))
+            options = fixture.spec["notes"]["kwargs"] if family in OPTIONS else {}
+            net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
             fixture.assert_output("logits", net(fixture.input()), logits_atol)
             parameters = sum(parameter.numel() for parameter in net.parameters())
             # Heads for training alone are built on request.
@@ -68,7 +75,7 @@ def test_published_checkpoint_gives_published_output(name, open_fixture, tmp_pat
         else:
             # Fixtures near the initial state, whose small streams show every eps, hold the tighter.
             maps_atol = 2e-5 if "eps" in parts else maps_atol
-            net = foveate.create_backbone(model, setting=RECIPES[dense[0]], checkpoint=checkpoint).eval()
+            net = foveate.create_backbone(model, setting=RECIPES[dense[-1]], checkpoint=checkpoint).eval()
             for i, features in enumerate(net(fixture.input())):
                 scale = fixture.spec["outputs"][f"stage{i + 1}"]["std"] if family in RELATIVE_MAPS else 1
                 atol = maps_atol[i] if isinstance(maps_atol, tuple) else maps_atol

@@ -32,6 +32,7 @@ MODELS = {
     "overlock_xt": 224,
     "van_b0": 224,
     "mscan_t": 224,
+    "transnext_micro": 224,
     "ela_t_resnet18": 224,
     "foveate_davit_tiny": 224,
     "foveate_host_atto": 64,

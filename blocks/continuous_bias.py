@@ -1,0 +1,180 @@
+"""Position bias from an MLP on logarithms of distances (Swin V2, arXiv 2111.09883; TransNeXt, arXiv 2311.17132)."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..kernels.backends import exporting, transform_obstacle
+from .plain import is_plain
+
+# Hidden numbers of the MLP at once, where they are not kept for gradients: 8 MB in float32.
+_HIDDEN = 2**21
+
+
+class AxisTable(NamedTuple):
+    """One axis of a bias: the distances that occur, and which of them, weighted, a pair of positions has.
+
+    Attributes:
+        distances: Query minus key, each once, in positions, ``[S]``.
+        index: Entries of ``distances`` of each query and key, ``[n, m, terms]``.
+        weight: Their weights, which add up to 1, ``[n, m, terms]``.
+    """
+
+    distances: np.ndarray
+    index: np.ndarray
+    weight: np.ndarray
+
+
+def bin_centers(length: int, bins: int) -> np.ndarray:
+    """Return the mean position in each bin of adaptive average pooling of a line, ``[bins]``."""
+    bin_ = np.arange(bins)
+    first, last = bin_ * length // bins, -(-(bin_ + 1) * length // bins) - 1
+    return (first + last) / 2
+
+
+def pooling_matrix(length: int, bins: int) -> np.ndarray:
+    """Return the matrix ``[bins, length]`` of adaptive average pooling of a line, float32."""
+    position, bin_ = np.arange(length), np.arange(bins)[:, None]
+    inside = (position >= bin_ * length // bins) & (position < -(-(bin_ + 1) * length // bins))
+    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _neighbors(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions ``[target, 2]`` that bilinear resizing reads, and their weights; one each if none is."""
+    if source == target:
+        return np.arange(target)[:, None], np.ones((target, 1))
+    at = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    low = at.astype(np.int64)
+    part = at - low
+    return np.stack([low, np.minimum(low + 1, source - 1)], 1), np.stack([1 - part, part], 1)
+
+
+@functools.lru_cache(maxsize=256)
+def axis_table(queries: int, keys: int, trained_queries: int, trained_keys: int) -> AxisTable:
+    """Return the table of an axis of so many queries and pooled keys.
+
+    Where the trained numbers are others, its bias is the trained axis's, resized as two bilinear interpolations do
+    (one over keys, one over queries, without aligned corners).
+    """
+    difference = np.arange(trained_queries)[:, None] - bin_centers(trained_queries, trained_keys)[None]
+    distances, index = np.unique(difference, return_inverse=True)
+    index = index.reshape(difference.shape)
+    query, query_weight = _neighbors(trained_queries, queries)
+    key, key_weight = _neighbors(trained_keys, keys)
+    index = index[query[:, None, :, None], key[None, :, None, :]].reshape(queries, keys, -1)
+    weight = (query_weight[:, None, :, None] * key_weight[None, :, None, :]).reshape(queries, keys, -1)
+    return AxisTable(distances, index, weight)
+
+
+def _same(kept: Tensor, weight: Tensor) -> bool:
+    return kept.dtype == weight.dtype and kept.device == weight.device and torch.equal(kept, weight)
+
+
+class ContinuousBias(nn.Module):
+    """The bias of a map's queries to the keys of a pooled map, by the logarithm of their distance along each axis.
+
+    The MLP sees each distance that occurs on an axis once, with each of the other axis: a few thousand pairs, where
+    queries times keys are millions.
+
+    Args:
+        num_heads: Attention heads.
+        pretrain_size: Height and width of the maps that the weights were trained on, which distances are measured in.
+        trained_size: Height and width of maps whose biases are resized for others; None to compute those of any map.
+        hidden: Hidden channels of the MLP.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        pretrain_size: tuple[int, int],
+        trained_size: tuple[int, int] | None = None,
+        hidden: int = 512,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.pretrain_size = pretrain_size
+        self.trained_size = trained_size
+        self.fc1 = nn.Linear(2, hidden, **dd)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(hidden, num_heads, **dd)
+        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        # What is kept may be a tensor that cannot be copied.
+        return {**self.__dict__, "_kept": None}
+
+    def axes(self, size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int) -> tuple[AxisTable, AxisTable]:
+        """Return the tables of both axes of a map and a pooled one; ``sr_ratio`` pools the trained size."""
+        tables = []
+        for i in range(2):
+            trained = (size[i], pooled[i])
+            if self.trained_size is not None:
+                trained = (self.trained_size[i], max(1, self.trained_size[i] // sr_ratio))
+            tables.append(axis_table(size[i], pooled[i], *trained))
+        return tables[0], tables[1]
+
+    @torch.jit.ignore
+    def forward(self, rows: AxisTable, columns: AxisTable) -> Tensor:
+        """Return the bias of every pair of distances, ``[heads, Sy, Sx]``.
+
+        Without gradients, and on a CPU, that of the last size is kept for as long as the weights are the same.
+        """
+        if not self._may_keep():
+            return self._bias(rows, columns)
+        size = (*rows.index.shape, *columns.index.shape, len(rows.distances), len(columns.distances))
+        weights = [parameter.detach() for parameter in self.parameters()]
+        if self._kept is not None:
+            kept_size, kept_weights, bias = self._kept
+            # Weights are compared by their numbers: some averages of weights overwrite them without a trace.
+            if kept_size == size and all(map(_same, kept_weights, weights)):
+                return bias
+        bias = self._bias(rows, columns, max(1, _HIDDEN // (self.fc1.out_features * len(columns.distances))))
+        self._kept = (size, [weight.clone() for weight in weights], bias)
+        return bias
+
+    def _may_keep(self) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or self.training:
+            return False
+        plain = is_plain(self.fc1, self.fc2) and type(self.act) is nn.ReLU and not torch.is_autocast_enabled("cpu")
+        return plain and self.fc1.weight.device.type == "cpu" and transform_obstacle() is None
+
+    def _bias(self, rows: AxisTable, columns: AxisTable, at_once: int | None = None) -> Tensor:
+        parameter = next(self.parameters())
+        exact = torch.promote_types(parameter.dtype, torch.float32)
+        y, x = (
+            self.coordinates(torch.from_numpy(axis.distances).to(parameter.device, exact), length)
+            for axis, length in zip((rows, columns), self.pretrain_size, strict=True)
+        )
+        pairs = torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1).to(parameter.dtype)
+        parts = (pairs,) if at_once is None else pairs.split(at_once)
+        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in parts]).permute(2, 0, 1)
+
+    @staticmethod
+    def coordinates(distances: Tensor, pretrain: int) -> Tensor:
+        """Return what the MLP sees of distances on an axis, about -1 to 1 on a map of the trained length."""
+        scaled = distances / max(pretrain - 1, 1) * 8
+        return scaled.sign() * torch.log2(scaled.abs() + 1) / 3
+
+
+def bias_of_rows(table: Tensor, rows: AxisTable, columns: AxisTable, first: int, end: int) -> Tensor:
+    """Return the bias ``[heads, (end - first) * W, keys]`` of some rows' queries, from `ContinuousBias`'s output."""
+    index, weight = (torch.from_numpy(part[first:end]).to(table.device) for part in rows[1:])
+    height, key_rows, terms = index.shape
+    lines = table.index_select(1, index.flatten()).unflatten(1, (height, key_rows, terms))
+    lines = lines[:, :, :, 0] if terms == 1 else torch.einsum("hqkts,qkt->hqks", lines, weight.to(table.dtype))
+    lines = lines.flatten(1)  # [heads, rows * key rows * Sx]
+    index, weight = (torch.from_numpy(part).to(table.device) for part in columns[1:])
+    start = torch.arange(height * key_rows, device=table.device).view(height, 1, key_rows, 1) * table.shape[2]
+    bias = None
+    for term in range(index.shape[2]):
+        at = start + index[None, :, None, :, term]
+        part = lines.index_select(1, at.flatten()).unflatten(1, at.shape)
+        if index.shape[2] > 1:
+            part = part * weight[None, :, None, :, term].to(table.dtype)
+        bias = part if bias is None else bias + part
+    return bias.flatten(3).flatten(1, 2)
