@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from foveate.blocks.losses import collect_losses
 from foveate.tasks import engine
+from foveate.tasks.classify.task import Classify
 from foveate.tasks.data import classification
 from foveate.tasks.data.samples import load_digits
 from foveate.zoo import CheckpointError
@@ -175,9 +176,10 @@ def test_pruned_models_give_the_same_maps(images, indices):
 
 def test_the_auxiliary_loss_is_trained_on_and_logged(tmp_path, monkeypatch):
     images, labels = load_digits()
-    few = (images[:80], labels[:80])
+    few = (images[:48], labels[:48])
     monkeypatch.setattr(classification, "load_digits", lambda: few)
-    monkeypatch.setattr(classification, "DIGITS_TRAIN", 64)
+    monkeypatch.setattr(classification, "DIGITS_TRAIN", 32)
+    monkeypatch.setattr(Classify, "draw", lambda *args: [])  # most of the time
     options = ["model.name=overlock_xt", "model.kwargs={}", "model.kwargs.aux_head=True", "grad_checkpointing=True"]
     options += [f"model.kwargs.{key}={value}" for key, value in SMALL.items()]
     options += ["epochs=1", "schedule.warmup_epochs=0", "batch_size=16", "device=cpu", "ema=0.1", "loss.mixup=0.8"]
