@@ -195,7 +195,12 @@ class Head(nn.Module):
 
     @torch.jit.ignore
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Replace the classifier; ``pool_type=""`` is for maps, without classes."""
+        """Replace the classifier; ``pool_type=""`` is for maps, without classes; None for pooling as it is.
+
+        Classes bring the published mean where there is no pooling.
+        """
+        if pool_type is None and num_classes and not self.pooled:
+            pool_type = "avg"
         if pool_type is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
             self.pooled = bool(pool_type)

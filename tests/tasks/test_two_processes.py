@@ -39,6 +39,8 @@ def overlock():
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # in training each process has the statistics of its own images
+        elif isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     return model
 
 

@@ -22,7 +22,7 @@ SMALL = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), focus_depths=(2, 1)
 
 def build(**kwargs):
     torch.manual_seed(0)
-    model = timm.create_model("overlock_xt", num_classes=5, **{**SMALL, **kwargs})
+    model = timm.create_model("overlock_xt", **{"num_classes": 5, **SMALL, **kwargs})
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if "running_var" in name:
             value.uniform_(0.5, 2)
@@ -161,6 +161,18 @@ def test_training_without_a_collection_ties_the_auxiliary_head_to_nothing(images
     F.cross_entropy(logits, torch.tensor([0, 3])).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(not parameter.grad.any() for parameter in model.aux_head.parameters())
+
+
+@torch.no_grad()
+def test_classes_bring_their_pooling_back(images):
+    model = build(num_classes=0, global_pool="")
+    assert model(images).shape == (2, 20, 2, 3)
+    with pytest.raises(ValueError, match="needs pooling"):
+        model.reset_classifier(3, "")
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(images).shape == (2, 16)
 
 
 @pytest.mark.parametrize("indices", [[0], [1], [2], [1, 3]])
