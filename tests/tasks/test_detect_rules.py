@@ -5,8 +5,9 @@ import pytest
 import torch
 from foveate.tasks.dense.detect.anchors import AnchorGrid
 from foveate.tasks.dense.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, sample_evenly
-from foveate.tasks.dense.detect.boxes import BoxCoder, giou_loss, grouped_nms, has_area, pairwise_iou, top_k
-from foveate.tasks.dense.detect.masks import crop_masks, paste_masks
+from foveate.tasks.dense.detect.boxes import BoxCoder, giou_loss, has_area, pairwise_iou
+from foveate.tasks.dense.detect.masks import crop_masks
+from foveate.tasks.dense.detect.postprocess import grouped_nms, paste_masks, top_k
 from foveate.tasks.dense.detect.roi_heads import RoIExtractor
 from foveate.tasks.dense.detect.rpn import RegionProposalNetwork
 from foveate.tasks.dense.detect.transform import DetectorTransform
