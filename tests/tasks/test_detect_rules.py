@@ -100,11 +100,11 @@ def test_matches(positive, negative, minimum):
     assert len(Matcher(positive, negative, minimum)(boxes[:0], objects)) == 0
 
 
-@pytest.mark.parametrize("draw", [None, sample_evenly])
-def test_samples_are_limited_and_filled_up(draw):
+@pytest.mark.parametrize("sample", [None, sample_evenly])
+def test_samples_are_limited_and_filled_up(sample):
     matches = torch.full((1000,), BACKGROUND)
     matches[100:300], matches[500:600] = 3, IGNORED
-    options = {} if draw is None else {"draw": draw}
+    options = {} if sample is None else {"sample": sample}
     positive, negative = Sampler(256, 0.25, **options)(matches)
     assert len(positive) == 64
     assert len(negative) == 192
