@@ -383,7 +383,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             ("van_b1", "", "van_b0, van_b2 or van_b3, each with its own drop path"),
             (
                 "mscan_t",
-                " The authors say that MSCAN was trained as VAN; they published neither code nor classifier.",
+                "\nThe authors say that MSCAN was trained as VAN; they published neither code nor classifier.",
                 "mscan_s, mscan_b or mscan_l, each with its own drop path",
             ),
         )

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.data.classification import Digits
     from ..tasks.data.images import read_image
     from ..tasks.data.samples import load_nuclei_half
+    from ..tasks.devices import choose_device
     from ..tasks.pictures.classes import draw_confusion, draw_gallery
     from ..tasks.pictures.figures import draw_curve, draw_neighborhoods
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     paths = [output / "heldout" / f"{index:03d}_is_{truth}.png" for index, truth in enumerate(truths)]
     for index, path in enumerate(paths):
         write_whole(path, held_out.image(index).save)
-    predictor = Predictor.from_checkpoint(result["last"], engine.choose_device(args.device))
+    predictor = Predictor.from_checkpoint(result["last"], choose_device(args.device))
     images = [read_image(path, predictor.channels, predictor.white) for path in paths]
     rankings = predictor(images)
     wrong = [index for index, ranking in enumerate(rankings) if ranking[0][0] != truths[index]]

@@ -243,7 +243,7 @@ def _pairs(items: list[Any]) -> dict:
 
 def _named(name: str) -> _Name:
     if name not in _NAMES:
-        raise UnsafePickleError(f"it names {'.'.join(name.split(' '))[:80]!r}, which could run code when read")
+        raise UnsafePickleError(f"it pickles {'.'.join(name.split(' '))[:80]!r}, which could run code when read")
     return _Name(_NAMES[name])
 
 

@@ -159,10 +159,12 @@ def open_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if is_pickle(path):
+    # The length that begins a file of safetensors may have a pickle's first byte.
+    safe = path.suffix == ".safetensors" or is_safetensors(path)
+    if not safe and is_pickle(path):
         return _of_arrays(path)
     try:
-        if path.suffix == ".safetensors" or is_safetensors(path):
+        if safe:
             from safetensors.torch import load_file
 
             return load_file(path)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks.dense.detect import sample_evenly
-from foveate.tasks.dense.detect.boxes import BoxCoder, multiclass_nms
+from foveate.tasks.dense.detect.boxes import BoxCoder
 from foveate.tasks.dense.detect.checkpoint import renamed
-from foveate.tasks.dense.detect.masks import paste_masks
+from foveate.tasks.dense.detect.postprocess import multiclass_nms, paste_masks
 from foveate.tasks.dense.detect.roi_heads import BoxHead, MaskHead, RoIExtractor
 from foveate.tasks.dense.detect.transform import DetectorTransform, resize, resized_size
 from foveate.tasks.dense.neck import FeaturePyramid, convert_pyramid

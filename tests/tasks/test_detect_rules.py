@@ -5,8 +5,9 @@ import pytest
 import torch
 from foveate.tasks.dense.detect.anchors import AnchorGrid
 from foveate.tasks.dense.detect.assign import BACKGROUND, IGNORED, Matcher, Sampler, sample_evenly
-from foveate.tasks.dense.detect.boxes import BoxCoder, giou_loss, grouped_nms, has_area, pairwise_iou, top_k
-from foveate.tasks.dense.detect.masks import crop_masks, paste_masks
+from foveate.tasks.dense.detect.boxes import BoxCoder, giou_loss, has_area, pairwise_iou
+from foveate.tasks.dense.detect.masks import crop_masks
+from foveate.tasks.dense.detect.postprocess import grouped_nms, paste_masks, top_k
 from foveate.tasks.dense.detect.roi_heads import RoIExtractor
 from foveate.tasks.dense.detect.rpn import RegionProposalNetwork
 from foveate.tasks.dense.detect.transform import DetectorTransform
@@ -99,11 +100,11 @@ def test_matches(positive, negative, minimum):
     assert len(Matcher(positive, negative, minimum)(boxes[:0], objects)) == 0
 
 
-@pytest.mark.parametrize("draw", [None, sample_evenly])
-def test_samples_are_limited_and_filled_up(draw):
+@pytest.mark.parametrize("sample", [None, sample_evenly])
+def test_samples_are_limited_and_filled_up(sample):
     matches = torch.full((1000,), BACKGROUND)
     matches[100:300], matches[500:600] = 3, IGNORED
-    options = {} if draw is None else {"draw": draw}
+    options = {} if sample is None else {"sample": sample}
     positive, negative = Sampler(256, 0.25, **options)(matches)
     assert len(positive) == 64
     assert len(negative) == 192

@@ -182,7 +182,7 @@ def test_a_classifiers_file_is_measured_and_trained_from(ours, tmp_path, capsys)
 def test_a_backbone_alone_is_read_by_what_takes_one(tmp_path, refused, photo):
     """Of ours and of timm's: without a classifier, a file is a backbone, and says so."""
     for name in ("quadtree_b0", "test_resnet"):
-        options = {"recipe": "detection"} if name == "quadtree_b0" else {}
+        options = {"setting": "detection"} if name == "quadtree_b0" else {}
         body = foveate.create_backbone(name, **options)
         inner = getattr(body.features, "model", body.features)
         torch.save(inner.state_dict(), tmp_path / f"{name}.pth")

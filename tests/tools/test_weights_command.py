@@ -156,7 +156,7 @@ def test_wrapped_backbones_are_converted(wrap, open_fixture, tmp_path, home):
     state = open_fixture("quadtree/quadtree_b0_dense_256x320").state()
     torch.save(wrap(state), tmp_path / "wrapped.pth")
     output = tmp_path / "backbone.safetensors"
-    assert main(["weights", "convert", str(tmp_path / "wrapped.pth"), str(output), "--recipe", "detection"]) == 0
+    assert main(["weights", "convert", str(tmp_path / "wrapped.pth"), str(output), "--setting", "detection"]) == 0
     torch.save(state, tmp_path / "plain.pth")
     make = lambda path: foveate.create_backbone("quadtree_b0", "detection", path)  # noqa: E731
     assert_same(make(output), make(tmp_path / "plain.pth"))
@@ -215,7 +215,7 @@ def test_verify_says_if_the_outputs_differ(open_fixture, tmp_path, home, capsys)
 def test_verify_compares_dense_backbones(open_fixture, tmp_path, home, capsys):
     path = open_fixture("quadtree/quadtree_b0_dense_256x320").checkpoint(tmp_path)
     reference = GOLDEN / "quadtree" / "quadtree_b0_dense_256x320.json"
-    assert main(["weights", "verify", str(path), "--recipe", "detection", "--reference", str(reference)]) == 0
+    assert main(["weights", "verify", str(path), "--setting", "detection", "--reference", str(reference)]) == 0
     assert capsys.readouterr().out.count("reference  match") == 4
 
 

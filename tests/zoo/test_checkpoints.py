@@ -413,3 +413,17 @@ def test_settings_do_not_smuggle_code(config_node, state, tmp_path):
 def test_a_model_without_weights_says_so():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for nat_atto"):
         timm.create_model("nat_atto", pretrained=True)
+
+
+def test_a_file_of_safetensors_that_begins_like_a_pickle_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    for length in range(300):
+        save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors", {"note": "a" * length})
+        if (tmp_path / "x.safetensors").read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("no header of a length that begins like a pickle")
+    assert torch.equal(open_checkpoint(tmp_path / "x.safetensors")["x"], torch.ones(2))
+    (tmp_path / "x.safetensors").rename(tmp_path / "x.bin")
+    assert torch.equal(open_checkpoint(tmp_path / "x.bin")["x"], torch.ones(2))

@@ -9,14 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 # Sizes change by a factor of 62.5 at most, up or down.
 _MAX_LOG_RATIO = abs(math.log(16 / 1000))
-# From here on, groups are suppressed one by one.
-_MANY = 10000
-# Below this a single call is fastest, whatever the groups.
-_FEW = 500
 
 
 class BoxCoder:
@@ -99,71 +94,6 @@ def giou_loss(boxes: Tensor, goals: Tensor) -> Tensor:
     sides = torch.maximum(boxes[:, 2:], goals[:, 2:]) - torch.minimum(boxes[:, :2], goals[:, :2])
     hull = sides.clamp(min=0).prod(dim=-1).clamp(min=1e-6)
     return 1 - (overlap / union - (hull - union) / hull)
-
-
-def top_k(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the ``count`` highest of ``scores`` ``[N]`` in descending order, earlier ones first."""
-    if len(scores) > count:
-        # A stable sort of everything gives the same, but this sorts few.
-        least = scores.topk(count).values[-1]
-        candidates = (scores >= least).nonzero().squeeze(1)
-        return candidates[scores[candidates].sort(descending=True, stable=True).indices[:count]]
-    return scores.sort(descending=True, stable=True).indices
-
-
-def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """Suppress, within each group, boxes that overlap a better one by more than ``threshold``.
-
-    Groups are kept apart by an offset to their coordinates, as published detectors do it; its rounding decides close
-    calls, so it is made here even where groups are treated one by one.
-
-    Args:
-        boxes: Boxes ``[N, 4]``, float32.
-        scores: Their scores ``[N]``.
-        groups: Their groups ``[N]``, such as classes or levels.
-        threshold: Largest intersection over union of boxes that are kept.
-
-    Returns:
-        Indices of the boxes kept, by descending score.
-    """
-    if len(boxes) == 0:
-        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    shifted = boxes + (groups.to(boxes) * (boxes.max() + 1))[:, None]
-    if len(boxes) < _MANY:
-        # Groups of boxes inside an image can't meet, so that they may be treated one by one, which is faster.
-        apart = boxes.device.type == "cpu" and len(boxes) > _FEW and boxes.min() >= 0
-        if not apart:
-            return nms(shifted, scores, threshold)
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    for group in groups.unique():
-        members = (groups == group).nonzero().squeeze(1)
-        kept[members[nms(shifted[members], scores[members], threshold)]] = True
-    kept = kept.nonzero().squeeze(1)
-    return kept[scores[kept].sort(descending=True, stable=True).indices]
-
-
-def multiclass_nms(
-    boxes: Tensor, scores: Tensor, score_threshold: float, nms_threshold: float, max_detections: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose detections among regions: every class of a region is a candidate.
-
-    Args:
-        boxes: Boxes ``[N, 4]``, or ``[N, K, 4]`` with one for each class.
-        scores: Scores ``[N, K]`` of the classes, without background.
-        score_threshold: Candidates have higher scores.
-        nms_threshold: Largest overlap of detections of a class.
-        max_detections: Most detections, the best.
-
-    Returns:
-        Boxes ``[D, 4]``, scores ``[D]``, and the candidates' indices ``n * K + k`` ``[D]``, by descending score.
-    """
-    candidates = (scores > score_threshold).flatten().nonzero().squeeze(1)
-    classes = scores.shape[1]
-    regions, labels = candidates // classes, candidates % classes
-    boxes = boxes[regions] if boxes.dim() == 2 else boxes[regions, labels]
-    scores = scores.flatten()[candidates]
-    kept = grouped_nms(boxes, scores, labels, nms_threshold)[:max_detections]
-    return boxes[kept], scores[kept], candidates[kept]
 
 
 def has_area(boxes: np.ndarray | Tensor, masks: np.ndarray | Tensor | None = None) -> Tensor:

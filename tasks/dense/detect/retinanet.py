@@ -1,7 +1,7 @@
 """The head of RetinaNet (Lin et al. 2017), with the post-processing of both eras of published models."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,11 @@ from torchvision.ops.misc import Conv2dNormActivation
 from ... import TaskError
 from .anchors import AnchorGrid
 from .assign import BACKGROUND, IGNORED, Matcher
-from .boxes import BoxCoder, clip, grouped_nms, has_area, multiclass_nms, scale_of, top_k
+from .boxes import BoxCoder, scale_of
+from .postprocess import Limits, choose_anchors, choose_clipped_last, choose_pairs
 from .rpn import EPS, flatten_map
 
 SELECTIONS = ("pairs", "anchors")
-
-# Anchors [N, 4], logits [N, K] and offsets [N, 4] of every level of an image.
-_Levels = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 class RetinaHead(nn.Module):
@@ -144,63 +142,16 @@ class RetinaHead(nn.Module):
         anchors = self.anchors(logits)
         logits = [flatten_map(level, self.num_classes) for level in logits]
         offsets = [flatten_map(level, 4) for level in offsets]
-        choose = self._by_pairs if self.selection == "pairs" else self._by_anchors
+        limits = Limits(self.per_level, self.score_threshold, self.nms_threshold, self.max_detections)
         detections = []
         for image, (image_size, original) in enumerate(zip(image_sizes, original_sizes, strict=True)):
             levels = zip(anchors, (level[image] for level in logits), (level[image] for level in offsets), strict=True)
             scale = scale_of(offsets[0], image_size, original)
             if self.clips_last:
-                boxes, labels, scores = self._clipped_last(levels, scale, original)
+                boxes, labels, scores = choose_clipped_last(levels, self.coder, limits, scale, original)
+            elif self.selection == "pairs":
+                boxes, labels, scores = choose_pairs(levels, self.coder, limits, scale, image_size)
             else:
-                boxes, labels, scores = choose(levels, image_size, scale)
+                boxes, labels, scores = choose_anchors(levels, self.coder, limits, scale, image_size)
             detections.append({"boxes": boxes, "labels": labels, "scores": scores})
         return detections
-
-    def _by_pairs(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, labels, scores = self._pairs(levels, scale, image_size)
-        boxes = boxes / scale
-        valid = has_area(boxes)
-        boxes, labels, scores = boxes[valid], labels[valid], scores[valid]
-        kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
-        return boxes[kept], labels[kept], scores[kept]
-
-    def _clipped_last(self, levels: _Levels, scale: Tensor, original: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, labels, scores = self._pairs(levels, scale, None)
-        kept = grouped_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
-        boxes = clip(boxes[kept] / scale, original)
-        valid = has_area(boxes)
-        return boxes[valid], labels[kept][valid], scores[kept][valid]
-
-    def _pairs(
-        self, levels: _Levels, scale: Tensor, image_size: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return boxes, labels and scores of the best pairs of anchor and class of every level."""
-        boxes, labels, scores = [], [], []
-        floor = torch.logit(scale.new_tensor(self.score_threshold))
-        for grid, logit, offset in levels:
-            # Few pairs pass; those that may are found by their logits, and the test is made on their sigmoids alone.
-            pairs = (logit.flatten() > floor - 1e-2).nonzero().squeeze(1)
-            score = logit.flatten()[pairs].sigmoid()
-            above = score > self.score_threshold
-            pairs, score = pairs[above], score[above]
-            chosen = top_k(score, self.per_level)
-            pairs, score = pairs[chosen], score[chosen]
-            cells = pairs // self.num_classes
-            boxes.append(self.coder.decode(grid[cells], offset[cells], image_size))
-            labels.append(pairs % self.num_classes)
-            scores.append(score)
-        return torch.cat(boxes), torch.cat(labels), torch.cat(scores)
-
-    def _by_anchors(self, levels: _Levels, image_size: tuple[int, int], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        boxes, scores = [], []
-        for grid, logit, offset in levels:
-            score = logit.sigmoid()
-            if len(score) > self.per_level:
-                chosen = top_k(score.amax(dim=1), self.per_level)
-                grid, score, offset = grid[chosen], score[chosen], offset[chosen]
-            boxes.append(self.coder.decode(grid, offset, image_size))
-            scores.append(score)
-        boxes, scores, candidates = multiclass_nms(
-            torch.cat(boxes) / scale, torch.cat(scores), self.score_threshold, self.nms_threshold, self.max_detections
-        )
-        return boxes, candidates % self.num_classes, scores

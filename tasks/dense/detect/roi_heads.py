@@ -14,8 +14,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import roi_align
 
 from .assign import Matcher, Sampler
-from .boxes import BoxCoder, giou_loss, multiclass_nms, scale_of
-from .masks import crop_masks, paste_masks
+from .boxes import BoxCoder, giou_loss, scale_of
+from .masks import crop_masks
+from .postprocess import multiclass_nms, paste_masks
 from .rpn import EPS
 
 

@@ -9,7 +9,8 @@ from torchvision.models.detection.rpn import RPNHead
 
 from .anchors import AnchorGrid
 from .assign import Matcher, Sampler
-from .boxes import BoxCoder, grouped_nms, has_area, top_k
+from .boxes import BoxCoder, has_area
+from .postprocess import grouped_nms, top_k
 
 # What every published mean over samples adds to its divisor.
 EPS = torch.finfo(torch.float32).eps
