@@ -384,6 +384,8 @@ class OverLoCK(Pyramid):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's map ``[B, C, H / 32, W / 32]``."""
+        if not torch.jit.is_scripting() and len(self.stages) <= _LEVELS[-1]:
+            return self.forward_intermediates(x, indices=[0])[0]  # of a pruned model
         settle_size(x, self.symbolic_size)
         x = self.stages[1](self.stages[0](self.stem(channels_last(x))))
         if self.out_norms is not None:
