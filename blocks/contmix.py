@@ -99,9 +99,10 @@ class ContextMixing(nn.Module):
 
     def _logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return ``[B, groups, HW, both windows]`` of query ``[B, groups, HW, d]`` and key ``[B, groups, d, 49]``."""
-        if not torch.jit.is_scripting() and is_plain(self.weights):
-            # A linear map of products is a product with mapped keys, which are few.
-            return query @ (key @ self.weights.weight.flatten(1).mT) + self.weights.bias
+        if not torch.jit.is_scripting():  # noqa: SIM102 (with more beside it, TorchScript compiles the rest)
+            if is_plain(self.weights):
+                # A linear map of products is a product with mapped keys, which are few.
+                return query @ (key @ self.weights.weight.flatten(1).mT) + self.weights.bias
         affinity = (query @ key).permute(0, 3, 1, 2)
         return self.weights(affinity).permute(0, 2, 3, 1)
 

@@ -319,6 +319,7 @@ class OverLoCK(Pyramid):
             head=Head(channels[-1], head_dim, num_classes, global_pool, drop_rate, **dd),
             **dd,
         )
+        self.stages = nn.ModuleList(stages)  # no chain, as which TorchScript would compile it
         self.context = nn.Conv2d(embed_dims[-1], context_dim, 1, **dd)
         self.aux_head = None
         if aux_head:
