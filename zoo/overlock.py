@@ -191,17 +191,22 @@ class Head(nn.Module):
         self.bn = nn.BatchNorm2d(hidden, **dd)
         self.act = nn.SiLU()
         self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type)
+        self.reset(num_classes, pool_type, **dd)
 
     @torch.jit.ignore
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Replace the classifier; ``pool_type=""`` is for maps, without classes."""
+    def reset(self, num_classes: int, pool_type: str | None = None, **dd) -> None:
+        """Replace the classifier; ``pool_type=""`` is for maps, without classes; None for pooling as it is.
+
+        Classes bring the published mean where there is no pooling.
+        """
+        if pool_type is None and num_classes and not self.pooled:
+            pool_type = "avg"
         if pool_type is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
             self.pooled = bool(pool_type)
         if num_classes and not self.pooled:
             raise ValueError("a classifier needs pooling; choose num_classes=0 or global_pool='avg'")
-        self.fc = nn.Linear(self.hidden, num_classes) if num_classes else nn.Identity()
+        self.fc = nn.Linear(self.hidden, num_classes, **dd) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if not self.pooled:
@@ -459,7 +464,8 @@ class OverLoCK(Pyramid):
         super().reset_classifier(num_classes, global_pool)
         if self.aux_head is not None:
             old = self.aux_head[2]
-            self.aux_head[2] = nn.Linear(old.in_features, num_classes).to(old.weight.device, old.weight.dtype)
+            layer = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
+            self.aux_head[2] = layer.train(self.training)
             if num_classes == 0:
                 self.aux_head = None
 

@@ -13,7 +13,7 @@ import foveate
 import pytest
 import timm
 import torch
-from foveate.blocks.losses import report_loss
+from foveate.blocks.losses import collect_losses, report_loss
 from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
@@ -154,6 +154,33 @@ def test_losses_that_a_model_reports_are_trained_on_and_logged_by_name(train, tm
     own = 0.5 * task.model.seen[-1][1].mean().item()
     assert entry["train/loss_own"] == pytest.approx(own)
     assert entry["train/loss"] == pytest.approx(2 * own)  # the task's alone, as in validation
+
+
+class MixtureTask(LineTask):
+    """A mixture of heads in the line's place, whose routers report how even their choices are."""
+
+    inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def __init__(self, config):
+        super().__init__(config)
+        options = dict(embed_dim=24, head_dim=6, depths=(1, 1, 1, 1), img_size=32, num_classes=1)
+        heads = dict(shared_heads=(4, 2, 1, 0), routed_heads=(0, 4, 8, 16))
+        self.model = timm.create_model("moh_transnext_base_50", drop_path_rate=0.0, **options, **heads)
+        self.reported = []
+
+    def loss(self, model, x, _):
+        with collect_losses() as own:
+            logits = model(x)
+        self.reported.append(own["balance"].item())
+        report_loss("balance", own["balance"])
+        return {"loss": logits.mean()}
+
+
+def test_the_balance_of_heads_reaches_the_history(train, tmp_path):
+    task, _ = train(MixtureTask)
+    (entry,) = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert task.reported[-1] > 0
+    assert entry["train/loss_balance"] == pytest.approx(task.reported[-1], rel=1e-5)
 
 
 def test_gradients_are_clipped_to_their_norm(train):

@@ -16,7 +16,8 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
     assert float(rows[1]["times resnet10t"]) == float(rows[1]["MACs/s times resnet10t"]) == 1.0
     ratios = [float(rows[0][f"{what}times resnet10t"]) for what in ("", "MACs/s ")]
     macs = [float(row["GMACs"]) for row in rows]
-    assert ratios[1] == pytest.approx(ratios[0] * macs[0] / macs[1], rel=0.2)
+    # Ratios are rounded to 0.01, of which a slow moment leaves few.
+    assert ratios[1] == pytest.approx(ratios[0] * macs[0] / macs[1], rel=0.2, abs=0.01)
     assert (tmp_path / "models.md").read_text().splitlines()[-1] in capsys.readouterr().out
 
 
