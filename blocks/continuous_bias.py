@@ -1,6 +1,7 @@
 """Position bias from an MLP on logarithms of distances (Swin V2, arXiv 2111.09883; TransNeXt, arXiv 2311.17132)."""
 
 import functools
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -108,33 +109,32 @@ class ContinuousBias(nn.Module):
         # What is kept may be a tensor that cannot be copied.
         return {**self.__dict__, "_kept": None}
 
-    def axes(self, size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int) -> tuple[AxisTable, AxisTable]:
-        """Return the tables of both axes of a map and a pooled one; ``sr_ratio`` pools the trained size."""
-        tables = []
-        for i in range(2):
-            trained = (size[i], pooled[i])
-            if self.trained_size is not None:
-                trained = (self.trained_size[i], max(1, self.trained_size[i] // sr_ratio))
-            tables.append(axis_table(size[i], pooled[i], *trained))
-        return tables[0], tables[1]
-
-    @torch.jit.ignore
-    def forward(self, rows: AxisTable, columns: AxisTable) -> Tensor:
-        """Return the bias of every pair of distances, ``[heads, Sy, Sx]``.
+    def forward(self, size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int) -> Tensor:
+        """Return the bias of every pair of distances of `bias_axes`, ``[heads, Sy, Sx]``.
 
         Without gradients, and on a CPU, that of the last size is kept for as long as the weights are the same.
         """
+        if torch.jit.is_scripting():
+            pairs = distance_pairs(size, pooled, sr_ratio, self.trained_size, self.pretrain_size, self.fc1.weight)
+            return self._bias(pairs)
+        else:
+            return self._keep(size, pooled, sr_ratio)
+
+    def _keep(self, size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int) -> Tensor:
+        pairs = partial(distance_pairs, size, pooled, sr_ratio, self.trained_size, self.pretrain_size)
         if not self._may_keep():
-            return self._bias(rows, columns)
-        size = (*rows.index.shape, *columns.index.shape, len(rows.distances), len(columns.distances))
+            return self._bias(pairs(next(self.parameters())))
+        shape = (tuple(size), tuple(pooled), sr_ratio, self.trained_size, self.pretrain_size)
         weights = [parameter.detach() for parameter in self.parameters()]
         if self._kept is not None:
-            kept_size, kept_weights, bias = self._kept
+            kept_shape, kept_weights, bias = self._kept
             # Weights are compared by their numbers: some averages of weights overwrite them without a trace.
-            if kept_size == size and all(map(_same, kept_weights, weights)):
+            if kept_shape == shape and all(map(_same, kept_weights, weights)):
                 return bias
-        bias = self._bias(rows, columns, max(1, _HIDDEN // (self.fc1.out_features * len(columns.distances))))
-        self._kept = (size, [weight.clone() for weight in weights], bias)
+        rows = pairs(weights[0])
+        parts = rows.split(max(1, _HIDDEN // (self.fc1.out_features * rows.shape[1])))
+        bias = torch.cat([self._bias(part) for part in parts], 1)
+        self._kept = (shape, [weight.clone() for weight in weights], bias)
         return bias
 
     def _may_keep(self) -> bool:
@@ -143,22 +143,47 @@ class ContinuousBias(nn.Module):
         plain = is_plain(self.fc1, self.fc2) and type(self.act) is nn.ReLU and not torch.is_autocast_enabled("cpu")
         return plain and self.fc1.weight.device.type == "cpu" and transform_obstacle() is None
 
-    def _bias(self, rows: AxisTable, columns: AxisTable, at_once: int | None = None) -> Tensor:
-        parameter = next(self.parameters())
-        exact = torch.promote_types(parameter.dtype, torch.float32)
-        y, x = (
-            self.coordinates(torch.from_numpy(axis.distances).to(parameter.device, exact), length)
-            for axis, length in zip((rows, columns), self.pretrain_size, strict=True)
-        )
-        pairs = torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1).to(parameter.dtype)
-        parts = (pairs,) if at_once is None else pairs.split(at_once)
-        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in parts]).permute(2, 0, 1)
+    def _bias(self, pairs: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(pairs))).permute(2, 0, 1)
 
-    @staticmethod
-    def coordinates(distances: Tensor, pretrain: int) -> Tensor:
-        """Return what the MLP sees of distances on an axis, about -1 to 1 on a map of the trained length."""
-        scaled = distances / max(pretrain - 1, 1) * 8
-        return scaled.sign() * torch.log2(scaled.abs() + 1) / 3
+
+def bias_axes(
+    size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int, trained_size: tuple[int, int] | None
+) -> tuple[AxisTable, AxisTable]:
+    """Return the tables of both axes of a map and a pooled one; ``sr_ratio`` pools the trained size."""
+    tables = []
+    for i in range(2):
+        queries, keys = int(size[i]), int(pooled[i])
+        trained = (queries, keys)
+        if trained_size is not None:
+            trained = (trained_size[i], max(1, trained_size[i] // sr_ratio))
+        tables.append(axis_table(queries, keys, *trained))
+    return tables[0], tables[1]
+
+
+@torch.jit.ignore
+def distance_pairs(
+    size: tuple[int, int],
+    pooled: tuple[int, int],
+    sr_ratio: int,
+    trained_size: tuple[int, int] | None,
+    pretrain_size: tuple[int, int],
+    like: Tensor,
+) -> Tensor:
+    """Return what the MLP sees of the distances of `bias_axes`, ``[Sy, Sx, 2]``, with dtype and device of ``like``."""
+    exact = torch.promote_types(like.dtype, torch.float32)
+    axes = bias_axes(size, pooled, sr_ratio, trained_size)
+    y, x = (
+        coordinates(torch.from_numpy(axis.distances).to(like.device, exact), length)
+        for axis, length in zip(axes, pretrain_size, strict=True)
+    )
+    return torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1).to(like.dtype)
+
+
+def coordinates(distances: Tensor, pretrain: int) -> Tensor:
+    """Return what the MLP sees of distances on an axis, about -1 to 1 on a map of the trained length."""
+    scaled = distances / max(pretrain - 1, 1) * 8
+    return scaled.sign() * torch.log2(scaled.abs() + 1) / 3
 
 
 def bias_of_rows(table: Tensor, rows: AxisTable, columns: AxisTable, first: int, end: int) -> Tensor:
