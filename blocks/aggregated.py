@@ -32,7 +32,7 @@ def pool_map(x: Tensor, height: int, width: int) -> Tensor:
         step = (size[0] // height, size[1] // width)
         return F.avg_pool2d(x.permute(0, 3, 1, 2), step, step).permute(0, 2, 3, 1)
     # Bins that overlap; ONNX has no operator for them.
-    rows, columns = (torch.from_numpy(pooling_matrix(*axis)).to(x) for axis in zip(size, (height, width), strict=True))
+    rows, columns = (pooling_matrix(*axis).to(x) for axis in zip(size, (height, width), strict=True))
     x = torch.einsum("pw,bhwc->bhpc", columns, x)
     return torch.einsum("ph,bhwc->bpwc", rows, x)
 
@@ -197,7 +197,7 @@ def attend_projected(
     unit = F.normalize(query.unflatten(-1, (heads, head_dim)), dim=-1)
     key, value = kv.unflatten(-1, (2, heads, head_dim)).unbind(-3)
     pooled_key, pooled_value = pooled_kv.unflatten(-1, (2, heads, head_dim)).unbind(-3)
-    scale = torch.from_numpy(key_scale(*size, math.isqrt(slots), math.prod(pooled))).to(temperature)
+    scale = key_scale(*size, math.isqrt(slots), math.prod(pooled)).to(temperature)
     scaled = (unit + query_embedding[:, 0]) * (F.softplus(temperature[:, 0]) * scale[:, :, None, None])
     # What the learned tokens add to the windows' weights.
     added = torch.baddbmm(token_bias.to(unit.dtype), unit.flatten(0, 2).transpose(0, 1), tokens.to(unit.dtype))
@@ -216,14 +216,19 @@ def attend_projected(
 
 
 @functools.lru_cache(maxsize=128)
-def key_scale(height: int, width: int, window: int, pooled: int) -> np.ndarray:
-    """Return the logarithm of the number of keys that each position sees, ``[H, W]``."""
+def _key_scale(height: int, width: int, window: int, pooled: int) -> np.ndarray:
     reach = window // 2
     rows, columns = (
         np.minimum(np.arange(length) + reach, length - 1) - np.maximum(np.arange(length) - reach, 0) + 1
         for length in (height, width)
     )
     return np.log(rows[:, None] * columns + pooled)
+
+
+@torch.compiler.allow_in_graph
+def key_scale(height: int, width: int, window: int, pooled: int) -> Tensor:
+    """Return the logarithm of the number of keys that each position sees, ``[H, W]``."""
+    return torch.tensor(_key_scale(*map(int, (height, width, window, pooled))))
 
 
 @register_notrace_module

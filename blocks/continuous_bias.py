@@ -24,9 +24,9 @@ class AxisTable(NamedTuple):
         weight: Their weights, which add up to 1, ``[n, m, terms]``.
     """
 
-    distances: np.ndarray
-    index: np.ndarray
-    weight: np.ndarray
+    distances: Tensor
+    index: Tensor
+    weight: Tensor
 
 
 def bin_centers(length: int, bins: int) -> np.ndarray:
@@ -36,11 +36,13 @@ def bin_centers(length: int, bins: int) -> np.ndarray:
     return (first + last) / 2
 
 
-def pooling_matrix(length: int, bins: int) -> np.ndarray:
+@torch.compiler.allow_in_graph
+def pooling_matrix(length: int, bins: int) -> Tensor:
     """Return the matrix ``[bins, length]`` of adaptive average pooling of a line, float32."""
+    length, bins = int(length), int(bins)
     position, bin_ = np.arange(length), np.arange(bins)[:, None]
     inside = (position >= bin_ * length // bins) & (position < -(-(bin_ + 1) * length // bins))
-    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+    return torch.tensor((inside / inside.sum(1, keepdims=True)).astype(np.float32))
 
 
 def _neighbors(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,12 +56,7 @@ def _neighbors(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=256)
-def axis_table(queries: int, keys: int, trained_queries: int, trained_keys: int) -> AxisTable:
-    """Return the table of an axis of so many queries and pooled keys.
-
-    Where the trained numbers are others, its bias is the trained axis's, resized as two bilinear interpolations do
-    (one over keys, one over queries, without aligned corners).
-    """
+def _axis_arrays(queries: int, keys: int, trained_queries: int, trained_keys: int) -> tuple[np.ndarray, ...]:
     difference = np.arange(trained_queries)[:, None] - bin_centers(trained_queries, trained_keys)[None]
     distances, index = np.unique(difference, return_inverse=True)
     index = index.reshape(difference.shape)
@@ -67,7 +64,19 @@ def axis_table(queries: int, keys: int, trained_queries: int, trained_keys: int)
     key, key_weight = _neighbors(trained_keys, keys)
     index = index[query[:, None, :, None], key[None, :, None, :]].reshape(queries, keys, -1)
     weight = (query_weight[:, None, :, None] * key_weight[None, :, None, :]).reshape(queries, keys, -1)
-    return AxisTable(distances, index, weight)
+    return distances, index, weight
+
+
+# A compiler would else trace it operation by operation, and stop at those whose results have sizes of their own.
+@torch.compiler.allow_in_graph
+def axis_table(queries: int, keys: int, trained_queries: int, trained_keys: int) -> AxisTable:
+    """Return the table of an axis of so many queries and pooled keys.
+
+    Where the trained numbers are others, its bias is the trained axis's, resized as two bilinear interpolations do
+    (one over keys, one over queries, without aligned corners).
+    """
+    # Arrays are kept, not tensors: one made in inference mode could be used in no training.
+    return AxisTable(*map(torch.tensor, _axis_arrays(*map(int, (queries, keys, trained_queries, trained_keys)))))
 
 
 def _same(kept: Tensor, weight: Tensor) -> bool:
@@ -174,7 +183,7 @@ def distance_pairs(
     exact = torch.promote_types(like.dtype, torch.float32)
     axes = bias_axes(size, pooled, sr_ratio, trained_size)
     y, x = (
-        coordinates(torch.from_numpy(axis.distances).to(like.device, exact), length)
+        coordinates(axis.distances.to(like.device, exact), length)
         for axis, length in zip(axes, pretrain_size, strict=True)
     )
     return torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1).to(like.dtype)
@@ -188,12 +197,12 @@ def coordinates(distances: Tensor, pretrain: int) -> Tensor:
 
 def bias_of_rows(table: Tensor, rows: AxisTable, columns: AxisTable, first: int, end: int) -> Tensor:
     """Return the bias ``[heads, (end - first) * W, keys]`` of some rows' queries, from `ContinuousBias`'s output."""
-    index, weight = (torch.from_numpy(part[first:end]).to(table.device) for part in rows[1:])
+    index, weight = (part[first:end].to(table.device) for part in rows[1:])
     height, key_rows, terms = index.shape
     lines = table.index_select(1, index.flatten()).unflatten(1, (height, key_rows, terms))
     lines = lines[:, :, :, 0] if terms == 1 else torch.einsum("hqkts,qkt->hqks", lines, weight.to(table.dtype))
     lines = lines.flatten(1)  # [heads, rows * key rows * Sx]
-    index, weight = (torch.from_numpy(part).to(table.device) for part in columns[1:])
+    index, weight = (part.to(table.device) for part in columns[1:])
     start = torch.arange(height * key_rows, device=table.device).view(height, 1, key_rows, 1) * table.shape[2]
     bias = None
     for term in range(index.shape[2]):

@@ -127,7 +127,7 @@ def test_any_size_and_bins_that_overlap(size):
 def test_pooling_is_adaptive_average_pooling(length, bins):
     x = torch.randn(1, 1, length)
     expected = F.adaptive_avg_pool1d(x, bins)
-    torch.testing.assert_close(x @ torch.from_numpy(pooling_matrix(length, bins)).T, expected)
+    torch.testing.assert_close(x @ pooling_matrix(length, bins).T, expected)
 
 
 def all_pairs(bias: ContinuousBias, size, pooled):
@@ -213,3 +213,12 @@ def test_half_precision_is_near(make):
         lowered = attention(x)
     for out in (lowered, attention.bfloat16()(x.bfloat16())):
         assert (out.float() - expected).abs().max() < 0.05 * expected.std() + 0.01
+
+
+@pytest.mark.parametrize("make", [lambda: AggregatedAttention2d(16, 2), lambda: UnitGlobalAttention2d(16, 2)])
+def test_compilers_see_one_graph_for_any_size(make):
+    attention = make()
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    for size in ((8, 8), (8, 12), (7, 10)):
+        x = torch.randn(1, *size, 16)
+        torch.testing.assert_close(compiled(x), attention(x), atol=1e-5, rtol=1e-4)
