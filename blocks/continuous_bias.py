@@ -132,7 +132,8 @@ class ContinuousBias(nn.Module):
     def _keep(self, size: tuple[int, int], pooled: tuple[int, int], sr_ratio: int) -> Tensor:
         pairs = partial(distance_pairs, size, pooled, sr_ratio, self.trained_size, self.pretrain_size)
         if not self._may_keep():
-            return self._bias(pairs(next(self.parameters())))
+            # Layers quantized dynamically have no parameters; they take float32.
+            return self._bias(pairs(next(self.parameters(), torch.empty(0))))
         shape = (tuple(size), tuple(pooled), sr_ratio, self.trained_size, self.pretrain_size)
         weights = [parameter.detach() for parameter in self.parameters()]
         if self._kept is not None:

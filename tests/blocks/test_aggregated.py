@@ -215,10 +215,13 @@ def test_half_precision_is_near(make):
         assert (out.float() - expected).abs().max() < 0.05 * expected.std() + 0.01
 
 
-@pytest.mark.parametrize("make", [lambda: AggregatedAttention2d(16, 2), lambda: UnitGlobalAttention2d(16, 2)])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(lambda: AggregatedAttention2d(16, 2), marks=pytest.mark.heavy), lambda: UnitGlobalAttention2d(16, 2)],
+)
 def test_compilers_see_one_graph_for_any_size(make):
     attention = make()
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
-    for size in ((8, 8), (8, 12), (7, 10)):
+    for size in ((8, 8), (7, 10)):
         x = torch.randn(1, *size, 16)
         torch.testing.assert_close(compiled(x), attention(x), atol=1e-5, rtol=1e-4)
