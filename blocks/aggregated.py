@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows
-from .continuous_bias import AxisTable, ContinuousBias, bias_of_rows, pooling_matrix
+from .continuous_bias import ContinuousBias, bias_axes, bias_of_rows, pooling_matrix
 from .pointwise import apply_linear
 
 
@@ -24,6 +24,7 @@ def _init_queries(temperature: Tensor, *small: Tensor) -> None:
         trunc_normal_(parameter, std=0.02)
 
 
+@torch.jit.ignore
 def pool_map(x: Tensor, height: int, width: int) -> Tensor:
     """Pool a map ``[B, H, W, C]`` to ``[B, height, width, C]`` as adaptive average pooling does."""
     size = (int(x.shape[1]), int(x.shape[2]))
@@ -31,7 +32,7 @@ def pool_map(x: Tensor, height: int, width: int) -> Tensor:
         step = (size[0] // height, size[1] // width)
         return F.avg_pool2d(x.permute(0, 3, 1, 2), step, step).permute(0, 2, 3, 1)
     # Bins that overlap; ONNX has no operator for them.
-    rows, columns = (torch.from_numpy(pooling_matrix(*axis)).to(x) for axis in zip(size, (height, width), strict=True))
+    rows, columns = (pooling_matrix(*axis).to(x) for axis in zip(size, (height, width), strict=True))
     x = torch.einsum("pw,bhwc->bhpc", columns, x)
     return torch.einsum("ph,bhwc->bpwc", rows, x)
 
@@ -43,7 +44,8 @@ class AggregatedAttention2d(nn.Module):
 
     The window is cut at the borders. Queries and keys are unit vectors; a learned embedding is added to the queries,
     and their scale grows with the logarithm of the number of keys. To the window's weights after the softmax those
-    of learned tokens are added, which any query has (eq. 6 to 8 of the paper).
+    of learned tokens are added, which
+    depend on the query alone.
 
     Args:
         dim: Channels.
@@ -115,74 +117,118 @@ class AggregatedAttention2d(nn.Module):
         nn.init.zeros_(self.learnable_bias)
         trunc_normal_(self.relative_pos_bias_local, std=0.0004)
 
-    @torch.jit.ignore
-    def pooled_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the pooled map.
-
-        Raises:
-            ValueError: If a map is not larger than ``fixed_pool_size``.
-        """
-        fixed = self.fixed_pool_size
-        if fixed is None:
-            return max(1, height // self.sr_ratio), max(1, width // self.sr_ratio)
-        if fixed >= min(height, width):
-            raise ValueError(
-                f"fixed_pool_size {fixed} needs maps that are larger; got {height}x{width}. Give larger images, or a "
-                "smaller fixed_pool_size"
-            )
-        return fixed, fixed
-
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        return self._attend(x)
-
-    @torch.jit.ignore
-    def _attend(self, x: Tensor) -> Tensor:
-        size = (int(x.shape[1]), int(x.shape[2]))
-        pooled = self.pooled_size(*size)
-        heads = (self.num_heads, -1)
-        unit = F.normalize(apply_linear(self.q, x).unflatten(-1, heads), dim=-1)
-        key, value = apply_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(-3)
-        tokens = self.norm(pool_map(self.act(apply_linear(self.sr, x)), *pooled)).flatten(1, 2)
-        pooled_key, pooled_value = apply_linear(self.kv, tokens).unflatten(-1, (2, *heads)).unbind(-3)
-        rows, columns = self.cpb.axes(size, pooled, self.sr_ratio)
-        out = aggregated_attention(
-            (self.scaled(unit, math.prod(pooled))).to(key.dtype),
-            F.normalize(key, dim=-1).to(key.dtype),
-            value,
-            F.normalize(pooled_key, dim=-1).to(key.dtype),
-            pooled_value,
+        size = (x.shape[1], x.shape[2])
+        pooled = pooled_size(size, self.sr_ratio, self.fixed_pool_size)
+        query = self.q(x) if torch.jit.is_scripting() else apply_linear(self.q, x)
+        kv = self.kv(x) if torch.jit.is_scripting() else apply_linear(self.kv, x)
+        tokens = self.act(self.sr(x) if torch.jit.is_scripting() else apply_linear(self.sr, x))
+        tokens = self.norm(pool_map(tokens, pooled[0], pooled[1])).flatten(1, 2)
+        pooled_kv = self.kv(tokens) if torch.jit.is_scripting() else apply_linear(self.kv, tokens)
+        out = attend_projected(
+            query,
+            kv,
+            pooled_kv,
+            self.cpb(size, pooled, self.sr_ratio),
+            self.temperature,
+            self.query_embedding,
             self.relative_pos_bias_local,
-            self.cpb(rows, columns),
-            lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
-            self.token_weights(unit),
+            self.learnable_tokens,
+            self.learnable_bias,
+            pooled,
+            self.sr_ratio,
+            self.cpb.trained_size,
         )
-        return self.proj_drop(apply_linear(self.proj, out.flatten(-2)))
+        return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 
-    @torch.jit.ignore
-    def token_weights(self, unit: Tensor) -> Tensor:
-        """Return what the learned tokens add to the windows' weights, ``[B, H, W, heads, slots]``."""
-        tokens, bias = self.learnable_tokens.to(unit.dtype), self.learnable_bias.to(unit.dtype)
-        weights = torch.baddbmm(bias, unit.flatten(0, 2).transpose(0, 1), tokens)
-        return weights.transpose(0, 1).unflatten(0, unit.shape[:3])
 
-    @torch.jit.ignore
-    def scaled(self, unit: Tensor, pooled: int) -> Tensor:
-        """Return the queries of unit vectors ``[B, H, W, heads, head_dim]``: longer where more keys are seen."""
-        scale = key_scale(int(unit.shape[1]), int(unit.shape[2]), self.window_size, pooled)
-        scale = torch.from_numpy(scale).to(self.temperature)[:, :, None, None]
-        return (unit + self.query_embedding[:, 0]) * (F.softplus(self.temperature[:, 0]) * scale)
+@torch.jit.ignore
+def pooled_size(size: tuple[int, int], sr_ratio: int, fixed: int | None) -> tuple[int, int]:
+    """Return height and width of the pooled map of `AggregatedAttention2d`.
+
+    Raises:
+        ValueError: If a map is not larger than ``fixed``.
+    """
+    height, width = map(int, size)
+    if fixed is None:
+        return max(1, height // sr_ratio), max(1, width // sr_ratio)
+    if fixed >= min(height, width):
+        raise ValueError(
+            f"fixed_pool_size {fixed} needs maps that are larger; got {height}x{width}. Give larger images, or a "
+            "smaller fixed_pool_size"
+        )
+    return fixed, fixed
+
+
+@torch.jit.ignore
+def attend_projected(
+    query: Tensor,
+    kv: Tensor,
+    pooled_kv: Tensor,
+    bias_table: Tensor,
+    temperature: Tensor,
+    query_embedding: Tensor,
+    local_bias: Tensor,
+    tokens: Tensor,
+    token_bias: Tensor,
+    pooled: tuple[int, int],
+    sr_ratio: int,
+    trained_size: tuple[int, int] | None,
+) -> Tensor:
+    """Attend as `AggregatedAttention2d` does, ``[B, H, W, dim]`` before its projection.
+
+    Args:
+        query: Queries ``[B, H, W, dim]`` as projected.
+        kv: Keys and values ``[B, H, W, 2 * dim]`` as projected.
+        pooled_kv: Those of the pooled map, ``[B, M, 2 * dim]``.
+        bias_table: What `ContinuousBias` returns.
+        temperature: The module's parameter, like the next four.
+        query_embedding: ``[heads, 1, head_dim]``.
+        local_bias: ``[heads, slots]``.
+        tokens: ``[heads, head_dim, slots]``.
+        token_bias: ``[heads, 1, slots]``.
+        pooled: Height and width of the pooled map.
+        sr_ratio: As in `bias_axes`, like ``trained_size``.
+        trained_size: Maps whose bias is resized, or None.
+    """
+    heads, head_dim, slots = map(int, tokens.shape)
+    size = (int(query.shape[1]), int(query.shape[2]))
+    unit = F.normalize(query.unflatten(-1, (heads, head_dim)), dim=-1)
+    key, value = kv.unflatten(-1, (2, heads, head_dim)).unbind(-3)
+    pooled_key, pooled_value = pooled_kv.unflatten(-1, (2, heads, head_dim)).unbind(-3)
+    scale = key_scale(*size, math.isqrt(slots), math.prod(pooled)).to(temperature)
+    scaled = (unit + query_embedding[:, 0]) * (F.softplus(temperature[:, 0]) * scale[:, :, None, None])
+    # What the learned tokens add to the windows' weights.
+    added = torch.baddbmm(token_bias.to(unit.dtype), unit.flatten(0, 2).transpose(0, 1), tokens.to(unit.dtype))
+    rows, columns = bias_axes(size, pooled, sr_ratio, trained_size)
+    return aggregated_attention(
+        scaled.to(key.dtype),
+        F.normalize(key, dim=-1).to(key.dtype),
+        value,
+        F.normalize(pooled_key, dim=-1).to(key.dtype),
+        pooled_value,
+        local_bias,
+        bias_table,
+        lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
+        added.transpose(0, 1).unflatten(0, unit.shape[:3]),
+    ).flatten(-2)
 
 
 @functools.lru_cache(maxsize=128)
-def key_scale(height: int, width: int, window: int, pooled: int) -> np.ndarray:
-    """Return the logarithm of the number of keys that each position sees, ``[H, W]``."""
+def _key_scale(height: int, width: int, window: int, pooled: int) -> np.ndarray:
     reach = window // 2
     rows, columns = (
         np.minimum(np.arange(length) + reach, length - 1) - np.maximum(np.arange(length) - reach, 0) + 1
         for length in (height, width)
     )
     return np.log(rows[:, None] * columns + pooled)
+
+
+@torch.compiler.allow_in_graph
+def key_scale(height: int, width: int, window: int, pooled: int) -> Tensor:
+    """Return the logarithm of the number of keys that each position sees, ``[H, W]``."""
+    return torch.tensor(_key_scale(*map(int, (height, width, window, pooled))))
 
 
 @register_notrace_module
@@ -239,26 +285,39 @@ class UnitGlobalAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        return self._attend(x)
-
-    @torch.jit.ignore
-    def _attend(self, x: Tensor) -> Tensor:
-        size = (int(x.shape[1]), int(x.shape[2]))
-        tokens = size[0] * size[1]
-        qkv = apply_linear(self.qkv, x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        query = (F.normalize(query, dim=-1) + self.query_embedding) * (F.softplus(self.temperature) * math.log(tokens))
-        query, key = query.to(value.dtype), F.normalize(key, dim=-1).to(value.dtype)
-        rows, columns = self.cpb.axes(size, size, 1)
-        out = _attend_globally(query, key, value, self.cpb(rows, columns), rows, columns)
-        return self.proj_drop(apply_linear(self.proj, out.transpose(1, 2).flatten(2).unflatten(1, size)))
+        size = (x.shape[1], x.shape[2])
+        tokens = x.flatten(1, 2)
+        qkv = self.qkv(tokens) if torch.jit.is_scripting() else apply_linear(self.qkv, tokens)
+        table = self.cpb(size, size, 1)
+        out = attend_globally(qkv, table, self.temperature, self.query_embedding, size, self.cpb.trained_size)
+        return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 
 
-def _attend_globally(
-    query: Tensor, key: Tensor, value: Tensor, table: Tensor, rows: AxisTable, columns: AxisTable
+@torch.jit.ignore
+def attend_globally(
+    qkv: Tensor,
+    bias_table: Tensor,
+    temperature: Tensor,
+    query_embedding: Tensor,
+    size: tuple[int, int],
+    trained_size: tuple[int, int] | None,
 ) -> Tensor:
-    """Attend to all keys, ``[B, heads, N, dim]``, the bias of some rows at a time."""
-    height, width = len(rows.index), len(columns.index)
+    """Attend as `UnitGlobalAttention2d` does, ``[B, H, W, dim]`` before its projection; the bias of some rows at once.
+
+    Args:
+        qkv: Queries, keys and values ``[B, N, 3 * dim]`` as projected.
+        bias_table: What `ContinuousBias` returns.
+        temperature: The module's parameter.
+        query_embedding: Likewise.
+        size: Height and width of the map.
+        trained_size: As in `bias_axes`.
+    """
+    height, width = map(int, size)
+    query, key, value = qkv.unflatten(-1, (3, len(temperature), -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scale = F.softplus(temperature) * math.log(height * width)
+    query = ((F.normalize(query, dim=-1) + query_embedding) * scale).to(value.dtype)
+    key = F.normalize(key, dim=-1).to(value.dtype)
+    rows, columns = bias_axes(size, size, 1, trained_size)
     step = rows_at_once(height, query.shape[1] * (height * width) ** 2)
     parts = []
     for first in range(0, height, step):
@@ -268,6 +327,6 @@ def _attend_globally(
             bias = bias_of_rows(table, rows, columns, first, end).to(query.dtype)[None]
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
 
-        arguments = (query[:, :, first * width : end * width], key, value, table)
+        arguments = (query[:, :, first * width : end * width], key, value, bias_table)
         parts.append(attend(*arguments) if step == height else run_rows(attend, *arguments))
-    return join_rows(parts)
+    return join_rows(parts).transpose(1, 2).flatten(2).unflatten(1, (height, width))

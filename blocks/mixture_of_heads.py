@@ -19,7 +19,8 @@ class HeadRouter(nn.Module):
 
     Logits and gates are computed in float32 at least, also under autocast and in a half-precision model: in half
     precision, gates that differ by less than their rounding would choose other heads, and with them change the output
-    by more than any rounding. The weights are returned in the input's dtype.
+    by more than any rounding. The weights are returned in the input's dtype. Only a layer that must be called as it is
+    (hooked, adapted, scripted) computes its logits in its own dtype.
 
     Args:
         dim: Channels of the attention's input.
@@ -62,38 +63,64 @@ class HeadRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weights of the heads at each position of ``x``."""
-        return self._weights(x)
-
-    @torch.jit.ignore
-    def _weights(self, x: Tensor) -> Tensor:
-        return self.route(x)[0]
+        if torch.jit.is_scripting():
+            gates: Tensor | None = None
+            parts: Tensor | None = None
+            shared: Tensor | None = None
+            if self.wg is not None:
+                gates = self.wg(x)
+            if self.wg_0 is not None:
+                parts = self.wg_0(x)
+            if self.wg_1 is not None:
+                shared = self.wg_1(x)
+            return weigh_scripted(x, gates, parts, shared, self.shared_heads, self.routed_heads)
+        else:
+            return self.route(x)[0]
 
     @torch.jit.ignore
     def route(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights, and the balance loss of this call: None unless heads are routed.
 
-        The loss is ``E * sum(P * f)`` over the E candidates (eq. 10 of the paper): P is the mean gate of a head, f the
-        share of positions that chose it, which has no gradient. Perfect balance makes it ``routed_heads``.
+        The loss is ``E * sum(P * f)`` over the E candidates: P is the mean gate of a head, f the share of positions
+        that chose it, which has no gradient. Perfect balance makes it ``routed_heads``.
         """
         with full_precision(x):
-            shared = loss = None
-            if self.wg_1 is not None:
-                shared = _exact(self.wg_1, x).softmax(-1) * self.shared_heads
-            elif self.shared_heads:
-                shared = x.new_ones(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
-            if self.wg is None:
-                return shared.to(x.dtype), None
-            gates = _exact(self.wg, x).softmax(-1)
-            kept = torch.zeros_like(gates).scatter(-1, gates.topk(self.routed_heads, dim=-1).indices, 1.0)
-            loss = gates.shape[-1] * (gates.flatten(0, -2).mean(0) * kept.flatten(0, -2).mean(0)).sum()
-            routed = gates * kept
-            least = torch.finfo(gates.dtype).eps
-            routed = routed / routed.sum(-1, keepdim=True).clamp(min=least) * self.routed_heads
-            if self.wg_0 is None:
-                return routed.to(x.dtype), loss
-            parts = 2 * _exact(self.wg_0, x).softmax(-1)
-            weights = torch.cat([parts[..., :1] * shared, parts[..., 1:] * routed], -1)
-            return weights.to(x.dtype), loss
+            logits = [None if layer is None else _exact(layer, x) for layer in (self.wg, self.wg_0, self.wg_1)]
+            return _weigh(x, *logits, self.shared_heads, self.routed_heads)
+
+
+def _weigh(
+    x: Tensor, gates: Tensor | None, parts: Tensor | None, shared: Tensor | None, shared_heads: int, routed_heads: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `HeadRouter.route` does, from the logits of its layers."""
+    if shared is not None:
+        shared = shared.softmax(-1) * shared_heads
+    elif shared_heads:
+        shared = x.new_ones(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
+    if gates is None:
+        return shared.to(x.dtype), None
+    gates = gates.softmax(-1)
+    kept = torch.zeros_like(gates).scatter(-1, gates.topk(routed_heads, dim=-1).indices, 1.0)
+    loss = gates.shape[-1] * (gates.flatten(0, -2).mean(0) * kept.flatten(0, -2).mean(0)).sum()
+    routed = gates * kept
+    least = torch.finfo(gates.dtype).eps
+    routed = routed / routed.sum(-1, keepdim=True).clamp(min=least) * routed_heads
+    if parts is None:
+        return routed.to(x.dtype), loss
+    parts = 2 * parts.softmax(-1)
+    weights = torch.cat([parts[..., :1] * shared, parts[..., 1:] * routed], -1)
+    return weights.to(x.dtype), loss
+
+
+@torch.jit.ignore
+def weigh_scripted(
+    x: Tensor, gates: Tensor | None, parts: Tensor | None, shared: Tensor | None, shared_heads: int, routed_heads: int
+) -> Tensor:
+    """Return the weights that `HeadRouter` gives heads, from logits that TorchScript computed in the layers' dtype."""
+    with full_precision(x):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        logits = [None if part is None else part.to(exact) for part in (gates, parts, shared)]
+        return _weigh(x, *logits, shared_heads, routed_heads)[0]
 
 
 def _exact(layer: nn.Module, x: Tensor) -> Tensor:
@@ -163,12 +190,13 @@ class MixtureOfHeads2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over ``x`` ``[B, H, W, dim]``."""
-        return self._attend(x)
+        weights = self.router(x) if torch.jit.is_scripting() else self._route(x)
+        heads = self.attention(x).unflatten(-1, (self.num_heads, -1))
+        return self.proj_drop(self.proj((heads * weights.unsqueeze(-1)).flatten(-2)))
 
     @torch.jit.ignore
-    def _attend(self, x: Tensor) -> Tensor:
+    def _route(self, x: Tensor) -> Tensor:
         weights, loss = self.router.route(x)
         if loss is not None and self.training:
             report_loss("balance", self.balance_weight * loss)
-        heads = self.attention(x).unflatten(-1, (self.num_heads, -1))
-        return self.proj_drop(self.proj((heads * weights.unsqueeze(-1)).flatten(-2)))
+        return weights

@@ -30,9 +30,10 @@ def _mask(height: int, width: int, window: int) -> np.ndarray:
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height, width, -1)
 
 
-def window_mask(height: int, width: int, window: int, device: torch.device) -> Tensor:
+@torch.compiler.allow_in_graph
+def window_mask(height: int, width: int, window: int) -> Tensor:
     """Return which keys of each position's window lie on the map, ``[H, W, window * window]``, row-major."""
-    return torch.from_numpy(_mask(height, width, window)).to(device)
+    return torch.tensor(_mask(*map(int, (height, width, window))))
 
 
 def _margin(x: Tensor, window: int) -> Tensor:
@@ -103,7 +104,7 @@ def cut_window_scores(query: Tensor, key: Tensor, window: int, *, backend: str |
     """
     if _without_margin(query, window):
         scores = _moved_scores(query, key, window, backend)
-        return scores.masked_fill_(~window_mask(*query.shape[1:3], window, query.device)[:, :, None], 0)
+        return scores.masked_fill_(~window_mask(*map(int, query.shape[1:3]), window).to(query.device)[:, :, None], 0)
     scores = na2d_qk(_margin(query, window), _margin(key, window), window, backend=backend)
     return _middle(scores, window)
 
@@ -233,7 +234,7 @@ def aggregated_attention(
     if window * window != slots or window % 2 == 0 or window < 3:
         raise ValueError(f"aggregated_attention needs odd windows from 3x3 on; got {slots} entries of local_bias")
     exact = torch.promote_types(query.dtype, torch.float32)
-    mask = window_mask(height, width, window, query.device)
+    mask = window_mask(height, width, window).to(query.device)
     bias = local_bias.to(exact).masked_fill(~mask[:, :, None], float("-inf"))
     rows = rows_at_once(height, batch * heads * height * width * (slots + pooled_key.shape[1]))
     if _without_margin(query, window):
@@ -285,7 +286,7 @@ def aggregated_reference(
     def by_heads(x: Tensor) -> Tensor:
         return x.flatten(1, -3).transpose(1, 2)
 
-    mask = window_mask(height, width, window, query.device).flatten(0, 1)
+    mask = window_mask(height, width, window).to(query.device).flatten(0, 1)
     queries = by_heads(query)
     local = (queries[..., None, :] * unfold(key)).sum(-1) + local_bias[:, None]
     local = local.masked_fill(~mask, float("-inf"))

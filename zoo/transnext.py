@@ -65,13 +65,13 @@ class ConvGlu(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward_in_pieces(x) if self._in_pieces(x) else self._forward(x)
-
-    @torch.jit.ignore
-    def _forward(self, x: Tensor) -> Tensor:
-        gate, value = apply_linear(self.fc1, x).chunk(2, -1)
+        if not torch.jit.is_scripting() and self._in_pieces(x):
+            return self._forward_in_pieces(x)
+        x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
+        gate, value = x.chunk(2, -1)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return apply_linear(self.fc2, self.act(gate) * value)
+        x = self.act(gate) * value
+        return self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x)
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foveate.blocks import AggregatedAttention2d, UnitGlobalAttention2d, create_attention
-from foveate.blocks.continuous_bias import ContinuousBias, axis_table, bias_of_rows, pooling_matrix
+from foveate.blocks.continuous_bias import (
+    ContinuousBias,
+    axis_table,
+    bias_axes,
+    bias_of_rows,
+    coordinates,
+    pooling_matrix,
+)
 from foveate.kernels import aggregated
 from foveate.kernels.aggregated import aggregated_attention, aggregated_reference
 
@@ -120,17 +127,17 @@ def test_any_size_and_bins_that_overlap(size):
 def test_pooling_is_adaptive_average_pooling(length, bins):
     x = torch.randn(1, 1, length)
     expected = F.adaptive_avg_pool1d(x, bins)
-    torch.testing.assert_close(x @ torch.from_numpy(pooling_matrix(length, bins)).T, expected)
+    torch.testing.assert_close(x @ pooling_matrix(length, bins).T, expected)
 
 
 def all_pairs(bias: ContinuousBias, size, pooled):
     """Return the bias as published: the MLP on every pair of a query and a key."""
-    coordinates = []
+    axes = []
     for i in range(2):
         line = torch.arange(size[i], dtype=torch.float32)
         key = F.adaptive_avg_pool1d(line[None, None], pooled[i])[0, 0]
-        coordinates.append(bias.coordinates(line[:, None] - key[None], bias.pretrain_size[i]))
-    y, x = coordinates
+        axes.append(coordinates(line[:, None] - key[None], bias.pretrain_size[i]))
+    y, x = axes
     pairs = torch.stack(
         [
             y[:, None, :, None].expand(size[0], size[1], pooled[0], pooled[1]),
@@ -144,8 +151,8 @@ def all_pairs(bias: ContinuousBias, size, pooled):
 @pytest.mark.parametrize(("size", "pooled"), [((8, 12), (2, 3)), ((7, 9), (3, 4)), ((4, 5), (4, 5))])
 def test_bias_by_axes_is_that_of_all_pairs(size, pooled):
     bias = ContinuousBias(3, (6, 7))
-    rows, columns = bias.axes(size, pooled, 2)
-    table = bias(rows, columns)
+    rows, columns = bias_axes(size, pooled, 2, None)
+    table = bias(size, pooled, 2)
     whole = torch.cat([bias_of_rows(table, rows, columns, i, i + 1) for i in range(size[0])], 1)
     torch.testing.assert_close(whole, all_pairs(bias, size, pooled).flatten(3).flatten(1, 2))
 
@@ -158,8 +165,8 @@ def test_bias_of_other_sizes_is_resized_twice(size):
     expected = F.interpolate(expected, size=pooled, mode="bilinear").flatten(2)
     expected = expected.transpose(1, 2).unflatten(2, trained)
     expected = F.interpolate(expected, size=size, mode="bilinear").flatten(2).transpose(1, 2)
-    rows, columns = bias.axes(size, pooled, 2)
-    torch.testing.assert_close(bias_of_rows(bias(rows, columns), rows, columns, 0, size[0]), expected)
+    rows, columns = bias_axes(size, pooled, 2, trained)
+    torch.testing.assert_close(bias_of_rows(bias(size, pooled, 2), rows, columns, 0, size[0]), expected)
 
 
 def test_distances_are_few():
@@ -206,3 +213,15 @@ def test_half_precision_is_near(make):
         lowered = attention(x)
     for out in (lowered, attention.bfloat16()(x.bfloat16())):
         assert (out.float() - expected).abs().max() < 0.05 * expected.std() + 0.01
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(lambda: AggregatedAttention2d(16, 2), marks=pytest.mark.heavy), lambda: UnitGlobalAttention2d(16, 2)],
+)
+def test_compilers_see_one_graph_for_any_size(make):
+    attention = make()
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    for size in ((8, 8), (7, 10)):
+        x = torch.randn(1, *size, 16)
+        torch.testing.assert_close(compiled(x), attention(x), atol=1e-5, rtol=1e-4)

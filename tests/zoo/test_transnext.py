@@ -86,6 +86,19 @@ def test_any_size(size, options):
     torch.testing.assert_close(model(x), out, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"interpolate": True, "img_size": 96}, MOH], ids=["", "interpolate", "moh"])
+def test_scripted_models_compute_the_same(options):
+    torch.manual_seed(0)
+    model = timm.create_model("transnext_micro", **TINY, **options, num_classes=5).eval()
+    x = torch.randn(2, 3, 70, 64)
+    with torch.no_grad():
+        expected = model(x)
+        scripted = torch.jit.script(model)
+        torch.testing.assert_close(scripted(x), expected)
+        torch.testing.assert_close(scripted(x[..., :40]), model(x[..., :40]))
+    assert expected.std() > 1e-3
+
+
 def test_settings_agree_at_the_size_that_they_come_from():
     x = torch.randn(1, 3, 64, 64)
     torch.manual_seed(0)
