@@ -62,6 +62,7 @@ class ContextMixing(nn.Module):
                 f"{small_kernel}"
             )
         dd = {"device": device, "dtype": dtype}
+        self.grid = _GRID  # TorchScript knows no globals
         self.groups = groups
         self.kernel_size = kernel_size
         self.small_kernel = small_kernel
@@ -89,7 +90,7 @@ class ContextMixing(nn.Module):
             context = F.interpolate(context, size=[rows, columns], mode="bilinear")
             value = F.interpolate(value, size=[rows, columns], mode="bilinear")
         query = self.query(query) * self.scale
-        key = self.key(F.adaptive_avg_pool2d(context, [_GRID, _GRID]))
+        key = self.key(F.adaptive_avg_pool2d(context, [self.grid, self.grid]))
         query = query.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, [self.groups, -1]).transpose(1, 2)
         key = key.flatten(2).unflatten(1, [self.groups, -1])
         logits = self._logits(query, key).transpose(1, 2).unflatten(1, [rows, columns])
@@ -98,9 +99,10 @@ class ContextMixing(nn.Module):
 
     def _logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return ``[B, groups, HW, both windows]`` of query ``[B, groups, HW, d]`` and key ``[B, groups, d, 49]``."""
-        if not torch.jit.is_scripting() and is_plain(self.weights):
-            # A linear map of products is a product with mapped keys, which are few.
-            return query @ (key @ self.weights.weight.flatten(1).mT) + self.weights.bias
+        if not torch.jit.is_scripting():  # noqa: SIM102 (with more beside it, TorchScript compiles the rest)
+            if is_plain(self.weights):
+                # A linear map of products is a product with mapped keys, which are few.
+                return query @ (key @ self.weights.weight.flatten(1).mT) + self.weights.bias
         affinity = (query @ key).permute(0, 3, 1, 2)
         return self.weights(affinity).permute(0, 2, 3, 1)
 

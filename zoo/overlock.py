@@ -319,6 +319,7 @@ class OverLoCK(Pyramid):
             head=Head(channels[-1], head_dim, num_classes, global_pool, drop_rate, **dd),
             **dd,
         )
+        self.stages = nn.ModuleList(stages)  # no chain, as which TorchScript would compile it
         self.context = nn.Conv2d(embed_dims[-1], context_dim, 1, **dd)
         self.aux_head = None
         if aux_head:
@@ -384,6 +385,8 @@ class OverLoCK(Pyramid):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's map ``[B, C, H / 32, W / 32]``."""
+        if not torch.jit.is_scripting() and len(self.stages) <= _LEVELS[-1]:
+            return self.forward_intermediates(x, indices=[0])[0]  # of a pruned model
         settle_size(x, self.symbolic_size)
         x = self.stages[1](self.stages[0](self.stem(channels_last(x))))
         if self.out_norms is not None:

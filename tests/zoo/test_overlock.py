@@ -182,8 +182,9 @@ def test_pruned_models_give_the_same_maps(images, indices):
         model = build(**options)
         expected = model.forward_intermediates(images, indices=indices, intermediates_only=True)
         model.prune_intermediate_layers(indices)
-        actual = model.forward_intermediates(images, indices=indices, intermediates_only=True)
+        final, actual = model.forward_intermediates(images, indices=indices)
         torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(model.forward_features(images), final)
 
 
 def test_the_auxiliary_loss_is_trained_on_and_logged(tmp_path, monkeypatch):
