@@ -385,8 +385,9 @@ class OverLoCK(Pyramid):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's map ``[B, C, H / 32, W / 32]``."""
-        if not torch.jit.is_scripting() and len(self.stages) <= _LEVELS[-1]:
-            return self.forward_intermediates(x, indices=[0])[0]  # of a pruned model
+        if not torch.jit.is_scripting():  # which understands no condition beside this one
+            if len(self.stages) <= _LEVELS[-1]:
+                return self.forward_intermediates(x, indices=[0])[0]  # of a pruned model
         settle_size(x, self.symbolic_size)
         x = self.stages[1](self.stages[0](self.stem(channels_last(x))))
         if self.out_norms is not None:
@@ -395,8 +396,9 @@ class OverLoCK(Pyramid):
         z = self.stages[5](z, context)
         if self.out_norms is not None:
             z = self._normed(z, overview)
-        if self.aux_head is not None and self.training and not torch.jit.is_scripting():
-            z = z + self._report(overview)
+        if not torch.jit.is_scripting():
+            if self.aux_head is not None and self.training:
+                z = z + self._report(overview)
         return z
 
     def forward(self, x: Tensor) -> Tensor:
