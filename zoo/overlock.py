@@ -385,7 +385,7 @@ class OverLoCK(Pyramid):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to the last stage's map ``[B, C, H / 32, W / 32]``."""
-        if not torch.jit.is_scripting():  # which understands no condition beside this one
+        if not torch.jit.is_scripting():  # noqa: SIM102 - it understands no condition beside this one
             if len(self.stages) <= _LEVELS[-1]:
                 return self.forward_intermediates(x, indices=[0])[0]  # of a pruned model
         settle_size(x, self.symbolic_size)
@@ -396,7 +396,7 @@ class OverLoCK(Pyramid):
         z = self.stages[5](z, context)
         if self.out_norms is not None:
             z = self._normed(z, overview)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102
             if self.aux_head is not None and self.training:
                 z = z + self._report(overview)
         return z
