@@ -123,7 +123,7 @@ def test_the_three_tasks_at_the_images_size(head):
     assert result["segments"].shape == (33, 70)
     with pytest.raises(TaskError, match="no output 'panoptics'; did you mean 'panoptic'"):
         model.predict(images, "panoptics", normalized=True)
-    with pytest.raises(TaskError, match="don't go with the instance task"):
+    with pytest.raises(TaskError, match="don't go with the instance output"):
         model.predict(images, "instance", flip=True, normalized=True)
     with pytest.raises(TaskError, match="scales are positive"):
         model.predict(images, scales=(-1,), normalized=True)
@@ -299,7 +299,7 @@ def test_files_of_oneformer_leave_out_the_text_encoder_and_say_so(head, tmp_path
             seen.append(outputs["pred_logits"])
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
-    with pytest.raises(TaskError, match="no task 'depth'"):
+    with pytest.raises(TaskError, match="no prompt 'depth'"):
         loaded.head(features, "depth")
 
 
