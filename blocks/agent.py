@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from .initialize import init_linear
 from .pointwise import apply_linear
 from .window import cut_windows, join_windows
 
@@ -141,10 +142,7 @@ class AgentAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections and the biases as published: truncated normal, std 0.02."""
-        for linear in (self.qkv, self.proj):
-            trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        init_linear(self.qkv, self.proj)
         for bias in self.parameters(recurse=False):
             trunc_normal_(bias, std=0.02)
 

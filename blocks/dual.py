@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from .initialize import init_linear
 from .pointwise import apply_linear
 from .window import WindowAttention2d
 
@@ -62,10 +62,7 @@ class ChannelGroupAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections as published: truncated normal, std 0.02."""
-        for layer in (self.qkv, self.proj):
-            trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        init_linear(self.qkv, self.proj)
 
     def extra_repr(self) -> str:
         """Return the settings that `print(model)` shows."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..kernels import na1d, na2d, na3d
 from ..kernels.neighborhood.reference import reference_scores
 from ..kernels.neighborhood.window import Axis
+from .initialize import init_linear
 
 _OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -93,10 +94,7 @@ class _NeighborhoodAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections and the bias table as published: truncated normal, std 0.02; biases zero."""
-        for linear in (self.qkv, self.proj):
-            trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        init_linear(self.qkv, self.proj)
         if self.rpb is not None:
             trunc_normal_(self.rpb, std=0.02)
 

@@ -6,6 +6,7 @@ from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .global_attention import relative_bias
+from .initialize import init_linear
 from .pointwise import apply_linear
 
 
@@ -158,10 +159,7 @@ class WindowAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the bias table and the projections as Swin does: truncated normal, std 0.02."""
-        for linear in (self.qkv, self.proj):
-            trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        init_linear(self.qkv, self.proj)
         if self.rpb is not None:
             trunc_normal_(self.rpb, std=0.02)
 

@@ -284,10 +284,7 @@ def test_files_of_oneformer_leave_out_the_text_encoder_and_say_so(head, tmp_path
     torch.save(file, tmp_path / "model.pth")
     with caplog.at_level(logging.WARNING):
         loaded = foveate.create_segmenter(head, Maps(), checkpoint=tmp_path / "model.pth", num_heads=4).eval()
-    assert (
-        "left out 3 entries that only training needs: prompt_ctx, text_encoder, text_projector"
-        in caplog.text
-    )
+    assert "left out 3 entries that only training needs: prompt_ctx, text_encoder, text_projector" in caplog.text
     assert loaded.topk == 6
     features = model.backbone(torch.randn(2, 3, 40, 56))
     seen = []

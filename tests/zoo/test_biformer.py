@@ -42,7 +42,9 @@ def test_settings_of_stages_are_the_published():
             assert block.attn.num_heads == heads
             if topk:
                 assert (block.attn.topk, block.attn.n_win) == (topk, 8)
-    windows = {recipe: options["n_win"] for recipe, options in foveate.zoo.biformer.recipes["biformer_small"].items()}
+    windows = {
+        recipe: options["n_win"] for recipe, options in foveate.zoo.biformer.dense_settings["biformer_small"].items()
+    }
     assert windows == {"detection": 16, "segmentation": 8, "upernet": 8}
 
 

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from foveate.zoo import CheckpointError
-from foveate.zoo.quadtree import recipes
+from foveate.zoo.quadtree import dense_settings
 
 PARAMETERS = {
     "quadtree_b0": (3_589_468, 3_332_468),
@@ -30,8 +30,8 @@ def test_parameters_are_the_published_ones(name):
 
 def test_every_model_is_listed_and_dense_ones_have_recipes():
     assert set(foveate.list_models("quadtree*")) == set(PARAMETERS)
-    assert set(recipes) == set(PARAMETERS) - {"quadtree_a_b0"}
-    for settings in recipes.values():
+    assert set(dense_settings) == set(PARAMETERS) - {"quadtree_a_b0"}
+    for settings in dense_settings.values():
         for recipe in ("detection", "segmentation"):
             assert (settings[recipe]["topk"], settings[recipe]["value_act"]) == (32, "relu")
 
