@@ -219,7 +219,7 @@ def aggregated_attention(
         pool_bias: From the table, the first row and the one after the last, the bias of these rows' queries to the
             pooled keys, ``[heads, rows * W, M]``.
         added_weights: ``[B, H, W, heads, window * window]``, added to the window's weights after the softmax
-            (TransNeXt, eq. 6 to 8); 0 by default.
+            (TransNeXt); 0 by default.
         backend: The window's path, as in `na2d_qk`.
 
     Returns:
