@@ -156,6 +156,7 @@ class MixtureOfHeads2d(nn.Module):
         ValueError: If the attention has no such layer, or the numbers of heads don't fit.
 
     Example:
+        >>> from foveate.blocks import NeighborhoodAttention2d
         >>> attention = MixtureOfHeads2d(NeighborhoodAttention2d(64, 4), 4, shared_heads=1, routed_heads=2)
         >>> attention(torch.randn(1, 20, 30, 64)).shape
         torch.Size([1, 20, 30, 64])

@@ -181,7 +181,7 @@ X = torch.zeros(1, 8, 9, 2, 4)
         ((X, X, X, 3), {"rpb": torch.zeros(2, 5, 5, dtype=torch.float64)}, "rpb in float32"),
         ((X, X, X, 3), {"additional_keys": X[:, 0]}, "together, or neither"),
         ((X, X, X, 3), {"additional_keys": X[0], "additional_values": X[0]}, r"= \[1, 9, 2, 4\] and"),
-        ((X, X, X, 3), {"backend": "natten"}, r"no backend 'natten'; it has .*'tiled'"),
+        ((X, X, X, 3), {"backend": "xformers"}, r"no backend 'xformers'; it has .*'tiled'"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, options, message):
