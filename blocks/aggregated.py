@@ -44,8 +44,7 @@ class AggregatedAttention2d(nn.Module):
 
     The window is cut at the borders. Queries and keys are unit vectors; a learned embedding is added to the queries,
     and their scale grows with the logarithm of the number of keys. To the window's weights after the softmax those
-    of learned tokens are added, which
-    depend on the query alone.
+    of learned tokens are added, which depend on the query alone.
 
     Args:
         dim: Channels.

@@ -62,9 +62,9 @@ class Sampler:
     """Draws a sample of matches of limited size in which positives are limited too; background fills it up.
 
     Attributes:
-        draw: ``draw(gallery, count)`` returns ``count`` of the ascending indices ``gallery``; it is called only where
-            there are more than wanted. Replace it, for all samplers of a detector through ``detector.sample``, to make
-            the choice deterministic: ``detector.sample = sample_evenly``.
+        sample: ``sample(gallery, count)`` returns ``count`` of the ascending indices ``gallery``; it is called only
+            where there are more than wanted. Replace it, for all samplers of a detector through ``detector.sample``, to
+            make the choice deterministic: ``detector.sample = sample_evenly``.
 
     Args:
         count: Size of the sample.

@@ -187,7 +187,7 @@ class Detector(nn.Module):
 
     @property
     def sample(self) -> Sample | None:
-        """What draws the anchors and regions that learn: ``draw(gallery, count)``; None if none are drawn.
+        """What samples the anchors and regions that learn: ``sample(gallery, count)``; None if none are sampled.
 
         It returns ``count`` of the ascending indices ``gallery`` ``[N]``, and is called where there are more than
         wanted. It is random; set ``detector.sample = sample_evenly``, or a function of your own, for losses that can be
@@ -430,7 +430,7 @@ class MaskRCNN(Detector):
     ) -> dict[str, Tensor]:
         """Return the losses, as `forward` does, from maps of the backbone.
 
-        Which anchors and regions learn is drawn at random; see ``draw`` for how to fix it.
+        Which anchors and regions learn is sampled; see ``sample`` for how to fix it.
 
         Args:
             features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
@@ -537,7 +537,7 @@ def create_detector(
     """Create a detector of any backbone.
 
     Args:
-        head: ``"retinanet"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
+        head: ``"retinanet"``, ``"faster_rcnn"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, and has their
             ``channels`` and ``reductions``, their strides; without the latter they are four, of 1/4 to 1/32 of the
             image. Maps of one stride, as of plain vision transformers, get ViTDet's simple feature pyramid, other
@@ -554,7 +554,7 @@ def create_detector(
         reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
         torchvision_outputs: Whether detections are as torchvision's: labels from 1, masks ``[D, 1, H, W]``, float32 of
             0 to 1; see `Detector`. Targets have labels from 0 all the same.
-        **kwargs: Options of the detector's class (`RetinaNet`, `MaskRCNN`, `CascadeMaskRCNN`), such as ``channels``,
+        **kwargs: Options of the detector's class (`RetinaNet`, `FasterRCNN`, `MaskRCNN`, ...), such as ``channels``,
             and of its transform (`DetectorTransform`): ``min_size``, ``max_size``, ``mean``, ``std``, ``divisor``; by
             default those of the run whose checkpoint it is. All others are options of a named backbone.
 
