@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, trunc_normal_
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from .initialize import init_linear
 from .pointwise import apply_linear
 from .window import cut_windows, join_windows
 
@@ -78,10 +79,7 @@ class HiLoAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections as published: truncated normal, std 0.02."""
-        for linear in self.children():
-            trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        init_linear(*self.children())
 
     def extra_repr(self) -> str:
         """Return the settings that `print(model)` shows."""

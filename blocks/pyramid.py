@@ -1,9 +1,10 @@
-"""Parts of hierarchical backbones that several families share; maps are NHWC between them."""
+"""Parts of hierarchical backbones that several families share; maps are NHWC, unless a part says NCHW."""
 
 import torch
 from timm.layers import DropPath, LayerScale, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
+from .layout import channels_last
 from .pointwise import PointwiseMlp
 from .position import resize_map
 
@@ -37,6 +38,38 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to ``[B, ceil(H / 2), ceil(W / 2), 2C]``."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class BatchNormStem(nn.Module):
+    """Two overlapping 3x3 convolutions of stride 2, each with a batch norm, GELU between them; NCHW."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / 4), ceil(W / 4)]``, channels last in memory."""
+        x = self.act(self.norm1(self.conv1(channels_last(x))))
+        return self.norm2(self.conv2(x))
+
+
+class BatchNormDownsample(nn.Module):
+    """Overlapping 3x3 convolution, of stride 2 by default, then a batch norm; NCHW."""
+
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=stride, padding=1, **dd)
+        self.norm = nn.BatchNorm2d(out_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, dim, H, W]`` to ``[B, out_dim, ceil(H / stride), ceil(W / stride)]``."""
+        return self.norm(self.conv(x))
 
 
 @register_notrace_function

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, trunc_normal_
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from ..kernels.pointwise import pointwise
 from ..kernels.precision import full_precision
 from ..kernels.routing import routed_attention
 from ..kernels.routing.reference import routed_attention_weights
+from .initialize import init_linear
 from .plain import is_plain
 from .pointwise import apply_linear
 
@@ -182,7 +183,7 @@ class BiLevelRoutingAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections as published: truncated normal, std 0.02."""
-        _init_projections(self)
+        init_linear(self.qkv, self.proj)
 
     def extra_repr(self) -> str:
         """Return the settings that `print(model)` shows."""
@@ -304,7 +305,7 @@ class LePEAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the projections as published: truncated normal, std 0.02."""
-        _init_projections(self)
+        init_linear(self.qkv, self.proj)
 
     def extra_repr(self) -> str:
         """Return the settings that `print(model)` shows."""
@@ -327,10 +328,3 @@ def _check_settings(name: str, dim: int, num_heads: int, lepe_kernel: int) -> No
         raise ValueError(f"{name} needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
     if lepe_kernel % 2 == 0:
         raise ValueError(f"{name} needs an odd lepe_kernel, so that the map keeps its size; got {lepe_kernel}")
-
-
-def _init_projections(module: nn.Module) -> None:
-    for linear in (module.qkv, module.proj):
-        trunc_normal_(linear.weight, std=0.02)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)

@@ -96,6 +96,21 @@ def faults_of(**kinds: Sequence[str]) -> str:
     )
 
 
+def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Return, as `faults_of` does, in what a state dict differs from the wanted one in names and shapes."""
+    return faults_of(
+        missing=[key for key in wanted if key not in state],
+        unexpected=[key for key in state if key not in wanted],
+        of_another_shape=[key for key in wanted if key in state and wanted[key].shape != state[key].shape],
+    )
+
+
+def with_counters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict with ``model``'s counters of batches for batch norms whose counters a file lacks."""
+    own = model.state_dict().items()
+    return {key: value for key, value in own if key.endswith("num_batches_tracked")} | state
+
+
 def _some(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join((*items[:3], *(("...",) if len(items) > 3 else ())))
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, nhwc_to, trunc_normal_
+from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, nhwc_to
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy, TraceError
+
+from ..blocks.initialize import init_linear
 
 
 class Stage(nn.Module):
@@ -40,11 +42,9 @@ class Stage(nn.Module):
 
 
 def init_module(module: nn.Module) -> None:
-    """Draw linear layers from a normal of std 0.02; norms, convolutions and attention's own tables know their way."""
+    """Initialise linear layers by `init_linear`, and all else by its own ``reset_parameters``."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_linear(module)
     elif hasattr(module, "reset_parameters"):
         module.reset_parameters()
 

@@ -31,36 +31,20 @@ from timm.layers import (
     DropPath,
     LayerNorm2d,
     calculate_drop_path_rates,
-    trunc_normal_,
 )
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.initialize import init_linear
 from ..blocks.layout import channels_last
 from ..blocks.pointwise import PointwiseMlp
+from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["BiFormer"]
-
-
-class ConvStem(nn.Module):
-    """Two overlapping 3x3 convolutions of stride 2, each with a norm, GELU between them; NCHW."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / 4), ceil(W / 4)]``, channels last in memory."""
-        x = self.act(self.norm1(self.conv1(channels_last(x))))
-        return self.norm2(self.conv2(x))
 
 
 class PatchStem(nn.Module):
@@ -75,20 +59,6 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, in_chans, H, W]`` to ``[B, dim, H // 4, W // 4]``, channels last in memory."""
         return self.norm(self.proj(channels_last(x)))
-
-
-class ConvDownsample(nn.Module):
-    """Overlapping 3x3 convolution of stride 2, then a norm; NCHW."""
-
-    def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.BatchNorm2d(out_dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, dim, H, W]`` to ``[B, out_dim, ceil(H / 2), ceil(W / 2)]``."""
-        return self.norm(self.conv(x))
 
 
 class PatchDownsample(nn.Module):
@@ -208,7 +178,7 @@ class BiFormer(Pyramid):
                 return LePEAttention2d(dim, global_heads, global_lepe, **dd)
             return BiLevelRoutingAttention2d(dim, dim // head_dim, n_win, topk, ragged, **dd)
 
-        downsample = PatchDownsample if stl else ConvDownsample
+        downsample = PatchDownsample if stl else BatchNormDownsample
         stages = []
         for i, (dim, topk) in enumerate(zip(channels, topks, strict=True)):
             blocks = [
@@ -217,7 +187,7 @@ class BiFormer(Pyramid):
             shrink = nn.Identity() if i == 0 else downsample(dim // 2, dim, **dd)
             stages.append(Stage(shrink, blocks))
         self._assemble(
-            (PatchStem if stl else ConvStem)(in_chans, embed_dim, **dd),
+            (PatchStem if stl else BatchNormStem)(in_chans, embed_dim, **dd),
             stages,
             channels,
             reductions=[4 * 2**i for i in range(len(depths))],
@@ -236,9 +206,7 @@ class BiFormer(Pyramid):
         """Initialise as published; may be called again, after ``to_empty`` for instance."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not (self.conv_linear and name.startswith("stages.")):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_linear(module)
             elif isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)):
                 module.reset_parameters()
 
@@ -253,9 +221,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         converted = dict(state)
     else:
         converted = dict(_renamed(key, value, model) for key, value in state.items())
-    # Counters of seen batches matter to nobody here, and some files are without.
-    counters = {key: value for key, value in model.state_dict().items() if key.endswith(".num_batches_tracked")}
-    return counters | converted
+    return with_counters(converted, model)
 
 
 # Of `Block`, per published class: BiFormer, BiFormerSTL, nchwBiFormerSTL.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..blocks.ela import EfficientLocalAttention
 from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import with_counters
 
 __all__ = ["InnerAttentionBottleneck"]
 
@@ -117,8 +118,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
             len(attention),
         )
         state |= attention
-    # Counters that older files lack and that matter to no output.
-    return {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")} | state
+    return with_counters(state, model)
 
 
 def _host(cls: type[nn.Module], name: str, pretrained: bool, options: dict, config: dict) -> nn.Module:

@@ -23,17 +23,18 @@ from timm.layers import (
     calculate_drop_path_rates,
     register_notrace_function,
     register_notrace_module,
-    trunc_normal_,
 )
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.depthwise_mlp import DepthwiseMlp
 from ..blocks.hilo import HiLoAttention2d
+from ..blocks.initialize import init_linear
 from ..blocks.pyramid import check_holds_patch
 from ..kernels.bilinear import gather_bilinear, sample_bilinear
 from ..kernels.precision import full_precision
 from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["LITv2"]
@@ -261,9 +262,7 @@ class LITv2(Pyramid):
 def _init_weights(module: nn.Module) -> None:
     # `apply` visits children first, so the offsets, which start at zero, have the last word.
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_linear(module)
     elif isinstance(module, nn.Conv2d) and module.groups > 1:
         nn.init.normal_(module.weight, std=(2.0 / 9) ** 0.5)
         nn.init.zeros_(module.bias)
@@ -288,14 +287,12 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
 
     Reads the authors' classification and dense files. Batch norms' counters may be missing.
     """
-    converted = {}
+    converted, names = {}, () if any(key.startswith("stem.") for key in state) else _NAMES
     for key, value in state.items():
-        if not any(key.startswith("stem.") for key in state):
-            for pattern, ours in _NAMES:
-                key = re.sub(pattern, ours, key)
+        for pattern, ours in names:
+            key = re.sub(pattern, ours, key)
         converted[key] = value
-    counters = {key: value for key, value in model.state_dict().items() if key.endswith(".num_batches_tracked")}
-    return counters | converted
+    return with_counters(converted, model)
 
 
 _SMALL = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)

@@ -18,11 +18,12 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.aggregated import AggregatedAttention2d, UnitGlobalAttention2d
+from ..blocks.initialize import init_linear
 from ..blocks.mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from ..blocks.plain import is_plain
 from ..blocks.pointwise import apply_linear
@@ -243,9 +244,7 @@ class TransNeXt(Pyramid):
         """Initialise as published; may be called again, after ``to_empty`` for instance."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_linear(module)
             elif isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

@@ -23,16 +23,19 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.initialize import init_linear
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
 from ..blocks.plain import is_plain
 from ..blocks.pointwise import apply_pointwise
+from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..kernels.backends import channels_come_last
 from ._build import IMAGENET_CFG, build, cfgs_with_links
+from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["VAN"]
@@ -124,37 +127,6 @@ class Stem(nn.Module):
         return self.norm(self.conv(channels_last(x)))
 
 
-class DeepStem(nn.Module):
-    """MSCAN's: two 3x3 convolutions of stride 2, each with a norm, GELU between them; NCHW."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[B, in_chans, H, W]`` to ``[B, dim, ceil(H / 4), ceil(W / 4)]``, channels last in memory."""
-        x = self.act(self.norm1(self.conv1(channels_last(x))))
-        return self.norm2(self.conv2(x))
-
-
-class Downsample(nn.Module):
-    """An overlapping 3x3 convolution, then a norm; NCHW."""
-
-    def __init__(self, dim: int, out_dim: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=stride, padding=1, **dd)
-        self.norm = nn.BatchNorm2d(out_dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
 class VAN(Pyramid):
     """Four stages of large kernel attention on maps of 1/4 to 1/32 of the image.
 
@@ -211,10 +183,10 @@ class VAN(Pyramid):
             blocks = [Block(dim, gate, mlp_ratios[i], proj_drop_rate, drop_path, **dd) for drop_path in drop_paths[i]]
             downsample = nn.Identity()
             if i > 0:
-                downsample = Downsample(embed_dims[i - 1], dim, reductions[i] // reductions[i - 1], **dd)
+                downsample = BatchNormDownsample(embed_dims[i - 1], dim, reductions[i] // reductions[i - 1], **dd)
             stages.append(Stage(downsample, blocks, LayerNorm2d(dim, eps=norm_eps, **dd)))
         self._assemble(
-            (DeepStem if mscan else Stem)(in_chans, embed_dims[0], **dd),
+            (BatchNormStem if mscan else Stem)(in_chans, embed_dims[0], **dd),
             stages,
             embed_dims,
             reductions=reductions,
@@ -238,8 +210,7 @@ class VAN(Pyramid):
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                init_linear(module)
             elif isinstance(module, LayerScale2d):
                 nn.init.constant_(module.gamma, _LAYER_SCALE)
             elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
@@ -254,7 +225,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     """
     if any(key.startswith("stem.") for key in state):
         return dict(state)
-    gate = _STRIPS if isinstance(model.stem, DeepStem) else _DILATED
+    gate = _STRIPS if isinstance(model.stem, BatchNormStem) else _DILATED
     converted = {}
     for key, value in state.items():
         if key.startswith("van.layernorm."):
@@ -265,9 +236,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         key = re.sub(r"^blocks(\d)\.", r"block\1.", key).replace(".mlp.dwconv.dwconv.", ".mlp.dwconv.")
         key = key.replace(".DW_conv.", ".conv0.").replace(".DW_D_conv.", ".conv_spatial.")
         converted[_renamed(key, gate)] = value
-    # Counters of seen batches matter to nobody here, and some files are without.
-    counters = {key: value for key, value in model.state_dict().items() if key.endswith(".num_batches_tracked")}
-    return counters | converted
+    return with_counters(converted, model)
 
 
 # Of the gate, which the authors call spatial_gating_unit.
