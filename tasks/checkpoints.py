@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..zoo import CheckpointError
-from ..zoo._checkpoint import card_of, faults_of, open_checkpoint, state_of
+from ..zoo._checkpoint import card_of, misfits, open_checkpoint, state_of
 from . import TaskError
 from .data.images import FULL_WHITE
 
@@ -230,11 +230,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    misshapen = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if missing or unexpected or misshapen:
-        faults = faults_of(missing=missing, unexpected=unexpected, of_another_shape=misshapen)
+    if faults := misfits(state, model.state_dict()):
         raise CheckpointError(f"{path}: the weights don't fit the model: {faults}")
     model.load_state_dict(state)

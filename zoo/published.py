@@ -25,7 +25,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ._checkpoint import CheckpointError, LoadReport, faults_of, open_checkpoint, state_of
+from ._checkpoint import CheckpointError, LoadReport, misfits, open_checkpoint, state_of, with_counters
 from ._maps import Maps
 from .backbone import Backbone
 
@@ -75,12 +75,16 @@ class Origin:
     @property
     def backbone(self) -> Mapping[str, Any]:
         """The settings of its model's backbone."""
-        return _dict(self.model.get("backbone"))
+        return self.part("backbone")
 
     @property
     def test(self) -> Mapping[str, Any]:
         """The settings of its tests; older files have them beside the model."""
         return _dict(self.model.get("test_cfg")) or _dict(self.settings.get("test_cfg"))
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """Return the settings of a part of its model, such as ``"decode_head"``; empty if it has none."""
+        return _dict(self.model.get(name))
 
     def says(self, *words: str) -> bool:
         """Return whether the file's name has one of some words."""
@@ -812,13 +816,10 @@ def build_filled(create: Callable[..., Backbone], name: str, path: Path, options
     state = {key.removeprefix("backbone."): value for key, value in state.items() if not _OF_NECK.match(key)}
     wanted = backbone.state_dict()
     counts = [key for key in wanted if key.endswith("num_batches_tracked") and key not in state]
-    missing = [key for key in wanted if key not in state and key not in counts]
-    unexpected = [key for key in state if key not in wanted]
-    misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if missing or unexpected or misshapen:
-        faults = faults_of(missing=missing, unexpected=unexpected, of_another_shape=misshapen)
+    state = with_counters(state, backbone)
+    if faults := misfits(state, wanted):
         raise CheckpointError(f"{path}: its backbone is no {name}: {faults}")
-    backbone.load_state_dict(state, strict=False)
+    backbone.load_state_dict(state)
     backbone.load_report = LoadReport(len(wanted) - len(counts), tuple(counts), tuple(constants))
     return backbone
 

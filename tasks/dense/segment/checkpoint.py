@@ -152,12 +152,8 @@ def _as_authors(head: str, key: str) -> str:
 
 def _refuse_aligned(origin: Origin) -> None:
     """Raise a CheckpointError if a file's heads align corners when they resize, which ours don't."""
-    if _dict_of(origin.model.get("decode_head")).get("align_corners") or "769x769" in origin.path.name:
+    if origin.part("decode_head").get("align_corners") or "769x769" in origin.path.name:
         raise CheckpointError(f"{origin.path}: its head aligns corners when it resizes (align_corners), ours doesn't")
-
-
-def _dict_of(value: object) -> dict:
-    return value if isinstance(value, dict) else {}
 
 
 def head_of(state: dict[str, Tensor], path: str | Path) -> str:
