@@ -276,10 +276,10 @@ def bench_models(
             "batch": batch,
             "size": size,
             "M parameters": round(sum(p.numel() for p in models[name].parameters()) / 1e6, 1),
-            "GMACs": round(macs[name] / 1e9, 2),
+            "GMACs": round(macs[name] / 1e9, 3),
             "images/s": round(batch / seconds, 1),
-            f"times {peer}": round(times[peer] / seconds, 2),
-            f"MACs/s times {peer}": round(times[peer] / seconds * macs[name] / macs[peer], 2),
+            f"times {peer}": round(times[peer] / seconds, 3),
+            f"MACs/s times {peer}": round(times[peer] / seconds * macs[name] / macs[peer], 3),
         }
         for name, seconds in times.items()
     ]
