@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Numbers held at once while rows are worked through: 16 MB in float32.
@@ -174,6 +175,32 @@ class Windows:
         return x[:, :, self.order]
 
 
+class Through(Operator):
+    """Weights that are products: queries read from a few agents, which gather from the values.
+
+    Args:
+        read: How much each query reads from each agent, ``[B, heads, N, n]``; rows of windows one after another.
+        gathered: How much each agent gathers of each value, ``[B, heads, n, M]``, in the same way.
+        windows: Windows with agents of their own; None for one set of agents.
+    """
+
+    def __init__(self, read: Tensor, gathered: Tensor, windows: Windows | None = None):
+        self.heads, self.device = read.shape[1], read.device
+        self.queries = self.keys = read.shape[2] if windows is None else len(windows.order)
+        if windows is not None:
+            read, gathered = (part.unflatten(0, (-1, windows.tokens.shape[0])) for part in (read, gathered))
+        self.read, self.gathered, self.windows = read, gathered, windows
+        self.held = self.heads * gathered.shape[-1] * (2 if windows is None else 2 + gathered.shape[-2])
+
+    def rows(self, queries: Tensor) -> Rows:
+        if self.windows is None:
+            return Rows(None, self.read[:, :, queries] @ self.gathered)
+        window, place = self.windows.window[queries], self.windows.place[queries]
+        read = self.read[:, window, :, place].permute(1, 2, 0, 3)  # [B, heads, Q, n]
+        gathered = self.gathered[:, window].transpose(1, 2)  # [B, heads, Q, n, K]
+        return Rows(self.windows.keys(queries), (read.unsqueeze(3) @ gathered).squeeze(3))
+
+
 def number_box(size: Sequence[int], padded: Sequence[int], before: Sequence[int] | None = None) -> Tensor:
     """Return the numbers of a padded map's tokens: those of the map row-major, then those of the padding.
 
@@ -240,6 +267,11 @@ def axis_blocks(length: int, step: int, count: int, device: torch.device | None 
     position = torch.arange(length, device=device)
     inside = position // step == torch.arange(count, device=device)[:, None]
     return inside / float(step)
+
+
+def pooling_axis(length: int, bins: int, device: torch.device | None = None) -> Tensor:
+    """Return the matrix ``[bins, length]`` of adaptive average pooling of a line."""
+    return F.adaptive_avg_pool1d(torch.eye(length, device=device)[:, None], bins)[:, 0].T
 
 
 @dataclass

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models import davit, eva, maxxvit, pvt_v2, swin_transformer, twins
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from ...blocks.record import (
     heads_to_map,
     land_by_axes,
     number_box,
+    pooling_axis,
 )
 from ...blocks.window import cut_windows
 from ...zoo.hosts.deit import TokenBlock
@@ -255,10 +255,10 @@ def read_reduced(site: Site, around: Around, image_size: Size, x: Tensor, size: 
         image = x.mT.unflatten(2, map_size)
         if getattr(module, "pool", None) is not None:
             image = module.pool(image)
-            rows, columns = (_pooling(*axis, device) for axis in zip(map_size, image.shape[2:], strict=True))
+            rows, columns = (pooling_axis(*axis, device) for axis in zip(map_size, image.shape[2:], strict=True))
             x = module.act(module.norm(module.sr(image).flatten(2).mT))
         else:
-            image, step = module.sr(image), module.sr_ratio
+            image, step = module.sr(image), module.sr.stride[0]
             rows, columns = (axis_blocks(n, step, m, device) for n, m in zip(map_size, image.shape[2:], strict=True))
             x = module.norm(image.flatten(2).mT)
         landing = land_by_axes(rows, columns)
@@ -266,11 +266,6 @@ def read_reduced(site: Site, around: Around, image_size: Size, x: Tensor, size: 
     return Recorded(
         "global", map_size, Softmax(q, k), exact(v), lambda heads: module.proj(_join(heads)), landing=landing
     )
-
-
-def _pooling(length: int, bins: int, device: torch.device) -> Tensor:
-    """Return the matrix ``[bins, length]`` of adaptive average pooling of a line."""
-    return F.adaptive_avg_pool1d(torch.eye(length, device=device)[:, None], bins)[:, 0].T
 
 
 def read_maxvit(
