@@ -234,6 +234,16 @@ class Landing(NamedTuple):
     tokens: Tensor
     shares: Tensor
 
+    def behind(self, tokens: int) -> "Landing":
+        """Return the landing of values that come after so many tokens, which are values themselves."""
+        first = torch.arange(tokens, device=self.keys.device)
+        batch = len(self.tokens)
+        return Landing(
+            torch.cat([first, self.keys + tokens]),
+            torch.cat([first.expand(batch, -1), self.tokens], 1),
+            torch.cat([self.shares.new_ones(batch, tokens), self.shares], 1),
+        )
+
     def land(self, weights: Tensor, count: int) -> Tensor:
         """Return ``weights`` ``[B, ..., M]`` of values as those of ``count`` tokens."""
         middle = weights.ndim - 2
@@ -314,6 +324,12 @@ class Recorded:
     details: dict[str, object] | None = None
 
 
+def tell_gate(x: Tensor, gate: Tensor, signed: bool = False, note: str = "") -> Recorded:
+    """Tell of a call that multiplied ``x`` ``[B, C, H, W]`` by a gate."""
+    note = note or "a convolution, which may be negative" * signed
+    return Recorded("gate", tuple(x.shape[2:]), gate=gate, project=lambda by: x * by, signed=signed, note=note)
+
+
 def heads_to_map(x: Tensor, map_size: Sequence[int]) -> Tensor:
     """Return ``[B, heads, N, d]`` as a map ``[B, *map_size, heads * d]``."""
     return x.transpose(1, 2).flatten(2).unflatten(1, tuple(map_size))
@@ -384,6 +400,7 @@ class AttentionCall:
         self.image_size, self.reductions = image_size, tuple(reductions)
         self._recompute, self._training = recompute, list(training)
         self._kept: Recorded | None = None
+        self._version = None if output.is_inference() else output._version
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.map_size))
@@ -534,7 +551,12 @@ class AttentionCall:
 
         That is rounding, about 1e-6 in float32, unless the module has changed since it was called, was called under
         autocast or in half precision, or has dropout after its projection.
+
+        Raises:
+            ValueError: If the output was overwritten by what came after the module.
         """
+        if self._version is not None and self.output._version != self._version:
+            raise ValueError(f"the output of {self.name} was overwritten by what came after it")
         if self.recorded.gate is not None:
             with self._as_called():
                 out = self.recorded.project(self.recorded.gate)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, SEModule, apply_rot_embed_cat
+from timm.layers.cbam import CbamModule
 from timm.models import davit, eva, maxxvit, pvt_v2, swin_transformer, twins
 from torch import Tensor, nn
 
+from ...blocks.cbam import gate_of
 from ...blocks.record import (
     Recorded,
     Softmax,
@@ -22,6 +24,7 @@ from ...blocks.record import (
     land_by_axes,
     number_box,
     pooling_axis,
+    tell_gate,
 )
 from ...blocks.window import cut_windows
 from ...zoo.hosts.deit import TokenBlock
@@ -302,6 +305,20 @@ def read_maxvit(
     return recorded
 
 
+def read_cbam(site: Site, around: Around, image_size: Size, x: Tensor) -> Recorded:
+    """Read CBAM's gate."""
+    return tell_gate(x, gate_of(site.module, x))
+
+
+def read_squeeze_excite(site: Site, around: Around, image_size: Size, x: Tensor) -> Recorded:
+    """Read squeeze-and-excitation's gate of channels."""
+    module = site.module
+    pooled = x.mean((2, 3), keepdim=True)
+    if module.add_maxpool:
+        pooled = 0.5 * pooled + 0.5 * x.amax((2, 3), keepdim=True)
+    return tell_gate(x, module.gate(module.fc2(module.act(module.bn(module.fc1(pooled))))))
+
+
 def _to_nchw(heads: Tensor, map_size: tuple[int, int]) -> Tensor:
     return heads_to_map(heads, map_size).permute(0, 3, 1, 2)
 
@@ -320,6 +337,8 @@ READERS: dict[type[nn.Module], Callable[..., Recorded]] = {
     pvt_v2.Attention: read_reduced,
     maxxvit.Attention2d: read_maxvit,
     maxxvit.AttentionCl: read_maxvit,
+    CbamModule: read_cbam,
+    SEModule: read_squeeze_excite,
 }
 # Blocks that know the map which their attention, an attribute of theirs, is given pieces of.
 PARENTS: dict[type[nn.Module], tuple[str, ...]] = {
