@@ -1,1 +1,0 @@
-"""What a model looks at: recorded attention, carried through networks, drawn and judged."""
