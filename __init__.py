@@ -19,7 +19,7 @@ _HOMES = {
     "create_segmenter": ".tasks.dense.segment",
     "list_models": ".zoo",
 }
-_MODULES = {"natten": ".blocks.natten"}
+_MODULES = {"explain": ".tasks.seeing", "natten": ".blocks.natten", "probes": ".tasks.probes"}
 
 
 def __getattr__(name: str) -> object:
