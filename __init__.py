@@ -20,7 +20,7 @@ _HOMES = {
     "list_models": ".zoo",
     "record_attention": ".tasks.seeing.record",
 }
-_MODULES = {"natten": ".blocks.natten"}
+_MODULES = {"explain": ".tasks.seeing", "natten": ".blocks.natten", "probes": ".tasks.probes"}
 
 
 def __getattr__(name: str) -> object:
