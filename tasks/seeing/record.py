@@ -25,9 +25,11 @@ class Record(Mapping[str, AttentionCall]):
 
     Attributes:
         skipped: Why modules that attend, or that the layers named, are not recorded.
+        watched: Names of the modules whose calls are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Sequence[str] = ()) -> None:
+        self.watched = list(watched)
         self.skipped: dict[str, str] = {}
         self._calls: dict[str, AttentionCall] = {}
 
@@ -271,7 +273,7 @@ def record_attention(model: nn.Module, layers: str | Sequence[str] | None = None
         for pattern in layers:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise TaskError(f"no module of {type(model).__name__} is named {pattern!r}{nearest(pattern, names)}")
-    record = Record()
+    record = Record(list(plan.sites))
     record.skipped.update(plan.skipped)
     if not plan.sites:
         raise TaskError(_nothing(model, plan.skipped))
