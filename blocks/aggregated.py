@@ -388,9 +388,7 @@ class UnitGlobalAttention2d(nn.Module):
         table = self.cpb(size, size, 1)
         rows, columns = bias_axes(size, size, 1, self.cpb.trained_size)
         query, key, value = unit_queries(self.qkv(x.flatten(1, 2)), self.temperature, self.query_embedding, size)
-        operator = Softmax(
-            query, key, bias=lambda queries, _: _bias_of_queries(table, rows, columns, queries, size[1])
-        )
+        operator = Softmax(query, key, bias=lambda queries, _: _bias_of_queries(table, rows, columns, queries, size[1]))
         return Recorded("global", size, operator, exact(value), lambda heads: self.proj(heads_to_map(heads, size)))
 
 

@@ -93,7 +93,7 @@ class ContextMixing(nn.Module):
         return F.adaptive_avg_pool2d(out, [height, width]) if stretched else out
 
     def _project(self, query: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries ``[B, groups, N, d]`` and keys ``[B, groups, d, 49]``, and the value, all stretched if need be."""
+        """Return queries ``[B, groups, N, d]``, keys ``[B, groups, d, 49]`` and the value, stretched if need be."""
         height, width = value.shape[2], value.shape[3]
         rows, columns = stretched_size(height, width, self.kernel_size)
         if rows != height or columns != width:

@@ -315,7 +315,8 @@ class DeformableAttention2d(nn.Module):
         )
         details = {}
         if self.offset_conv is None:
-            landing = land_by_axes(*(pooling_axis(*axis, x.device) for axis in zip(size, points.shape[1:3], strict=True)))
+            axes = zip(size, points.shape[1:3], strict=True)
+            landing = land_by_axes(*(pooling_axis(*axis, x.device) for axis in axes))
         else:
             places, references = self.sampled_points(x)
             landing = _land_points(places.flatten(2, 3), size)

@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     """Some rows of an operator.
 
     Attributes:
-        keys: ``[B or 1, heads or 1, Q, K]``, what each query mixes, -1 where it has fewer; None for all values in order.
+        keys: ``[B or 1, heads or 1, Q, K]``, what each query mixes, -1 where it has fewer; None for all, in order.
         weights: ``[B, heads, Q, K]``, how much; 0 where there is no key.
     """
 

@@ -170,9 +170,10 @@ class _Recorder:
 
     def _enter_child(self, module: nn.Module, args: tuple) -> None:
         # `forward_features` and `forward_intermediates` don't call the model itself.
-        if not self.inside and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
-            if args[0].shape[1] in (getattr(self.model, "in_chans", 3), 3):
-                self.image_size = tuple(args[0].shape[2:])
+        if self.inside or not args or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+            return
+        if args[0].shape[1] in (getattr(self.model, "in_chans", 3), 3):
+            self.image_size = tuple(args[0].shape[2:])
 
     def _enter_parent(self, site: Site) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:

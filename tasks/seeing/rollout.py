@@ -106,9 +106,10 @@ def _watch(model: nn.Module, record: Record, shrinks: list[_Shrink]) -> Iterator
                 shrinks.append(_shrink(module, len(record), args[0], out))
 
         for module in model.modules():
-            strided = isinstance(module, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)) and max(
-                _pair(module.stride or module.kernel_size)
-            ) > 1
+            strided = (
+                isinstance(module, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d))
+                and max(_pair(module.stride or module.kernel_size)) > 1
+            )
             if id(module) not in inside and (strided or isinstance(module, PatchMerging)):
                 stack.callback(module.register_forward_hook(keep).remove)
         yield
@@ -119,9 +120,13 @@ def _run(model: nn.Module, x: Tensor, gradients: bool) -> _Path:
         raise TaskError(f"images are [B, C, H, W]; got {list(x.shape)}")
     model = getattr(model, "_orig_mod", model)
     shrinks: list[_Shrink] = []
-    with evaluating(model), torch.set_grad_enabled(gradients), torch.inference_mode(False):
-        with record_attention(model) as record, _watch(model, record, shrinks):
-            output = model(x.detach().clone().requires_grad_(gradients))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        record = stack.enter_context(record_attention(model))
+        stack.enter_context(_watch(model, record, shrinks))
+        output = model(x.detach().clone().requires_grad_(gradients))
     unread = {name: reason for name, reason in record.skipped.items() if reason.startswith("there is no reader")}
     if unread:
         name, reason = next(iter(unread.items()))
@@ -244,15 +249,11 @@ def _descend(
 
 def _source(shrink: _Shrink, below: Sequence[object], path: _Path) -> tuple[int, int]:
     """Return the size of the map before its padding to whole windows: that of what came before, else the image."""
-    for event in below:
-        size = event.size if isinstance(event, _Shrink) else path.record[event].map_size
-        if all(0 <= given - length < step for given, length, step in zip(shrink.source, size, shrink.stride, strict=True)):
+    sizes = [event.size if isinstance(event, _Shrink) else path.record[event].map_size for event in below]
+    for size in (*sizes, path.image_size):
+        axes = zip(shrink.source, size, shrink.stride, strict=True)
+        if all(0 <= given - length < step for given, length, step in axes):
             return tuple(size)
-    if all(
-        0 <= given - length < step
-        for given, length, step in zip(shrink.source, path.image_size, shrink.stride, strict=True)
-    ):
-        return path.image_size
     return shrink.source
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of an attention is what it did: for every family at an odd size, for every variant in the long run."""
+"""What is recorded of an attention is what it did: every family at an odd size; every variant in the long run."""
 
 import contextlib
 
@@ -55,7 +55,7 @@ def assert_told(model, images, some=None):
         assert call.check() < 1e-5, name
         if call.kind == "channel":
             matrix = call.matrix()
-            assert matrix.shape[2] == matrix.shape[3] and call.values.shape[2] == matrix.shape[3]
+            assert matrix.shape[2] == matrix.shape[3] == call.values.shape[2]
             torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]), atol=1e-6, rtol=0)
             continue
         query = call.token_at(place)
