@@ -169,8 +169,14 @@ class _Recorder:
         self.inside -= 1
 
     def _enter_child(self, module: nn.Module, args: tuple) -> None:
-        # `forward_features` and `forward_intermediates` don't call the model itself.
-        if self.inside or not args or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+        # `forward_features` and `forward_intermediates` don't call the model itself, and a detector is given a list.
+        if (
+            (self.inside and self.image_size is not None)
+            or "" in self.plan.sites
+            or not args
+            or not isinstance(args[0], Tensor)
+            or args[0].ndim != 4
+        ):
             return
         if args[0].shape[1] in (getattr(self.model, "in_chans", 3), 3):
             self.image_size = tuple(args[0].shape[2:])
