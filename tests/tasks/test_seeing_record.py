@@ -266,7 +266,7 @@ def test_layers_are_chosen_by_globs_and_calls_numbered():
     assert first.map_size == (8, 8)
     assert first.at((63, 63)).shape == (1, 2, 64, 64)
     assert second.at((63, 31)).shape == (1, 2, 32, 64)
-    with pytest.raises(KeyError, match="no recorded attention 'stages.0"):
+    with pytest.raises(KeyError, match=r"no recorded attention 'stages\.0"):
         record["stages.0.blocks.0.attn"]
     with pytest.raises(ValueError, match="not on it"):
         second.at((63, 32))
@@ -274,12 +274,15 @@ def test_layers_are_chosen_by_globs_and_calls_numbered():
 
 def test_what_is_not_recorded_is_said():
     model = small()
-    with pytest.raises(TaskError, match="no module of NAT is named 'stage"), foveate.record_attention(model, "stage.*"):
+    with (
+        pytest.raises(TaskError, match=r"no module of NAT is named 'stage"),
+        foveate.record_attention(model, "stage.*"),
+    ):
         pass
     with pytest.raises(TaskError, match="was not called"), foveate.record_attention(model):
         pass
     cait = timm.create_model("cait_xxs24_224", img_size=32, depth=1)
-    with pytest.raises(TaskError, match="no reader for timm.models.cait.TalkingHeadAttn"):
+    with pytest.raises(TaskError, match=r"no reader for timm.models.cait.TalkingHeadAttn"):
         foveate.record_attention(cait).__enter__()
     attention = timm.layers.Attention(8, 2, attn_drop=0.1).train()
     with pytest.raises(TaskError, match="dropped at random"), foveate.record_attention(attention):

@@ -158,16 +158,16 @@ def test_classes_are_told_apart_and_batches_are_not_mixed(golden_module):
 def test_what_cant_be_carried_is_refused_by_name(golden_module):
     x = torch.randn(1, 3, 64, 64)
     cait = timm.create_model("cait_xxs24_224", img_size=64, depth=1)
-    with pytest.raises(TaskError, match="Cait: .*no reader for .*TalkingHeadAttn"):
+    with pytest.raises(TaskError, match=r"Cait: .*no reader for .*TalkingHeadAttn"):
         foveate.explain.rollout(cait, x)
     inline = tiny("inline_swin_tiny", golden_module, inline_blocks=(1, 0), window_size=2, img_size=64)
-    with pytest.raises(TaskError, match="may be .*linear attention"):
+    with pytest.raises(TaskError, match=r"may be .*linear attention"):
         foveate.explain.rollout(inline, x)
     assert foveate.explain.relevance(inline, x).shape == (1, 16, 16)
     with pytest.raises(TaskError, match="no attention of VAN mixes positions"):
         foveate.explain.rollout(timm.create_model("van_b0", embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)), x)
     siglip = timm.create_model("vit_base_patch16_siglip_224", img_size=64, embed_dim=32, depth=1, num_heads=2)
-    with pytest.raises(TaskError, match="no reader for .*AttentionPoolLatent"):
+    with pytest.raises(TaskError, match=r"no reader for .*AttentionPoolLatent"):
         foveate.explain.rollout(siglip, x)
     model = tiny("nat_atto", golden_module)
     for options, words in (
