@@ -20,6 +20,8 @@ COMMANDS = {
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
     "weights": "list, fetch, verify, convert and publish weights",
+    "probe": "measure what frozen models know: k-NN, linear and attentive probes on their features",
+    "embed": "write the embeddings of a folder's images for other tools: npz, parquet",
     "compare": "train and time one host with every attention of the house",
     "bench": "time our kernels and models against their peers on this machine",
     "run": "run a script of timm's, such as its train.py, with our models registered",
