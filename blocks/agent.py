@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from .initialize import init_linear
 from .pointwise import apply_linear
-from .window import cut_windows, join_windows
+from .record import Recorded, Through, Windows, exact, heads_to_map, map_to_heads
+from .window import cut_windows, join_windows, number_windows
 
 # The block biases have this height and width at every resolution.
 _BLOCK = 7
@@ -72,6 +73,23 @@ def attend_through_agents(
     gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=gather_bias.to(q.dtype)[None])
     x = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=spread_bias.to(q.dtype)[None])
     return x.transpose(1, 2).flatten(2)
+
+
+def _through_agents(
+    q: Tensor,
+    k: Tensor,
+    agents: Tensor,
+    gather_bias: Tensor,
+    spread_bias: Tensor,
+    num_heads: int,
+    windows: Windows | None = None,
+) -> Through:
+    """Return the weights of `attend_through_agents`, whose arguments these are, as an operator."""
+    q, k, agents = [exact(map_to_heads(tokens, num_heads)) for tokens in (q, k, agents)]
+    scale = q.shape[3] ** -0.5
+    read = (q @ agents.mT * scale + exact(spread_bias)).softmax(-1)
+    gathered = (agents @ k.mT * scale + exact(gather_bias)).softmax(-1)
+    return Through(read, gathered, windows)
 
 
 class AgentAttention2d(nn.Module):
@@ -179,6 +197,35 @@ class AgentAttention2d(nn.Module):
         out = out.unflatten(1, (height, width)) + self.dwc(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size, windows = tuple(x.shape[1:3]), None
+        if self.window_height:
+            window = self.window_height, self.window_width
+            windows = Windows(number_windows(size, window).to(x.device))
+            x = cut_windows(x, *window, 0, 0).unflatten(1, window)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        agents = pool_agents(q, self.agents_height, self.agents_width)
+        operator = _through_agents(q, k, agents, *self._biases(*x.shape[1:3]), self.num_heads, windows)
+        values = map_to_heads(v, self.num_heads)
+        values = values if windows is None else windows.join(values)
+        operator.queries = size[0] * size[1]
+
+        def local() -> Tensor:
+            out = map_to_heads(self.dwc(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.num_heads)
+            return (out if windows is None else windows.join(out))[:, :, : operator.queries]
+
+        return Recorded(
+            "agent",
+            size,
+            operator,
+            exact(values),
+            lambda heads: self.proj(heads_to_map(heads, size)),
+            local,
+            details={"agents": (self.agents_height, self.agents_width), "through": operator},
+        )
+
     def _biases(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Return the biases of agents towards positions ``[heads, n, N]`` and of positions towards agents."""
         gather = self._bias(self.an_bias, self.ah_bias[0], self.aw_bias[0], height, width)
@@ -241,6 +288,34 @@ class AgentTokenAttention(AgentAttention2d):
         qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
         q, k, v = qkv.chunk(3, dim=-1)
         agents = pool_agents(q[:, 1:].unflatten(1, (height, width)), self.agents_height, self.agents_width)
+        gather_bias, spread_bias = self._token_biases(height, width)
+        out = attend_through_agents(q, k, v, agents, gather_bias, spread_bias, self.num_heads)
+        out = out + self._token_local(v, height, width)
+        return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor, height: int, width: int) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        agents = pool_agents(q[:, 1:].unflatten(1, (height, width)), self.agents_height, self.agents_width)
+        operator = _through_agents(q, k, agents, *self._token_biases(height, width), self.num_heads)
+
+        def local() -> Tensor:
+            return map_to_heads(self._token_local(v, height, width), self.num_heads)
+
+        return Recorded(
+            "agent",
+            (height, width),
+            operator,
+            exact(map_to_heads(v, self.num_heads)),
+            lambda heads: self.proj(heads.transpose(1, 2).flatten(2)),
+            local,
+            prefix=1,
+            details={"agents": (self.agents_height, self.agents_width), "through": operator},
+        )
+
+    def _token_biases(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return what `_biases` does, for the class token before the map too."""
         gather_bias, spread_bias = self._biases(height, width)
         gather_bias = torch.cat([self.ac_bias[0], gather_bias], dim=2)
         ca_bias = self.ca_bias
@@ -248,7 +323,9 @@ class AgentTokenAttention(AgentAttention2d):
             spread_bias = torch.cat([ca_bias[0], spread_bias], dim=1)
         else:
             spread_bias = F.pad(spread_bias, (0, 0, 1, 0))
-        out = attend_through_agents(q, k, v, agents, gather_bias, spread_bias, self.num_heads)
+        return gather_bias, spread_bias
+
+    def _token_local(self, v: Tensor, height: int, width: int) -> Tensor:
+        """Return the convolution of the map's values, with nothing for the class token."""
         local = self.dwc(v[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
-        out = out + F.pad(local.flatten(2).transpose(1, 2), (0, 0, 1, 0))
-        return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
+        return F.pad(local.flatten(2).transpose(1, 2), (0, 0, 1, 0))

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows
-from .continuous_bias import ContinuousBias, bias_axes, bias_of_rows, pooling_matrix
+from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows, window_tokens
+from .continuous_bias import AxisTable, ContinuousBias, bias_axes, bias_of_rows, pooling_matrix
 from .pointwise import apply_linear
+from .record import Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -141,6 +142,63 @@ class AggregatedAttention2d(nn.Module):
         )
         return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`. Values are the map's tokens, then the pooled map's."""
+        size = height, width = tuple(x.shape[1:3])
+        count, slots = height * width, self.window_size**2
+        pooled = pooled_size(size, self.sr_ratio, self.fixed_pool_size)
+        tokens = self.norm(pool_map(self.act(self.sr(x)), *pooled)).flatten(1, 2)
+        vectors = unit_vectors(
+            self.q(x), self.kv(x), self.kv(tokens), self.temperature, self.query_embedding, slots, pooled
+        )
+        unit, query, key, value, *pooled_vectors = vectors
+        query, key, value, pooled_key, pooled_value = (
+            part.flatten(1, -3).transpose(1, 2) for part in (query, key, value, *pooled_vectors)
+        )
+        table = self.cpb(size, pooled, self.sr_ratio)
+        rows, columns = bias_axes(size, pooled, self.sr_ratio, self.cpb.trained_size)
+        beyond = torch.arange(count, count + pooled[0] * pooled[1], device=x.device)
+
+        def support(queries: Tensor) -> Tensor:
+            window = window_tokens(queries, height, width, self.window_size)
+            return torch.cat([window, beyond.expand(len(queries), -1)], 1)[None, None]
+
+        def bias(queries: Tensor, keys: Tensor) -> Tensor:
+            local = exact(self.relative_pos_bias_local)[:, None].expand(-1, len(queries), -1)
+            return torch.cat([local, _bias_of_queries(table, rows, columns, queries, width)], 2)
+
+        def added(queries: Tensor) -> Tensor:
+            some = unit.flatten(1, 2)[:, queries, None]
+            return exact(learned_weights(some, self.learnable_tokens, self.learnable_bias))[:, :, 0].transpose(1, 2)
+
+        arguments = (query, torch.cat([key, pooled_key], 2), support, bias)
+        axes = [pooling_axis(*axis, x.device) for axis in zip(size, pooled, strict=True)]
+        landing = land_by_axes(*axes).behind(count)
+        return Recorded(
+            "neighborhood",
+            size,
+            Softmax(*arguments, added),
+            exact(torch.cat([value, pooled_value], 2)),
+            lambda heads: self.proj(heads_to_map(heads, size)),
+            landing=landing,
+            normalised=False,
+            signed=True,
+            softmax=Softmax(*arguments),
+            note="a softmax over the window and a pooled map; learned tokens add to the window's weights, of any sign",
+            details={"pooled": pooled},
+        )
+
+
+def _bias_of_queries(table: Tensor, rows: AxisTable, columns: AxisTable, queries: Tensor, width: int) -> Tensor:
+    """Return the bias ``[heads, Q, keys]`` of some queries, numbered row-major, from `ContinuousBias`'s output."""
+    row, column = queries // width, queries % width
+    parts = []
+    for y in row.unique_consecutive().tolist():
+        parts.append(bias_of_rows(table, rows, columns, y, y + 1)[:, column[row == y]])
+    lines, order = torch.cat(parts, 1), torch.cat([(row == y).nonzero()[:, 0] for y in row.unique_consecutive()])
+    return exact(lines)[:, order.argsort()]
+
 
 @torch.jit.ignore
 def pooled_size(size: tuple[int, int], sr_ratio: int, fixed: int | None) -> tuple[int, int]:
@@ -191,27 +249,59 @@ def attend_projected(
         sr_ratio: As in `bias_axes`, like ``trained_size``.
         trained_size: Maps whose bias is resized, or None.
     """
-    heads, head_dim, slots = map(int, tokens.shape)
+    unit, scaled, key, value, pooled_key, pooled_value = unit_vectors(
+        query, kv, pooled_kv, temperature, query_embedding, tokens.shape[2], pooled
+    )
+    size = (int(query.shape[1]), int(query.shape[2]))
+    rows, columns = bias_axes(size, pooled, sr_ratio, trained_size)
+    return aggregated_attention(
+        scaled,
+        key,
+        value,
+        pooled_key,
+        pooled_value,
+        local_bias,
+        bias_table,
+        lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
+        learned_weights(unit, tokens, token_bias),
+    ).flatten(-2)
+
+
+def unit_vectors(
+    query: Tensor,
+    kv: Tensor,
+    pooled_kv: Tensor,
+    temperature: Tensor,
+    query_embedding: Tensor,
+    slots: int,
+    pooled: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `aggregated_attention` takes: unit queries, those scaled, then keys, values, and the pooled ones.
+
+    Args:
+        query: As in `attend_projected`, like the next four.
+        kv: Keys and values.
+        pooled_kv: Those of the pooled map.
+        temperature: ``[heads, 1, 1]``.
+        query_embedding: ``[heads, 1, head_dim]``.
+        slots: Positions of a window.
+        pooled: Height and width of the pooled map.
+    """
+    heads, head_dim = len(temperature), int(query_embedding.shape[2])
     size = (int(query.shape[1]), int(query.shape[2]))
     unit = F.normalize(query.unflatten(-1, (heads, head_dim)), dim=-1)
     key, value = kv.unflatten(-1, (2, heads, head_dim)).unbind(-3)
     pooled_key, pooled_value = pooled_kv.unflatten(-1, (2, heads, head_dim)).unbind(-3)
     scale = key_scale(*size, math.isqrt(slots), math.prod(pooled)).to(temperature)
     scaled = (unit + query_embedding[:, 0]) * (F.softplus(temperature[:, 0]) * scale[:, :, None, None])
-    # What the learned tokens add to the windows' weights.
+    key, pooled_key = (F.normalize(part, dim=-1).to(part.dtype) for part in (key, pooled_key))
+    return unit, scaled.to(key.dtype), key, value, pooled_key, pooled_value
+
+
+def learned_weights(unit: Tensor, tokens: Tensor, token_bias: Tensor) -> Tensor:
+    """Return what the learned tokens add to the windows' weights, ``[B, H, W, heads, slots]``, for unit queries."""
     added = torch.baddbmm(token_bias.to(unit.dtype), unit.flatten(0, 2).transpose(0, 1), tokens.to(unit.dtype))
-    rows, columns = bias_axes(size, pooled, sr_ratio, trained_size)
-    return aggregated_attention(
-        scaled.to(key.dtype),
-        F.normalize(key, dim=-1).to(key.dtype),
-        value,
-        F.normalize(pooled_key, dim=-1).to(key.dtype),
-        pooled_value,
-        local_bias,
-        bias_table,
-        lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
-        added.transpose(0, 1).unflatten(0, unit.shape[:3]),
-    ).flatten(-2)
+    return added.transpose(0, 1).unflatten(0, unit.shape[:3])
 
 
 @functools.lru_cache(maxsize=128)
@@ -291,6 +381,26 @@ class UnitGlobalAttention2d(nn.Module):
         out = attend_globally(qkv, table, self.temperature, self.query_embedding, size, self.cpb.trained_size)
         return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = tuple(x.shape[1:3])
+        table = self.cpb(size, size, 1)
+        rows, columns = bias_axes(size, size, 1, self.cpb.trained_size)
+        query, key, value = unit_queries(self.qkv(x.flatten(1, 2)), self.temperature, self.query_embedding, size)
+        operator = Softmax(query, key, bias=lambda queries, _: _bias_of_queries(table, rows, columns, queries, size[1]))
+        return Recorded("global", size, operator, exact(value), lambda heads: self.proj(heads_to_map(heads, size)))
+
+
+def unit_queries(
+    qkv: Tensor, temperature: Tensor, query_embedding: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scaled queries, unit keys and values ``[B, heads, N, head_dim]``; arguments as in `attend_globally`."""
+    query, key, value = qkv.unflatten(-1, (3, len(temperature), -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scale = F.softplus(temperature) * math.log(size[0] * size[1])
+    query = ((F.normalize(query, dim=-1) + query_embedding) * scale).to(value.dtype)
+    return query, F.normalize(key, dim=-1).to(value.dtype), value
+
 
 @torch.jit.ignore
 def attend_globally(
@@ -312,10 +422,7 @@ def attend_globally(
         trained_size: As in `bias_axes`.
     """
     height, width = map(int, size)
-    query, key, value = qkv.unflatten(-1, (3, len(temperature), -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    scale = F.softplus(temperature) * math.log(height * width)
-    query = ((F.normalize(query, dim=-1) + query_embedding) * scale).to(value.dtype)
-    key = F.normalize(key, dim=-1).to(value.dtype)
+    query, key, value = unit_queries(qkv, temperature, query_embedding, (height, width))
     rows, columns = bias_axes(size, size, 1, trained_size)
     step = rows_at_once(height, query.shape[1] * (height * width) ** 2)
     parts = []

@@ -4,6 +4,8 @@ import torch
 from timm.layers.cbam import CbamModule
 from torch import Tensor
 
+from .record import Recorded, tell_gate
+
 __all__ = ["CBAM"]
 
 # From the authors' names to timm's.
@@ -48,6 +50,21 @@ class CBAM(CbamModule):
         )
         self.spatial.conv.bn.momentum = 0.01
         self.register_load_state_dict_pre_hook(_from_authors)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        return tell_gate(x, gate_of(self, x))
+
+
+def gate_of(module: CbamModule, x: Tensor) -> Tensor:
+    """Return what timm's CBAM multiplies ``x`` ``[B, C, H, W]`` by; its parts return what they gated."""
+    channel, spatial = module.channel, module.spatial
+    pooled = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    gate = channel.gate(sum(channel.fc2(channel.act(channel.fc1(part))) for part in pooled))
+    gated = x * gate
+    pooled = torch.cat([gated.mean(1, keepdim=True), gated.amax(1, keepdim=True)], 1)
+    return gate * spatial.gate(spatial.conv(pooled))
 
 
 def _from_authors(module: CBAM, state: dict[str, Tensor], prefix: str, *_) -> None:

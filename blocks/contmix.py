@@ -11,8 +11,10 @@ from timm.layers import DropPath, LayerNorm2d, SEModule, register_notrace_functi
 from torch import Tensor, nn
 
 from ..kernels.neighborhood import na2d_av, na2d_bias
+from ..kernels.neighborhood.window import Axis, neighbors
 from .dilated_reparam import DilatedReparamConv, rename_branches
 from .plain import is_plain
+from .record import Given, Recorded, Rows, exact, heads_to_map, land_by_axes, map_to_heads, pooling_axis, spread_rows
 
 # Cells of the grid that stands for the whole map, each way.
 _GRID = 7
@@ -83,19 +85,25 @@ class ContextMixing(nn.Module):
     def forward(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
         """Map query ``[B, dim, H, W]``, context ``[B, context_dim, H, W]`` and value ``[B, dim, H, W]`` to the last."""
         height, width = value.shape[2], value.shape[3]
-        rows, columns = stretched_size(height, width, self.kernel_size)
+        query, key, value = self._project(query, context, value)
+        rows, columns = value.shape[2], value.shape[3]
+        logits = self._logits(query, key).transpose(1, 2).unflatten(1, [rows, columns])
+        out = mix_windows(logits, value, self.rpb1, self.rpb2, self.small_kernel, self.kernel_size)
         stretched = rows != height or columns != width
-        if stretched:
+        return F.adaptive_avg_pool2d(out, [height, width]) if stretched else out
+
+    def _project(self, query: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries ``[B, groups, N, d]``, keys ``[B, groups, d, 49]`` and the value, stretched if need be."""
+        height, width = value.shape[2], value.shape[3]
+        rows, columns = stretched_size(height, width, self.kernel_size)
+        if rows != height or columns != width:
             query = F.interpolate(query, size=[rows, columns], mode="bilinear")
             context = F.interpolate(context, size=[rows, columns], mode="bilinear")
             value = F.interpolate(value, size=[rows, columns], mode="bilinear")
         query = self.query(query) * self.scale
         key = self.key(F.adaptive_avg_pool2d(context, [self.grid, self.grid]))
         query = query.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, [self.groups, -1]).transpose(1, 2)
-        key = key.flatten(2).unflatten(1, [self.groups, -1])
-        logits = self._logits(query, key).transpose(1, 2).unflatten(1, [rows, columns])
-        out = mix_windows(logits, value, self.rpb1, self.rpb2, self.small_kernel, self.kernel_size)
-        return F.adaptive_avg_pool2d(out, [height, width]) if stretched else out
+        return query, key.flatten(2).unflatten(1, [self.groups, -1]), value
 
     def _logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return ``[B, groups, HW, both windows]`` of query ``[B, groups, HW, d]`` and key ``[B, groups, d, 49]``."""
@@ -105,6 +113,48 @@ class ContextMixing(nn.Module):
                 return query @ (key @ self.weights.weight.flatten(1).mT) + self.weights.bias
         affinity = (query @ key).permute(0, 3, 1, 2)
         return self.weights(affinity).permute(0, 2, 3, 1)
+
+    @torch.jit.ignore
+    def recorded(self, query: Tensor, context: Tensor, value: Tensor) -> Recorded:
+        """Tell what a call did; see `blocks.record`. Heads are the groups' small kernels, then their large ones."""
+        size = tuple(value.shape[2:])
+        query, key, value = self._project(query, context, value)
+        inner = tuple(value.shape[2:])
+        tables = [exact(rpb).flatten(1) for rpb in (self.rpb1, self.rpb2)]
+        kernels = self.small_kernel, self.kernel_size
+
+        def rows(queries: Tensor) -> Rows:
+            logits = exact(self._logits(query[:, :, queries], key)).split([kernel**2 for kernel in kernels], -1)
+            keys, weights = [], []
+            for part, table, kernel in zip(logits, tables, kernels, strict=True):
+                found = neighbors([Axis(length, kernel) for length in inner], queries.cpu().numpy())
+                tokens, entries = (torch.from_numpy(array).to(value.device) for array in found)
+                missing = kernels[1] ** 2 - kernel**2
+                keys.append(F.pad(tokens, (0, missing), value=-1).expand(1, self.groups, -1, -1))
+                weights.append(F.pad((part + table[:, entries]).softmax(-1), (0, missing)))
+            return Rows(torch.cat(keys, 1), torch.cat(weights, 1))
+
+        def project(heads: Tensor) -> Tensor:
+            return heads_to_map(heads, size).permute(0, 3, 1, 2)
+
+        heads, tokens = 2 * self.groups, inner[0] * inner[1]
+        operator = Given(rows, heads, tokens, tokens, heads * kernels[1] ** 2 * 3, value.device)
+        values, note, landing = exact(map_to_heads(value.permute(0, 2, 3, 1), heads)), "", None
+        if inner != size:
+            whole = spread_rows(rows(torch.arange(tokens, device=value.device)), tokens)
+            down, across = (pooling_axis(*axis, value.device) for axis in zip(inner, size, strict=True))
+            whole = torch.einsum("pr,qc,bhrck->bhpqk", down, across, whole.unflatten(2, inner)).flatten(2, 3)
+            operator = Given(
+                lambda queries: Rows(None, whole[:, :, queries]), heads, whole.shape[2], tokens, tokens, value.device
+            )
+            landing = land_by_axes(*(_stretching(*axis, value.device) for axis in zip(size, inner, strict=True)))
+            note = "the map is smaller than the kernel: values are those of a stretched one"
+        return Recorded("neighborhood", size, operator, values, project, landing=landing, note=note)
+
+
+def _stretching(length: int, target: int, device: torch.device) -> Tensor:
+    """Return the matrix ``[target, length]`` of stretching a line, linear."""
+    return F.interpolate(torch.eye(length, device=device)[:, None], size=target, mode="linear")[:, 0].T
 
 
 @register_notrace_function

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from .agent import AgentAttention2d
@@ -18,6 +19,7 @@ from .large_kernel import LargeKernelAttention2d
 from .mixture_of_heads import MixtureOfHeads2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
+from .record import Recorded
 from .routing import BiLevelRoutingAttention2d
 from .shift import Shift2d
 from .window import WindowAttention2d
@@ -28,6 +30,13 @@ class _Deformable(DeformableAttention2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        recorded = super().recorded(x.permute(0, 3, 1, 2))
+        project = recorded.project
+        recorded.project = lambda heads: project(heads).permute(0, 2, 3, 1)
+        return recorded
 
 
 class _Shift(Shift2d):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..kernels.attention import without_cudnn
 from .initialize import init_linear
 from .pointwise import apply_linear
+from .record import Recorded, Softmax, Windows, exact, heads_to_map, map_to_heads, number_box
 from .window import cut_windows, join_windows
 
 
@@ -126,3 +127,38 @@ class CrossShapedAttention2d(nn.Module):
             outs.append(unpad_stripes(out, height, width))
         x = torch.cat(outs, dim=-1)
         return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`. Branches with less padding have zeros at the end."""
+        size = height, width = tuple(x.shape[1:3])
+        branches, count = len(self.stripes), height * width
+        qkv = self.qkv(x).unflatten(-1, (3, branches, -1))
+        cuts, heads, windows = [], [], []
+        for i in range(branches):
+            stripe = stripe_size(height, self.stripes[i][0]), stripe_size(width, self.stripes[i][1])
+            branch = pad_to_stripes(qkv[:, :, :, :, i].flatten(3), *stripe)
+            cuts.append((cut_windows(branch, *stripe, 0, 0), tuple(branch.shape[1:3]), stripe))
+            before = [(padded - length) // 2 for padded, length in zip(branch.shape[1:3], size, strict=True)]
+            numbers = number_box(size, branch.shape[1:3], before)[None, :, :, None].to(x.device)
+            windows.append(Windows(cut_windows(numbers, *stripe, 0, 0).squeeze(-1)))
+            parts = cuts[-1][0].unflatten(-1, (3, self.num_heads // branches, -1)).permute(2, 0, 3, 1, 4)
+            heads.append(torch.stack([windows[-1].join(part) for part in parts]))
+        values = max(part.shape[3] for part in heads)
+        q, k, v = torch.cat([F.pad(part, (0, 0, 0, values - part.shape[3])) for part in heads], 2).unbind(0)
+
+        def support(queries: Tensor) -> Tensor:
+            keys = [part.keys(queries) for part in windows]
+            most = max(part.shape[3] for part in keys)
+            keys = torch.cat([F.pad(part, (0, most - part.shape[3]), value=-1) for part in keys], 1)
+            return keys.repeat_interleave(self.num_heads // branches, 1)
+
+        def local() -> Tensor:
+            outs = []
+            for (cut, padded, stripe), lepe in zip(cuts, self.lepe, strict=True):
+                out = lepe(cut.chunk(3, dim=-1)[2].unflatten(1, stripe).permute(0, 3, 1, 2)).flatten(2).mT
+                outs.append(unpad_stripes(join_windows(out, *padded, *stripe, 0, 0), height, width))
+            return map_to_heads(torch.cat(outs, -1), self.num_heads)
+
+        operator = Softmax(q[:, :, :count] * q.shape[3] ** -0.5, k, support)
+        return Recorded("stripes", size, operator, exact(v), lambda out: self.proj(heads_to_map(out, size)), local)

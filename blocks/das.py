@@ -5,6 +5,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
+from .record import Recorded, tell_gate
+
 __all__ = ["DeformableGate"]
 
 
@@ -68,6 +70,14 @@ class DeformableGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x`` ``[B, channels, H, W]``."""
+        return x * self._gate(x)
+
+    def _gate(self, x: Tensor) -> Tensor:
         compressed = self.act(self.norm1(self.pointwise(self.depthwise(x))))
         attended = self.deformable(compressed, self.offset(compressed))
-        return x * torch.sigmoid(self.norm2(attended.to(x.dtype)))
+        return torch.sigmoid(self.norm2(attended.to(x.dtype)))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        return tell_gate(x, self._gate(x))

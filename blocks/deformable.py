@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
+from ..kernels.bilinear import neighbors
 from .global_attention import resize_bias_table
 from .layout import channels_last
 from .plain import is_plain
+from .record import Landing, Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
 
 GEOMETRIES = ("dat", "dat_pp")
 
@@ -295,6 +297,56 @@ class DeformableAttention2d(nn.Module):
         bias = self._bias(q, points)
         weights = (scores if bias is None else scores + bias).softmax(-1)
         return weights.unflatten(3, points.shape[1:3]).unflatten(2, x.shape[2:])
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`.
+
+        Keys and values are 1x1 convolutions of all channels, each group of which was read at points of its own: the
+        i-th value of every head holds something of the i-th points of all groups, among which its weight is divided.
+        """
+        size, q = tuple(x.shape[2:]), self.q(x)
+        points = self._points(q)
+        k, v = self._keys_values(x, points)
+        bias = self._bias(q, points)
+        queries = _tokens(q, self.num_heads)
+        operator = Softmax(
+            queries * k.shape[-1] ** -0.5, k, bias=None if bias is None else lambda rows, _: exact(bias)[:, :, rows]
+        )
+        details = {}
+        if self.offset_conv is None:
+            axes = zip(size, points.shape[1:3], strict=True)
+            landing = land_by_axes(*(pooling_axis(*axis, x.device) for axis in axes))
+        else:
+            places, references = self.sampled_points(x)
+            landing = _land_points(places.flatten(2, 3), size)
+            details = {"points": places, "references": references}
+        return Recorded(
+            "deformable",
+            size,
+            operator,
+            exact(v),
+            lambda heads: self.proj(heads_to_map(heads, size).permute(0, 3, 1, 2)),
+            landing=landing,
+            note="values are the sampled points; those of all groups share in a point's weight" * (self.groups > 1),
+            details=details,
+        )
+
+
+def _land_points(places: Tensor, size: tuple[int, int]) -> Landing:
+    """Return on which pixels points ``[B, groups, n, 2]``, (x, y), were read: a group has its part of the weight."""
+    batch, groups, count, _ = places.shape
+    (left, right, *column_shares), (upper, lower, *row_shares) = (
+        neighbors(places[..., i], torch.tensor(float(length), device=places.device))
+        for i, length in enumerate((size[1], size[0]))
+    )
+    tokens, shares = [], []
+    for row, row_share in zip((upper, lower), row_shares, strict=True):
+        for column, column_share in zip((left, right), column_shares, strict=True):
+            tokens.append(row.long() * size[1] + column.long())
+            shares.append(row_share * column_share / groups)
+    keys = torch.arange(count, device=places.device).repeat(groups * 4)
+    return Landing(keys, *(torch.stack(part, 1).view(batch, -1) for part in (tokens, shares)))
 
 
 def _tokens(x: Tensor, num_heads: int) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .initialize import init_linear
 from .pointwise import apply_linear
+from .record import Recorded, Softmax, exact
 from .window import WindowAttention2d
 
 
@@ -77,6 +78,17 @@ class ChannelGroupAttention2d(nn.Module):
         x = F.scaled_dot_product_attention(k, v, q, scale=self.scale)
         x = x.permute(0, 3, 1, 2).flatten(2).unflatten(1, (height, width))
         return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = tuple(x.shape[1:3])
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_groups, -1)).permute(2, 0, 3, 4, 1).unbind(0)
+
+        def project(groups: Tensor) -> Tensor:
+            return self.proj(groups.permute(0, 3, 1, 2).flatten(2).unflatten(1, size))
+
+        return Recorded("channel", size, Softmax(k * self.scale, v), exact(q), project)
 
 
 class DualAttention2d(nn.Module):

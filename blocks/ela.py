@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .record import Recorded, tell_gate
+
 
 class _Variant(NamedTuple):
     kernel_size: int
@@ -80,3 +82,10 @@ class EfficientLocalAttention(nn.Module):
         rows, columns = self.gates(x)
         out = x * rows.unsqueeze(3) * columns.unsqueeze(2)
         return x + out if self.skip else out
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        rows, columns = self.gates(x)
+        gate = rows.unsqueeze(3) * columns.unsqueeze(2)
+        return tell_gate(x, 1 + gate if self.skip else gate, note="the input is added" * self.skip)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
+from .record import Recorded, Softmax, exact, heads_to_map
+
 
 @register_notrace_function
 def relative_bias(rpb: Tensor, height: int, width: int) -> Tensor:
@@ -112,3 +114,14 @@ class GlobalAttention2d(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = x.transpose(1, 2).flatten(2).unflatten(1, (height, width))
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size, bias = tuple(x.shape[1:3]), None
+        q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.rpb is not None:
+            table = exact(relative_bias(self.rpb, self.height, self.width))
+            bias = lambda queries, _: table[:, queries]  # noqa: E731
+        operator = Softmax(q * q.shape[3] ** -0.5, k, bias=bias)
+        return Recorded("global", size, operator, exact(v), lambda heads: self.proj(heads_to_map(heads, size)))

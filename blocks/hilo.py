@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from .initialize import init_linear
 from .pointwise import apply_linear
-from .window import cut_windows, join_windows
+from .record import Given, Recorded, Rows, Softmax, Windows, exact, heads_to_map, map_to_heads
+from .window import cut_windows, join_windows, number_windows
 
 
 @register_notrace_function
@@ -118,3 +119,57 @@ class HiLoAttention2d(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.l_proj(out) if torch.jit.is_scripting() else apply_linear(self.l_proj, out)
         return out.unflatten(1, (height, width))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`.
+
+        Values of low frequencies are means of the windows' values: their weights are divided among the tokens.
+        """
+        size, side = tuple(x.shape[1:3]), self.window_size
+        count, high = size[0] * size[1], self.high_heads
+        windows = Windows(number_windows(size, (side, side)).to(x.device))
+        cut = cut_windows(x, side, side, 0, 0)
+        values, operators = [], []
+        if self.h_qkv is not None:
+            q, k, v = (map_to_heads(part, high) for part in self.h_qkv(cut).chunk(3, -1))
+            q, k, v = (windows.join(part) for part in (q, k, v))
+            operators.append(Softmax(q[:, :, :count] * q.shape[3] ** -0.5, k, windows.keys))
+            values.append(v)
+        if self.l_q is not None:
+            pooled = x.flatten(1, 2) if side == 1 else pool_windows(x, side)
+            q = map_to_heads(self.l_q(x), self.low_heads)
+            k = map_to_heads(self.l_kv(pooled).chunk(2, -1)[0], self.low_heads)
+            operators.append(Softmax(q * q.shape[3] ** -0.5, k))
+            values.append(windows.join(map_to_heads(self.l_kv(cut).chunk(2, -1)[1], self.low_heads)))
+
+        def rows(queries: Tensor) -> Rows:
+            parts = [operator.rows(queries) for operator in operators]
+            if self.l_q is not None:
+                low = parts[-1].weights[..., windows.window] / side**2
+                if self.h_qkv is None:
+                    return Rows(None, low)
+                within = low.new_zeros(low.shape[0], high, *low.shape[2:])
+                within.scatter_(-1, parts[0].keys.expand_as(parts[0].weights), parts[0].weights)
+                return Rows(None, torch.cat([within, low], 1))
+            return parts[0]
+
+        def project(heads: Tensor) -> Tensor:
+            layers, parts = (self.h_proj, self.l_proj), (heads[:, :high], heads[:, high:])
+            outs = [
+                layer(heads_to_map(part, size)) for layer, part in zip(layers, parts, strict=True) if layer is not None
+            ]
+            return torch.cat(outs, -1)
+
+        values = exact(torch.cat(values, 1))
+        held = sum(operator.held for operator in operators) + 2 * values.shape[1] * values.shape[2]
+        return Recorded(
+            "window" if high else "global",
+            size,
+            Given(rows, values.shape[1], count, values.shape[2], held, x.device),
+            values,
+            project,
+            note=f"the first {high} of {values.shape[1]} heads are within windows, the others see means of windows"
+            if high and self.low_heads
+            else "",
+        )

@@ -1,5 +1,7 @@
 """InLine attention (Han et al., NeurIPS 2024, arXiv 2412.06590): linear attention whose weights add up to one."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from .initialize import init_linear
 from .pointwise import apply_linear
+from .record import Given, Recorded, Rows, exact, heads_to_map, map_to_heads
 
 
 def attend_linearly(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -179,6 +182,43 @@ class InLineAttention2d(nn.Module):
         """Return the kernels ``[B, dim, 3, 3]`` made from a mean ``[B, dim]``."""
         return self.residual(mean.unsqueeze(2)).reshape(mean.shape[0], -1, 3, 3)
 
+    @torch.jit.ignore
+    def recorded(self, x: Tensor, source: Tensor | None = None) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = tuple(x.shape[1:3])
+        qkv = self.qkv(x)
+        kernels = self._kernels((x if source is None else source).mean((1, 2)))
+
+        def local() -> Tensor:
+            v = qkv.chunk(3, dim=-1)[2]
+            out = filter_maps(v, kernels, torch.zeros_like(v[:, 0, 0]))
+            if self.lepe is not None:
+                out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return map_to_heads(out, self.num_heads)
+
+        return _tell(qkv, self.num_heads, size, lambda heads: self.proj(heads_to_map(heads, size)), local)
+
+
+def _tell(
+    qkv: Tensor,
+    num_heads: int,
+    size: tuple[int, int],
+    project: Callable[[Tensor], Tensor],
+    local: Callable[[], Tensor],
+    prefix: int = 0,
+) -> Recorded:
+    """Tell of an attention whose weights are those of `attend_linearly`; other arguments as in `Recorded`."""
+    q, k, v = (exact(map_to_heads(part, num_heads)) for part in qkv.chunk(3, dim=-1))
+    tokens, scale = k.shape[2], q.shape[3] ** -0.5
+    centred = (k - k.mean(2, keepdim=True)).mT * scale
+
+    def rows(queries: Tensor) -> Rows:
+        return Rows(None, (1 + q[:, :, queries] @ centred) / tokens)
+
+    operator = Given(rows, num_heads, tokens, tokens, 2 * num_heads * tokens, qkv.device)
+    note = "linear attention: weights add up to 1 and may be negative"
+    return Recorded("global", size, operator, v, project, local, prefix=prefix, signed=True, note=note)
+
 
 class InLineTokenAttention(InLineAttention2d):
     """InLine attention over a map and a class token before it (InLine-DeiT).
@@ -211,3 +251,16 @@ class InLineTokenAttention(InLineAttention2d):
         qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
         out = attend_and_filter(qkv, self._kernels(x.mean(1)), height, width, self.num_heads)
         return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor, height: int, width: int) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        qkv, kernels = self.qkv(x), self._kernels(x.mean(1))
+
+        def local() -> Tensor:
+            v = qkv.chunk(3, dim=-1)[2]
+            out = filter_maps(v[:, 1:].unflatten(1, (height, width)), kernels, torch.zeros_like(v[:, 0]))
+            return map_to_heads(F.pad(out.flatten(1, 2), (0, 0, 1, 0)), self.num_heads)
+
+        size = height, width
+        return _tell(qkv, self.num_heads, size, lambda heads: self.proj(heads.transpose(1, 2).flatten(2)), local, 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .depthwise import apply_depthwise
 from .pointwise import apply_pointwise
+from .record import Recorded, tell_gate
 
 
 class DilatedGate(nn.Module):
@@ -34,9 +35,18 @@ class DilatedGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Return what ``x`` ``[B, dim, H, W]`` is multiplied by, of the same shape."""
         local = self.local(x)
         wide = self.dilated(local) if torch.jit.is_scripting() else apply_depthwise(self.dilated, local)
-        return x * (self.mix(wide) if torch.jit.is_scripting() else apply_pointwise(self.mix, wide))
+        return self.mix(wide) if torch.jit.is_scripting() else apply_pointwise(self.mix, wide)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        return tell_gate(x, self.gate(x), signed=True)
 
 
 class StripGate(nn.Module):
@@ -66,12 +76,21 @@ class StripGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Return what ``x`` ``[B, dim, H, W]`` is multiplied by, of the same shape."""
         local = self.local(x)
         total = local
         for row, column in zip(self.rows, self.columns):  # noqa: B905 (TorchScript knows no strict)
             strip = row(local) if torch.jit.is_scripting() else apply_depthwise(row, local)
             total = total + (column(strip) if torch.jit.is_scripting() else apply_depthwise(column, strip))
-        return x * (self.mix(total) if torch.jit.is_scripting() else apply_pointwise(self.mix, total))
+        return self.mix(total) if torch.jit.is_scripting() else apply_pointwise(self.mix, total)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        return tell_gate(x, self.gate(x), signed=True)
 
 
 _GATES = {"dilated": DilatedGate, "strips": StripGate}

@@ -1,5 +1,7 @@
 """Mixture of heads: each position weighs the heads of its attention, and drops some (MoH, arXiv 2410.11842)."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from ..kernels.precision import full_precision
 from .losses import report_loss
 from .plain import is_plain
+from .record import Given, Operator, Recorded, Rows, exact, heads_to_map
 
 
 class HeadRouter(nn.Module):
@@ -201,3 +204,32 @@ class MixtureOfHeads2d(nn.Module):
         if loss is not None and self.training:
             report_loss("balance", self.balance_weight * loss)
         return weights
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`: the inner attention's weights times the heads'."""
+        inner = self.attention.recorded(x)
+        gates = exact(self.router.route(x)[0]).flatten(1, -2).transpose(1, 2)  # [B, heads, N]
+        local = inner.local
+
+        def project(heads: Tensor) -> Tensor:
+            return self.proj(heads_to_map(heads, inner.map_size))
+
+        return replace(
+            inner,
+            operator=_weigh_rows(inner.operator, gates),
+            softmax=None if inner.softmax is None else _weigh_rows(inner.softmax, gates),
+            local=None if local is None else lambda: local() * gates.unsqueeze(3),
+            project=project,
+            normalised=False,
+            note=f"a position's weights add up to its weight of the head; {inner.note}".removesuffix("; "),
+            details={**(inner.details or {}), "gates": gates},
+        )
+
+
+def _weigh_rows(operator: Operator, gates: Tensor) -> Given:
+    def rows(queries: Tensor) -> Rows:
+        keys, weights = operator.rows(queries)
+        return Rows(keys, weights * gates[:, :, queries, None])
+
+    return Given(rows, operator.heads, operator.queries, operator.keys, operator.held, operator.device)

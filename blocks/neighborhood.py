@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..kernels import na1d, na2d, na3d
 from ..kernels.neighborhood.reference import reference_scores
-from ..kernels.neighborhood.window import Axis
+from ..kernels.neighborhood.window import Axis, neighbors
 from .initialize import init_linear
+from .record import Recorded, Softmax, exact, heads_to_map, number_box
 
 _OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 
@@ -126,10 +127,43 @@ class _NeighborhoodAttention(nn.Module):
         grows with the window: this is for pictures and analysis.
         """
         q, k, _ = self.qkv(pad_to_fit(x, self.least)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        settings = zip(q.shape[1:-2], self.kernel_size, self.stride, self.dilation, self.is_causal, strict=True)
-        scores = reference_scores(q, k, [Axis(*setting) for setting in settings], self.scale, self.rpb)
+        scores = reference_scores(q, k, self._axes(q.shape[1:-2]), self.scale, self.rpb)
         weights = scores.softmax(-1).unflatten(1, q.shape[1:-2])
         return weights[(slice(None), *(slice(length) for length in x.shape[1:-1]))]
+
+    def _axes(self, size: Sequence[int]) -> list[Axis]:
+        settings = zip(size, self.kernel_size, self.stride, self.dilation, self.is_causal, strict=True)
+        return [Axis(*setting) for setting in settings]
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = x.shape[1:-1]
+        q, k, v = self.qkv(pad_to_fit(x, self.least)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        axes = self._axes(q.shape[1:-2])
+        numbers = number_box(size, q.shape[1:-2]).to(x.device)
+        order = numbers.flatten().argsort()
+        q, k, v = (part.flatten(1, -3).transpose(1, 2)[:, :, order] for part in (q, k, v))
+        count = size.numel()
+        rpb = None if self.rpb is None else exact(self.rpb).flatten(1)
+
+        def find(queries: Tensor) -> tuple[Tensor, Tensor]:
+            tables = neighbors(axes, order[queries].cpu().numpy())
+            return tuple(torch.from_numpy(table).to(x.device) for table in tables)
+
+        def support(queries: Tensor) -> Tensor:
+            tokens, _ = find(queries)
+            return torch.where(tokens < 0, -1, numbers.flatten()[tokens])[None, None]
+
+        operator = Softmax(
+            q[:, :, :count] * self.scale,
+            k,
+            support,
+            None if rpb is None else lambda queries, _: rpb[:, find(queries)[1]],
+        )
+        return Recorded(
+            "neighborhood", tuple(size), operator, exact(v), lambda heads: self.proj(heads_to_map(heads, size))
+        )
 
 
 class NeighborhoodAttention2d(_NeighborhoodAttention):

@@ -4,6 +4,8 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from .record import Recorded, tell_gate
+
 __all__ = ["PolarizedAttention"]
 
 
@@ -82,6 +84,13 @@ class PolarizedAttention(nn.Module):
             x = x * self._channel_gate(x)
             return x * self._spatial_gate(x)
         return x * self._channel_gate(x) + x * self._spatial_gate(x)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        channel = self._channel_gate(x)
+        gate = channel * self._spatial_gate(x * channel) if self.sequential else channel + self._spatial_gate(x)
+        return tell_gate(x, gate)
 
 
 def _flatten_norm(module: PolarizedAttention, state: dict[str, Tensor], prefix: str, *_) -> None:

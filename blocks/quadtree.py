@@ -14,6 +14,7 @@ from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
 from .layout import channels_last
 from .plain import is_plain
+from .record import Given, Landing, Recorded, Rows, exact, heads_to_map, map_to_heads
 
 # Of one chunk of the coarsest level's scores, which are the only ones that grow with the square of the map.
 _COARSE_BYTES = 64 * 2**20
@@ -248,10 +249,14 @@ class QuadTreeAttention2d(nn.Module):
         out = attend(pyramid, values, self.level_weights, self.num_heads, self.topk, self.backend)
         if self.kind == "A":
             return out
+        return out + self._call_lepe(values)
+
+    def _call_lepe(self, values: list[Tensor]) -> Tensor:
+        """Return type B's LePE of value maps, fine to coarse."""
         lepe = []
         for level, conv in enumerate(self.lepe):
             lepe.append(conv(values[self.levels - 1 - level].permute(0, 3, 1, 2)))
-        return out + weigh_positional(lepe, self.level_weights)
+        return weigh_positional(lepe, self.level_weights)
 
     @torch.jit.ignore
     def routes(self, x: Tensor) -> list[Routes]:
@@ -279,6 +284,71 @@ class QuadTreeAttention2d(nn.Module):
             ]
             routes.append(Routes(*maps))
         return routes
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`.
+
+        Values are the tokens of all levels, the finest first. What padding repeats is counted as what it repeats, on
+        the finest level; coarser tokens cover some of it.
+        """
+        size, levels = tuple(x.shape[1:3]), range(self.levels)
+        padded = pad_to_multiple(x, self.multiple)
+        values = self._values(padded)
+        routes = self.routes(x)[::-1]  # fine to coarse
+        shares = self.level_weights.softmax(0).float().flip(0) if self.kind == "B" else x.new_ones(self.levels).float()
+        grids = [tuple(value.shape[1:3]) for value in values]
+        starts = [0]
+        for grid in (size, *grids[1:]):
+            starts.append(starts[-1] + grid[0] * grid[1])
+
+        def number(level: int, tokens: Tensor) -> Tensor:
+            row, column = tokens // grids[level][1], tokens % grids[level][1]
+            if level == 0:
+                return row.clamp(max=size[0] - 1) * size[1] + column.clamp(max=size[1] - 1)
+            return starts[level] + tokens
+
+        def rows(queries: Tensor) -> Rows:
+            row, column, keys, weights = queries // size[1], queries % size[1], [], []
+            for level, (tokens, weight) in enumerate(routes):
+                place = (slice(None), slice(None), row >> level, column >> level)
+                keys.append(number(level, tokens[place]))
+                weights.append(exact(weight[place]) * shares[level])
+            return Rows(torch.cat(keys, -1), torch.cat(weights, -1))
+
+        cells, covered, parts = [], [], []
+        for level in levels:
+            place = torch.arange(grids[0][0] * grids[0][1], device=x.device)
+            row, column = place // grids[0][1], place % grids[0][1]
+            at = number(0, place)
+            if level == 0:
+                at = at.unique()
+                cells.append(at)
+            else:
+                cells.append(starts[level] + (row >> level) * grids[level][1] + (column >> level))
+            covered.append(at)
+            parts.append(torch.full(at.shape, 4.0**-level, device=x.device))
+        landing = Landing(torch.cat(cells), torch.cat(covered)[None], torch.cat(parts)[None])
+        first = values[0][:, : size[0], : size[1]].flatten(1, 2)
+        mixed = torch.cat([first, *(value.flatten(1, 2) for value in values[1:])], 1)
+
+        def local() -> Tensor:
+            return map_to_heads(self._call_lepe(values)[:, : size[0], : size[1]], self.num_heads)
+
+        held = 3 * self.num_heads * sum(route.tokens.shape[-1] for route in routes)
+        alone = self.kind == "A" and self.levels == 1
+        return Recorded(
+            "quadtree",
+            size,
+            Given(rows, self.num_heads, size[0] * size[1], starts[-1], held, x.device),
+            exact(map_to_heads(mixed, self.num_heads)),
+            lambda heads: self.proj(heads_to_map(heads, size)),
+            None if self.kind == "A" else local,
+            landing=landing,
+            normalised=not alone,
+            note="the best tokens are left out, for there is no finer level: rows add up to less than 1" * alone,
+            details={"routes": routes, "shares": shares, "starts": starts, "grids": grids},
+        )
 
     @torch.jit.ignore
     def attention_map(self, x: Tensor, row: int, column: int) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..kernels.pointwise import pointwise
 from ..kernels.precision import full_precision
 from ..kernels.routing import routed_attention
-from ..kernels.routing.reference import routed_attention_weights
+from ..kernels.routing.reference import cut_regions, routed_attention_weights
 from .initialize import init_linear
 from .plain import is_plain
 from .pointwise import apply_linear
+from .record import Recorded, Softmax, exact, heads_to_map, map_to_heads, number_box
 
 
 class RoutedRegions(NamedTuple):
@@ -257,6 +258,34 @@ class BiLevelRoutingAttention2d(nn.Module):
         query, key, _ = qkv.unbind(3)
         return routed_attention_weights(query, key, regions.index, regions.region_size, self.scale)
 
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = tuple(x.shape[2:]) if self.channels_first else tuple(x.shape[1:3])
+        qkv, regions = self._inspect(x)
+        numbers = number_box(size, qkv.shape[1:3]).to(x.device)
+        tokens = cut_regions(numbers[None, :, :, None], regions.region_size)[0, :, :, 0]
+        order = numbers.flatten().argsort()
+        region = torch.empty_like(order)
+        region[tokens.flatten()] = torch.arange(len(tokens), device=x.device).repeat_interleave(tokens.shape[1])
+        q, k, v = (part.flatten(1, 2).transpose(1, 2)[:, :, order] for part in qkv.unbind(3))
+
+        def support(queries: Tensor) -> Tensor:
+            return tokens[regions.index[:, region[queries]]].flatten(2)[:, None]
+
+        def local() -> Tensor:
+            seen = qkv[:, :, :, 2].flatten(3)
+            seen = seen[:, : size[0], : size[1]] if self.ragged else seen
+            lepe = self.lepe(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return map_to_heads(lepe[:, : size[0], : size[1]], self.num_heads)
+
+        def project(heads: Tensor) -> Tensor:
+            out = self.proj(heads_to_map(heads, size))
+            return out.permute(0, 3, 1, 2) if self.channels_first else out
+
+        operator = Softmax(q[:, :, : size[0] * size[1]] * self.scale, k, support)
+        return Recorded("routing", size, operator, exact(v), project, local, details={"regions": regions})
+
 
 class LePEAttention2d(nn.Module):
     """Multi-head self-attention over a whole map, plus a depthwise convolution of its input or of its values.
@@ -321,6 +350,20 @@ class LePEAttention2d(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out = out.unflatten(1, (x.shape[1], x.shape[2])) + lepe
         return self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = tuple(x.shape[1:3])
+        qkv = self.qkv(x)
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+        def local() -> Tensor:
+            seen = qkv[..., 2 * x.shape[-1] :] if self.lepe_of_value else x
+            return map_to_heads(self.lepe(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), self.num_heads)
+
+        operator = Softmax(q * q.shape[3] ** -0.5, k)
+        return Recorded("global", size, operator, exact(v), lambda heads: self.proj(heads_to_map(heads, size)), local)
 
 
 def _check_settings(name: str, dim: int, num_heads: int, lepe_kernel: int) -> None:

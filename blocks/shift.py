@@ -39,6 +39,11 @@ class Shift2d(nn.Module):
         self.group = dim // parts
         self.channels_first = channels_first
 
+    @property
+    def unrecorded(self) -> str:
+        """Why it tells no weights."""
+        return "it moves channels by one position, whatever they hold"
+
     def extra_repr(self) -> str:
         return f"{self.group} channels each way"
 

@@ -4,6 +4,8 @@ import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from .record import Recorded, tell_gate
+
 __all__ = ["TripletAttention"]
 
 
@@ -51,8 +53,16 @@ class TripletAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x`` ``[B, channels, H, W]``."""
+        return x * self._gate(x)
+
+    def _gate(self, x: Tensor) -> Tensor:
         over_channel_width = self.cw(x.transpose(1, 2)).transpose(1, 2)
         over_height_channel = self.hc(x.transpose(1, 3)).transpose(1, 3)
         if self.hw is None:
-            return x * ((over_channel_width + over_height_channel) / 2)
-        return x * ((over_channel_width + over_height_channel + self.hw(x)) / 3)
+            return (over_channel_width + over_height_channel) / 2
+        return (over_channel_width + over_height_channel + self.hw(x)) / 3
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        return tell_gate(x, self._gate(x))

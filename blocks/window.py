@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .global_attention import relative_bias
 from .initialize import init_linear
 from .pointwise import apply_linear
+from .record import Recorded, Softmax, Windows, exact, heads_to_map, number_box
 
 
 @register_notrace_function
@@ -187,3 +188,26 @@ class WindowAttention2d(nn.Module):
         windows = self.proj(windows) if torch.jit.is_scripting() else apply_linear(self.proj, windows)
         x = join_windows(windows, height, width, self.window_height, self.window_width, shift_y, shift_x)
         return self.proj_drop(x)
+
+    @torch.jit.ignore
+    def recorded(self, x: Tensor) -> Recorded:
+        """Tell what a call with ``x`` did; see `blocks.record`."""
+        size = height, width = tuple(x.shape[1:3])
+        window = window_y, window_x = self.window_height, self.window_width
+        shift_y = axis_shift(self.shift_y, height, window_y, width, window_x, self.shift_where)
+        shift_x = axis_shift(self.shift_x, width, window_x, height, window_y, self.shift_where)
+        cut = cut_windows(x, *window, shift_y, shift_x)
+        q, k, v = self.qkv(cut).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = shift_mask(q, height, width, *window, shift_y, shift_x)
+        numbers = number_windows(size, window, (shift_y, shift_x)).to(x.device)
+        windows = Windows(numbers, None if mask is None else mask != 0)
+        q, k, v = (windows.join(part) for part in (q, k, v))
+        bias = None if self.rpb is None else windows.bias(relative_bias(self.rpb, *window))
+        operator = Softmax(q[:, :, : height * width] * q.shape[3] ** -0.5, k, windows.keys, bias)
+        return Recorded("window", size, operator, exact(v), lambda heads: self.proj(heads_to_map(heads, size)))
+
+
+def number_windows(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Tensor:
+    """Return the tokens of each window that `cut_windows` cuts, numbered as `number_box` does: ``[windows, n]``."""
+    padded = [length + -length % side for length, side in zip(size, window, strict=True)]
+    return cut_windows(number_box(size, padded)[None, :, :, None], *window, *shift).squeeze(-1)

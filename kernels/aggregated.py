@@ -36,6 +36,14 @@ def window_mask(height: int, width: int, window: int) -> Tensor:
     return torch.tensor(_mask(*map(int, (height, width, window))))
 
 
+def window_tokens(queries: Tensor, height: int, width: int, window: int) -> Tensor:
+    """Return the keys of some queries' windows, ``[Q, window * window]``, row-major, -1 beyond the map."""
+    step = torch.arange(window, device=queries.device) - window // 2
+    rows, columns = queries[:, None] // width + step, queries[:, None] % width + step
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    return torch.where(inside, rows[:, :, None] * width + columns[:, None], -1).flatten(1)
+
+
 def _margin(x: Tensor, window: int) -> Tensor:
     """Return ``x`` ``[B, H, W, heads, n]`` with zeros around it."""
     reach = window // 2

@@ -96,3 +96,9 @@ def _nothing_compiled_before():
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def golden_module() -> ModuleType:
+    """Weights and inputs that depend on names and shapes alone."""
+    return _load_golden_module()

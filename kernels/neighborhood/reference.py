@@ -5,6 +5,7 @@ source of attention maps, not a path for training.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,22 +13,13 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
-from .window import Axis, axis_offsets, axis_windows
+from .window import Axis, neighbors
 
 
 @functools.lru_cache(maxsize=16)
 def window_tables(axes: tuple[Axis, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return key tokens ``[tokens, neighbors]``, -1 for none, and their entries in a flattened bias table."""
-    tokens, entries = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
-    for axis in axes:
-        keys = axis_windows(axis.length, axis.kernel_size, axis.dilation, axis.stride, axis.is_causal)
-        offsets = axis_offsets(axis)[:, None] + np.arange(axis.kernel_size)
-        none = (tokens[:, None, :, None] < 0) | (keys[None, :, None, :] < 0)
-        shape = (tokens.shape[0] * axis.length, -1)
-        tokens = np.where(none, -1, tokens[:, None, :, None] * axis.length + keys[None, :, None, :]).reshape(shape)
-        width = 2 * axis.kernel_size - 1
-        entries = (entries[:, None, :, None] * width + offsets[None, :, None, :]).reshape(shape)
-    return tokens, entries
+    return neighbors(axes, np.arange(math.prod(axis.length for axis in axes)))
 
 
 def reference_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], scale: float, rpb: Tensor | None) -> Tensor:

@@ -86,3 +86,25 @@ def axis_offsets(axis: Axis) -> np.ndarray:
     """
     first, _ = axis_ranges(axis)
     return (first - np.arange(axis.length)) // axis.dilation + axis.kernel_size - 1
+
+
+def neighbors(axes: Sequence[Axis], queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the keys of some queries, and what their entries in a flattened bias table are.
+
+    Args:
+        axes: The map's axes.
+        queries: Positions on the map, row-major, ``[Q]``.
+
+    Returns:
+        Key positions ``[Q, neighbors]``, row-major in both senses, -1 for none, and entries of the same shape.
+    """
+    tokens, entries = np.zeros((len(queries), 1), np.int64), np.zeros((len(queries), 1), np.int64)
+    places = np.unravel_index(queries, [axis.length for axis in axes])
+    for axis, place in zip(axes, places, strict=True):
+        keys = axis_windows(axis.length, axis.kernel_size, axis.dilation, axis.stride, axis.is_causal)[place]
+        offsets = axis_offsets(axis)[place, None] + np.arange(axis.kernel_size)
+        none = (tokens[:, :, None] < 0) | (keys[:, None] < 0)
+        tokens = np.where(none, -1, tokens[:, :, None] * axis.length + keys[:, None]).reshape(len(queries), -1)
+        width = 2 * axis.kernel_size - 1
+        entries = (entries[:, :, None] * width + offsets[:, None]).reshape(len(queries), -1)
+    return tokens, entries

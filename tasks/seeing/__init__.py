@@ -2,6 +2,7 @@
 
 from .cam import cam_layer, grad_cam, grad_cam_plus_plus, layer_cam
 from .judge import deletion, insertion, max_box_acc_v2, pixel_ap, pointing_game
+from .rollout import relevance, rollout
 
 __all__ = [
     "cam_layer",
@@ -13,4 +14,6 @@ __all__ = [
     "max_box_acc_v2",
     "pixel_ap",
     "pointing_game",
+    "relevance",
+    "rollout",
 ]
