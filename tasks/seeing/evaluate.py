@@ -137,14 +137,11 @@ def _measure(
 
 
 def _similarity(maps: Tensor, others: Tensor) -> float:
-    """Return the mean rank correlation of maps, on cells of 1/16 of the image; blank maps are left out."""
-    cells = [F.adaptive_avg_pool2d(part[:, None], 16).flatten(1) for part in (maps, others)]
-    shown = (cells[0].std(1) > 0) & (cells[1].std(1) > 0)
-    if not shown.any():
-        return float("nan")
-    ranks = [_ranks(part[shown]) for part in cells]
+    """Return the mean rank correlation of maps, on cells of 1/16 of the image: 0 where one is flat, nothing of both."""
+    ranks = [_ranks(F.adaptive_avg_pool2d(part[:, None], 16).flatten(1)) for part in (maps, others)]
     ranks = [part - part.mean(1, keepdim=True) for part in ranks]
-    return F.cosine_similarity(*ranks, dim=1).mean().item()
+    shown = ranks[0].any(1) | ranks[1].any(1)
+    return F.cosine_similarity(*(part[shown] for part in ranks), dim=1).mean().item() if shown.any() else math.nan
 
 
 def _ranks(values: Tensor) -> Tensor:
