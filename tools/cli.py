@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ COMMANDS = {
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
     "weights": "list, fetch, verify, convert and publish weights",
+    "attend": "judge explanations of classifiers: insertion, deletion, pixel AP, pointing, randomised weights",
+    "probe": "measure what frozen models know: k-NN, linear and attentive probes on their features",
+    "embed": "write the embeddings of a folder's images for other tools: npz, parquet",
     "compare": "train and time one host with every attention of the house",
     "bench": "time our kernels and models against their peers on this machine",
     "run": "run a script of timm's, such as its train.py, with our models registered",
@@ -61,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0; 2 if something that was asked for can't be done; 130 if interrupted.
     """
+    if "torch" not in sys.modules:
+        # OpenMP's threads spin while they wait, and starve whoever shares their cores. It reads this as torch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

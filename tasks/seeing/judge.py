@@ -193,6 +193,12 @@ def pixel_ap(maps: Tensor, masks: Tensor, ignores: Tensor | None = None) -> floa
     return float((precision * np.diff(positive, prepend=0)).sum() / positive[-1])
 
 
+def boxes_of_masks(masks: Tensor) -> list[Tensor]:
+    """Return, for each of masks ``[B, H, W]``, the boxes ``[k, 4]`` of its objects, which touch by corners."""
+    which, boxes = _components(masks.cpu().bool(), corners=True)
+    return [boxes[which == i].double() for i in range(len(masks))]
+
+
 def _checked(maps: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     if maps.ndim != 3 or not len(maps) or len(boxes) != len(maps):
         raise TaskError(f"maps are [B, H, W] with a list of boxes for each; got {list(maps.shape)} and {len(boxes)}")

@@ -61,7 +61,12 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+LARGE = {"cait_xxs24_224", "xcit_nano_12_p16_224", "deit_tiny_distilled_patch16_224", "quadtree_b0"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.heavy if name in LARGE else ()) for name in EXPECTED]
+)
 def test_default_layer_by_family(name, open_fixture):
     model = filled(name, open_fixture)
     size = model.pretrained_cfg["input_size"] if model.pretrained_cfg.get("fixed_input_size") else (3, 128, 128)

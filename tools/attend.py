@@ -1,0 +1,263 @@
+"""Judge explanations: which of them is worth its picture, on which attention.
+
+--evaluate measures every method side by side, a random map and a centred Gaussian among them: insertion (greater is
+better) and deletion (less is), pixel AP and the pointing game where there are masks, MaxBoxAccV2 where there are boxes;
+and how like its maps are to those of the same model with a random classifier, or random weights throughout: near 1, a
+method doesn't show what the model has learned.
+
+Without FOLDER two small classifiers are trained for each model, in a minute or two each: of the bundled digits, and of
+patches with a nucleus or of background alone, which have masks. They are kept in OUTPUT and not trained again.
+
+FOLDER has images/, and masks/ with PNGs of the same names in which 0 is background, or annotations.json in COCO's
+format. The classifier is that of --checkpoint, or a timm name with weights. Images without objects are left out.
+"""
+
+import argparse
+from pathlib import Path
+
+HOST = "foveate_host_atto"
+BUNDLED = "bundled"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--evaluate", nargs="?", const=BUNDLED, required=True, metavar="FOLDER", help="measure explanations, as above"
+    )
+    parser.add_argument("--model", metavar="A,B", help="timm names, with commas; nat_atto by default")
+    parser.add_argument("--attention", metavar="A,B", help=f"instead of a model, {HOST} with each of these attentions")
+    parser.add_argument("--checkpoint", metavar="FILE", help="with FOLDER: a classifier of `foveate train`")
+    parser.add_argument("--methods", metavar="A,B", help="all by default")
+    parser.add_argument("--images", type=int, default=128, help="at most so many are measured; %(default)s by default")
+    parser.add_argument("--epochs", type=int, help="of the bundled classifiers; 20 (digits) and 12 (nuclei) by default")
+    parser.add_argument("--seed", type=int, default=0, help="of their training; %(default)s by default")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once; %(default)s by default")
+    parser.add_argument("--output", type=Path, default=Path("runs/attend"), help="folder; %(default)s by default")
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, and print and write the tables."""
+    from ..blocks.create import list_attentions
+    from ..tasks import TaskError, nearest
+    from ..tasks.devices import choose_device
+    from ..tasks.seeing.evaluate import METHODS
+    from ..zoo.backbone import check_name
+
+    for option in ("images", "batch_size"):
+        if getattr(args, option) < 1:
+            raise TaskError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but must be at least 1")
+    chosen = _names(args.methods) or list(METHODS)
+    for name in chosen:
+        if name not in METHODS:
+            raise TaskError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    methods = {name: METHODS[name] for name in chosen}
+    device = choose_device(args.device)
+    if args.evaluate != BUNDLED:
+        if args.attention or (args.checkpoint is None) == (args.model is None):
+            raise TaskError("with a FOLDER, name one classifier: --checkpoint FILE, or --model NAME with weights")
+        _report([_of_folder(source, methods, args, device) for source in _names(args.checkpoint or args.model)], args)
+        return
+    if args.checkpoint or (args.model and args.attention):
+        raise TaskError("the bundled classifiers are trained: name them by --model or by --attention")
+    models = {name: (name, {}) for name in _names(args.model) or ([] if args.attention else ["nat_atto"])}
+    for name in models:
+        check_name(name)
+    for name in _names(args.attention):
+        if name not in list_attentions():
+            raise TaskError(f"unknown attention {name!r}{nearest(name, list_attentions())}")
+        models[f"{HOST}, {name}"] = (HOST, {"attention": name})
+    for data in (_digits, _nuclei):
+        _report([data(label, *model, methods, args, device) for label, model in models.items()], args)
+
+
+def _names(listed: str | None) -> list[str]:
+    return [name.strip() for name in (listed or "").split(",") if name.strip()]
+
+
+def _report(found: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
+    """Print and write one table: of what data, and for each model its rows."""
+    from .bench import as_markdown, save
+
+    data = found[0][0]
+    columns = dict.fromkeys(column for _, _, rows in found for row in rows for column in row)
+    # Notes last.
+    columns = [column for column in columns if column != "note"] + ["note"] * ("note" in columns)
+    table = [
+        {"model": label} | {column: _shown(column, row.get(column, "")) for column in columns}
+        for _, label, rows in found
+        for row in rows
+    ]
+    stem = f"evaluate_{data.partition(' ')[0].rstrip(':')}"
+    save(table, args.output, stem, data)
+    print(f"\n{data}\n\n{as_markdown(table)}\n\nwritten to {args.output}/{stem}.md and .csv")
+
+
+def _shown(column: str, value: object) -> object:
+    return value if not isinstance(value, float) else f"{value:.1f}" if column == "ms" else f"{value:.3f}"
+
+
+def _digits(label: str, name: str, options: dict, methods: dict, args: argparse.Namespace, device):
+    """Return what is measured on held-out digits."""
+    import torch
+
+    from ..tasks.data.classification import Digits
+    from ..tasks.seeing.evaluate import evaluate
+
+    predictor = _trained("digits", label, name, options, args, args.epochs or 20, [])
+    images = Digits("val", predictor.rule.transform())
+    x = torch.stack([images[index][0] for index in range(min(args.images, len(images)))]).to(device)
+    rows = evaluate(predictor.model.to(device), x, methods=methods, batch_size=args.batch_size)
+    return f"digits: {len(x)} held-out digits of {x.shape[-1]} pixels, by classifiers of the bundled ones", label, rows
+
+
+def _nuclei(label: str, name: str, options: dict, methods: dict, args: argparse.Namespace, device):
+    """Return what is measured on held-out patches with nuclei."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from ..tasks.checkpoints import write_whole
+    from ..tasks.data.images import to_bytes, white_of_depth
+    from ..tasks.data.samples import load_nuclei_patches
+    from ..tasks.seeing.evaluate import evaluate
+
+    folder = args.output / "nuclei_patches"
+    for split in ("train", "val"):
+        patches, masks, labels = load_nuclei_patches(split)
+        pixels = [Image.fromarray(to_bytes(patch, white_of_depth(int(patches.max())))) for patch in patches]
+        for index, (image, kind) in enumerate(zip(pixels, labels, strict=True)):
+            file = folder / split / ("background", "nucleus")[kind] / f"{index:04d}.png"
+            if not file.exists():
+                write_whole(file, image.save)
+    data = ["data.name=folder", f"data.root={folder}", "data.size=64", "data.num_classes=2", "data.mean=[0.15]"]
+    data += ["data.std=[0.1]", "data.augment.affine.fill=0"]
+    predictor = _trained("nuclei", label, name, options, args, args.epochs or 12, data)
+    transform, geometry = predictor.rule.transform(), _geometry(predictor.rule)
+    # Of patches with a nucleus, evenly over the half.
+    shown = np.flatnonzero(labels)
+    shown = shown[np.linspace(0, len(shown) - 1, min(args.images, len(shown))).astype(int)]
+    x = torch.stack([transform(pixels[index]) for index in shown]).to(device)
+    objects = torch.stack([geometry(Image.fromarray(masks[index]).convert("L"))[0] > 0.5 for index in shown])
+    # Without its pixels a patch of background and one of a nucleus are the same: there is nothing to insert or delete.
+    rows = evaluate(predictor.model.to(device), x, objects, None, methods, None, args.batch_size)
+    data = (
+        f"nuclei: {len(x)} held-out patches with nuclei, {x.shape[-1]} pixels, by classifiers of nucleus or background"
+    )
+    return data, label, rows
+
+
+def _trained(data: str, label: str, name: str, options: dict, args: argparse.Namespace, epochs: int, more: list[str]):
+    """Return the predictor of a classifier that is trained now, or was before by the same settings."""
+    from ..tasks import engine
+    from ..tasks.classify import Predictor
+
+    overrides = [f"model.name={name}", f"model.kwargs={options!r}", f"epochs={epochs}", f"seed={args.seed}", *more]
+    overrides += [f"schedule.warmup_epochs={min(1, epochs - 1)}", f"device={args.device}"]
+    config = engine.load_config("classify/nat_atto_digits", overrides)
+    output = args.output / data / label.replace(", ", "_")
+    print(f"training {label} on {data}, {epochs} epochs", flush=True)
+    result = engine.train(config, output, resume=(output / "last.pth").exists(), progress=False)
+    last = result["history"][-1]
+    print(f"held-out accuracy {last['val/accuracy']:.3f}: {result['last']}", flush=True)
+    return Predictor.from_checkpoint(result["last"])
+
+
+def _geometry(rule):
+    """Return the transform that moves a mask as the rule moves its image."""
+    import dataclasses
+
+    nothing = {"channels": 1, "mean": (0.0,), "std": (1.0,)}
+    return dataclasses.replace(rule, interpolation="nearest", **nothing).transform()
+
+
+def _of_folder(source: str, methods: dict, args: argparse.Namespace, device):
+    """Return what is measured on a folder's images."""
+    import torch
+
+    from ..tasks import TaskError
+    from ..tasks.classify import Predictor
+    from ..tasks.data.images import choose_white, read_image
+    from ..tasks.predictors import is_file, load_predictor
+    from ..tasks.seeing.evaluate import evaluate
+    from ..tasks.seeing.judge import boxes_of_masks
+
+    root = Path(args.evaluate).expanduser()
+    found = _find_objects(root)
+    predictor = load_predictor(source, device) if is_file(source) else Predictor.from_name(source, device)
+    if predictor.card["task"] != "classify":
+        raise TaskError(f"{source}: holds a model to {predictor.card['task']}; explanations are of classifiers")
+    white = predictor.white if is_file(source) else choose_white([path for path, _ in found])
+    transform, geometry = predictor.rule.transform(), _geometry(predictor.rule)
+    images, masks, boxes = [], [], []
+    for path, objects in found:
+        image = read_image(path, predictor.channels, white)
+        # One picture for each object, or one of all.
+        shown = torch.cat([geometry(picture) for picture in objects(image.size)] or [torch.zeros(1, 1, 1)]) > 0.5
+        shown = shown[shown.flatten(1).any(1)]
+        if len(shown):  # some are cropped away
+            images.append(transform(image))
+            masks.append(shown[0])
+            boxes.append(torch.cat([boxes_of_masks(part[None])[0] for part in shown]))
+        if len(images) == args.images:
+            break
+    if not images:
+        raise TaskError(f"{root}: no image shows an object after the model's crop")
+    given = {"masks": torch.stack(masks)} if (root / "masks").is_dir() else {"boxes": boxes}
+    x = torch.stack(images).to(device)
+    rows = evaluate(predictor.model, x, methods=methods, batch_size=args.batch_size, **given)
+    kind = " and ".join(given)
+    return f"folder: {len(x)} images of {root} with {kind}, as {x.shape[-1]} pixels", source, rows
+
+
+def _find_objects(root: Path) -> list:
+    """Return each image with a function from its size to pictures of its objects, white on black."""
+    from functools import partial
+
+    from ..tasks import TaskError
+    from ..tasks.data.coco import read_instances
+    from ..tasks.data.images import list_images
+
+    folder, listing = root / "images", root / "annotations.json"
+    if not root.is_dir() or not folder.is_dir():
+        raise TaskError(f"{folder}: no such folder; it holds the images, beside masks/ or annotations.json")
+    if (root / "masks").is_dir():
+        files = [
+            (path, (root / "masks" / path.relative_to(folder)).with_suffix(".png")) for path in list_images(folder)
+        ]
+        for path, mask in files:
+            if not mask.is_file():
+                raise TaskError(f"{path}: has no mask {mask}")
+        found = [(path, partial(_mask, mask)) for path, mask in files]
+    elif listing.is_file():
+        records, _, _ = read_instances(listing, folder, False, "refuse", False)
+        found = [(record.file, partial(_rectangles, record.instances)) for record in records]
+    else:
+        raise TaskError(f"{root}: holds neither masks/ nor annotations.json, so that there is nothing to judge by")
+    if not found:
+        raise TaskError(f"{folder}: holds no image")
+    return found
+
+
+def _mask(path: Path, size: tuple[int, int]) -> list:
+    from PIL import Image
+
+    from ..tasks import TaskError
+    from ..tasks.data.images import read_values
+
+    values = read_values(path)
+    if values.shape != size[::-1]:
+        raise TaskError(f"{path}: is {values.shape[1]}x{values.shape[0]} pixels, but its image {size[0]}x{size[1]}")
+    return [Image.fromarray(values > 0).convert("L")]
+
+
+def _rectangles(instances, size: tuple[int, int]) -> list:
+    from PIL import Image, ImageDraw
+
+    pictures = []
+    for left, top, right, bottom in instances.boxes[~instances.crowd]:
+        picture = Image.new("L", size)
+        ImageDraw.Draw(picture).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=255)
+        pictures.append(picture)
+    return pictures
