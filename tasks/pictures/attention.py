@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,6 +26,8 @@ from ..seeing.rollout import relevance, rollout
 from .figures import BLUE, GREEN, GREY, ORANGE, RED, new_figure
 
 METHODS = ("query", "rollout", "relevance", "cam")
+# Panels of a model whose maps have one size.
+_PANELS = 4
 # Of groups of points.
 _MARKERS = "os^Dv*Px"
 # Of the levels of a tree, the coarsest first.
@@ -56,7 +59,7 @@ def picture(
         x: One image ``[1, C, H, W]``, normalised.
         at: Queries ``(x, y)`` in pixels; the centre by default.
         method: ``"query"``, ``"rollout"``, ``"relevance"`` or ``"cam"``.
-        layers: Globs of attentions; by default the last one on each size of map.
+        layers: Globs of attentions; by default the last one on each size of map, or four of all depths.
         target: Class that is explained; the likeliest if None.
         heads: Whether to draw each head of the last of the layers, for one query, instead of their mean.
         image: What ``x`` shows, in the same frame; made of ``x`` by the model's mean and standard deviation by default.
@@ -99,7 +102,7 @@ def record_once(model: nn.Module, x: Tensor, layers: str | Sequence[str] | None 
 
 
 def drawable(record: Record, layers: str | Sequence[str] | None = None) -> list[AttentionCall]:
-    """Return the calls that mix positions of maps: all if they were named, else the last on each size of map.
+    """Return the calls that mix positions of maps: all if they were named, else some of all depths.
 
     Raises:
         TaskError: If there is none.
@@ -109,8 +112,11 @@ def drawable(record: Record, layers: str | Sequence[str] | None = None) -> list[
         raise TaskError("what was recorded are gates or channels, which mix no positions; nothing to draw for a query")
     if layers is not None:
         return calls
-    # Of several kinds on one map (windows beside points) each.
-    return list({(call.map_size, call.kind): call for call in calls}.values())
+    # Of several kinds on one map (windows beside points) each; of one size throughout, some of all depths.
+    last = list({(call.map_size, call.kind): call for call in calls}.values())
+    if len({call.map_size for call in last}) > 1 or len(calls) < _PANELS:
+        return last
+    return [calls[round(place * (len(calls) - 1) / (_PANELS - 1))] for place in range(_PANELS)]
 
 
 def _base(model: nn.Module, x: Tensor, image: Image.Image | None) -> np.ndarray:
@@ -246,12 +252,12 @@ def _draw_points(axes: Axes, call: AttentionCall, place: Place, legend: Legend) 
     axes.plot(*starts.T, ls="", marker="o", mfc="none", mec=GREY, markersize=2.5, mew=0.6, zorder=3)
     for group in range(groups):
         ends = ((points[group].flatten(0, 1) + 0.5) * steps).numpy()
-        heaviest = weights[group].topk(min(len(ends), 49 if len(ends) <= 49 else 10)).indices.numpy()
+        heaviest = weights[group].topk(len(ends) if len(ends) * groups <= 100 else 10).indices.numpy()
         offsets = np.stack([starts[heaviest], ends[heaviest]], 1)
         axes.add_collection(LineCollection(offsets, colors="black", linewidths=0.5, alpha=0.7, zorder=3))
         axes.scatter(
             *ends.T,
-            s=(70 * weights[group] / largest).numpy(),
+            s=(min(70, 9000 / weights.numel()) * weights[group] / largest).numpy(),
             marker=_MARKERS[group % len(_MARKERS)],
             facecolor=ORANGE,
             edgecolor="black",
@@ -281,14 +287,15 @@ def _draw_agents(axes: Axes, call: AttentionCall, place: Place, legend: Legend) 
         linewidth=0.5,
         zorder=6,
     )
-    for agent in weights.topk(min(3, len(weights))).indices.tolist():
-        gathered = through.gathered[0, :, agent].mean(0)[call.prefix :].view(call.map_size).cpu().numpy()
-        # The fewest tokens that hold half of what the agent gathers.
-        order = np.sort(gathered.ravel())[::-1]
-        half = order[np.searchsorted(order.cumsum(), order.sum() / 2)]
-        _add_lines(axes, _outline(gathered >= half, call.pixel_steps()), GREEN, 0.8)
+    heaviest = weights.argmax().item()
+    axes.plot(*places[heaviest, ::-1], marker="o", markersize=14, mfc="none", mec=GREEN, mew=2.5, zorder=7)
+    gathered = through.gathered[0, :, heaviest].mean(0)[call.prefix :].view(call.map_size).cpu().numpy()
+    # The fewest tokens that hold half of what the agent gathers.
+    order = np.sort(gathered.ravel())[::-1]
+    half = order[np.searchsorted(order.cumsum(), order.sum() / 2)]
+    _add_lines(axes, _outline(gathered >= half, call.pixel_steps()), GREEN, 1.2)
     legend["agents, area by what the query reads"] = Line2D([], [], ls="", marker="o", mfc=ORANGE, mec="black")
-    legend["half of what each of the 3 heaviest gathers"] = Line2D([], [], color=GREEN, lw=1.2)
+    legend["the agent read most, and half of what it gathers"] = Line2D([], [], color=GREEN, lw=1.6)
 
 
 def _draw_marks(axes: Axes, call: AttentionCall, place: Place, seen: np.ndarray, legend: Legend) -> None:
@@ -333,6 +340,10 @@ def _draw_queries(calls: Sequence[AttentionCall], places: Sequence[Place], base:
         _show(panels[0], base)
         _mark_query(panels[0], None, place)
         panels[0].set_title(f"query at {place[0]:g}, {place[1]:g}", fontsize=9)
+        # A bar that isn't seen keeps the panels on one line.
+        unseen = figure.colorbar(ScalarMappable(), ax=panels[0], location="bottom", shrink=0.85, pad=0.03)
+        unseen.solids.set_visible(False)
+        unseen.ax.axis("off")
         for axes, call in zip(panels[1:], calls, strict=True):
             _show(axes, base)
             weights, seen, rest = weights_on_map(call, place)
@@ -376,16 +387,16 @@ def _draw_heads(call: AttentionCall, place: Place, base: np.ndarray) -> Figure:
 def explain_image(
     model: nn.Module, x: Tensor, method: str, layers: str | Sequence[str] | None = None, target: Target = None
 ) -> tuple[Tensor, str]:
-    """Return a map of the image ``[H, W]`` by rollout, relevance or Grad-CAM, and what it is, for a title."""
+    """Return a map by rollout or relevance, of the first layer's tokens, or by Grad-CAM, of pixels; and its title."""
     if method == "rollout":
-        return rollout(model, x, layers=layers, pixels=True)[0], "rollout of all layers, of no class"
+        return rollout(model, x, layers=layers)[0], "rollout, of no class"
     with torch.no_grad(), evaluating(model):
         logits = model(x)
     chosen_logits(model, logits, target)
     index = target_indices(model, logits, target)[0].item()
     words = f"class {index}, probability {logits.float().softmax(1)[0, index]:.1%}"
     if method == "relevance":
-        return relevance(model, x, target, layers=layers, pixels=True)[0], f"relevance for {words}"
+        return relevance(model, x, target, layers=layers)[0], f"relevance for {words}"
     layer = layers[0] if isinstance(layers, (list, tuple)) and layers else layers
     return grad_cam(model, x, target, layer), f"Grad-CAM at {layer or cam_layer(model, x, target)} for {words}"
 
@@ -406,10 +417,12 @@ def _draw_map(
     height, width = base.shape
     extent = (0, width, height, 0)
     largest = max(found.max().item(), 1e-12)
-    shades = axes.imshow(found.cpu().numpy(), cmap="viridis", alpha=0.75, vmin=0, vmax=largest, extent=extent)
+    shades = axes.imshow(
+        found.cpu().numpy(), cmap="viridis", alpha=0.75, vmin=0, vmax=largest, extent=extent, interpolation="nearest"
+    )
     figure.suptitle(words, fontsize=9)
     bar = figure.colorbar(shades, ax=[photo, axes], location="bottom", shrink=0.6, aspect=40)
-    bar.set_label("share of a pixel" if method != "cam" else "of the largest", fontsize=8)
+    bar.set_label("share of a token" if method != "cam" else "of the largest", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
 

@@ -54,6 +54,7 @@ def describe_heads(
     labels: Tensor | None = None,
     layers: str | Sequence[str] | None = None,
     ablate: bool = True,
+    batch_size: int = 32,
 ) -> list[HeadFacts]:
     """Measure every head that mixes positions, and what the model loses when it puts out nothing.
 
@@ -65,6 +66,7 @@ def describe_heads(
             whole model chooses.
         layers: Globs of attentions; all by default.
         ablate: Whether to measure importance: a forward pass for each head.
+        batch_size: Images at once.
 
     Returns:
         Facts in call order, head by head.
@@ -73,28 +75,47 @@ def describe_heads(
         TaskError: If the model has no attention of positions there, or no logits to lose.
     """
     layers = [layers] if isinstance(layers, str) else layers
+    batches = x.split(batch_size)
+    parts = [None] * len(batches) if labels is None else labels.split(batch_size)
     with evaluating(model):
-        with record_attention(model) as record:
-            logits = model(x)
-        calls = {
-            name: call
-            for name, call in record.items()
-            if chosen(name.partition("#")[0], layers)
-            and call.kind not in ("gate", "channel")
-            and len(call.map_size) == 2
-        }
-        if not calls:
-            raise TaskError(f"{type(model).__name__} has no attention between positions of that name")
-        facts = []
-        whole = _score(model, logits, logits, labels) if ablate else 0.0
-        for name, call in calls.items():
-            measured = zip(*_measure(call), strict=True)
-            for head, (distance, entropy, possible, outside) in enumerate(measured):
-                importance = None
-                if ablate and (part := _part_of(call, head)) is not None:
-                    with _silenced(*part):
-                        importance = whole - _score(model, model(x), logits, labels)
-                facts.append(HeadFacts(name, call.kind, head, distance, entropy, possible, outside, importance))
+        found = [_describe(model, *batch, layers, ablate) for batch in zip(batches, parts, strict=True)]
+    return [_mean(facts, [len(batch) for batch in batches]) for facts in zip(*found, strict=True)]
+
+
+def _mean(facts: Sequence[HeadFacts], sizes: Sequence[int]) -> HeadFacts:
+    """Return the mean of a head's facts on batches of so many images."""
+    means = {}
+    for name in ("distance", "entropy", "possible", "outside", "importance"):
+        numbers = [getattr(fact, name) for fact in facts]
+        if None not in numbers:
+            means[name] = sum(number * size for number, size in zip(numbers, sizes, strict=True)) / sum(sizes)
+    return facts[0]._replace(**means)
+
+
+def _describe(
+    model: nn.Module, x: Tensor, labels: Tensor | None, layers: Sequence[str] | None, ablate: bool
+) -> list[HeadFacts]:
+    """Return the facts of all heads on one batch."""
+    with record_attention(model) as record:
+        logits = model(x)
+    calls = {
+        name: call
+        for name, call in record.items()
+        if chosen(name.partition("#")[0], layers) and call.kind not in ("gate", "channel") and len(call.map_size) == 2
+    }
+    if not calls:
+        raise TaskError(f"{type(model).__name__} has no attention between positions of that name")
+    facts = []
+    whole = _score(model, logits, logits, labels) if ablate else 0.0
+    for name, call in calls.items():
+        measured = zip(*_measure(call), strict=True)
+        for head, (distance, entropy, possible, outside) in enumerate(measured):
+            importance = None
+            if ablate and (part := _part_of(call, head)) is not None:
+                with _silenced(*part):
+                    importance = whole - _score(model, model(x), logits, labels)
+            facts.append(HeadFacts(name, call.kind, head, distance, entropy, possible, outside, importance))
+
     return facts
 
 
