@@ -76,7 +76,9 @@ LEGENDS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "dat_tiny" else pytest.mark.heavy) for n in PICTURES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "dat_tiny" else pytest.mark.heavy) for n in PICTURES]
+)
 def test_pictures_show_what_the_kind_is_made_of(name, golden_module):
     model = timm.create_model(name, **PICTURES[name]).eval()
     golden_module.fill(model)
