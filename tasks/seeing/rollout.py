@@ -371,7 +371,8 @@ def rollout(
     Each attention counts as the mean of its heads, half and half with the identity of its shortcut; that share is the
     paper's convention, not the network's. Weight on padding is dropped and the rest brought back to 1. Convolutions
     that are added to an attention, MLPs and gates are taken for the identity, and what makes a map smaller for a mean
-    over its window. The map says nothing of a class: see `relevance`.
+    over its window: windows that overlap leave a faint grid, of positions that two of them share. The map says nothing
+    of a class: see `relevance`.
 
     Args:
         model: A classifier or backbone of the house, or of timm's that `record_attention` reads. It is run in
