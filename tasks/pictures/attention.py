@@ -299,13 +299,14 @@ def _draw_agents(axes: Axes, call: AttentionCall, place: Place, legend: Legend) 
 
 
 def _draw_marks(axes: Axes, call: AttentionCall, place: Place, seen: np.ndarray, legend: Legend) -> None:
-    if call.kind == "routing":
+    # What an attention tells of its making says what there is to draw.
+    if "regions" in call.details:
         _draw_routes(axes, call, place, legend)
-    elif call.kind == "quadtree":
+    elif "routes" in call.details:
         _draw_levels(axes, call, place, legend)
     elif "points" in call.details:
         _draw_points(axes, call, place, legend)
-    elif call.kind == "agent":
+    elif "through" in call.details:
         _draw_agents(axes, call, place, legend)
         _draw_seen(axes, call, seen, legend)
     else:
