@@ -97,7 +97,8 @@ def _list(args: argparse.Namespace) -> None:
 
     from ..tasks import TaskError, nearest
     from ..zoo import weights
-    from .list import as_glob, print_table
+    from .pattern import as_glob
+    from .tables import print_table
 
     pattern = as_glob(args.pattern)
     chosen = [

@@ -123,7 +123,10 @@ HEAVY = {"torch", "timm", "numpy", "mmengine", "triton", "cv2", "albumentations"
         "import foveate; foveate.__version__",
         *(
             f"from foveate.tools.cli import main; main({argv})"
-            for argv in ([], ["--help"], ["trian"], ["train"], ["train", "--help"], ["list", "--detektors"])
+            for argv in (
+                *([], ["--help"], ["trian"], ["train"], ["train", "--help"], ["list", "--detektors"]),
+                *(["bench", "--help"], ["weights", "--help"], ["weights", "verify", "--help"]),
+            )
         ),
     ],
 )
