@@ -15,6 +15,7 @@ from ..zoo.backbone import head_options_of
 from ..zoo.weights import table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
+from .data.class_names import class_names
 from .dense.build import with_told
 
 _TRANSFORMERS = ("mask2former", "oneformer")
@@ -156,19 +157,3 @@ def _classes_of(model: nn.Module, data: str) -> list[str]:
     """Return the names of a dense model's classes: those of its file, if it has them, else those of the data."""
     count, held = model.num_classes, list(getattr(model, "classes", ()))
     return held if len(held) == count else class_names(data, count)
-
-
-def class_names(data: str, count: int) -> list[str]:
-    """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here."""
-    from .data import ade20k, cityscapes
-
-    if data == "coco":
-        from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-        names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-        known = [name for name in names if name not in ("__background__", "N/A")]
-    else:
-        known = {"ade20k": ade20k.CLASSES, "cityscapes": list(cityscapes.CLASS_OF_ID.values())}.get(data, [])
-        # Fewer are those of instances, in an order of their own.
-        known = known if len(known) == count else []
-    return [*known[:count], *(f"class {label}" for label in range(len(known), count))]

@@ -81,33 +81,33 @@ class Classify:
         shown: The metrics that a line of progress names.
     """
 
-    # Every key a config may have, with its default.
+    # Every key a config may have, with its default; `engine.keys` says what they mean.
     DEFAULTS: ClassVar[dict] = {
         "model": {
-            "name": None,  # a timm name
-            "pretrained": False,  # start from published weights
-            "checkpoint": None,  # start from the weights of a file
-            "kwargs": {},  # options of the model, such as drop_path_rate
+            "name": None,
+            "pretrained": False,
+            "checkpoint": None,
+            "kwargs": {},
         },
         "data": {
-            "name": "folder",  # or "csv": lists with the columns path and label; "digits": the bundled ones
-            "root": None,  # of a folder: holds train/CLASS/* and val/CLASS/*; of lists: paths count from here
-            "train": None,  # folder or list in root, or elsewhere; train or train.csv if None
-            "val": None,  # the same of the held-out images
-            "num_classes": None,  # checked if given
+            "name": "folder",
+            "root": None,
+            "train": None,
+            "val": None,
+            "num_classes": None,
             "size": 224,
             "channels": 3,
-            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
+            "white": None,
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "augment": {},  # arguments of timm.data.create_transform; and affine and transforms
+            "augment": {},
         },
         "loss": {
             "label_smoothing": 0.0,
-            "mixup": 0.0,  # alpha of timm.data.Mixup
+            "mixup": 0.0,
             "cutmix": 0.0,
         },
     }
