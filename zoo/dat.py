@@ -27,6 +27,7 @@ from typing import Final
 
 import torch
 from timm.layers import (
+    ClassifierHead,
     DropPath,
     LayerNorm2d,
     Mlp,
@@ -228,14 +229,12 @@ class DAT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if unknown := set("".join(stages)) - set("LSND"):
             raise ValueError(f"stages are made of L, S, N and D; got {', '.join(map(repr, sorted(unknown)))}")
-        self.convs = convs
         depths = [len(kinds) for kinds in stages]
         channels = [embed_dim * 2**i for i in range(len(stages))]
-        map_sizes = self._map_sizes(img_size, len(stages))
+        map_sizes = _map_sizes(img_size, len(stages), convs)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
         def attention(kind: str, i: int) -> nn.Module:
@@ -271,28 +270,18 @@ class DAT(Pyramid):
                 else nn.Identity()
             )
             built.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             ConvStem(in_chans, embed_dim, **dd) if convs else PatchStem(in_chans, embed_dim, **dd),
             built,
-            channels,
-            reductions=[4 * 2**i for i in range(len(stages))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=[norm_layer(dim, **dd) for dim in channels] if out_norms else None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
+        self.convs = convs
         self.init_weights()
-
-    def _map_sizes(self, img_size: int | tuple[int, int], count: int) -> list[tuple[int, int]]:
-        """Return height and width of each stage's map; convolutions round up, patches down."""
-        height, width = to_2tuple(img_size)
-        strides = [4 * 2**i for i in range(count)]
-        if self.convs:
-            return [(-(-height // stride), -(-width // stride)) for stride in strides]
-        return [(height // stride, width // stride) for stride in strides]
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -310,7 +299,7 @@ class DAT(Pyramid):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the tables of the deformable attention's position bias for images of ``img_size``."""
-        for stage, map_size in zip(self.stages, self._map_sizes(img_size, len(self.stages)), strict=True):
+        for stage, map_size in zip(self.stages, _map_sizes(img_size, len(self.stages), self.convs), strict=True):
             for block in stage.blocks:
                 if isinstance(block.attn, DeformableAttention2d):
                     block.attn.set_map_size(map_size)
@@ -325,6 +314,15 @@ class DAT(Pyramid):
             elif isinstance(module, DeformableAttention2d):
                 names.add(f"{name}.rpe_table")
         return names
+
+
+def _map_sizes(img_size: int | tuple[int, int], count: int, convs: bool) -> list[tuple[int, int]]:
+    """Return height and width of each stage's map; convolutions round up, patches down."""
+    height, width = to_2tuple(img_size)
+    strides = [4 * 2**i for i in range(count)]
+    if convs:
+        return [(-(-height // stride), -(-width // stride)) for stride in strides]
+    return [(height // stride, width // stride) for stride in strides]
 
 
 # Buffers of the published models, and of early versions of them; all are computed from the shapes.

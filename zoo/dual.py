@@ -23,6 +23,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    ClassifierHead,
     ClNormMlpClassifierHead,
     DropPath,
     calculate_drop_path_rates,
@@ -187,7 +188,6 @@ class DaViT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         unknown = [kind for kind in attention_types if kind not in ("spatial", "channel")]
         if unknown or not attention_types:
@@ -228,19 +228,17 @@ class DaViT(Pyramid):
         head = ClNormMlpClassifierHead(
             embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm_layer, **dd
         )
-        self._assemble(
+        super().__init__(
             Stem(in_chans, embed_dims[0], norm_layer, **dd),
             stages,
-            embed_dims,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=embed_dims,
             norm=nn.Identity(),
             out_norms=[norm_layer(dim, **dd) for dim in embed_dims] if out_norms else None,
+            head=ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd)
+            if out_norms
+            else head,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            head=None if out_norms else head,
-            **dd,
         )
         self.init_weights()
 

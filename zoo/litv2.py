@@ -18,6 +18,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    ClassifierHead,
     DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
@@ -217,7 +218,6 @@ class LITv2(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         norm_layer = nn.LayerNorm
         channels = [embed_dim * 2**i for i in range(len(depths))]
@@ -236,20 +236,17 @@ class LITv2(Pyramid):
         norms = out_norms and [
             norm_layer(dim, **dd) if chosen else nn.Identity() for dim, chosen in zip(channels, out_norms, strict=True)
         ]
-        self._assemble(
+        super().__init__(
             PatchEmbed(
                 None, 4, in_chans, embed_dim, norm_layer=norm_layer, output_fmt="NHWC", dynamic_img_pad=True, **dd
             ),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=norms,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

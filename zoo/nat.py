@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -81,7 +81,6 @@ class NAT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if dilations is None:
             dilations = [[1] * depth for depth in depths]
@@ -121,18 +120,15 @@ class NAT(Pyramid):
             ]
             shrink = nn.Identity() if i == 0 else downsample(dim // 2, norm_layer=norm_layer, **dd)
             stages.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             stem,
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=[norm_layer(dim, **dd) for dim in channels] if out_norms else None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 
@@ -183,16 +179,14 @@ class IsotropicNAT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.patch_size = patch_size
         dilations = [1] * depth if dilations is None else list(dilations)
         if len(dilations) != depth or depth % 4:
             raise ValueError(
                 f"depth must be a multiple of 4, with a dilation for each block; got {depth} and {len(dilations)}"
             )
         norm_layer = nn.LayerNorm
-        map_size = self._map_size(img_size)
+        map_size = _map_size(img_size, patch_size)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
 
         def attention(dilation: int) -> nn.Module:
@@ -207,7 +201,7 @@ class IsotropicNAT(Pyramid):
             for dilation, drop_path in zip(dilations, drop_paths, strict=True)
         ]
         quarter = depth // 4
-        self._assemble(
+        super().__init__(
             PatchEmbed(
                 None,
                 patch_size,
@@ -219,28 +213,27 @@ class IsotropicNAT(Pyramid):
                 **dd,
             ),
             [Stage(nn.Identity(), blocks[i : i + quarter]) for i in range(0, depth, quarter)],
-            [embed_dim] * 4,
+            channels=[embed_dim] * 4,
             reductions=[patch_size] * 4,
             norm=norm_layer(embed_dim, **dd),
-            out_norms=None,
+            head=ClassifierHead(embed_dim, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
+        self.patch_size = patch_size
         self.init_weights()
-
-    def _map_size(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
-        height, width = to_2tuple(img_size)
-        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the bias tables of global attention for images of ``img_size``; nothing else depends on it."""
         for module in self.modules():
             if isinstance(module, GlobalAttention2d):
-                module.set_map_size(self._map_size(img_size))
+                module.set_map_size(_map_size(img_size, self.patch_size))
+
+
+def _map_size(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    height, width = to_2tuple(img_size)
+    return -(-height // patch_size), -(-width // patch_size)
 
 
 # From the hub's transformers format to the authors'.

@@ -286,7 +286,6 @@ class OverLoCK(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         context_dim = embed_dims[-1] // 4
         channels = [*embed_dims[:2], embed_dims[2] + context_dim, embed_dims[3] + context_dim]
@@ -305,19 +304,16 @@ class OverLoCK(Pyramid):
         norms: list[nn.Module] = [LayerNorm2d(dim, eps=1e-6, **dd) for dim in channels]
         if overview_out:
             norms.append(OverviewOut(embed_dims[-1], channels[-1], **dd))
-        self._assemble(
+        super().__init__(
             _stem(in_chans, embed_dims[0], **dd),
             stages,
-            channels,
+            channels=channels,
             reductions=[4, 8, 16, 32],
             norm=nn.Identity(),
             out_norms=norms if out_norms else None,
+            head=Head(channels[-1], head_dim, num_classes, global_pool, drop_rate, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            head=Head(channels[-1], head_dim, num_classes, global_pool, drop_rate, **dd),
-            **dd,
         )
         self.stages = nn.ModuleList(stages)  # no chain, as which TorchScript would compile it
         self.context = nn.Conv2d(embed_dims[-1], context_dim, 1, **dd)

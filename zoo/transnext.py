@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -188,7 +188,6 @@ class TransNeXt(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if (shared_heads is None) != (routed_heads is None):
             raise ValueError("a mixture of heads needs both shared_heads and routed_heads, or neither")
@@ -224,18 +223,15 @@ class TransNeXt(Pyramid):
             shrink = nn.Identity() if i == 0 else PatchEmbed(dim // 2, dim, 3, 2, False, **dd)
             blocks = [Block(dim, attention(i), mlp_ratios[i], drop_path, **dd) for drop_path in drop_paths[i]]
             stages.append(Stage(shrink, blocks, nn.LayerNorm(dim, eps=1e-6, **dd)))
-        self._assemble(
+        super().__init__(
             PatchEmbed(in_chans, embed_dim, 7, 4, True, **dd),
             stages,
-            channels,
+            channels=channels,
             reductions=_STRIDES[: len(depths)],
             norm=nn.Identity(),
-            out_norms=None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

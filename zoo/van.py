@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -171,7 +171,6 @@ class VAN(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32; got {output_stride}")
         dd = {"device": device, "dtype": dtype}
@@ -185,18 +184,15 @@ class VAN(Pyramid):
             if i > 0:
                 downsample = BatchNormDownsample(embed_dims[i - 1], dim, reductions[i] // reductions[i - 1], **dd)
             stages.append(Stage(downsample, blocks, LayerNorm2d(dim, eps=norm_eps, **dd)))
-        self._assemble(
+        super().__init__(
             (BatchNormStem if mscan else Stem)(in_chans, embed_dims[0], **dd),
             stages,
-            embed_dims,
+            channels=embed_dims,
             reductions=reductions,
             norm=nn.Identity(),
-            out_norms=None,
+            head=ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 
