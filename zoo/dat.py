@@ -40,8 +40,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
-from ..blocks.global_attention import resize_bias_table
 from ..blocks.plain import is_plain
+from ..blocks.relative_bias import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._checkpoint import resampled
@@ -124,8 +124,7 @@ class Block(nn.Module):
 
     Args:
         dim: Channels.
-        attention: Attention on maps.
-        channels_last: Whether ``attention`` takes NHWC maps instead of NCHW.
+        attention: Attention on NHWC maps.
         mlp_ratio: Hidden channels of the MLP over its input's.
         convs: Whether the block has the convolutions of DAT++: before the attention and inside the MLP.
         drop: Dropout rate inside the MLP.
@@ -136,7 +135,6 @@ class Block(nn.Module):
         self,
         dim: int,
         attention: nn.Module,
-        channels_last: bool,
         mlp_ratio: float,
         convs: bool,
         drop: float,
@@ -147,7 +145,6 @@ class Block(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
-        self.channels_last = channels_last
         self.lpu = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if convs else None
         self.norm1 = norm_layer(dim, **dd)
         self.attn = attention
@@ -161,7 +158,7 @@ class Block(nn.Module):
         if self.lpu is not None:
             x = x + self.lpu(x) if torch.jit.is_scripting() else add_convolved(self.lpu, x)
         y = self.norm1(x)
-        y = self.attn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.attn(y)
+        y = self.attn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = x + self.drop_path1(y)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -260,7 +257,7 @@ class DAT(Pyramid):
         built = []
         for i, (dim, kinds) in enumerate(zip(channels, stages, strict=True)):
             blocks = [
-                Block(dim, attention(kind, i), kind != "D", mlp_ratio, convs, proj_drop_rate, drop_path, **dd)
+                Block(dim, attention(kind, i), mlp_ratio, convs, proj_drop_rate, drop_path, **dd)
                 for kind, drop_path in zip(kinds, drop_paths[i], strict=True)
             ]
             kernel = dict(kernel_size=3, padding=1) if convs else dict(kernel_size=2)

@@ -22,8 +22,8 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..blocks import GlobalAttention2d, NeighborhoodAttention2d
-from ..blocks.global_attention import resize_bias_table
 from ..blocks.pyramid import Block, ConvDownsample, ConvStem
+from ..blocks.relative_bias import resize_bias_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage

@@ -5,8 +5,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ...blocks.global_attention import resize_bias_table
 from ...blocks.position import resize_map
+from ...blocks.relative_bias import resize_bias_table
 from ...blocks.window import from_swin_table
 from .._checkpoint import resampled
 from .cswin import CSWin
