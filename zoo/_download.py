@@ -126,21 +126,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     if start and validator:
         # The host sends the rest if the file is still the same, and else all of it.
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
-    opener = urllib.request.build_opener(_Redirects)
-    try:
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:
-            part.unlink(missing_ok=True)
-            raise _Interrupted("the host offers no such part of the file") from error
-        if error.code in _TEMPORARY:
-            raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
-        raise DownloadError(f"the host answers {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(_reason(error)) from error
-
-    with response:
+    with _ask(url, headers, part) as response:
         if response.headers.get_content_type() == "text/html":
             raise DownloadError("the host answers with a web page, not with the file")
         length = response.headers.get("Content-Length")
@@ -177,6 +163,23 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
                 raise _Interrupted(_reason(error)) from error
     if total is not None and _size_of(part) < total:
         raise _Interrupted(f"the connection ends after {_size_of(part)} of {total} bytes")
+
+
+def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPResponse:
+    """Return the host's answer, whose body is not read yet."""
+    opener = urllib.request.build_opener(_Redirects)
+    try:
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            part.unlink(missing_ok=True)
+            raise _Interrupted("the host offers no such part of the file") from error
+        if error.code in _TEMPORARY:
+            raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
+        raise DownloadError(f"the host answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Interrupted(_reason(error)) from error
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -69,10 +69,10 @@ class Stem(nn.Module):
 class Merge(nn.Module):
     """A norm, then a convolution of stride 2: 2x2, or 3x3 where patches overlap; NHWC."""
 
-    def __init__(self, in_dim: int, dim: int, overlapped: bool, norm_layer: type[nn.Module], device=None, dtype=None):
+    def __init__(self, in_dim: int, dim: int, overlapped: bool, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = norm_layer(in_dim, **dd)
+        self.norm = nn.LayerNorm(in_dim, **dd)
         self.conv = nn.Conv2d(in_dim, dim, 3 if overlapped else 2, stride=2, padding=1 if overlapped else 0, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,19 +105,18 @@ class Block(nn.Module):
         cpe_act: bool,
         drop: float,
         drop_path: float,
-        norm_layer: type[nn.Module],
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.cpe1 = PositionEncoding(dim, cpe_act, **dd)
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.cpe2 = PositionEncoding(dim, cpe_act, **dd)
         if ffn:
-            self.norm2 = norm_layer(dim, **dd)
+            self.norm2 = nn.LayerNorm(dim, **dd)
             self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), drop, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         else:
@@ -210,20 +209,12 @@ class DaViT(Pyramid):
             for _ in range(depths[i]):
                 blocks = [
                     Block(
-                        dim,
-                        attention(kind, dim, heads),
-                        mlp_ratio,
-                        ffn,
-                        cpe_act,
-                        proj_drop_rate,
-                        next(next_rate),
-                        norm_layer,
-                        **dd,
+                        dim, attention(kind, dim, heads), mlp_ratio, ffn, cpe_act, proj_drop_rate, next(next_rate), **dd
                     )
                     for kind in kinds
                 ]
                 duals.append(nn.Sequential(*blocks))
-            merge = nn.Identity() if i == 0 else Merge(embed_dims[i - 1], dim, overlapped_patch, norm_layer, **dd)
+            merge = nn.Identity() if i == 0 else Merge(embed_dims[i - 1], dim, overlapped_patch, **dd)
             stages.append(Stage(merge, duals))
         head = ClNormMlpClassifierHead(
             embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm_layer, **dd

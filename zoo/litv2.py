@@ -62,11 +62,8 @@ class HiLoBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
-        window_size: int,
-        alpha: float,
+        attention: nn.Module,
         mlp_ratio: float,
-        qkv_bias: bool,
         drop: float,
         drop_path: float,
         device=None,
@@ -75,7 +72,7 @@ class HiLoBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = HiLoAttention2d(dim, num_heads, window_size, alpha, qkv_bias, **dd)
+        self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), drop, **dd)
@@ -226,8 +223,8 @@ class LITv2(Pyramid):
         def block(i: int, drop_path: float) -> nn.Module:
             if window_sizes[i] == 0:
                 return ConvBlock(channels[i], mlp_ratio, proj_drop_rate, drop_path, **dd)
-            attention = (num_heads[i], window_sizes[i], alpha)
-            return HiLoBlock(channels[i], *attention, mlp_ratio, qkv_bias, proj_drop_rate, drop_path, **dd)
+            attention = HiLoAttention2d(channels[i], num_heads[i], window_sizes[i], alpha, qkv_bias, **dd)
+            return HiLoBlock(channels[i], attention, mlp_ratio, proj_drop_rate, drop_path, **dd)
 
         stages = []
         for i, dim in enumerate(channels):

@@ -58,11 +58,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     """
     output = Path(output)
     last = output / "last.pth"
-    if last.exists() and not resume:
-        raise TaskError(f"{output}: already holds a run; continue it with --resume, or choose another --output")
-    if resume and not last.exists():
-        raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
-    checkpoint = read_checkpoint(last, config["task"]) if resume else None
+    checkpoint = _begun(last, config["task"], resume)
     device, distributed = _launch(config["device"])
     if is_main_process():
         check_folder(output, needed=0)
@@ -111,15 +107,28 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         _without_worker_traceback(runner.train)
         pictures = run_hook.finish() if runner.rank == 0 else []
     _leave(distributed)
-    best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
     return {
-        "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},
+        "metrics": _best_metrics(history, task.metric),
         "metric": task.metric,
         "history": history,
         "best": output / "best.pth",
         "last": last,
         "pictures": pictures,
     }
+
+
+def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
+    """Return the checkpoint to continue from; None to begin."""
+    if last.exists() and not resume:
+        raise TaskError(f"{last.parent}: already holds a run; continue it with --resume, or choose another --output")
+    if resume and not last.exists():
+        raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
+    return read_checkpoint(last, task) if resume else None
+
+
+def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float]:
+    best = max(history, key=lambda entry: entry.get(f"val/{metric}", -math.inf))
+    return {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")}
 
 
 def evaluate(

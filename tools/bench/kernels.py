@@ -119,18 +119,8 @@ def bench_kernels(
     for batch, height, width, heads, dim, kernel_size in shapes:
         query, key, value = torch.randn(3, batch, height, width, heads, dim, device=device, dtype=dtype).unbind()
         rpb = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, device=device) if bias else None
-        report = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
         has_natten = neighborhood_backends(query, key, value, kernel_size)["natten"] == "can run"  # without bias only
-        running = [name for name, answer in report.items() if answer in ("chosen", "can run")]
-        # FlexAttention is among the peers, compiled for these windows alone.
-        names = [name for name in running if name not in ("reference", "flex")]
-        functions = {name: partial(_neighborhood, kernel_size, name) for name in names}
-        unfused = unfused_neighborhood_backends(query, key, kernel_size)
-        functions |= {
-            f"unfused, {name}": partial(_unfused, kernel_size, name)
-            for name, answer in unfused.items()
-            if answer in ("chosen", "can run") and name != "reference"
-        }
+        functions = _ours(query, key, value, kernel_size, rpb)
         expected = _neighborhood(kernel_size, "reference", query, key, value, rpb)
         inputs = [x.requires_grad_(backward) for x in (query, key, value, rpb) if x is not None]
         axes = (Axis(height, kernel_size), Axis(width, kernel_size))
@@ -168,6 +158,25 @@ def bench_kernels(
                 }
             )
     return rows
+
+
+def _ours(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int, rpb: Tensor | None
+) -> dict[str, Callable[..., Tensor]]:
+    """Return what of ours can run, fused and unfused; FlexAttention is among the peers, compiled for a shape alone."""
+    fused = neighborhood_backends(query, key, value, kernel_size, rpb=rpb)
+    unfused = unfused_neighborhood_backends(query, key, kernel_size)
+    can_run = ("chosen", "can run")
+    functions = {
+        name: partial(_neighborhood, kernel_size, name)
+        for name, answer in fused.items()
+        if answer in can_run and name not in ("reference", "flex")
+    }
+    return functions | {
+        f"unfused, {name}": partial(_unfused, kernel_size, name)
+        for name, answer in unfused.items()
+        if answer in can_run and name != "reference"
+    }
 
 
 def _neighborhood(

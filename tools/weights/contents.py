@@ -248,7 +248,7 @@ def _kind_of(file: File) -> tuple[type[Contents], str]:
             (Segmenter, segmenters.read_segmenter, segmenters.head_of),
         ):
             try:
-                return kind, head_of(read(state_of(file.checkpoint), file.path).state, file.path)
+                return kind, head_of(read(file.path).state, file.path)
             except CheckpointError:
                 continue
     return Classifier, ""
