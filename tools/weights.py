@@ -185,25 +185,23 @@ class _Loaded:
     def __init__(self, reference: str, model: str | None, setting: str | None = None):
         from ..tasks.checkpoints import renamed, with_white
         from ..zoo import weights
-        from ..zoo._checkpoint import card_of, metadata_of, open_checkpoint, state_of
         from ..zoo.backbone import check_name
 
         if model:
             check_name(model)
-        self.path = weights.locate(reference)
+        self.checkpoint = weights.read(reference)
+        self.path = self.checkpoint.path
         self.sha256 = weights.sha256_of(self.path)
-        self.checkpoint = open_checkpoint(self.path)
         # `convert` leaves a note of what the file is, and all that we write has a card.
-        note = metadata_of(self.path)
-        card = card_of(self.path, self.checkpoint)
-        self.card = with_white(card, self.checkpoint) if card else None
+        note, card = self.checkpoint.metadata, self.checkpoint.card
+        self.card = with_white(card, self.checkpoint.content) if card else None
         self.entry = weights.table().get(reference) or weights.table().get(note.get("weights"))
         card = self.card or {}
         known = card.get("backbone") or card.get("model") or note.get("model") or (self.entry and self.entry.model)
         self._agree("--model", model, known)
         self._agree("--setting", setting, renamed(note).get("setting"))
         self.name = known or model or self._find()
-        self.head = _head_of(state_of(self.checkpoint), self.path)
+        self.head = _head_of(self.checkpoint)
         self.task = self.head[0] if self.head else "classify"
         self.predictor = self.setting = None
         self.model = self._build(setting or renamed(note).get("setting"))
@@ -242,20 +240,20 @@ class _Loaded:
 
         try:
             if self.card and self.card.get("task") != "backbone":
-                self.predictor = load_predictor(self.path)
+                self.predictor = load_predictor(self.checkpoint)
             elif self.head and self.entry and is_published(self.entry.name):
-                self.predictor = load_published(self.entry.name, weights=self.path)
+                self.predictor = load_published(self.entry.name, weights=self.checkpoint)
             elif self.head:
-                self.predictor = load_dense(self.head[1], self.name, self.path)
+                self.predictor = load_dense(self.head[1], self.name, self.checkpoint)
             if self.predictor:
                 return self.predictor.model
             fitting = variants_of(self.checkpoint, [self.name]) if self.name in list_models() else []
             classes = fitting[0].classes if fitting else classes_of(self.name, self.checkpoint)
             if (fitting and fitting[0].dense) or (self.name not in list_models() and not classes):
                 self.task, self.setting = "backbone", setting or next(iter(dense_settings_of(self.name)), None)
-                return create_backbone(self.name, self.setting, self.path).eval()
+                return create_backbone(self.name, self.setting, self.checkpoint).eval()
             # Loaded with the classifier that it has, whatever its classes.
-            model = create_classifier(self.name, classes, checkpoint=str(self.path)).eval()
+            model = create_classifier(self.name, classes, checkpoint=self.checkpoint).eval()
             self.predictor = Predictor.from_model(self.name, model)
             return model
         except CheckpointError as error:
@@ -289,20 +287,20 @@ class _Loaded:
         return {"task": "backbone", "model": self.name, "setting": self.setting}
 
 
-def _head_of(state: Mapping, path: Path) -> tuple[str, str] | None:
+def _head_of(checkpoint) -> tuple[str, str] | None:
     """Return the task and the name of a dense model's head; None for classifiers and bare backbones."""
     from ..tasks.dense.detect import checkpoint as detectors
     from ..tasks.dense.segment import checkpoint as segmenters
     from ..zoo import CheckpointError
 
-    if not any(key.startswith("backbone.") for key in state):
+    if not any(key.startswith("backbone.") for key in checkpoint.state):
         return None
     try:
-        return "detect", detectors.head_of(detectors.read_detector(path).state, path)
+        return "detect", detectors.head_of(detectors.read_detector(checkpoint).state, checkpoint.path)
     except CheckpointError:
         pass
     try:
-        return "segment", segmenters.head_of(segmenters.read_segmenter(path).state, path)
+        return "segment", segmenters.head_of(segmenters.read_segmenter(checkpoint).state, checkpoint.path)
     except CheckpointError:
         return None
 

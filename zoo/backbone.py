@@ -15,8 +15,9 @@ from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
 from ._maps import BackboneError, Maps, dense_indices, measure, said_maps
+from .checkpoint import Checkpoint
 from .loading import create_model
-from .weights import locate
+from .weights import read
 
 
 class UnknownModelError(ValueError):
@@ -147,7 +148,7 @@ def check_name(name: str) -> None:
 def create_backbone(
     name: str,
     setting: str | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     out_indices: Sequence[int] | None = (0, 1, 2, 3),
     **kwargs,
 ) -> Backbone:
@@ -159,9 +160,9 @@ def create_backbone(
     Args:
         name: Registered name, with an optional tag.
         setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
-        checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
-            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read: ours,
-            and those of mmdet, mmseg, detectron2 and Mask2Former.
+        checkpoint: Weights: a path, an address, the ``model.tag`` of published ones (`foveate weights list`), or what
+            `open_checkpoint` read. A classifier's, a dense backbone's, or a whole detector's or segmentor's, of which
+            the backbone is read: ours, and those of mmdet, mmseg, detectron2 and Mask2Former.
         out_indices: Which maps to return. None takes those that dense heads use: the last four of stages that begin at
             stride 4, four at even distances of blocks on one map, or those nearest to strides 4, 8, 16 and 32; and
             resamples maps whose stride is no power of two, such as 14, to the nearest one.
@@ -178,7 +179,7 @@ def create_backbone(
 
     check_name(name)
     if checkpoint is not None and is_foreign(name):
-        checkpoint = locate(checkpoint)
+        checkpoint = read(checkpoint)
         create = functools.partial(create_backbone, name, setting, None, out_indices)
         filled = build_filled(create, name, checkpoint, kwargs)
         if filled is not None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
+from ....zoo.checkpoint import Checkpoint, CheckpointError, LoadReport
 from ..build import DenseFile, load_dense
 from ..neck import convert_pyramid
 
@@ -68,17 +67,14 @@ _CLASSIFIERS = re.compile(
 )
 
 
-def read_detector(path: str | Path) -> DenseFile:
-    """Read a detector's checkpoint, once.
-
-    Returns:
-        Its entries under our names, the backbone's as published, and what the file says of itself.
+def read_detector(checkpoint: Checkpoint) -> DenseFile:
+    """Return a detector's entries under our names, the backbone's as published, and what the file says of itself.
 
     Raises:
-        CheckpointError: If it can't be read, or holds no detector.
+        CheckpointError: If it holds no detector.
     """
-    file = DenseFile.read(path)
-    published = file.state
+    file = DenseFile.of(checkpoint)
+    published, path = file.state, file.path
     if file.origin is not None and file.origin.library == "detectron2":
         published = from_detectron(published, path)
     convs = len({match.group(1) for key in published if (match := _CONV.fullmatch(key))})

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
 from ....zoo.backbone import head_options_of
+from ....zoo.checkpoint import Checkpoint, CheckpointError, LoadReport
 from ....zoo.published import STYLES, form_of, statistics_from, translated
-from ....zoo.weights import locate
+from ....zoo.weights import read
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import detector_neck
@@ -528,7 +527,7 @@ def create_detector(
     backbone: str | nn.Module,
     num_classes: int | None = None,
     setting: str | None = "auto",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
     torchvision_outputs: bool = False,
@@ -546,10 +545,10 @@ def create_detector(
             ``num_classes - 1``; background is no label.
         setting: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
             default the one for the head, where the backbone has it.
-        checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
-            (`foveate weights list`). The variant is read from it unless given: Swin-style or default cascade, the
-            pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the backbone as it is,
-            and says so.
+        checkpoint: A whole detector, mmdet's or ours: a path, an address, the ``model.tag`` of published weights
+            (`foveate weights list`), or what `open_checkpoint` read. The variant is read from it unless given:
+            Swin-style or default cascade, the pyramid's extra levels, widths, class count. A file of neck and heads
+            alone leaves the backbone as it is, and says so.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
         torchvision_outputs: Whether detections are as torchvision's: labels from 1, masks ``[D, 1, H, W]``, float32 of
@@ -577,10 +576,9 @@ def create_detector(
         body_options["style"] = options.pop("style")  # of a ResNet, not of the cascade
     file, layout, published = None, None, False
     if checkpoint is not None:
-        checkpoint = locate(checkpoint)
-        file = read_detector(checkpoint)
+        file = read_detector(read(checkpoint))
         state = file.state
-        variant = _variant(head, state, checkpoint, num_classes, reset_classifier)
+        variant = _variant(head, state, file.path, num_classes, reset_classifier)
         num_classes = variant.pop("num_classes")
         layout = file.layout(backbone)
         published = has_backbone(state) and not is_ours(state) and layout is None
@@ -606,7 +604,7 @@ def create_detector(
         backbone,
         setting,
         (head, "detection"),
-        checkpoint if published else None,
+        file.checkpoint if published else None,
         body_options,
         _known_options(kind),
     )
@@ -616,7 +614,7 @@ def create_detector(
     model.torchvision_outputs = torchvision_outputs
     if file is not None:
         if layout is not None:
-            file.state = translated(layout, file.state, body, checkpoint)
+            file.state = translated(layout, file.state, body, file.path)
             model.classes = file.origin.classes
             model.told = described(options | transform, body_options)
         loaded = published and isinstance(backbone, str)

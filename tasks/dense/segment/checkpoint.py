@@ -10,8 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
+from ....zoo.checkpoint import Checkpoint, CheckpointError, LoadReport
 from ....zoo.published import Origin
 from ..build import DenseFile, load_dense
 from ..neck import convert_pyramid
@@ -100,16 +99,14 @@ _MASK2FORMER = tuple(
 _CLASSIFIERS = ("head.conv_seg.", "aux_head.conv_seg.", "head.classifier.4.", "head.predictor.class_embed.")
 
 
-def read_segmenter(path: str | Path) -> DenseFile:
-    """Read a segmenter's checkpoint, once.
-
-    Returns:
-        Its entries under our names, the backbone's as published, and what the file says of itself.
+def read_segmenter(checkpoint: Checkpoint) -> DenseFile:
+    """Return a segmenter's entries under our names, the backbone's as published, and what the file says of itself.
 
     Raises:
-        CheckpointError: If it can't be read, or holds no segmenter.
+        CheckpointError: If it holds no segmenter.
     """
-    file = DenseFile.read(path)
+    file = DenseFile.of(checkpoint)
+    path = file.path
     state, extras = {}, []
     masked = next(
         (head for head in ("decode_head.", "panoptic_head.") if f"{head}query_feat.weight" in file.state), None

@@ -9,11 +9,11 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError, UnknownModelError
-from ....zoo.backbone import check_name, dense_settings_of
+from ....zoo.backbone import UnknownModelError, check_name, dense_settings_of
+from ....zoo.checkpoint import Checkpoint, CheckpointError
 from ....zoo.library_errors import lacks_variance
 from ....zoo.published import form_of, is_foreign, statistics_from, tests_of, translated
-from ....zoo.weights import locate, table
+from ....zoo.weights import read, table
 from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import segmenter_neck
@@ -189,7 +189,7 @@ def create_segmenter(
     backbone: str | nn.Module,
     num_classes: int | None = None,
     setting: str | None = "auto",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     aux_head: bool = True,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
@@ -207,10 +207,11 @@ def create_segmenter(
         setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
             default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
             own, which include the backbone's: `mask2former.SETTINGS`, such as ``"coco_panoptic"``.
-        checkpoint: Weights of a whole segmenter, a path, an address or the name of published ones: mmseg's,
-            detectron2's, or ours. The variant of the head is read from it unless given; ``"mask2former"`` reads
-            OneFormer's too. A file of a head alone leaves the backbone as it is, and says so. What no file tells, the
-            ``rank`` of ``"light_ham"``, is known of published names and of mmseg's files, and must be given of others.
+        checkpoint: Weights of a whole segmenter, a path, an address, the name of published ones, or what
+            `open_checkpoint` read: mmseg's, detectron2's, or ours. The variant of the head is read from it unless
+            given; ``"mask2former"`` reads OneFormer's too. A file of a head alone leaves the backbone as it is, and
+            says so. What no file tells, the ``rank`` of ``"light_ham"``, is known of published names and of mmseg's
+            files, and must be given of others.
         aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet,
             DeepLabV3 and HamNet; the others never have one.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
@@ -237,12 +238,11 @@ def create_segmenter(
     if reset_classifier and checkpoint is None:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     entry = table().get(str(checkpoint))
-    checkpoint = None if checkpoint is None else locate(checkpoint)
     file, layout, state = None, None, None
     if checkpoint is not None:
-        file = read_segmenter(checkpoint)
-        state = file.state
-        head = _held_head(head, state, checkpoint)
+        file = read_segmenter(read(checkpoint))
+        state, checkpoint = file.state, file.checkpoint
+        head = _held_head(head, state, file.path)
         layout = file.layout(backbone)
     options, aux_options = {}, {}
     aux = aux_head and head in _WITH_AUX
@@ -260,7 +260,7 @@ def create_segmenter(
                 "rank=64, which the authors took for B and L"
             )
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
-            raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
+            raise OtherClassesError(file.path, options["num_classes"], num_classes)
         aux_options = {"channels": aux_channels_of(state)}
         if aux and aux_options["channels"] is None:
             _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
@@ -325,7 +325,7 @@ def create_segmenter(
     model.num_classes = num_classes
     if file is not None:
         if layout is not None:
-            file.state = translated(layout, state, body, checkpoint)
+            file.state = translated(layout, state, body, file.path)
             given = {name: value for part in parts for name, value in part.items() if name not in _OF_IMAGES}
             model.told = described(given, body_options)
             model.classes, model.tests = file.origin.classes, tests_of(layout, file.origin)
