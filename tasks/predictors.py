@@ -45,6 +45,17 @@ def load_predictor(path: str | Path | Checkpoint, device: str | torch.device = "
     return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(checkpoint, device)
 
 
+def dense_head_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Return the task and the name of a dense model's head; None for classifiers and backbones alone."""
+    from .dense.detect.checkpoint import held_detector
+    from .dense.segment.checkpoint import held_segmenter
+
+    if not any(key.startswith("backbone.") for key in checkpoint.state):
+        return None
+    held = (("detect", held_detector(checkpoint)), ("segment", held_segmenter(checkpoint)))
+    return next(((task, head) for task, head in held if head is not None), None)
+
+
 def is_file(source: str) -> bool:
     """Return whether ``source`` means a file, there or not, and no model's name."""
     return Path(source).is_file() or Path(source).suffix in (".pth", ".pt", ".pkl", ".safetensors")

@@ -184,6 +184,7 @@ class _Loaded:
 
     def __init__(self, reference: str, model: str | None, setting: str | None = None):
         from ..tasks.checkpoints import renamed, with_white
+        from ..tasks.predictors import dense_head_of
         from ..zoo import weights
         from ..zoo.backbone import check_name
 
@@ -201,7 +202,7 @@ class _Loaded:
         self._agree("--model", model, known)
         self._agree("--setting", setting, renamed(note).get("setting"))
         self.name = known or model or self._find()
-        self.head = _head_of(self.checkpoint)
+        self.head = dense_head_of(self.checkpoint)
         self.task = self.head[0] if self.head else "classify"
         self.predictor = self.setting = None
         self.model = self._build(setting or renamed(note).get("setting"))
@@ -285,24 +286,6 @@ class _Loaded:
         if self.predictor:
             return self.predictor.card
         return {"task": "backbone", "model": self.name, "setting": self.setting}
-
-
-def _head_of(checkpoint) -> tuple[str, str] | None:
-    """Return the task and the name of a dense model's head; None for classifiers and bare backbones."""
-    from ..tasks.dense.detect import checkpoint as detectors
-    from ..tasks.dense.segment import checkpoint as segmenters
-    from ..zoo import CheckpointError
-
-    if not any(key.startswith("backbone.") for key in checkpoint.state):
-        return None
-    try:
-        return "detect", detectors.head_of(detectors.read_detector(checkpoint).state, checkpoint.path)
-    except CheckpointError:
-        pass
-    try:
-        return "segment", segmenters.head_of(segmenters.read_segmenter(checkpoint).state, checkpoint.path)
-    except CheckpointError:
-        return None
 
 
 def _verify(args: argparse.Namespace) -> int | None:
@@ -499,7 +482,7 @@ def _test_config(loaded: _Loaded, args: argparse.Namespace) -> dict:
     config |= {"device": args.device, "workers": args.workers, "precision": "float32"}
     # Detectors pad the images of a batch to one size; the published numbers are of batches of one.
     config["batch_size"] = _batch_size(args, 1)
-    config["model"] |= {"checkpoint": str(loaded.path), "pretrained": False, "backbone_checkpoint": None}
+    config["model"] |= {"checkpoint": loaded.checkpoint, "pretrained": False, "backbone_checkpoint": None}
     # Nothing is trained, so that the held-out part may stand for the other.
     config["data"] |= {"root": str(args.data), "train": config["data"]["val"]}
     return config

@@ -4,19 +4,21 @@ import difflib
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
-from ._maps import BackboneError, Maps, dense_indices, measure, said_maps
 from .checkpoint import Checkpoint
-from .loading import create_model
+from .library_errors import unknown_option
+from .loading import WithoutInit, create_model
+from .maps import BackboneError, Maps, dense_indices, measure, said_maps
 from .weights import read
 
 
@@ -143,6 +145,26 @@ def check_name(name: str) -> None:
     if not is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         raise UnknownModelError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def takes_options(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a registered model has such options and gives maps; timm doesn't say, so that one is built."""
+    from .published import form_in, is_foreign
+
+    _, options = form_in(options)
+    try:
+        if is_foreign(name):
+            measure(name, options)
+        else:
+            with torch.device("meta"), WithoutInit():
+                timm.create_model(name, **{**options, "features_only": True, "pretrained": False})
+    except BackboneError:
+        return False
+    except TypeError as error:
+        if unknown_option(error) not in options:
+            raise
+        return False
+    return True
 
 
 def create_backbone(

@@ -61,7 +61,7 @@ def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, *
     if len(files) > 1:
         raise CheckpointError(f"{name}: its weights are named twice, {files[0]} and {files[1]}; give one of them")
     checkpoint = read(files[0]) if files else None
-    with _naming(checkpoint):
+    with _naming(None if checkpoint is None else checkpoint.path):
         if model_entrypoint(name).__module__.startswith(f"{__package__}."):
             if checkpoint is not None:
                 options["pretrained"] = True
@@ -82,14 +82,14 @@ def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, *
 
 
 @contextlib.contextmanager
-def _naming(checkpoint: Checkpoint | None) -> Iterator[None]:
+def _naming(path: Path | None) -> Iterator[None]:
     """Let an error begin with the file that it is about."""
     try:
         yield
     except CheckpointError as error:
-        if checkpoint is None or str(checkpoint) in str(error):
+        if path is None or str(path) in str(error):
             raise
-        raise CheckpointError(f"{checkpoint}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _from_file(name: str, checkpoint: Checkpoint, overlay: dict, options: dict) -> nn.Module:

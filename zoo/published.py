@@ -25,9 +25,9 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ._maps import Maps
 from .backbone import Backbone
 from .checkpoint import Checkpoint, CheckpointError, absent_counters, load
+from .maps import Maps
 
 STYLES = ("pytorch", "caffe")
 # Options of a backbone that say in which form it computes; all others are timm's.

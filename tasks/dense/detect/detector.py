@@ -1,6 +1,5 @@
 """Detectors: any backbone, a published head, and how they are trained, evaluated and loaded."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +15,7 @@ from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import detector_neck
 from ..normalize import check_evaluation, dtype_of
+from ..options import known_options, split_options
 from .anchors import AnchorGrid
 from .assign import Sample, Sampler
 from .boxes import has_area
@@ -52,6 +52,8 @@ class Detector(nn.Module):
     """
 
     needs_masks: ClassVar[bool] = False
+    # What `create_detector` passes on to the constructor.
+    OPTIONS: ClassVar[tuple[str, ...]]
 
     def __init__(self, backbone: nn.Module, neck: nn.Module, transform: DetectorTransform, num_classes: int):
         super().__init__()
@@ -272,6 +274,20 @@ class RetinaNet(Detector):
         rules: Whose rules find objects, ``"mmdet"`` or ``"detectron2"``; see `RetinaHead`.
     """
 
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "extra_convs",
+        "anchor_scales",
+        "anchor_ratios",
+        "score_threshold",
+        "nms_threshold",
+        "max_detections",
+        "per_level",
+        "selection",
+        "extra_relu",
+        "rules",
+    )
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -362,6 +378,20 @@ class MaskRCNN(Detector):
         "vitdet": ({"convs": 2}, {"convs": 4, "layer_norm": True}),
     }
     needs_masks: ClassVar[bool] = True
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "hidden",
+        "extra_convs",
+        "anchor_scales",
+        "anchor_ratios",
+        "anchor_samples",
+        "region_samples",
+        "score_threshold",
+        "nms_threshold",
+        "max_detections",
+        "rules",
+        "design",
+    )
 
     def __init__(
         self,
@@ -487,6 +517,7 @@ class CascadeMaskRCNN(MaskRCNN):
         "default": {"convs": 0, "per_class": False, "box_loss": "smooth_l1"},
         "vitdet": {"convs": 4, "per_class": False, "box_loss": "smooth_l1", "layer_norm": True},
     }
+    OPTIONS: ClassVar[tuple[str, ...]] = ("style", "mask_heads", *MaskRCNN.OPTIONS)
 
     def __init__(
         self,
@@ -570,7 +601,7 @@ def create_detector(
     if head not in DETECTORS:
         raise TaskError(f"there is no detector {head!r}{nearest(head, DETECTORS)}")
     kind = DETECTORS[head]
-    options, transform, others = _split_options(kind, kwargs)
+    options, transform, others = split_options(kwargs, kind, DetectorTransform)
     body_options = {**(backbone_kwargs or {}), **others}
     if head == "cascade_mask_rcnn" and options.get("style") in STYLES:
         body_options["style"] = options.pop("style")  # of a ResNet, not of the cascade
@@ -583,7 +614,7 @@ def create_detector(
         layout = file.layout(backbone)
         published = has_backbone(state) and not is_ours(state) and layout is None
         if is_ours(state):
-            held, held_transform, _ = _split_options(kind, file.card.get("kwargs") or {})
+            held, held_transform, _ = split_options(file.card.get("kwargs") or {}, kind, DetectorTransform)
             options, transform = held | variant | options, held_transform | transform
             body_options = file.held_form() | body_options
         else:
@@ -606,7 +637,7 @@ def create_detector(
         (head, "detection"),
         file.checkpoint if published else None,
         body_options,
-        _known_options(kind),
+        known_options(kind, DetectorTransform),
     )
     prepare = DetectorTransform(**transform)
     _check_size(backbone, body, prepare)
@@ -636,30 +667,6 @@ def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int |
             raise OtherClassesError(path, variant["num_classes"], num_classes)
         variant["num_classes"] = num_classes
     return variant
-
-
-def _options_of(kind: type[Detector]) -> list[str]:
-    """Return the names of the options of a detector's class and of those it passes them on to."""
-    names = []
-    for base in kind.__mro__:
-        if base is Detector:
-            break
-        names += list(inspect.signature(base).parameters)[3:]
-    return [name for name in dict.fromkeys(names) if name != "options"]
-
-
-def _known_options(kind: type[Detector]) -> list[str]:
-    return [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
-
-
-def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]:
-    """Return the options of the detector, those of its transform, and all others."""
-    of_detector, of_transform = _options_of(kind), list(inspect.signature(DetectorTransform).parameters)
-    return (
-        {name: value for name, value in given.items() if name in of_detector},
-        {name: value for name, value in given.items() if name in of_transform},
-        {name: value for name, value in given.items() if name not in of_detector + of_transform},
-    )
 
 
 def _check_size(backbone: str | nn.Module, body: nn.Module, transform: DetectorTransform) -> None:

@@ -1,15 +1,15 @@
 """Segmenters: any backbone, a head that labels every pixel, and how they are trained, evaluated and loaded."""
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import is_model
 from torch import Tensor, nn
 
-from ....zoo.backbone import UnknownModelError, check_name, dense_settings_of
+from ....zoo.backbone import UnknownModelError, check_name, dense_settings_of, takes_options
 from ....zoo.checkpoint import Checkpoint, CheckpointError
 from ....zoo.library_errors import lacks_variance
 from ....zoo.published import form_of, is_foreign, statistics_from, tests_of, translated
@@ -18,6 +18,7 @@ from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import segmenter_neck
 from ..normalize import check_evaluation, statistics_of
+from ..options import known_options, split_options
 from .attention_unet import AttentionUNetHead
 from .base import BaseSegmenter
 from .checkpoint import aux_channels_of, head_of, load_segmenter, neck_of, read_segmenter, variant_of
@@ -78,6 +79,16 @@ class Segmenter(BaseSegmenter):
 
     `create_segmenter` notes its ``num_classes``.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "ignore_index",
+        "loss_mean",
+        "aux_weight",
+        "mean",
+        "std",
+        "channel_order",
+        "neck",
+    )
 
     def __init__(
         self,
@@ -270,7 +281,7 @@ def create_segmenter(
 
     transformer = head in ("mask2former", "oneformer")
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
-    *parts, others = _split_options(options | kwargs, *kinds)
+    *parts, others = split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
     published = state is not None and has_backbone(state) and not is_ours(state) and layout is None
     if layout is not None:
@@ -283,24 +294,19 @@ def create_segmenter(
     elif file is not None and is_ours(state):
         body_options = file.held_form() | body_options
 
-    def build(**more: int) -> nn.Module:
-        return build_backbone(
-            head,
-            backbone,
-            _backbone_setting(head, backbone, setting),
-            (head, "segmentation"),
-            checkpoint if published else None,
-            body_options | more,
-            [name for kind in kinds for name in _options_of(kind)],
-        )
-
-    if head in _DILATED and layout is None and isinstance(backbone, str) and "output_stride" not in body_options:
-        try:
-            body = build(output_stride=16)
-        except TaskError:  # most transformers can't trade stride for dilation
-            body = build()
-    else:
-        body = build()
+    if head in _DILATED and layout is None and isinstance(backbone, str):
+        # Most transformers can't trade stride for dilation.
+        dilated = {"output_stride": 16} | body_options
+        body_options = dilated if is_model(backbone) and takes_options(backbone, dilated) else body_options
+    body = build_backbone(
+        head,
+        backbone,
+        _backbone_setting(head, backbone, setting),
+        (head, "segmentation"),
+        checkpoint if published else None,
+        body_options,
+        known_options(*kinds),
+    )
     parts[1] = _statistics(file, body) | parts[1]
     neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
     channels = body.channels if neck is None else neck.channels
@@ -360,21 +366,6 @@ def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
 
 # What a run's data say of images.
 _OF_IMAGES = ("mean", "std", "channel_order")
-# What create_segmenter passes itself.
-_PARTS = ("in_channels", "num_classes", "backbone", "head", "aux_head", "criterion", "options")
-
-
-def _options_of(kind: type[nn.Module]) -> list[str]:
-    """Return the names of the options of a class and of those it passes them on to."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    return [name for base in bases for name in inspect.signature(base).parameters if name not in _PARTS]
-
-
-def _split_options(given: dict, *kinds: type[nn.Module]) -> list[dict]:
-    """Return the options of each class, and last all others."""
-    parts = [{name: given[name] for name in _options_of(kind) if name in given} for kind in kinds]
-    known = {name for part in parts for name in part}
-    return [*parts, {name: value for name, value in given.items() if name not in known}]
 
 
 def _backbone_setting(head: str, backbone: str | nn.Module, setting: str | None) -> str | None:
