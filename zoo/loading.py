@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of, check_classes, faults_of, load
+from .library_errors import load_fault
 from .weights import read
 
 # Options of timm's features, which the whole model doesn't know.
@@ -121,7 +122,7 @@ def _from_file(name: str, checkpoint: Checkpoint, overlay: dict, options: dict) 
         converted = _converted(name, pretrained_cfg_overlay=overlay | loaded, **options)
         if isinstance(converted, Exception):
             _refuse(name, model, needed, strange)
-            raise CheckpointError(f"{_refusal(name)}: {_reason(converted)}") from converted
+            raise CheckpointError(f"{_refusal(name)}: {load_fault(converted)}") from converted
         model, watched = converted
         missing = watched.missing_in(model)
         # What the conversion made up counts as learned.
@@ -294,12 +295,6 @@ def _converted(name: str, **options: Any) -> tuple[nn.Module, _Load] | Exception
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
         return error
     return model, _Load(*loads[-1])
-
-
-def _reason(error: Exception) -> str:
-    # torch's message has a headline of its own.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[min(1, len(lines) - 1)]
 
 
 @contextlib.contextmanager

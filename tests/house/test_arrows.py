@@ -74,6 +74,17 @@ def test_modules_with_an_underscore_are_imported_in_their_own_folder_alone():
     assert not wrong, wrong
 
 
+def test_checkpoints_are_read_in_one_place():
+    readers = {
+        str(path.relative_to(ROOT).parent)
+        for room in ROOMS
+        for path in sources(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    }
+    assert readers == {"zoo/checkpoint"}
+
+
 # Of tasks/: what each wing may not import. Models need no data and no engine, data no engine.
 WINGS = {
     "tasks/dense": ("tasks.data", "tasks.engine", *(f"tasks.{task}" for task in ("classify", "detect", "segment"))),

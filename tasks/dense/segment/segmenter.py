@@ -50,6 +50,8 @@ HEADS = {
 # The heads that are trained with an auxiliary one.
 _WITH_AUX = ("upernet", "deeplabv3", "deeplabv3_plus", "ham_net")
 _DILATED = ("deeplabv3", "deeplabv3_plus")
+# The heads that predict a set of masks; the others label pixels.
+MASK_HEADS = ("mask2former", "oneformer")
 
 
 class Segmenter(BaseSegmenter):
@@ -252,34 +254,22 @@ def create_segmenter(
     file, layout, state = None, None, None
     if checkpoint is not None:
         file = read_segmenter(read(checkpoint))
-        state, checkpoint = file.state, file.checkpoint
+        state = file.state
         head = _held_head(head, state, file.path)
         layout = file.layout(backbone)
-    options, aux_options = {}, {}
-    aux = aux_head and head in _WITH_AUX
+    options, with_aux = {}, aux_head and head in _WITH_AUX
+    aux = {} if with_aux else None
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
-    if state is not None:
-        try:
-            options |= variant_of(head, state)
-        except KeyError as error:
-            raise CheckpointError(f"{checkpoint}: 1 missing ({error.args[0]})") from error
-        options |= {"neck": neck_of(state)} | (entry.options if entry else {})
-        if head == "light_ham" and "rank" not in options | kwargs:
-            raise TaskError(
-                f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
-                "rank=64, which the authors took for B and L"
-            )
+    if file is not None:
+        options |= _variant(head, file, {**(entry.options if entry else {}), **kwargs})
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
             raise OtherClassesError(file.path, options["num_classes"], num_classes)
-        aux_options = {"channels": aux_channels_of(state)}
-        if aux and aux_options["channels"] is None:
-            _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
-            aux = False
+        aux = _held_aux(file, with_aux)
     default_classes = options.pop("num_classes", 150)
     num_classes = default_classes if num_classes is None else num_classes
 
-    transformer = head in ("mask2former", "oneformer")
+    transformer = head in MASK_HEADS
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
     *parts, others = split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
@@ -303,31 +293,12 @@ def create_segmenter(
         backbone,
         _backbone_setting(head, backbone, setting),
         (head, "segmentation"),
-        checkpoint if published else None,
+        file.checkpoint if published else None,
         body_options,
         known_options(*kinds),
     )
     parts[1] = _statistics(file, body) | parts[1]
-    neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
-    channels = body.channels if neck is None else neck.channels
-    if head in _DILATED:
-        parts[0].setdefault("stride", list(getattr(neck or body, "reductions", [16]))[-1])
-    if transformer:
-        criterion = SetCriterion(num_classes, **parts[2])
-        module = HEADS[head](channels, num_classes, **parts[0])
-        if head == "oneformer":
-            parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
-        model = Mask2Former(body, module, criterion, neck=neck, **parts[1])
-    else:
-        aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
-        # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
-        strides = getattr(body, "reductions", None)
-        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
-        aux_options["index"] = len(channels) - 1 if plain else min(2, len(channels) - 1)
-        aux_options |= {"group_norm": True} if head == "ham_net" else {}
-        aux_module = FCNHead(channels, num_classes, **aux_options) if aux else None
-        module = HEADS[head](channels, num_classes, **parts[0])
-        model = Segmenter(body, module, aux_module, neck=neck, **parts[1])
+    model = _assembled(head, body, _neck(head, body, parts[1].pop("neck", "auto"), state), num_classes, parts, aux)
     model.num_classes = num_classes
     if file is not None:
         if layout is not None:
@@ -338,6 +309,70 @@ def create_segmenter(
         loaded = published and isinstance(backbone, str)
         model.load_report = load_segmenter(model, file, loaded, reset_classifier)
     return model
+
+
+def _variant(head: str, file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class count and the options of a segmenter that its file tells, with those ``given`` beside it."""
+    try:
+        variant = variant_of(head, file.state)
+    except KeyError as error:
+        raise CheckpointError(f"{file.path}: 1 missing ({error.args[0]})") from error
+    variant |= {"neck": neck_of(file.state)} | given
+    if head == "light_ham" and "rank" not in variant:
+        raise TaskError(
+            f"{file.path}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
+            "rank=64, which the authors took for B and L"
+        )
+    return variant
+
+
+def _held_aux(file: DenseFile, wanted: bool) -> dict[str, Any] | None:
+    """Return the options of the auxiliary head that a file tells; None if it has none, or none is wanted."""
+    channels = aux_channels_of(file.state)
+    if wanted and channels is None:
+        _logger.info(f"{file.path}: has no auxiliary head, and so the model gets none")
+    return {"channels": channels} if wanted and channels is not None else None
+
+
+def _assembled(
+    head: str,
+    body: nn.Module,
+    neck: nn.Module | None,
+    num_classes: int,
+    parts: Sequence[dict[str, Any]],
+    aux: Mapping[str, Any] | None,
+) -> "Segmenter | Mask2Former":
+    """Return the segmenter of its parts.
+
+    Args:
+        head: Its head's name.
+        body: Its backbone.
+        neck: What stands between them.
+        num_classes: Classes.
+        parts: Options of the head, of the segmenter, and of Mask2Former's losses; those that the backbone decides are
+            added.
+        aux: Options of the auxiliary head; None if there is none.
+    """
+    of_head, of_model = parts[:2]
+    channels = body.channels if neck is None else neck.channels
+    if head in _DILATED:
+        of_head.setdefault("stride", list(getattr(neck or body, "reductions", [16]))[-1])
+    if head in MASK_HEADS:
+        criterion = SetCriterion(num_classes, **parts[2])
+        module = HEADS[head](channels, num_classes, **of_head)
+        if head == "oneformer":
+            of_model.setdefault("topk", module.predictor.query_embed.num_embeddings)
+        return Mask2Former(body, module, criterion, neck=neck, **of_model)
+    aux_module = None
+    if aux is not None:
+        # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
+        strides = getattr(body, "reductions", None)
+        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
+        own = {"index": len(channels) - 1 if plain else min(2, len(channels) - 1)}
+        own |= {"dropout": of_head["dropout"]} if "dropout" in of_head else {}
+        own |= {"group_norm": True} if head == "ham_net" else {}
+        aux_module = FCNHead(channels, num_classes, **aux, **own)
+    return Segmenter(body, HEADS[head](channels, num_classes, **of_head), aux_module, neck=neck, **of_model)
 
 
 def _neck(head: str, body: nn.Module, neck: str | None, state: dict[str, Tensor] | None) -> nn.Module | None:
