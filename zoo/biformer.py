@@ -42,7 +42,6 @@ from ..blocks.pointwise import PointwiseMlp
 from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["BiFormer"]
@@ -215,10 +214,8 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     names when ``model`` is the other one, and so does not fit: the two are different functions.
     """
     if any(key.startswith("stem.") for key in state):
-        converted = dict(state)
-    else:
-        converted = dict(_renamed(key, value, model) for key, value in state.items())
-    return with_counters(converted, model)
+        return dict(state)
+    return dict(_renamed(key, value, model) for key, value in state.items())
 
 
 # Of `Block`, per published class: BiFormer, BiFormerSTL, nchwBiFormerSTL.

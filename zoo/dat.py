@@ -44,7 +44,6 @@ from ..blocks.plain import is_plain
 from ..blocks.relative_bias import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["DAT"]
@@ -343,29 +342,29 @@ _BLOCK_NAMES = (
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a published state dict to ``model``'s names, and resample tables made for another size.
+    """Rename a published state dict to our names.
 
     Reads the authors' classification and dense files; leaves our own names alone.
     """
     if any(key.startswith("stem.") for key in state):
-        converted = dict(state)
-    else:
-        converted = {}
-        for key, value in state.items():
-            if key.endswith(_BUFFERS):
-                continue
-            if key.endswith("relative_position_bias_table"):
-                value = from_swin_table(value)
-            elif ".chunk.linear" in key and key.endswith(".weight"):
-                value = value[:, :, None, None]
-            converted[_rename(key)] = value
-    wanted = model.state_dict()
-    for key, value in converted.items():
-        if key.endswith((".rpb", ".rpe_table")) and key in wanted and value.ndim == 3:
-            size = wanted[key].shape[1:]
-            if value.shape[1:] != size and value.shape[0] == wanted[key].shape[0]:
-                converted[key] = resampled(resize_bias_table(value, size), value, "bicubic")
+        return dict(state)
+    converted = {}
+    for key, value in state.items():
+        if key.endswith(_BUFFERS):
+            continue
+        if key.endswith("relative_position_bias_table"):
+            value = from_swin_table(value)
+        elif ".chunk.linear" in key and key.endswith(".weight"):
+            value = value[:, :, None, None]
+        converted[_rename(key)] = value
     return converted
+
+
+def resize_entry(key: str, value: Tensor, size: torch.Size, model: nn.Module) -> tuple[Tensor, str] | None:
+    """Resample a table made for another size."""
+    if key.endswith((".rpb", ".rpe_table")) and value.ndim == 3 and value.shape[0] == size[0]:
+        return resize_bias_table(value, size[1:]), "bicubic"
+    return None
 
 
 def _rename(key: str) -> str:
@@ -401,13 +400,13 @@ _PP_BASE = dict(embed_dim=128, num_heads=(4, 8, 16, 32), groups=(2, 4, 8, 16), d
 
 def _dat(name: str, pretrained: bool, options: dict, config: dict) -> DAT:
     """Build a model of the first paper: windows, and deformable attention with a bounded range in the last stages."""
-    return build(DAT, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(DAT, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 def _dat_pp(name: str, pretrained: bool, options: dict, config: dict) -> DAT:
     """Build a model of the second paper: neighborhoods, and deformable attention with free offsets in all stages."""
     stages = ("ND", "NDND", "ND" * 9, "DD")
-    return build(DAT, name, pretrained, convert_checkpoint, **{"stages": stages, **config, **options})
+    return build(DAT, name, pretrained, convert_checkpoint, resize_entry, **{"stages": stages, **config, **options})
 
 
 def _dense(drop_path_rate: float) -> dict:

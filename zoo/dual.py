@@ -234,7 +234,7 @@ class DaViT(Pyramid):
         self.init_weights()
 
 
-def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
     """Rename a published state dict to ``model``'s names.
 
     Reads the authors' classification and dense files; leaves our own names and timm's, which are the same, alone. A
@@ -255,8 +255,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         converted[key] = value
     if "out_norms.1.weight" in converted and not any(key.startswith("out_norms.0.") for key in converted):
         _logger.warning("the checkpoint has no norm of the first stage's output, which keeps its initial values")
-        wanted = model.state_dict()
-        converted |= {key: value for key, value in wanted.items() if key.startswith("out_norms.0.")}
+        converted |= dict.fromkeys(key for key in model.state_dict() if key.startswith("out_norms.0."))
     return converted
 
 

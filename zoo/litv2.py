@@ -35,7 +35,6 @@ from ..blocks.pyramid import check_holds_patch
 from ..kernels.bilinear import gather_bilinear, sample_bilinear
 from ..kernels.precision import full_precision
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["LITv2"]
@@ -279,14 +278,14 @@ _NAMES = (
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename a published state dict to ``model``'s names; leaves our own names alone.
 
-    Reads the authors' classification and dense files. Batch norms' counters may be missing.
+    Reads the authors' classification and dense files.
     """
     converted, names = {}, () if any(key.startswith("stem.") for key in state) else _NAMES
     for key, value in state.items():
         for pattern, ours in names:
             key = re.sub(pattern, ours, key)
         converted[key] = value
-    return with_counters(converted, model)
+    return converted
 
 
 _SMALL = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)

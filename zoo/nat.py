@@ -25,7 +25,6 @@ from ..blocks import GlobalAttention2d, NeighborhoodAttention2d
 from ..blocks.pyramid import Block, ConvDownsample, ConvStem
 from ..blocks.relative_bias import resize_bias_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["NAT", "IsotropicNAT"]
@@ -276,7 +275,7 @@ def _from_hub(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a published state dict to ``model``'s names, and resample bias tables of another kernel size.
+    """Rename a published state dict to ``model``'s names.
 
     Reads the authors' classification and dense files and the hub's transformers format; leaves our own names alone.
     """
@@ -286,7 +285,6 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         state = _from_hub(state)
     isotropic = isinstance(model, IsotropicNAT)
     quarter = len(model.stages[0].blocks)
-    wanted = model.state_dict()
     converted = {}
     for key, value in state.items():
         if key.endswith("relative_position_index"):
@@ -301,10 +299,13 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
         key = re.sub(r"^norm(\d)\.", r"out_norms.\1.", key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key.endswith(".rpb") and key in wanted and value.ndim == 3 and value.shape[1:] != wanted[key].shape[1:]:
-            value = resampled(resize_bias_table(value, wanted[key].shape[1:]), value, "bicubic")
         converted[key] = value
     return converted
+
+
+def resize_entry(key: str, value: Tensor, size: torch.Size, model: nn.Module) -> tuple[Tensor, str] | None:
+    """Resample a bias table of another kernel size."""
+    return (resize_bias_table(value, size[1:]), "bicubic") if key.endswith(".rpb") and value.ndim == 3 else None
 
 
 # The published schedules: in every stage blocks alternate between no dilation and the next one of the stage's list.
@@ -344,16 +345,18 @@ _ISO_BASE = dict(embed_dim=768, num_heads=24, drop_path_rate=0.4)
 
 
 def _nat(name: str, pretrained: bool, options: dict, config: dict) -> NAT:
-    return build(NAT, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(NAT, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 def _dinat(name: str, pretrained: bool, options: dict, config: dict, schedule: str = "224") -> NAT:
     dilations = _alternate(schedule, config["depths"])
-    return build(NAT, name, pretrained, convert_checkpoint, **{"dilations": dilations, **config, **options})
+    return build(
+        NAT, name, pretrained, convert_checkpoint, resize_entry, **{"dilations": dilations, **config, **options}
+    )
 
 
 def _isotropic(name: str, pretrained: bool, options: dict, config: dict) -> IsotropicNAT:
-    return build(IsotropicNAT, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(IsotropicNAT, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 def _dense(drop_path_rate: float, depths: Sequence[int] | None = None, schedule: str | None = None, **options) -> dict:

@@ -512,7 +512,7 @@ def _rename(key: str) -> str:
     return key
 
 
-def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
     """Rename a published state dict to ``model``'s names; leaves our own names alone.
 
     A re-parameterised file re-parameterises the model; of a file in the training form, a re-parameterised model gets
@@ -530,12 +530,10 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         model.fuse()
     elif any(key.endswith("lk_origin.bias") for key in model.state_dict()):
         converted = merge_state(converted)
-    # What files may lack: the counters of batch norms, and in dense models what comes before a classifier.
-    own = model.state_dict()
-    fillable = [key for key in own if key.endswith(".num_batches_tracked")]
+    # Files of dense models lack what comes before a classifier.
     if model.out_norms is not None and not any(key.startswith("head.") for key in converted):
-        fillable += [key for key in own if key.startswith(("head.conv.", "head.bn."))]
-    return {key: own[key] for key in fillable} | converted
+        converted |= dict.fromkeys(key for key in model.state_dict() if key.startswith(("head.conv.", "head.bn.")))
+    return converted
 
 
 _XT = dict(embed_dims=(56, 112, 256, 336), depths=(2, 2, 3, 2), focus_depths=(6, 2), groups=(8, 12), drop_path_rate=0.1)

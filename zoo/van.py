@@ -34,7 +34,6 @@ from ..blocks.pointwise import apply_pointwise
 from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..kernels.backends import channels_come_last
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["VAN"]
@@ -219,7 +218,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         key = re.sub(r"^blocks(\d)\.", r"block\1.", key).replace(".mlp.dwconv.dwconv.", ".mlp.dwconv.")
         key = key.replace(".DW_conv.", ".conv0.").replace(".DW_D_conv.", ".conv_spatial.")
         converted[_renamed(key, gate)] = value
-    return with_counters(converted, model)
+    return converted
 
 
 # Of the gate, which the authors call spatial_gating_unit.

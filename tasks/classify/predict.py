@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ...zoo.checkpoint import Checkpoint, load
 from .. import TaskError
-from ..checkpoints import load_weights, read_checkpoint, without_start
+from ..checkpoints import read_checkpoint, without_start
 from ..data.class_names import class_names
 from ..data.classification import InputRule
 from ..data.images import FULL_WHITE, to_pixels
@@ -53,7 +54,7 @@ class Predictor:
         self._transform = rule.transform()
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+    def from_checkpoint(cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> "Predictor":
         """Read a checkpoint of `foveate train`.
 
         Raises:
@@ -63,7 +64,7 @@ class Predictor:
         card = checkpoint["card"]
         rule = InputRule(**card["input"])
         model = create_classifier(card["model"], len(card["classes"]), rule, **without_start(card["kwargs"]))
-        load_weights(model, checkpoint["state_dict"], path)
+        load(model, checkpoint["state_dict"], path)
         predictor = cls(model, rule, card["classes"], device, card["white"])
         predictor.card = card
         return predictor

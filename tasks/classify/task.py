@@ -13,8 +13,8 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ...blocks.losses import collect_losses
-from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
+from ...zoo.checkpoint import Checkpoint, CheckpointError
 from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.loading import create_model
 from .. import TaskError
@@ -31,7 +31,7 @@ def create_classifier(
     num_classes: int | None = None,
     rule: InputRule | None = None,
     pretrained: bool = False,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     **kwargs,
 ) -> nn.Module:
     """Create a timm model, ours or theirs, as a classifier.
@@ -41,7 +41,8 @@ def create_classifier(
         num_classes: Classes; the model's own if None.
         rule: Input; gives the channels, and the size to models that need to know it. The model's own if None.
         pretrained: Whether to start from published weights.
-        checkpoint: Weights to start from instead: a path, an address, or a ``model.tag`` of published ones.
+        checkpoint: Weights to start from instead: a path, an address, a ``model.tag`` of published ones, or what
+            `open_checkpoint` read.
         **kwargs: Options of the model.
 
     Raises:

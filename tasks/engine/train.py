@@ -13,9 +13,9 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook
 from torch.utils.data import DataLoader
 
-from ...zoo import CheckpointError
+from ...zoo.checkpoint import CheckpointError, load, open_checkpoint
 from .. import TaskError
-from ..checkpoints import check_folder, load_weights, read_checkpoint, remove_partial
+from ..checkpoints import check_folder, read_checkpoint, remove_partial
 from ..devices import choose_device
 from .config import task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
@@ -149,11 +149,10 @@ def evaluate(
         TaskError: If the evaluation can't be done.
         CheckpointError: If the checkpoint can't be read or doesn't hold the config's model.
     """
-    checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
+    opened = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
+    checkpoint = None if opened is None else read_checkpoint(opened, config["task"])
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(
-        config if checkpoint is None else rebuild_config(config, checkpoint, checkpoint_path)
-    )
+    task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, opened))
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
     for remark in task.check_data(training=False):
@@ -175,7 +174,7 @@ def evaluate(
             custom_hooks=[TestProgressHook()] if progress else [],
         )
         if checkpoint is not None:
-            load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
+            load(runner.net, checkpoint["state_dict"], checkpoint_path)
         metrics = _without_worker_traceback(runner.test)
     _leave(distributed)
     return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected

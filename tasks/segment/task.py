@@ -16,11 +16,9 @@ from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
 from ..dense.segment.postprocess import OUTPUTS
-from ..dense.segment.segmenter import HEADS, create_segmenter
+from ..dense.segment.segmenter import HEADS, MASK_HEADS, create_segmenter
 from ..detections import to_plain
 
-# The heads that predict a set of masks; the others label pixels.
-MASK_HEADS = ("mask2former", "oneformer")
 # Up to so many classes get a metric of their own.
 NAMED_CLASSES = 20
 

@@ -218,7 +218,7 @@ def test_every_published_file_is_tested_by_its_own_recipe(task, tmp_path, monkey
     args = argparse.Namespace(data=tmp_path, batch_size=None, workers=0, device="cpu")
     for entry in (entry for entry in weights.table().values() if entry.task == task):
         path = tmp_path / entry.name
-        file = SimpleNamespace(entry=entry, path=path)
+        file = SimpleNamespace(entry=entry, path=path, checkpoint=path)
         contents = SimpleNamespace(file=file, task=task, name=entry.model, head=entry.head)
         try:
             measure_dense(contents, args)
@@ -227,7 +227,7 @@ def test_every_published_file_is_tested_by_its_own_recipe(task, tmp_path, monkey
             continue
         config = tested[-1]
         model, data = config["model"], config["data"]
-        assert (model["head"], model["backbone"], model["checkpoint"]) == (entry.head, entry.model, str(path))
+        assert (model["head"], model["backbone"], model["checkpoint"]) == (entry.head, entry.model, path)
         assert not model["pretrained"]
         assert model["backbone_checkpoint"] is None
         assert (config["batch_size"], config["precision"], data["root"]) == (1, "float32", str(tmp_path))

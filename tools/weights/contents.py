@@ -1,7 +1,6 @@
 """What a file of weights holds: a classifier, a detector, a segmenter, or a dense backbone alone; loaded strictly."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ from torch import nn
 
 from ...tasks.checkpoints import renamed, with_white
 from ...tasks.classify import Predictor, create_classifier
-from ...tasks.dense.detect import checkpoint as detectors
-from ...tasks.dense.segment import checkpoint as segmenters
-from ...tasks.predictors import is_published, load_dense, load_predictor, load_published
+from ...tasks.predictors import dense_head_of, is_published, load_dense, load_predictor, load_published
 from ...zoo import CheckpointError, create_backbone, list_models, weights
-from ...zoo._checkpoint import card_of, metadata_of, open_checkpoint, state_of
 from ...zoo.backbone import check_name, dense_settings_of
+from ...zoo.checkpoint import Checkpoint
 from ...zoo.loading import classes_of
 from ...zoo.published import likely_model_of
 from ...zoo.variants import Variant, variants_of
@@ -26,20 +23,23 @@ class File:
     """A file of weights, and what it says of itself.
 
     Attributes:
-        path: Where it lies.
-        sha256: Of its bytes.
         checkpoint: What was read of it.
+        sha256: Of its bytes.
         card: What foveate wrote of the model; None in other files.
         note: What `foveate weights convert` wrote of the file; empty in other files.
         entry: Row of the published weights that it is; None if it is none of them.
     """
 
-    path: Path
+    checkpoint: Checkpoint
     sha256: str
-    checkpoint: Mapping[str, Any]
     card: dict[str, Any] | None
     note: dict[str, str]
     entry: weights.Weights | None
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.checkpoint.path
 
     @property
     def model(self) -> str | None:
@@ -64,13 +64,11 @@ def read_file(reference: str) -> File:
     Raises:
         CheckpointError: If it can't be had or read.
     """
-    path = weights.locate(reference)
-    sha256 = weights.sha256_of(path)
-    checkpoint = open_checkpoint(path)
-    note = renamed(metadata_of(path))
-    card = card_of(path, checkpoint)
+    checkpoint = weights.read(reference)
+    note, card = renamed(checkpoint.metadata), checkpoint.card
     entry = weights.table().get(reference) or weights.table().get(note.get("weights"))
-    return File(path, sha256, checkpoint, with_white(card, checkpoint) if card else None, note, entry)
+    card = with_white(card, checkpoint.content) if card else None
+    return File(checkpoint, weights.sha256_of(checkpoint.path), card, note, entry)
 
 
 class Contents:
@@ -169,7 +167,7 @@ class Backbone(Contents):
     def __init__(self, file: File, name: str, setting: str | None):
         super().__init__(file, name, predictor=None)
         self.setting = setting
-        self._model = create_backbone(name, setting, file.path).eval()
+        self._model = create_backbone(name, setting, file.checkpoint).eval()
 
     @property
     def model(self) -> nn.Module:
@@ -222,33 +220,20 @@ def _likely_model(file: File) -> str:
 
 
 def _load(file: File, name: str, setting: str | None) -> Contents:
-    kind, head = _kind_of(file)
+    task, head = dense_head_of(file.checkpoint) or ("classify", "")
+    kind = {"classify": Classifier, "detect": Detector, "segment": Segmenter}[task]
     if file.card and file.card.get("task") != "backbone":
-        return kind(file, name, load_predictor(file.path), head)
+        return kind(file, name, load_predictor(file.checkpoint), head)
     if head:
         published = file.entry and is_published(file.entry.name)
         if published:
-            return kind(file, name, load_published(file.entry.name, weights=file.path), head)
-        return kind(file, name, load_dense(head, name, file.path), head)
+            return kind(file, name, load_published(file.entry.name, weights=file.checkpoint), head)
+        return kind(file, name, load_dense(head, name, file.checkpoint), head)
     ours = name in list_models()
     fitting = variants_of(file.checkpoint, [name]) if ours else []
     classes = fitting[0].classes if fitting else classes_of(name, file.checkpoint)
     if (fitting and fitting[0].dense) or (not ours and not classes):
         return Backbone(file, name, setting or next(iter(dense_settings_of(name)), None))
     # Loaded with the classifier that it has, whatever its classes.
-    model = create_classifier(name, classes, checkpoint=str(file.path)).eval()
+    model = create_classifier(name, classes, checkpoint=file.checkpoint).eval()
     return Classifier(file, name, Predictor.from_model(name, model))
-
-
-def _kind_of(file: File) -> tuple[type[Contents], str]:
-    """Return what the names of a file's weights tell of it: the kind of model, and the name of a dense one's head."""
-    if any(key.startswith("backbone.") for key in state_of(file.checkpoint)):
-        for kind, read, head_of in (
-            (Detector, detectors.read_detector, detectors.head_of),
-            (Segmenter, segmenters.read_segmenter, segmenters.head_of),
-        ):
-            try:
-                return kind, head_of(read(file.path).state, file.path)
-            except CheckpointError:
-                continue
-    return Classifier, ""

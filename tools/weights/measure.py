@@ -81,7 +81,7 @@ def _test_config(contents: Contents, args: argparse.Namespace) -> dict:
     config |= {"device": args.device, "workers": args.workers, "precision": "float32"}
     # Detectors pad the images of a batch to one size; the published numbers are of batches of one.
     config["batch_size"] = _batch_size(args, 1)
-    config["model"] |= {"checkpoint": str(contents.file.path), "pretrained": False, "backbone_checkpoint": None}
+    config["model"] |= {"checkpoint": contents.file.checkpoint, "pretrained": False, "backbone_checkpoint": None}
     # Nothing is trained, so that the held-out part may stand for the other.
     config["data"] |= {"root": str(args.data), "train": config["data"]["val"]}
     return config
