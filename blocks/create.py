@@ -3,8 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .agent import AgentAttention2d
 from .aggregated import AggregatedAttention2d
@@ -19,24 +18,9 @@ from .large_kernel import LargeKernelAttention2d
 from .mixture_of_heads import MixtureOfHeads2d
 from .neighborhood import NeighborhoodAttention2d
 from .quadtree import QuadTreeAttention2d
-from .record import Recorded
 from .routing import BiLevelRoutingAttention2d
 from .shift import Shift2d
 from .window import WindowAttention2d
-
-
-class _Deformable(DeformableAttention2d):
-    """Deformable attention on maps whose channels come last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    @torch.jit.ignore
-    def recorded(self, x: Tensor) -> Recorded:
-        recorded = super().recorded(x.permute(0, 3, 1, 2))
-        project = recorded.project
-        recorded.project = lambda heads: project(heads).permute(0, 2, 3, 1)
-        return recorded
 
 
 class _Shift(Shift2d):
@@ -78,7 +62,7 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "bilevel": (BiLevelRoutingAttention2d, {}),
     "contmix": (ContextMixing2d, {}),
     "cross_shaped": (CrossShapedAttention2d, {}),
-    "deformable": (_Deformable, {}),
+    "deformable": (DeformableAttention2d, {}),
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
     "dual": (DualAttention2d, {}),
     "global": (GlobalAttention2d, {}),

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from .global_attention import relative_bias
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, Windows, exact, heads_to_map, number_box
+from .relative_bias import relative_bias
 
 
 @register_notrace_function

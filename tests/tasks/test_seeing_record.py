@@ -160,7 +160,7 @@ def test_levels_of_a_tree_lie_on_the_tokens_that_they_cover(kind, size, golden_m
 
 def test_points_lie_on_the_pixels_that_they_were_read_from(golden_module):
     attention = seeded(blocks.DeformableAttention2d(16, 2, stride=2, map_size=(8, 8), offset_range=4), golden_module)
-    x = torch.randn(2, 16, 7, 9)
+    x = torch.randn(2, 7, 9, 16)
     with foveate.record_attention(attention) as record:
         attention(x)
     call = record[""]
@@ -168,9 +168,9 @@ def test_points_lie_on_the_pixels_that_they_were_read_from(golden_module):
     torch.testing.assert_close(call.matrix(), weights, atol=1e-6, rtol=0)
     points, _ = attention.sampled_points(x)
     grid = points[:, 0] / torch.tensor([8.0, 6.0]) * 2 - 1
-    read = nn.functional.grid_sample(x, grid, align_corners=True).flatten(2)
+    read = nn.functional.grid_sample(x.permute(0, 3, 1, 2), grid, align_corners=True).flatten(2)
     on_map, outside = call.on_tokens(range(63))
-    torch.testing.assert_close(on_map @ x.flatten(2).mT[:, None], weights @ read.mT[:, None], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(on_map @ x.flatten(1, 2)[:, None], weights @ read.mT[:, None], atol=1e-5, rtol=1e-5)
     assert outside.max() > 0.01
     # The values of two groups are at points of both.
     attention = seeded(blocks.DeformableAttention2d(16, 2, groups=2, stride=2, map_size=(8, 8)), golden_module)

@@ -1,6 +1,5 @@
 """Detectors: any backbone, a published head, and how they are trained, evaluated and loaded."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -8,15 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
 from ....zoo.backbone import head_options_of
+from ....zoo.checkpoint import Checkpoint, CheckpointError, LoadReport
 from ....zoo.published import STYLES, form_of, statistics_from, translated
-from ....zoo.weights import locate
+from ....zoo.weights import read
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import detector_neck
 from ..normalize import check_evaluation, dtype_of
+from ..options import known_options, split_options
 from .anchors import AnchorGrid
 from .assign import Sample, Sampler
 from .boxes import has_area
@@ -53,6 +52,8 @@ class Detector(nn.Module):
     """
 
     needs_masks: ClassVar[bool] = False
+    # What `create_detector` passes on to the constructor.
+    OPTIONS: ClassVar[tuple[str, ...]]
 
     def __init__(self, backbone: nn.Module, neck: nn.Module, transform: DetectorTransform, num_classes: int):
         super().__init__()
@@ -273,6 +274,20 @@ class RetinaNet(Detector):
         rules: Whose rules find objects, ``"mmdet"`` or ``"detectron2"``; see `RetinaHead`.
     """
 
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "extra_convs",
+        "anchor_scales",
+        "anchor_ratios",
+        "score_threshold",
+        "nms_threshold",
+        "max_detections",
+        "per_level",
+        "selection",
+        "extra_relu",
+        "rules",
+    )
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -363,6 +378,20 @@ class MaskRCNN(Detector):
         "vitdet": ({"convs": 2}, {"convs": 4, "layer_norm": True}),
     }
     needs_masks: ClassVar[bool] = True
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "hidden",
+        "extra_convs",
+        "anchor_scales",
+        "anchor_ratios",
+        "anchor_samples",
+        "region_samples",
+        "score_threshold",
+        "nms_threshold",
+        "max_detections",
+        "rules",
+        "design",
+    )
 
     def __init__(
         self,
@@ -488,6 +517,7 @@ class CascadeMaskRCNN(MaskRCNN):
         "default": {"convs": 0, "per_class": False, "box_loss": "smooth_l1"},
         "vitdet": {"convs": 4, "per_class": False, "box_loss": "smooth_l1", "layer_norm": True},
     }
+    OPTIONS: ClassVar[tuple[str, ...]] = ("style", "mask_heads", *MaskRCNN.OPTIONS)
 
     def __init__(
         self,
@@ -528,7 +558,7 @@ def create_detector(
     backbone: str | nn.Module,
     num_classes: int | None = None,
     setting: str | None = "auto",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
     torchvision_outputs: bool = False,
@@ -546,10 +576,10 @@ def create_detector(
             ``num_classes - 1``; background is no label.
         setting: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
             default the one for the head, where the backbone has it.
-        checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
-            (`foveate weights list`). The variant is read from it unless given: Swin-style or default cascade, the
-            pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the backbone as it is,
-            and says so.
+        checkpoint: A whole detector, mmdet's or ours: a path, an address, the ``model.tag`` of published weights
+            (`foveate weights list`), or what `open_checkpoint` read. The variant is read from it unless given:
+            Swin-style or default cascade, the pyramid's extra levels, widths, class count. A file of neck and heads
+            alone leaves the backbone as it is, and says so.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
         torchvision_outputs: Whether detections are as torchvision's: labels from 1, masks ``[D, 1, H, W]``, float32 of
@@ -571,21 +601,20 @@ def create_detector(
     if head not in DETECTORS:
         raise TaskError(f"there is no detector {head!r}{nearest(head, DETECTORS)}")
     kind = DETECTORS[head]
-    options, transform, others = _split_options(kind, kwargs)
+    options, transform, others = split_options(kwargs, kind, DetectorTransform)
     body_options = {**(backbone_kwargs or {}), **others}
     if head == "cascade_mask_rcnn" and options.get("style") in STYLES:
         body_options["style"] = options.pop("style")  # of a ResNet, not of the cascade
     file, layout, published = None, None, False
     if checkpoint is not None:
-        checkpoint = locate(checkpoint)
-        file = read_detector(checkpoint)
+        file = read_detector(read(checkpoint))
         state = file.state
-        variant = _variant(head, state, checkpoint, num_classes, reset_classifier)
+        variant = _variant(head, state, file.path, num_classes, reset_classifier)
         num_classes = variant.pop("num_classes")
         layout = file.layout(backbone)
         published = has_backbone(state) and not is_ours(state) and layout is None
         if is_ours(state):
-            held, held_transform, _ = _split_options(kind, file.card.get("kwargs") or {})
+            held, held_transform, _ = split_options(file.card.get("kwargs") or {}, kind, DetectorTransform)
             options, transform = held | variant | options, held_transform | transform
             body_options = file.held_form() | body_options
         else:
@@ -606,9 +635,9 @@ def create_detector(
         backbone,
         setting,
         (head, "detection"),
-        checkpoint if published else None,
+        file.checkpoint if published else None,
         body_options,
-        _known_options(kind),
+        known_options(kind, DetectorTransform),
     )
     prepare = DetectorTransform(**transform)
     _check_size(backbone, body, prepare)
@@ -616,7 +645,7 @@ def create_detector(
     model.torchvision_outputs = torchvision_outputs
     if file is not None:
         if layout is not None:
-            file.state = translated(layout, file.state, body, checkpoint)
+            file.state = translated(layout, file.state, body, file.path)
             model.classes = file.origin.classes
             model.told = described(options | transform, body_options)
         loaded = published and isinstance(backbone, str)
@@ -638,30 +667,6 @@ def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int |
             raise OtherClassesError(path, variant["num_classes"], num_classes)
         variant["num_classes"] = num_classes
     return variant
-
-
-def _options_of(kind: type[Detector]) -> list[str]:
-    """Return the names of the options of a detector's class and of those it passes them on to."""
-    names = []
-    for base in kind.__mro__:
-        if base is Detector:
-            break
-        names += list(inspect.signature(base).parameters)[3:]
-    return [name for name in dict.fromkeys(names) if name != "options"]
-
-
-def _known_options(kind: type[Detector]) -> list[str]:
-    return [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
-
-
-def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]:
-    """Return the options of the detector, those of its transform, and all others."""
-    of_detector, of_transform = _options_of(kind), list(inspect.signature(DetectorTransform).parameters)
-    return (
-        {name: value for name, value in given.items() if name in of_detector},
-        {name: value for name, value in given.items() if name in of_transform},
-        {name: value for name, value in given.items() if name not in of_detector + of_transform},
-    )
 
 
 def _check_size(backbone: str | nn.Module, body: nn.Module, transform: DetectorTransform) -> None:
