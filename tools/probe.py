@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-tokens", action="store_true", help="attend to class tokens and registers too")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each probe; %(default)s by default")
     parser.add_argument("--epochs", type=int, help="of the probes; 100 by default, 90 with --published")
-    parser.add_argument("--lr", type=float, help="learning rate; 0.001 by default, with --published 0.1 for 256 images")
+    parser.add_argument("--lr", type=float, help="learning rate; 0.003 by default, with --published 0.1 for 256 images")
     parser.add_argument("--batch", type=int, help="images of a step; 256 by default, 4096 with --published")
     parser.add_argument("--published", action="store_true", help="train as Efficient Probing's authors do, see above")
     parser.add_argument(
