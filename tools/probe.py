@@ -224,10 +224,15 @@ def _training(encoder, images, features, seed: int, rule, args: argparse.Namespa
         order = torch.randperm(count, generator=generator)
         for indices in order[: steps * size].split(size):
             indices = indices.sort().values
-            linear, tokens = (
-                torch.from_numpy(part[indices.numpy()]).to(device) for part in (features.pooled, features.tokens)
+            kept = {"linear": features.pooled, "attentive": features.tokens}
+            yield (
+                {
+                    name: torch.from_numpy(part[indices.numpy()]).to(device)
+                    for name, part in kept.items()
+                    if part is not None
+                },
+                features.labels[indices].to(device),
             )
-            yield {"linear": linear, "attentive": tokens}, features.labels[indices].to(device)
 
     def augmented(epoch: int):
         order = torch.randperm(count, generator=generator)[: steps * size].tolist()
