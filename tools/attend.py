@@ -1,4 +1,10 @@
-"""Judge explanations: which of them is worth its picture, on which attention.
+"""See what a model's attention uses, on an image; measure its heads; judge explanations.
+
+IMAGE draws, for places --at X,Y in pixels of the model's input, what each stage uses: windows, neighborhoods, routed
+regions, sampled points, agents, levels of a tree; or one map by --method rollout, relevance or cam. Beside the picture
+are the numbers as arrays (npz) and in words (JSON). --animate moves the query from one place to the next (GIF).
+
+--table measures every head on IMAGEs, or on bundled digits: how far it looks, how evenly, what is lost without it.
 
 --evaluate measures every method side by side, a random map and a centred Gaussian among them: insertion (greater is
 better) and deletion (less is), pixel AP and the pointing game where there are masks, MaxBoxAccV2 where there are boxes;
@@ -20,14 +26,23 @@ BUNDLED = "bundled"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--evaluate", nargs="?", const=BUNDLED, required=True, metavar="FOLDER", help="measure explanations, as above"
-    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders or quoted globs")
+    parser.add_argument("--table", action="store_true", help="measure heads, as above")
+    parser.add_argument("--evaluate", nargs="?", const=BUNDLED, metavar="FOLDER", help="measure explanations, as above")
     parser.add_argument("--model", metavar="A,B", help="timm names, with commas; nat_atto by default")
+    parser.add_argument("--untrained", action="store_true", help="with IMAGE or --table: random weights")
+    parser.add_argument("--at", nargs="+", metavar="X,Y", help="queries; the image's centre by default")
+    parser.add_argument("--layers", nargs="+", metavar="GLOB", help="attentions; the last of each stage by default")
+    parser.add_argument("--method", default="query", help="query, rollout, relevance or cam; %(default)s by default")
+    parser.add_argument("--class", dest="target", type=int, metavar="C", help="explained; the likeliest by default")
+    parser.add_argument("--heads", action="store_true", help="each head of one layer, instead of their mean")
+    parser.add_argument("--animate", type=int, metavar="N", help="write a GIF of N pictures along the places of --at")
     parser.add_argument("--attention", metavar="A,B", help=f"instead of a model, {HOST} with each of these attentions")
-    parser.add_argument("--checkpoint", metavar="FILE", help="with FOLDER: a classifier of `foveate train`")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a classifier of `foveate train`")
     parser.add_argument("--methods", metavar="A,B", help="all by default")
-    parser.add_argument("--images", type=int, default=128, help="at most so many are measured; %(default)s by default")
+    parser.add_argument(
+        "--images", dest="most", type=int, default=128, help="at most so many are measured; %(default)s by default"
+    )
     parser.add_argument("--epochs", type=int, help="of the bundled classifiers; 20 (digits) and 12 (nuclei) by default")
     parser.add_argument("--seed", type=int, default=0, help="of their training; %(default)s by default")
     parser.add_argument("--batch-size", type=int, default=32, help="images at once; %(default)s by default")
@@ -38,6 +53,182 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Draw, measure heads, or evaluate."""
+    from ..tasks import TaskError
+
+    if args.evaluate is not None:
+        if args.images or args.table:
+            raise TaskError("--evaluate goes with neither an IMAGE nor --table")
+        _evaluate(args)
+    elif args.table:
+        _measure_heads(args)
+    elif args.images:
+        _draw(args)
+    else:
+        raise TaskError("say what to do: an IMAGE to draw on, --table or --evaluate")
+
+
+def _classifier(args: argparse.Namespace):
+    """Return the predictor of the one model that is named."""
+    from ..tasks import TaskError
+    from ..tasks.classify import Predictor
+    from ..tasks.classify.task import create_classifier
+    from ..tasks.devices import choose_device
+    from ..tasks.predictors import is_file, load_predictor
+
+    if (args.model is None) == (args.checkpoint is None):
+        raise TaskError("name one model: --model NAME with published weights, or --checkpoint FILE")
+    device = choose_device(args.device)
+    if args.checkpoint is not None or is_file(args.model):
+        predictor = load_predictor(args.checkpoint or args.model, device)
+        if predictor.card["task"] != "classify":
+            task = predictor.card["task"]
+            raise TaskError(
+                f"{args.checkpoint or args.model}: holds a model to {task}; the pictures are of classifiers"
+            )
+        return predictor
+    if args.untrained:
+        import torch
+
+        torch.manual_seed(args.seed)
+        return Predictor.from_model(args.model, create_classifier(args.model), device)
+    return Predictor.from_name(args.model, device)
+
+
+def _places(words: list[str] | None) -> list[tuple[float, float]] | None:
+    from ..tasks import TaskError
+
+    places = []
+    for word in words or ():
+        try:
+            x, y = map(float, word.split(","))
+        except ValueError:
+            raise TaskError(f"--at is {word!r}, but must be X,Y in pixels") from None
+        places.append((x, y))
+    return places or None
+
+
+def _draw(args: argparse.Namespace) -> None:
+    """Draw what is used on each image, and write the numbers beside."""
+    import json
+
+    import numpy as np
+
+    from ..tasks import TaskError
+    from ..tasks.checkpoints import write_whole
+    from ..tasks.data.images import find_images, read_image
+    from ..tasks.pictures import attention
+    from ..tasks.pictures.figures import save_figure
+
+    places = _places(args.at)
+    if args.animate is not None and (args.animate < 2 or len(places or ()) < 2):
+        raise TaskError("--animate takes at least 2 pictures, and at least 2 places --at to go from and to")
+    paths = find_images(args.images)
+    predictor = _classifier(args)
+    transform = predictor.rule.transform()
+    for path in paths:
+        x = transform(read_image(path, predictor.channels, predictor.white))[None].to(predictor.device)
+        stem = args.output / f"{path.stem}_{args.method}"
+        options = {"layers": args.layers, "target": args.target, "heads": args.heads}
+        figure = attention.picture(predictor.model, x, places, args.method, **options)
+        save_figure(figure, stem.with_suffix(".png"))
+        arrays, told = _numbers(predictor, x, places, args)
+        write_whole(stem.with_suffix(".npz"), lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
+        text = json.dumps({"image": str(path), "method": args.method, **told}, indent=1)
+        write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
+        print(f"{path}: {stem}.png, .npz and .json")
+        if args.animate is not None:
+            pictures = list(attention.frames(predictor.model, x, places, args.animate, args.layers))
+            write_whole(
+                stem.with_suffix(".gif"),
+                lambda file, pictures=pictures: pictures[0].save(
+                    file, format="gif", save_all=True, append_images=pictures[1:], duration=120, loop=0
+                ),
+            )
+            print(f"{path}: {stem}.gif")
+
+
+def _numbers(predictor, x, places: list[tuple[float, float]] | None, args: argparse.Namespace) -> tuple[dict, dict]:
+    """Return what a picture shows as arrays by name, and in plain types."""
+    from ..tasks.pictures import attention
+
+    if args.method != "query":
+        found, words = attention.explain_image(predictor.model, x, args.method, args.layers, args.target)
+        return {"map": found.cpu().numpy()}, {"map": words}
+    height, width = x.shape[2:]
+    record = attention.record_once(predictor.model, x, args.layers)
+    arrays, queries = {}, []
+    for number, place in enumerate(places or [(width / 2, height / 2)]):
+        for call in attention.drawable(record, args.layers):
+            maps, seen, rest = attention.weights_on_map(call, place)
+            arrays[f"{number}.{call.name}"] = maps
+            mean = maps.mean(0)
+            best = mean.ravel().argsort()[::-1][:5]
+            queries.append(
+                {
+                    "at": place,
+                    "layer": call.name,
+                    "kind": call.kind,
+                    "map": list(call.map_size),
+                    "tokens_seen": int(seen.sum()),
+                    "outside": round(rest, 6),
+                    "check": call.check(),
+                    "best": [
+                        {
+                            "row": int(token) // mean.shape[1],
+                            "column": int(token) % mean.shape[1],
+                            "weight": round(float(mean.ravel()[token]), 6),
+                        }
+                        for token in best
+                    ],
+                    "note": call.note,
+                }
+            )
+    return arrays, {"queries": queries, "skipped": record.skipped}
+
+
+def _measure_heads(args: argparse.Namespace) -> None:
+    """Print and write a table of every head."""
+    import torch
+
+    from ..tasks.data.classification import Digits
+    from ..tasks.data.images import find_images, read_image, to_pixels
+    from ..tasks.seeing.heads import describe_heads
+    from .bench import as_markdown, save
+
+    predictor = _classifier(args)
+    transform, labels = predictor.rule.transform(), None
+    if args.images:
+        paths = find_images(args.images)[: args.most]
+        images = [transform(read_image(path, predictor.channels, predictor.white)) for path in paths]
+        what = f"{len(images)} images"
+    else:
+        digits = Digits("val", lambda image: transform(to_pixels(image, predictor.channels, predictor.white)))
+        images, labels = zip(*(digits[index] for index in range(min(args.most, len(digits)))), strict=True)
+        labels = torch.tensor(labels) if tuple(predictor.classes) == digits.classes else None
+        what = f"{len(images)} held-out digits"
+    x = torch.stack(images).to(predictor.device)
+    facts = describe_heads(predictor.model, x, labels, args.layers, batch_size=args.batch_size)
+    lost = "lost accuracy" if labels is not None else "lost probability"
+    table = [
+        {
+            "layer": fact.layer,
+            "kind": fact.kind,
+            "head": fact.head,
+            "distance (px)": f"{fact.distance:.1f}",
+            "entropy (bits)": f"{fact.entropy:.2f}",
+            "of": f"{fact.possible:.2f}",
+            "outside": f"{fact.outside:.1%}",
+            lost: "" if fact.importance is None else f"{fact.importance:+.4f}",
+        }
+        for fact in facts
+    ]
+    title = f"heads of {args.checkpoint or args.model} on {what}"
+    save(table, args.output, "heads", title)
+    print(f"\n{title}\n\n{as_markdown(table)}\n\nwritten to {args.output}/heads.md and .csv")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
     """Evaluate, and print and write the tables."""
     from ..blocks.create import list_attentions
     from ..tasks import TaskError, nearest
@@ -45,9 +236,10 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.seeing.evaluate import METHODS
     from ..zoo.backbone import check_name
 
-    for option in ("images", "batch_size"):
+    for option in ("most", "batch_size"):
         if getattr(args, option) < 1:
-            raise TaskError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but must be at least 1")
+            name = {"most": "images", "batch_size": "batch-size"}[option]
+            raise TaskError(f"--{name} is {getattr(args, option)}, but must be at least 1")
     chosen = _names(args.methods) or list(METHODS)
     for name in chosen:
         if name not in METHODS:
@@ -107,7 +299,7 @@ def _digits(label: str, name: str, options: dict, methods: dict, args: argparse.
 
     predictor = _trained("digits", label, name, options, args, args.epochs or 20, [])
     images = Digits("val", predictor.rule.transform())
-    x = torch.stack([images[index][0] for index in range(min(args.images, len(images)))]).to(device)
+    x = torch.stack([images[index][0] for index in range(min(args.most, len(images)))]).to(device)
     rows = evaluate(predictor.model.to(device), x, methods=methods, batch_size=args.batch_size)
     return f"digits: {len(x)} held-out digits of {x.shape[-1]} pixels, by classifiers of the bundled ones", label, rows
 
@@ -137,7 +329,7 @@ def _nuclei(label: str, name: str, options: dict, methods: dict, args: argparse.
     transform, geometry = predictor.rule.transform(), _geometry(predictor.rule)
     # Of patches with a nucleus, evenly over the half.
     shown = np.flatnonzero(labels)
-    shown = shown[np.linspace(0, len(shown) - 1, min(args.images, len(shown))).astype(int)]
+    shown = shown[np.linspace(0, len(shown) - 1, min(args.most, len(shown))).astype(int)]
     x = torch.stack([transform(pixels[index]) for index in shown]).to(device)
     objects = torch.stack([geometry(Image.fromarray(masks[index]).convert("L"))[0] > 0.5 for index in shown])
     # Without its pixels a patch of background and one of a nucleus are the same: there is nothing to insert or delete.
@@ -200,7 +392,7 @@ def _of_folder(source: str, methods: dict, args: argparse.Namespace, device):
             images.append(transform(image))
             masks.append(shown[0])
             boxes.append(torch.cat([boxes_of_masks(part[None])[0] for part in shown]))
-        if len(images) == args.images:
+        if len(images) == args.most:
             break
     if not images:
         raise TaskError(f"{root}: no image shows an object after the model's crop")

@@ -21,7 +21,7 @@ COMMANDS = {
     "list": "list the models",
     "info": "say all about a model: cost, inputs, weights, recipes",
     "weights": "list, fetch, verify, convert and publish weights",
-    "attend": "judge explanations of classifiers: insertion, deletion, pixel AP, pointing, randomised weights",
+    "attend": "see what attention uses on an image, measure heads, judge explanations",
     "probe": "measure what frozen models know: k-NN, linear and attentive probes on their features",
     "embed": "write the embeddings of a folder's images for other tools: npz, parquet",
     "compare": "train and time one host with every attention of the house",

@@ -169,8 +169,14 @@ class _Recorder:
         self.inside -= 1
 
     def _enter_child(self, module: nn.Module, args: tuple) -> None:
-        # `forward_features` and `forward_intermediates` don't call the model itself.
-        if self.inside or not args or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+        # `forward_features` and `forward_intermediates` don't call the model itself, and a detector is given a list.
+        if (
+            (self.inside and self.image_size is not None)
+            or "" in self.plan.sites
+            or not args
+            or not isinstance(args[0], Tensor)
+            or args[0].ndim != 4
+        ):
             return
         if args[0].shape[1] in (getattr(self.model, "in_chans", 3), 3):
             self.image_size = tuple(args[0].shape[2:])
@@ -191,14 +197,16 @@ class _Recorder:
                 self.record.skipped[name] = reason
                 return
             versions = [(x, x._version) for x in args if isinstance(x, Tensor) and not x.is_inference()]
-            inputs = [x.detach() if isinstance(x, Tensor) else x for x in args]
-            named = {key: x.detach() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+            given = [x.detach() if isinstance(x, Tensor) else x for x in args]
+            keywords = {key: x.detach() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
             around = self.around.get(id(module))
             size = self.image_size
 
             def recompute() -> Recorded:
                 if any(x._version != version for x, version in versions):
                     raise TaskError(f"what went into {name} was overwritten since; ask before the next step")
+                inputs = [_as_taken(module, x) for x in given]
+                named = {key: _as_taken(module, x) for key, x in keywords.items()}
                 if hasattr(module, "recorded"):
                     return module.recorded(*inputs, **named)
                 return _reader(module)(site, around, size, *inputs, **named)
@@ -208,6 +216,14 @@ class _Recorder:
             self.record.add(name, lambda unique: AttentionCall(unique, *arguments))
 
         return keep
+
+
+def _as_taken(module: nn.Module, x: object) -> object:
+    """Return an input in the precision of the module's parameters, where autocast gave it in a lower one."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    dtype = next((parameter.dtype for parameter in module.parameters()), x.dtype)
+    return x.to(torch.promote_types(x.dtype, dtype)) if dtype.is_floating_point else x
 
 
 def _random(module: nn.Module) -> str | None:

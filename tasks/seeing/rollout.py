@@ -73,6 +73,7 @@ class _Path(NamedTuple):
     shrinks: list[_Shrink]
     output: object
     image_size: tuple[int, int]
+    dtype: torch.dtype
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -135,7 +136,7 @@ def _run(model: nn.Module, x: Tensor, gradients: bool) -> _Path:
         )
     if not any(_mixes(call) for call in record.values()):
         raise TaskError(f"no attention of {type(model).__name__} mixes positions; it has gates or channels alone")
-    return _Path(record, shrinks, output, tuple(x.shape[2:]))
+    return _Path(record, shrinks, output, tuple(x.shape[2:]), torch.promote_types(x.dtype, torch.float32))
 
 
 def _mixes(call: AttentionCall) -> bool:
@@ -225,6 +226,7 @@ def _carry(
                 found[event] = _finish(r, size, prefix, events[place + 1 :], path) if pixels else _map(r, size, prefix)
         if event == wanted[0]:
             break
+    found = {name: part.to(path.dtype) for name, part in found.items()}
     return {name: found[name] for name in wanted} if every_layer else found[wanted[0]]
 
 
