@@ -159,7 +159,7 @@ class Recipe(NamedTuple):
     optimizer: Callable[[list[nn.Parameter], list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def quick_recipe(epochs: int = 100, batch: int = 256, lr: float = 1e-3) -> Recipe:
+def quick_recipe(epochs: int = 100, batch: int = 256, lr: float = 3e-3) -> Recipe:
     """Return what suits stored features, of small sets too: AdamW without decay."""
 
     def optimizer(weights: list[nn.Parameter], biases: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -30,10 +30,9 @@ def grad_cam(
     (`cam_layer` names it):
 
     * Where the map is averaged, that is the map as it is averaged: after the final norm, if that comes before the
-      pooling (Swin and most of ours), else the last stage's output. The norm belongs to it: on the residual stream
-      before it a few channels are orders of magnitude larger than others and drown them, and the gradient has gone
-      through the norm's scale at every position, whereas after it the gradient is the same everywhere, so that the
-      map is the classifier's own sum, CAM itself.
+      pooling (Swin and most of ours), else the last stage's output. The norm belongs to it: after it the gradient is
+      the same at every position, so that the map is the classifier's own sum, CAM itself; before it each position's
+      channels have a scale of their own, which the norm takes out and the map would show instead of the class.
     * Where a class token is read, the gradient of the final norm, of the last block and of its second norm is exactly
       0 at every patch, and the map blank: the patches' last word is what the last attention reads, the output of the
       last block's first norm. With attention pooling (SigLIP) it is what the pooling reads.

@@ -38,11 +38,11 @@ def folder(tmp_path_factory):
 
 
 def test_a_folder_with_masks_and_one_with_boxes_are_judged(digits_run, folder, tmp_path, capsys):
-    argv = ["attend", "--evaluate", str(folder), "--checkpoint", str(digits_run / "best.pth"), "--images", "10"]
-    assert main([*argv, "--output", str(tmp_path)]) == 0
-    assert "10 images" in capsys.readouterr().out
+    argv = ["attend", "--evaluate", str(folder), "--checkpoint", str(digits_run / "best.pth"), "--images", "6"]
+    assert main([*argv, "--output", str(tmp_path), "--methods", "random map,relevance,Grad-CAM"]) == 0
+    assert "6 images" in capsys.readouterr().out
     found = rows(tmp_path / "evaluate_folder.csv")
-    assert {"random map", "centred Gaussian", "rollout", "relevance", "Grad-CAM"} <= {*found}
+    assert [*found] == ["random map", "relevance", "Grad-CAM"]
     assert float(found["random map"]["as with random weights"]) == 1
     assert all(0 <= float(row["pixel AP"]) <= 1 and 0 <= float(row["insertion"]) <= 1 for row in found.values())
 

@@ -62,8 +62,11 @@ def test_the_published_recipe_sees_augmented_images(folder, tmp_path):
     assert main([*argv, "--seeds", "1", "--output", str(tmp_path)]) == 0
     (row,) = rows(tmp_path)
     assert 0 <= float(row["linear"]) <= 100
-    # Of training images nothing is kept but what k-NN needs.
+    # Of training images nothing is kept but what k-NN needs, and that serves a linear probe.
     assert len(list((tmp_path / "features").glob("*/with_tokens"))) == 1
+    argv = ["probe", str(folder), "--models", "nat_atto", *ARGUMENTS, "--probes", "linear", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    assert len(list((tmp_path / "features").iterdir())) == 2
 
 
 def test_a_trained_classifier_s_own_input_is_used(digits_run, tmp_path):
