@@ -15,12 +15,14 @@ from ....zoo.published import STYLES, form_of, statistics_from, translated
 from ....zoo.weights import locate
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
-from ..neck import detector_neck
+from ..neck import channel_mapper, detector_neck
 from ..normalize import check_evaluation, dtype_of
 from .anchors import AnchorGrid
 from .assign import Sample, Sampler
 from .boxes import has_area
 from .checkpoint import head_of, load_detector, read_detector, rules_of, variant_of
+from .dino import DinoHead
+from .dino_loss import DinoCriterion
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
@@ -47,12 +49,14 @@ class Detector(nn.Module):
         num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
         load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
         torchvision_outputs: Whether detections have labels from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1.
+        TRANSFORM: Options of the transform that the detector was published with, other than the transform's own.
 
     Args:
         backbone: See above; has ``channels``.
     """
 
     needs_masks: ClassVar[bool] = False
+    TRANSFORM: ClassVar[dict] = {}
 
     def __init__(self, backbone: nn.Module, neck: nn.Module, transform: DetectorTransform, num_classes: int):
         super().__init__()
@@ -510,7 +514,102 @@ class CascadeMaskRCNN(MaskRCNN):
         return rpn, self.STYLES[self._style] | {"mask_heads": self._mask_heads}, stages
 
 
+class DINO(Detector):
+    """DINO (arXiv 2203.03605): a transformer of the DETR line, whose detections need no suppression.
+
+    Images are padded to the batch alone, and no pixel of the padding counts. Denoising draws from torch's global
+    generator in mmdet's order, so that `torch.manual_seed` before the loss reproduces it.
+
+    Attributes:
+        head: From the neck's maps to classes and boxes, a `DinoHead`.
+        criterion: The losses, a `DinoCriterion`.
+
+    Args:
+        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
+        num_classes: Classes of objects.
+        transform: Makes the batch of images.
+        channels: Channels of the neck and the transformer.
+        num_levels: Maps of the neck: 4, of strides 8 to 64, or 5, of strides 4 to 64.
+        num_queries: Queries.
+        encoder_layers: Layers of the encoder.
+        decoder_layers: Layers of the decoder.
+        hidden: Channels inside the transformer's MLPs.
+        num_heads: Heads of each attention.
+        num_points: Points of each head on each map.
+        temperature: Of the encoder's position embedding: 20, or 10000 in mmdet's "improved" form.
+        offset: Of the encoder's position embedding: 0, or -0.5 in the improved form.
+        denoising_queries: Objects of the denoising: 100, or 300 in the improved form.
+        cls_weight: Weight of the loss of the classes: 1, or 2 in the improved form.
+        max_detections: Most detections of an image.
+    """
+
+    TRANSFORM: ClassVar[dict] = {"divisor": 1}
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int = 80,
+        transform: DetectorTransform | None = None,
+        channels: int = 256,
+        num_levels: int = 4,
+        num_queries: int = 900,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        hidden: int = 2048,
+        num_heads: int = 8,
+        num_points: int = 4,
+        temperature: float = 20.0,
+        offset: float = 0.0,
+        denoising_queries: int = 100,
+        cls_weight: float = 1.0,
+        max_detections: int = 300,
+    ):
+        neck = channel_mapper(backbone, channels, num_levels)
+        super().__init__(backbone, neck, transform or DetectorTransform(**self.TRANSFORM), num_classes)
+        self.head = DinoHead(
+            channels,
+            num_classes,
+            num_levels,
+            num_queries,
+            encoder_layers,
+            decoder_layers,
+            hidden,
+            num_heads,
+            num_points,
+            temperature,
+            offset,
+            denoising_queries,
+            max_detections,
+        )
+        self.criterion = DinoCriterion(cls_weight)
+
+    @torch.no_grad()
+    def predict_from_features(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+        soft_masks: bool = False,
+    ) -> list[dict[str, Tensor]]:
+        found = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
+        return self.head.detect(found.logits[-1], found.boxes[-1], image_sizes, original_sizes or image_sizes)
+
+    def losses_from_features(
+        self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
+    ) -> dict[str, Tensor]:
+        self._check(targets)
+        labels = [target["labels"].long() for target in targets]
+        boxes = [
+            target["boxes"].float() / target["boxes"].new_tensor([width, height, width, height]).float()
+            for target, (height, width) in zip(targets, image_sizes, strict=True)
+        ]
+        canvas = self.transform.canvas(image_sizes)
+        found = self.head(self.neck(features), image_sizes, canvas, (labels, boxes))
+        return self.criterion(found, labels, boxes, image_sizes)
+
+
 DETECTORS = {
+    "dino": DINO,
     "retinanet": RetinaNet,
     "faster_rcnn": FasterRCNN,
     "mask_rcnn": MaskRCNN,
@@ -537,7 +636,7 @@ def create_detector(
     """Create a detector of any backbone.
 
     Args:
-        head: ``"retinanet"``, ``"faster_rcnn"``, ``"mask_rcnn"`` or ``"cascade_mask_rcnn"``.
+        head: ``"retinanet"``, ``"faster_rcnn"``, ``"mask_rcnn"``, ``"cascade_mask_rcnn"`` or ``"dino"``.
         backbone: Name of any timm model, ours or theirs, or a module that maps images to a list of maps, and has their
             ``channels`` and ``reductions``, their strides; without the latter they are four, of 1/4 to 1/32 of the
             image. Maps of one stride, as of plain vision transformers, get ViTDet's simple feature pyramid, other
@@ -589,7 +688,7 @@ def create_detector(
             options, transform = held | variant | options, held_transform | transform
             body_options = file.held_form() | body_options
         else:
-            options = rules_of(file) | variant | options
+            options = rules_of(file, options) | variant | options
         if layout is not None:
             form = form_of(layout, file.origin, state, backbone, body_options)
             transform = statistics_from(file.origin, state, form.get("style")) | transform
@@ -610,7 +709,7 @@ def create_detector(
         body_options,
         _known_options(kind),
     )
-    prepare = DetectorTransform(**transform)
+    prepare = DetectorTransform(**(kind.TRANSFORM | transform))
     _check_size(backbone, body, prepare)
     model = kind(body, 80 if num_classes is None else num_classes, prepare, **options)
     model.torchvision_outputs = torchvision_outputs
