@@ -1,10 +1,18 @@
 """DINO: mmdet's outputs, rules and losses, and what data really holds."""
 
+import itertools
+import math
+
 import foveate
 import pytest
 import torch
+from foveate.blocks import MultiScaleDeformableAttention
 from foveate.tasks.dense.detect.checkpoint import renamed
+from foveate.tasks.dense.detect.denoising import Denoising, NoisyQueries, inverse_sigmoid
+from foveate.tasks.dense.detect.dino import Predictions, Proposals, Scene
+from foveate.tasks.dense.detect.dino_loss import DinoCriterion
 from torch import nn
+from torchvision.ops import box_convert, generalized_box_iou
 
 
 class StubBackbone(nn.Module):
@@ -70,3 +78,215 @@ def record(module: nn.Module, method: str) -> list:
 
     setattr(module, method, recorded)
     return results
+
+
+# --- Denoising and losses ---------------------------------------------------------------------------------------------
+
+
+OBJECTS = (
+    (torch.tensor([2, 0, 1]), torch.tensor([[0.1, 0.2, 0.5, 0.9], [0.3, 0.3, 0.4, 0.4], [0.0, 0.0, 1.0, 1.0]])),
+    (torch.tensor([], dtype=torch.int64), torch.zeros(0, 4)),
+    (torch.tensor([1]), torch.tensor([[0.7, 0.1, 0.9, 0.3]])),
+)
+
+
+def slow_noise(objects, count: int, classes: int):
+    """Section 7 of the rules, object by object: labels (-1: unused) and boxes, cx cy w h, of each image's places."""
+    most = max(len(labels) for labels, _ in objects)
+    groups = max(1, count // most)
+    labels = [int(label) for image, _ in objects for label in image]
+    boxes = [box.tolist() for _, image in objects for box in image]
+    owner = [(image, k) for image, (found, _) in enumerate(objects) for k in range(len(found))]
+    rows = 2 * groups * len(labels)
+    chosen = [row for row, value in enumerate(torch.rand(rows).tolist()) if value < 0.25]
+    noisy = labels * (2 * groups)
+    for row, label in zip(chosen, torch.randint(0, classes, (len(chosen),)).tolist(), strict=True):
+        noisy[row] = label
+    signs, parts = torch.randint(0, 2, (rows, 4)).tolist(), torch.rand(rows, 4).tolist()
+    found = [[(-1, [0.5] * 4)] * (2 * groups * most) for _ in objects]
+    for row, (sign, part) in enumerate(zip(signs, parts, strict=True)):
+        block, target = divmod(row, len(labels))
+        x1, y1, x2, y2 = boxes[target]
+        sides = [x2 - x1, y2 - y1] * 2
+        edges = [
+            min(max(edge + (2 * s - 1) * (p + block % 2) * side / 2, 0.0), 1.0)
+            for edge, s, p, side in zip(boxes[target], sign, part, sides, strict=True)
+        ]
+        image, k = owner[target]
+        box = [(edges[0] + edges[2]) / 2, (edges[1] + edges[3]) / 2, edges[2] - edges[0], edges[3] - edges[1]]
+        # Before the sigmoid no side of the ratio is below 0.001.
+        logits = [math.log(max(min(max(c, 0), 1), 1e-3) / max(1 - min(max(c, 0), 1), 1e-3)) for c in box]
+        found[image][block * most + k] = (noisy[row], [1 / (1 + math.exp(-c)) for c in logits])
+    return found, groups, most
+
+
+def test_noise_is_drawn_in_the_published_order():
+    denoising = Denoising(3, 8, count=10)
+    torch.manual_seed(2024)
+    expected, groups, most = slow_noise(OBJECTS, 10, 3)
+    torch.manual_seed(2024)
+    noisy = denoising([labels for labels, _ in OBJECTS], [boxes for _, boxes in OBJECTS])
+    assert (noisy.groups, noisy.most) == (groups, most) == (3, 3)
+    for image, places in enumerate(expected):
+        for place, (label, box) in enumerate(places):
+            content = torch.zeros(8) if label < 0 else denoising.label_embedding.weight[label]
+            torch.testing.assert_close(noisy.content[image, place], content)
+            torch.testing.assert_close(noisy.boxes[image, place].sigmoid(), torch.tensor(box), atol=1e-6, rtol=0)
+
+
+def test_groups_of_the_denoising_dont_see_each_other():
+    noisy = Denoising(3, 8, count=6)([labels for labels, _ in OBJECTS], [boxes for _, boxes in OBJECTS])
+    blocked = noisy.blocked(4)
+    for query in range(16):
+        for key in range(16):
+            apart = key < 12 and (query >= 12 or query // 6 != key // 6)
+            assert blocked[query, key] == apart, (query, key)
+
+
+def test_both_eps_of_the_inverse_sigmoid():
+    """Boxes are refined with 0.001, and the head adds to references with 0.00001; beyond 0.001 they differ."""
+    torch.manual_seed(0)
+    model = tiny()
+    head, memory = model.head.eval(), torch.randn(1, 30, 32)
+    scene = Scene([(4, 6), (2, 2), (1, 1), (1, 1)], None, None)
+    references = torch.tensor([[[1e-4, 0.5, 0.99995, 2e-6]]])
+    _, boxes = head.decode(torch.randn(1, 1, 32), references, memory, scene)
+    # The last layer of new branches is zero, so that they change nothing but by the eps.
+    torch.testing.assert_close(
+        boxes[1], torch.tensor([[[1e-3 / (1 - 1e-4 + 1e-3), 0.5, 1 / 1.001, 1 / 1001]]]), atol=1e-5, rtol=0
+    )
+    model.head.propose = lambda memory, scene: Proposals(
+        torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 3), inverse_sigmoid(references, 1e-7)
+    )
+    maps = [torch.randn(1, 32, *shape) for shape in scene.shapes]
+    found = head(maps, [(32, 48)], (32, 48))
+    logits = torch.logit(found.boxes[0][0, 0].double())
+    wanted = torch.logit(references[0, 0].double(), eps=1e-5)
+    torch.testing.assert_close(logits, wanted, atol=2e-2, rtol=0)
+
+
+def slow_losses(logits, boxes, pairs, objects, size) -> list[float]:
+    """Section 8 of the rules, pair by pair, in float64."""
+    logits, boxes, count = logits.double(), boxes.double(), max(sum(map(len, pairs)), 1)
+    total = [0.0, 0.0, 0.0]
+    for image, matched in enumerate(pairs):
+        height, width = size[image]
+        sides = torch.tensor([width, height, width, height], dtype=torch.float64)
+        classes = {query: int(objects[image][0][target]) for query, target in matched}
+        for query in range(logits.shape[1]):
+            for k, p in enumerate(logits[image, query].sigmoid().tolist()):
+                hit = classes.get(query) == k
+                total[0] -= 0.25 * (1 - p) ** 2 * math.log(p) if hit else 0.75 * p**2 * math.log(1 - p)
+        for query, target in matched:
+            found, goal = boxes[image, query], box_convert(objects[image][1][target].double(), "xyxy", "cxcywh")
+            total[1] += 5 * float((found - goal).abs().sum())
+            pair = [box_convert(box * sides, "cxcywh", "xyxy")[None] for box in (found, goal)]
+            total[2] += 2 * (1 - float(generalized_box_iou(*pair)))
+    return [value / count for value in total]
+
+
+def slow_matching(logits, boxes, objects, size) -> list[list[tuple[int, int]]]:
+    """The cheapest of all matchings."""
+    pairs = []
+    for image, (labels, goals) in enumerate(objects):
+        height, width = size[image]
+        sides = torch.tensor([width, height, width, height])
+        cost = {}
+        for query in range(logits.shape[1]):
+            for target, label in enumerate(labels.tolist()):
+                p = float(logits[image, query, label].sigmoid())
+                goal = box_convert(goals[target], "xyxy", "cxcywh")
+                pair = [box_convert(box * sides, "cxcywh", "xyxy")[None] for box in (boxes[image, query], goal)]
+                cost[query, target] = (
+                    2 * (-math.log(p + 1e-12) * 0.25 * (1 - p) ** 2 + math.log(1 - p + 1e-12) * 0.75 * p**2)
+                    + 5 * float((boxes[image, query] - goal).abs().sum())
+                    - 2 * float(generalized_box_iou(*pair))
+                )
+        orders = itertools.permutations(range(logits.shape[1]), len(labels))
+        best = min(orders, key=lambda order: sum(cost[query, target] for target, query in enumerate(order)))
+        pairs.append([(query, target) for target, query in enumerate(best)])
+    return pairs
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_losses_are_those_of_the_rules(weight):
+    draw = torch.Generator().manual_seed(0)
+    size = [(40, 64), (64, 64), (33, 64)]
+
+    def random(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    noisy = NoisyQueries(None, torch.zeros(3, 12, 4), 2, 3)
+    proposals = Proposals(None, random(3, 5, 3), random(3, 5, 4))
+    layers = [(random(3, 17, 3), random(3, 17, 4).sigmoid()) for _ in range(2)]
+    predictions = Predictions([x for x, _ in layers], [x for _, x in layers], proposals, noisy)
+    labels, goals = zip(*OBJECTS, strict=True)
+    losses = DinoCriterion(weight)(predictions, labels, goals, size)
+    known = [[(2 * g * 3 + k, k) for g in range(2) for k in range(len(label))] for label in labels]
+    expected = {}
+
+    def put(prefix, logits, boxes, pairs=None):
+        pairs = slow_matching(logits, boxes, OBJECTS, size) if pairs is None else pairs
+        values = slow_losses(logits, boxes, pairs, OBJECTS, size)
+        names = (f"{prefix}loss_{name}" for name in ("cls", "bbox", "iou"))
+        expected.update(zip(names, (weight * values[0], *values[1:]), strict=True))
+
+    put("enc_", proposals.logits, proposals.boxes.sigmoid())
+    for prefix, (logits, boxes) in zip(("d0.", ""), layers, strict=True):
+        put(prefix, logits[:, 12:], boxes[:, 12:])
+        put(f"{prefix}dn_", logits[:, :12], boxes[:, :12], known)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-5), name
+
+
+def tiny(backbone=None, **options):
+    """A small DINO."""
+    sizes = {"channels": 32, "hidden": 48, "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2, "num_heads": 4}
+    options = {"num_classes": 3, "min_size": 64, "max_size": 96, "denoising_queries": 6} | sizes | options
+    return foveate.create_detector("dino", backbone or StubBackbone(), **options)
+
+
+def a_target(boxes, labels) -> dict[str, torch.Tensor]:
+    return {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "labels": torch.tensor(labels).long()}
+
+
+def features_of(sizes, channels=StubBackbone.channels) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    return [
+        torch.randn(len(sizes), count, -(-height // stride), -(-width // stride), generator=draw)
+        for count, stride in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
+
+
+def test_every_parameter_learns_and_the_seed_reproduces_losses():
+    torch.manual_seed(0)
+    model, sizes = tiny(), [(64, 96), (50, 64)]
+    maps, targets = features_of(sizes), [a_target([[3, 4, 50, 44], [0, 0, 64, 96]], [0, 2]), a_target([], [])]
+    for branch in model.head.reg_branches:
+        nn.init.normal_(branch.layers[-1].weight, std=0.1)
+    for layer in (*model.head.encoder.layers, *model.head.decoder.layers):
+        for attention in (x for x in layer.modules() if isinstance(x, MultiScaleDeformableAttention)):
+            nn.init.normal_(attention.attention_weights.weight)
+    torch.manual_seed(2024)
+    losses = model.losses_from_features(maps, targets, sizes)
+    assert len(losses) == 3 + 2 * 6
+    sum(losses.values()).backward()
+    still = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()}
+    assert not still
+    torch.manual_seed(2024)
+    again = model.losses_from_features(maps, targets, sizes)
+    assert {name: value.item() for name, value in losses.items()} == {k: v.item() for k, v in again.items()}
+
+
+def test_look_forward_twice():
+    """The loss of a layer's boxes reaches the layer before, but no further."""
+    torch.manual_seed(0)
+    model = tiny(decoder_layers=3)
+    sizes = [(64, 96)]
+    found = model.head(model.neck(features_of(sizes)), sizes, sizes[0])
+    found.boxes[2].sum().backward()
+    # Through the tokens all branches' layers hang together; the boxes alone decide which branches do.
+    reached = [branch.layers[-1].bias.grad is not None for branch in model.head.reg_branches]
+    assert reached == [False, True, True, False]
