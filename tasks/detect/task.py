@@ -29,7 +29,7 @@ class Detect:
     # Every key a config may have, with its default.
     DEFAULTS: ClassVar[dict] = {
         "model": {
-            "head": "mask_rcnn",  # or "retinanet", "cascade_mask_rcnn"
+            "head": "mask_rcnn",  # or "retinanet", "faster_rcnn", "cascade_mask_rcnn", "dino"
             "backbone": None,  # a timm name
             "setting": "auto",  # its dense setting; "auto": the one for the head, where there is one
             "pretrained": False,  # start from a backbone with published weights
@@ -183,6 +183,7 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     held = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
     parameters = inspect.signature(DetectorTransform).parameters
     transform = {name: option.default for name, option in parameters.items() if name not in held}
+    transform |= DETECTORS[model["head"]].TRANSFORM
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 

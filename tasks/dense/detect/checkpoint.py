@@ -244,7 +244,9 @@ def _dino_rules(file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"cls_weight": loss.get("loss_weight"), "denoising_queries": group.get("num_dn_queries")}
     elif file.origin.says("improved"):
         found |= {"temperature": 10000.0, "offset": -0.5, "cls_weight": 2.0, "denoising_queries": 300}
-    elif not (file.origin.says("dino") or {"temperature", "offset"} & given.keys()):
+    elif file.origin.says("dino"):
+        found |= {"temperature": 20.0, "offset": 0.0}
+    elif not {"temperature", "offset"} & given.keys():
         raise CheckpointError(
             f"{file.path}: neither settings nor a name tell its position embedding; it is temperature=20, offset=0, or "
             "in mmdet's improved form temperature=10000, offset=-0.5"
