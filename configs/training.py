@@ -46,6 +46,8 @@ CLASSIFIERS = (
     "nat_tiny",
     "overlock_t",
     "quadtree_b2",
+    "shiftvit_light_tiny",
+    "shiftvit_r2_tiny",
     "transnext_base_384",
     "transnext_tiny",
     "van_b1",
@@ -305,6 +307,17 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             sizes="quadtree_b0 or quadtree_b1; quadtree_b3 and quadtree_b4 with\n    optimizer.clip_grad=1.0",
         ),
     ),
+    (
+        "classify/shiftvit_*",
+        dict(
+            schedule=dict(final_factor=1e-2),
+            precision="float16",
+            note=f"{_THREE_TIMES}, and 10 epochs more at the last rate. The batch isn't stated; the rate "
+            "is 5e-4 for 512 images.",
+        ),
+    ),
+    ("classify/shiftvit_light_tiny_imagenet", dict(sizes="shiftvit_light_small, with its own drop path")),
+    ("classify/shiftvit_r2_tiny_imagenet", dict(sizes="shiftvit_r2_small, with its own drop path")),
     (
         "classify/*transnext_*",
         dict(

@@ -16,7 +16,7 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
     assert float(rows[1]["times resnet10t"]) == float(rows[1]["MACs/s times resnet10t"]) == 1.0
     ratios = [float(rows[0][f"{what}times resnet10t"]) for what in ("", "MACs/s ")]
     macs = [float(row["GMACs"]) for row in rows]
-    # Each is rounded to 0.001, of which a small model and a slow moment leave few: the bounds are those of the rounding.
+    # Each is rounded to 0.001, of which a small model and a slow moment leave few.
     low, high = (
         (ratios[0] + sign * 0.0005) * (macs[0] + sign * 0.0005) / (macs[1] - sign * 0.0005) for sign in (-1, 1)
     )
