@@ -21,7 +21,7 @@ from .anchors import AnchorGrid
 from .assign import Sample, Sampler
 from .boxes import has_area
 from .checkpoint import head_of, load_detector, read_detector, rules_of, variant_of
-from .dino import DinoHead
+from .dino import DinoHead, in_pixels
 from .dino_loss import DinoCriterion
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
@@ -593,6 +593,21 @@ class DINO(Detector):
     ) -> list[dict[str, Tensor]]:
         found = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
         return self.head.detect(found.logits[-1], found.boxes[-1], image_sizes, original_sizes or image_sizes)
+
+    @torch.no_grad()
+    def find(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the detections of a batch of images of one size, in tensors, as for export.
+
+        Args:
+            batch: Normalised images ``[B, C, H, W]``, as the transform makes them.
+
+        Returns:
+            Boxes ``[B, D, 4]`` in pixels of the batch, scores ``[B, D]`` and labels ``[B, D]``, best first.
+        """
+        size = tuple(batch.shape[-2:])
+        found = self.head(self.neck(self.backbone(batch)), [size], size)
+        boxes, labels, scores = self.head.best(found.logits[-1], found.boxes[-1])
+        return in_pixels(boxes, size), scores, labels
 
     def losses_from_features(
         self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]

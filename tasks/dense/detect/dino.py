@@ -280,12 +280,27 @@ class DinoHead(nn.Module):
             hidden.append(self.decoder.norm(queries))
         return hidden, boxes
 
+    def best(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best detections of each image, best first; a query may be found as several classes.
+
+        Args:
+            logits: Of the last layer, ``[B, Q, K]``.
+            boxes: Of the last layer, ``[B, Q, 4]``.
+
+        Returns:
+            Boxes ``[B, D, 4]``, x1, y1, x2, y2 in units of the image's sides, labels ``[B, D]`` and scores ``[B, D]``.
+        """
+        classes = logits.shape[-1]
+        scores = logits.float().sigmoid().flatten(1)
+        scores, pairs = scores.topk(min(self.max_detections, scores.shape[1]))
+        queries = torch.div(pairs, classes, rounding_mode="floor")
+        boxes = box_convert(boxes.gather(1, queries[..., None].expand(-1, -1, 4)), "cxcywh", "xyxy")
+        return boxes, pairs % classes, scores
+
     def detect(
         self, logits: Tensor, boxes: Tensor, image_sizes: Sequence[Size], original_sizes: Sequence[Size]
     ) -> list[dict[str, Tensor]]:
         """Return the detections of each image, best first, in pixels of the original images.
-
-        A query may be found as several classes; nothing is suppressed.
 
         Args:
             logits: Of the last layer, ``[B, Q, K]``.
@@ -296,16 +311,17 @@ class DinoHead(nn.Module):
         Returns:
             For each image ``boxes`` ``[D, 4]``, ``labels`` ``[D]`` and ``scores`` ``[D]``.
         """
-        detections = []
-        for logit, box, image_size, original in zip(logits, boxes, image_sizes, original_sizes, strict=True):
-            scores = logit.float().sigmoid().flatten()
-            scores, pairs = scores.topk(min(self.max_detections, len(scores)))
-            box = box_convert(box[pairs // logit.shape[1]], "cxcywh", "xyxy")
-            height, width = image_size
-            box = clip(box * box.new_tensor([width, height, width, height]), image_size)
-            box = box / scale_of(box, image_size, original)
-            detections.append({"boxes": box, "labels": pairs % logit.shape[1], "scores": scores})
-        return detections
+        found = zip(*self.best(logits, boxes), image_sizes, original_sizes, strict=True)
+        return [
+            {"boxes": in_pixels(box, size) / scale_of(box, size, original), "labels": label, "scores": score}
+            for box, label, score, size, original in found
+        ]
+
+
+def in_pixels(boxes: Tensor, image_size: Size) -> Tensor:
+    """Return boxes ``[..., 4]`` in units of the sides of an image of ``(height, width)`` in its pixels, clipped."""
+    height, width = image_size
+    return clip(boxes * torch.tensor([width, height, width, height], device=boxes.device), image_size)
 
 
 def _box_embedding(boxes: Tensor, channels: int) -> Tensor:
