@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0; 2 if something that was asked for can't be done; 130 if interrupted.
     """
+    if "torch" not in sys.modules:
+        # OpenMP's threads spin while they wait, and starve whoever shares their cores. It reads this as torch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

@@ -179,6 +179,21 @@ def test_the_package_runs_as_a_module(tmp_path):
     assert "nat_atto" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("before", "set_by_user", "expected"),
+    [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("import torch", None, None)],
+    ids=["command", "user", "library"],
+)
+def test_threads_wait_passively_unless_the_user_or_the_program_decides(before, set_by_user, expected):
+    code = (
+        f"{before}\nimport os\nfrom foveate.tools.cli import main\nmain([])\nprint(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": set_by_user} if set_by_user else {}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.split()[-1] == str(expected)
+
+
 @pytest.mark.heavy
 def test_the_examples_of_the_usage_work_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
