@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backends import Backend, choose, export_obstacle, exporting, report
 from .bilinear import gather_bilinear, neighbors
+from .deformable_native import deformable_native, obstacle
 
 
 class Problem(NamedTuple):
@@ -36,8 +37,9 @@ def multi_scale_deformable_attention(
         shapes: Height and width of each map; their areas add up to ``S``.
         locations: ``[B, Q, heads, maps, points, 2]``, (x, y); 0 is the left or upper edge of a map, 1 the other one.
         weights: ``[B, Q, heads, maps, points]``.
-        backend: ``"bags"`` (CPU: gathers the four pixels around every point and sums them in one pass, without keeping
-            the samples), ``"reference"`` (`torch.nn.functional.grid_sample` of each map, the usual formulation) or
+        backend: ``"native"`` (CPU, float32, in C, where it was compiled: reads the four pixels around every point in
+            both passes and keeps nothing between), ``"bags"`` (CPU: the same as one pass over bags of an embedding),
+            ``"reference"`` (`torch.nn.functional.grid_sample` of each map, the usual formulation) or
             ``"gathers"`` (four gathers from each map). By default the fastest on the device; graphs for export are
             built of the gathers, since not every runtime computes GridSample as torch does.
 
@@ -177,6 +179,7 @@ def _bags_obstacle(problem: Problem) -> str | None:
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
+    "native": Backend(lambda problem: deformable_native(*problem), lambda problem: obstacle(problem.value)),
     "bags": Backend(_bags, _bags_obstacle, lambda problem: export_obstacle()),
     "reference": Backend(_reference, drawback=lambda problem: "runtimes differ on GridSample" if exporting() else None),
     "gathers": Backend(_gathers),

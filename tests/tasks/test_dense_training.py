@@ -157,7 +157,8 @@ def test_a_run_continues_to_the_same_bits(recipe, options, tmp_path, monkeypatch
     with pytest.raises((CheckpointError, TaskError), match=wrong):
         engine.evaluate(engine.load_config(MASK_RCNN), resumed["best"])
     predictor = load_predictor(resumed["best"])
-    assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
+    found = predictor([Image.new("L", (45, 33))])[0]
+    assert found.shape == (33, 45) if recipe == UPERNET else len(found["boxes"][0]) == 4
 
 
 # What a file tells of a variant, and a config need not.
