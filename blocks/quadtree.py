@@ -64,7 +64,7 @@ def to_tree(x: Tensor, depth: int, heads: int = 1) -> Tensor:
         ``[B, heads, H * W, dim]``.
     """
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height >> depth, *[2] * depth, width >> depth, *[2] * depth, heads, channels // heads)
+    x = x.reshape(batch, height // 2**depth, *[2] * depth, width // 2**depth, *[2] * depth, heads, channels // heads)
     halvings = [axis for level in range(depth) for axis in (2 + level, 3 + depth + level)]
     x = x.permute(0, 3 + 2 * depth, 1, 2 + depth, *halvings, 4 + 2 * depth)
     return x.reshape(batch, heads, height * width, channels // heads)
@@ -73,7 +73,7 @@ def to_tree(x: Tensor, depth: int, heads: int = 1) -> Tensor:
 def from_tree(x: Tensor, height: int, width: int, depth: int) -> Tensor:
     """Undo `to_tree`: order tokens ``[B, heads, H * W, dim]`` as a map ``[B, H, W, heads * dim]``."""
     batch, heads, _, dim = x.shape
-    x = x.reshape(batch, heads, height >> depth, width >> depth, *[2] * (2 * depth), dim)
+    x = x.reshape(batch, heads, height // 2**depth, width // 2**depth, *[2] * (2 * depth), dim)
     rows, columns = range(4, 4 + 2 * depth, 2), range(5, 5 + 2 * depth, 2)
     x = x.permute(0, 2, *rows, 3, *columns, 1, 4 + 2 * depth)
     return x.reshape(batch, height, width, heads * dim)
@@ -269,7 +269,7 @@ class QuadTreeAttention2d(nn.Module):
         height, width = x.shape[1] // self.multiple, x.shape[2] // self.multiple
         routes = []
         for level, (tokens, weights) in enumerate(recorded):
-            size = (height << level, width << level)
+            size = (height * 2**level, width * 2**level)
             grid = torch.arange(size[0] * size[1], device=x.device).view(1, *size, 1)
             tokens = to_tree(grid, level).flatten()[tokens]
             # Queries go back to rows and columns; what they saw rides along as channels.
