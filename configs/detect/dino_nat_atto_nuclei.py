@@ -28,11 +28,11 @@ model = dict(
     ),
 )
 data = dict(
-    repeat=160,
-    augment=dict(shorts=(256,), long=512, ratio=(0.75, 1.33), crop=128, flip=0.5, flip_vertical=0.5, rotate=0.5),
+    repeat=80,
+    augment=dict(shorts=(256,), long=512, ratio=(0.75, 1.33), crop=(512, 256), flip=0.5, flip_vertical=0.5, rotate=0.0),
 )
 epochs = 6
 val_interval = 2
-batch_size = 4
+batch_size = 2
 optimizer = dict(name="adamw", lr=1e-3, weight_decay=1e-4, clip_grad=0.1)
 schedule = dict(warmup_iterations=20)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
@@ -78,6 +79,9 @@ class Denoising(nn.Module):
             embedded = self.label_embedding(noisy_labels)
             content = content.to(embedded.dtype).index_put(where, embedded)
             places = places.index_put(where, inverse_sigmoid(noisy_boxes, REFINED_EPS))
+        elif dist.is_available() and dist.is_initialized():
+            # Every process's parameters must have gradients where those of one have.
+            content = content + 0.0 * self.label_embedding(torch.arange(1, device=device)).sum()
         return NoisyQueries(content, places, groups, most)
 
     def _noisy_labels(self, labels: Tensor) -> Tensor:
