@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from .agent import AgentAttention2d
 from .aggregated import AggregatedAttention2d
@@ -21,13 +21,6 @@ from .quadtree import QuadTreeAttention2d
 from .routing import BiLevelRoutingAttention2d
 from .shift import Shift2d
 from .window import WindowAttention2d
-
-
-class _Deformable(DeformableAttention2d):
-    """Deformable attention on maps whose channels come last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class _Shift(Shift2d):
@@ -69,7 +62,7 @@ _ATTENTIONS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "bilevel": (BiLevelRoutingAttention2d, {}),
     "contmix": (ContextMixing2d, {}),
     "cross_shaped": (CrossShapedAttention2d, {}),
-    "deformable": (_Deformable, {}),
+    "deformable": (DeformableAttention2d, {}),
     "dilated": (NeighborhoodAttention2d, {"dilation": 2}),
     "dual": (DualAttention2d, {}),
     "global": (GlobalAttention2d, {}),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
-from .global_attention import resize_bias_table
 from .layout import channels_last
 from .plain import is_plain
+from .relative_bias import resize_bias_table
 
 GEOMETRIES = ("dat", "dat_pp")
 
@@ -140,13 +140,13 @@ class DeformableAttention2d(nn.Module):
         proj_drop: Dropout rate of the output.
 
     Shape:
-        ``[B, dim, H, W]`` to ``[B, dim, H, W]``, any H and W.
+        ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
 
     Example:
         >>> attention = DeformableAttention2d(64, num_heads=2, groups=1, map_size=(14, 14))
-        >>> attention(torch.randn(1, 64, 20, 30)).shape
-        torch.Size([1, 64, 20, 30])
-        >>> points, references = attention.sampled_points(torch.randn(1, 64, 20, 30))
+        >>> attention(torch.randn(1, 20, 30, 64)).shape
+        torch.Size([1, 20, 30, 64])
+        >>> points, references = attention.sampled_points(torch.randn(1, 20, 30, 64))
         >>> points.shape, references.shape
         (torch.Size([1, 1, 10, 15, 2]), torch.Size([10, 15, 2]))
     """
@@ -221,13 +221,14 @@ class DeformableAttention2d(nn.Module):
             self.rpe_table = nn.Parameter(table, requires_grad=self.rpe_table.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend from every position of ``x`` ``[B, dim, H, W]`` to the sampled points."""
+        """Attend from every position of ``x`` ``[B, H, W, dim]`` to the sampled points."""
+        x = x.permute(0, 3, 1, 2)
         q = self.q(x)
         points = self._points(q)
         k, v = self._keys_values(x, points)
         out = F.scaled_dot_product_attention(_tokens(q, self.num_heads), k, v, attn_mask=self._bias(q, points))
         out = out.transpose(1, 2).flatten(2).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.proj(out)).permute(0, 2, 3, 1)
 
     def _points(self, q: Tensor) -> Tensor:
         """Return where the keys of each group lie, ``[B * groups, h, w, 2]``, (y, x)."""
@@ -270,24 +271,25 @@ class DeformableAttention2d(nn.Module):
 
     @torch.jit.ignore
     def sampled_points(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where the keys of ``x`` ``[B, dim, H, W]`` lie and where they started, for pictures.
+        """Return where the keys of ``x`` ``[B, H, W, dim]`` lie and where they started, for pictures.
 
         Returns:
             Points ``[B, groups, h, w, 2]`` and the reference points ``[h, w, 2]``, both as (x, y) in pixels of the map:
             0 is the centre of the first column or row. On an image ``s`` times larger, a point lies at
             ``s * (p + 0.5) - 0.5``. Points outside of the map have no features; reference points may lie there too.
         """
-        points = self._points(self.q(x)).unflatten(0, (-1, self.groups))
+        points = self._points(self.q(x.permute(0, 3, 1, 2))).unflatten(0, (-1, self.groups))
         reference = reference_points(points.shape[2], points.shape[3], self.plus, points)
-        last = torch.tensor([x.shape[3] - 1, x.shape[2] - 1], device=x.device)
+        last = torch.tensor([x.shape[2] - 1, x.shape[1] - 1], device=x.device)
         return (points.flip(-1) + 1.0) / 2.0 * last, (reference.flip(-1) + 1.0) / 2.0 * last
 
     @torch.jit.ignore
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights ``[B, heads, H, W, h, w]`` of each position of ``x`` ``[B, dim, H, W]`` over the points.
+        """Return the weights ``[B, heads, H, W, h, w]`` of each position of ``x`` ``[B, H, W, dim]`` over the points.
 
         Head i looks at the points of group ``i // (heads / groups)`` of `sampled_points`.
         """
+        x = x.permute(0, 3, 1, 2)
         q = self.q(x)
         points = self._points(q)
         k, _ = self._keys_values(x, points)

@@ -1,12 +1,10 @@
 """PVTv2's MLP (arXiv 2106.13797), which convolves its hidden map."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels.backends import is_exporting
-from .plain import is_plain
+from .pieces import may_take_pieces, sum_over_channels
 
 # Of the MLP's hidden map at a time, where it is computed in pieces.
 _PIECE_BYTES = 8 * 2**20
@@ -53,10 +51,9 @@ class DepthwiseMlp(nn.Module):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
-        if traced or torch.is_grad_enabled() or x.device.type != "cpu" or (self.training and self.drop.p > 0):
-            return False
-        if not is_plain(self.fc1, self.dwconv, self.act, self.drop, self.fc2):
+        if (self.training and self.drop.p > 0) or not may_take_pieces(
+            x, self.fc1, self.dwconv, self.act, self.drop, self.fc2
+        ):
             return False
         return x.shape[:3].numel() * self.fc1.out_features * x.element_size() >= 2 * _PIECE_BYTES
 
@@ -67,24 +64,9 @@ class DepthwiseMlp(nn.Module):
         if image_bytes < 2 * _PIECE_BYTES:
             images = max(1, _PIECE_BYTES // image_bytes)
             return torch.cat([self._feed_forward(part) for part in x.split(images)])
+        layers = (self.fc1, self.dwconv, self.act, self.fc2)
         channels = max(16, _PIECE_BYTES // channel_bytes // 16 * 16)
-        return torch.cat([self._sum_over_channels(image, channels) for image in x.split(1)])
-
-    def _sum_over_channels(self, x: Tensor, channels: int) -> Tensor:
-        """Map one image, so many hidden channels at a time."""
-        height, width = x.shape[1], x.shape[2]
-        tokens = x.flatten(0, 2)
-        total = self.fc2.bias.expand(tokens.shape[0], -1)
-        for start in range(0, self.fc1.out_features, channels):
-            chosen = slice(start, start + channels)
-            piece = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
-            piece = piece.view(1, height, width, -1).permute(0, 3, 1, 2)
-            piece = F.conv2d(
-                piece, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=piece.shape[1]
-            )
-            piece = self.act(piece.permute(0, 2, 3, 1).flatten(0, 2))
-            total = torch.addmm(total, piece, self.fc2.weight[:, chosen].t())
-        return total.view(x.shape)
+        return torch.cat([sum_over_channels(y, *layers, channels) for y in x.split(1)])
 
 
 register_notrace_module(DepthwiseMlp)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels.backends import channels_come_last
 from ..kernels.pointwise import pointwise
+from .pieces import may_take_pieces
 from .plain import is_plain
 
 
@@ -97,11 +98,8 @@ class PointwiseMlp(nn.Module):
         return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x))
 
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
-        # A graph is traced whole, gradients need everything anyway, and who looks at a layer wants the whole map.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or torch.is_grad_enabled() or not is_plain(self.fc1, self.act, self.drop, self.fc2):
-            return self._feed_forward(x)
-        count = positions_at_once(x, self.fc1.out_features)
+        free = may_take_pieces(x, self.fc1, self.act, self.drop, self.fc2)
+        count = positions_at_once(x, self.fc1.out_features) if free else 0
         if count == 0:
             return self._feed_forward(x)
         parts = [self._feed_forward(part) for part in x.flatten(0, -2)[None].split(count, 1)]

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from .global_attention import relative_bias
 from .initialize import init_linear
 from .pointwise import apply_linear
+from .relative_bias import relative_bias
 
 
 @register_notrace_function

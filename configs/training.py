@@ -490,10 +490,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         ),
     ),
     ("detect/dino_5scale_*", dict(model=dict(kwargs=dict(num_levels=5)))),
-    (
-        "detect/dino_*resnet50_*",
-        dict(model=dict(backbone="resnet50.tv_in1k", norm_eval=True, frozen_stages=1)),
-    ),
+    ("detect/dino_*resnet50_*", dict(model=dict(backbone="resnet50.tv_in1k", norm_eval=True, frozen_stages=1))),
     (
         "detect/dino_improved_*",
         dict(
@@ -516,10 +513,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("detect/dino_*swin_large_*_3x_*", dict(schedule=dict(steps=(27, 33)))),
     (
         "detect/dino_*transnext_*",
-        dict(
-            batch_size=1,
-            optimizer=dict(weight_decay=0.05, no_decay=(*_TRANSNEXT_BIASES, "bias"), accumulate=2),
-        ),
+        dict(batch_size=1, optimizer=dict(weight_decay=0.05, no_decay=(*_TRANSNEXT_BIASES, "bias"), accumulate=2)),
     ),
     *(
         (

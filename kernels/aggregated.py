@@ -132,22 +132,24 @@ def _infer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pooled_key: Tensor,
-    pooled_value: Tensor,
+    pooled: tuple[Tensor, Tensor],
     local_bias: Tensor,
     pool_bias: Callable[[int, int], Tensor],
     added_weights: Tensor | None,
-    window: int,
     rows: int,
     backend: str | None,
 ) -> Tensor:
-    """Return what `aggregated_attention` does, every number written once; without gradients."""
+    """Return what `aggregated_attention` does, every number written once; without gradients.
+
+    ``pooled`` are key and value; so many ``rows`` are taken at a time.
+    """
     height, width = map(int, query.shape[1:3])
-    slots = window * window
+    slots = local_bias.shape[-1]
+    window = math.isqrt(slots)
     local = _moved_scores(query, key, window, backend)
     window_weights = torch.empty_like(local, dtype=value.dtype, memory_format=torch.contiguous_format)
-    pooled_key, pooled_value = pooled_key.permute(0, 2, 3, 1), pooled_value.transpose(1, 2)
-    pooled = []
+    pooled_key, pooled_value = pooled[0].permute(0, 2, 3, 1), pooled[1].transpose(1, 2)
+    sums = []
     for first in range(0, height, rows):
         end = min(first + rows, height)
         products = query[:, first:end].flatten(1, 2).transpose(1, 2) @ pooled_key
@@ -162,9 +164,9 @@ def _infer(
             part.copy_(inside)
         else:
             torch.add(inside.to(part.dtype), added_weights[:, first:end].to(part.dtype), out=part)
-        pooled.append(weights[..., slots:].to(value.dtype) @ pooled_value)
+        sums.append(weights[..., slots:].to(value.dtype) @ pooled_value)
     out = _moved_values(window_weights, value, window, backend)
-    return out.add_(join_rows(pooled).transpose(1, 2).unflatten(1, (height, width)))
+    return out.add_(join_rows(sums).transpose(1, 2).unflatten(1, (height, width)))
 
 
 def _softmax_rows(
@@ -239,7 +241,7 @@ def aggregated_attention(
     rows = rows_at_once(height, batch * heads * height * width * (slots + pooled_key.shape[1]))
     if _without_margin(query, window):
         whole = partial(pool_bias, bias_table)
-        return _infer(query, key, value, pooled_key, pooled_value, bias, whole, added_weights, window, rows, backend)
+        return _infer(query, key, value, (pooled_key, pooled_value), bias, whole, added_weights, rows, backend)
     local = cut_window_scores(query, key, window, backend=backend) + bias
     weights, pooled = [], []
     for first in range(0, height, rows):

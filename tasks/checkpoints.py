@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
 
-from ..zoo import CheckpointError
-from ..zoo._checkpoint import card_of, misfits, open_checkpoint, state_of
+from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from . import TaskError
 from .data.images import FULL_WHITE
 
@@ -164,11 +162,11 @@ def keep_copy(path: Path, copy: Path) -> None:
         os.replace(temporary, copy)
 
 
-def read_checkpoint(path: str | Path, task: str | None = None) -> dict:
+def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None) -> dict:
     """Read a file that foveate wrote, by train, export or weights convert, without executing what it pickles.
 
     Args:
-        path: Its file.
+        path: Its file, or what `open_checkpoint` read of it.
         task: The task it must be of, if given.
 
     Returns:
@@ -177,17 +175,17 @@ def read_checkpoint(path: str | Path, task: str | None = None) -> dict:
     Raises:
         CheckpointError: If the file can't be read, or is no such checkpoint.
     """
-    checkpoint = open_checkpoint(path)
-    card = card_of(path, checkpoint)
+    opened = open_checkpoint(path)
+    card, content = opened.card, opened.content
     if card is None:
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
     if task is not None and card.get("task") != task:
         raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
-    if not isinstance(checkpoint.get("state_dict"), dict):
-        checkpoint = {"state_dict": state_of(checkpoint)}
-    if isinstance(config := checkpoint.get("config"), dict):
-        checkpoint = checkpoint | {"config": renamed(config)}
-    return checkpoint | {"card": with_white(card, checkpoint)}
+    if not isinstance(content.get("state_dict"), dict):
+        content = {"state_dict": opened.state}
+    if isinstance(config := content.get("config"), dict):
+        content = content | {"config": renamed(config)}
+    return content | {"card": with_white(card, content)}
 
 
 def renamed(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,19 +215,9 @@ def without_start(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _OF_THE_START}
 
 
-def rebuilt_from(model: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def rebuilt_from(model: Mapping[str, Any], checkpoint: str | Path | Checkpoint) -> dict[str, Any]:
     """Return a config's or a card's ``model`` such that all of it is read from a file that a run of it wrote."""
     options = {key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs") if key in model}
     nothing = {"backbone_checkpoint": None} if "backbone_checkpoint" in model else {}
-    return {**model, **options, **nothing, "pretrained": False, "checkpoint": str(path)}
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load a checkpoint's weights into ``model``: all of them, and no others.
-
-    Raises:
-        CheckpointError: If entries are missing, unexpected or of another shape.
-    """
-    if faults := misfits(state, model.state_dict()):
-        raise CheckpointError(f"{path}: the weights don't fit the model: {faults}")
-    model.load_state_dict(state)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    return {**model, **options, **nothing, "pretrained": False, "checkpoint": checkpoint}

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ..configs.published import read_published
-from ..zoo import CheckpointError
 from ..zoo.backbone import head_options_of
+from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..zoo.weights import table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint
+from .data.class_names import class_names
 from .dense.build import with_told
 
 _TRANSFORMERS = ("mask2former", "oneformer")
@@ -24,7 +25,7 @@ _DATA = {80: "coco", 133: "coco", 150: "ade20k", 19: "cityscapes"}
 _SIDES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
 
 
-def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
+def load_predictor(path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> Any:
     """Return the predictor of a file that `foveate train`, ``export`` or ``weights convert`` wrote.
 
     It maps a list of images to their results, and for a result has ``describe`` (plain types), ``headline`` (a few
@@ -33,7 +34,8 @@ def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
     Raises:
         CheckpointError: If the file can't be read or is no such file.
     """
-    task = read_checkpoint(path)["card"].get("task")
+    checkpoint = open_checkpoint(path)
+    task = read_checkpoint(checkpoint)["card"].get("task")
     if task == "backbone":
         raise CheckpointError(
             f"{path}: holds a backbone alone, which has no answer; train a model from it: "
@@ -41,7 +43,18 @@ def load_predictor(path: str | Path, device: str | torch.device = "cpu") -> Any:
         )
     if task not in TASKS:
         raise CheckpointError(f"{path}: holds a model to {task}; this version predicts to {', '.join(TASKS)}")
-    return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(path, device)
+    return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(checkpoint, device)
+
+
+def dense_head_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Return the task and the name of a dense model's head; None for classifiers and backbones alone."""
+    from .dense.detect.checkpoint import held_detector
+    from .dense.segment.checkpoint import held_segmenter
+
+    if not any(key.startswith("backbone.") for key in checkpoint.state):
+        return None
+    held = (("detect", held_detector(checkpoint)), ("segment", held_segmenter(checkpoint)))
+    return next(((task, head) for task, head in held if head is not None), None)
 
 
 def is_file(source: str) -> bool:
@@ -54,13 +67,15 @@ def is_published(name: str) -> bool:
     return any(row["name"] == name for task in ("detect", "segment") for row in read_published(task))
 
 
-def load_published(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Any:
+def load_published(
+    name: str, device: str | torch.device = "cpu", weights: str | Path | Checkpoint | None = None
+) -> Any:
     """Return the predictor of a published detector or segmenter, such as ``"nat_tiny.shi_mask_rcnn_coco_3x"``.
 
     Args:
         name: As `foveate list --detectors` and ``--segmenters`` show it.
         device: Where to run.
-        weights: File of its weights; they are fetched if None.
+        weights: File of its weights, or what `open_checkpoint` read of it; they are fetched if None.
 
     Raises:
         TaskError: If there is no such model, or none of its weights were published.
@@ -88,7 +103,7 @@ def load_published(name: str, device: str | torch.device = "cpu", weights: str |
 def load_dense(
     head: str,
     backbone: str,
-    weights: str | Path,
+    weights: str | Path | Checkpoint,
     device: str | torch.device = "cpu",
     setting: str = "auto",
     output: str | None = None,
@@ -100,7 +115,7 @@ def load_dense(
     Args:
         head: As in `create_detector` and `create_segmenter`.
         backbone: A timm name.
-        weights: A path, an address or the name of published weights.
+        weights: A path, an address, the name of published weights, or what `open_checkpoint` read.
         device: Where to run.
         setting: As there.
         output: What a Mask2Former or OneFormer is asked for; ``"panoptic"`` if None.
@@ -156,19 +171,3 @@ def _classes_of(model: nn.Module, data: str) -> list[str]:
     """Return the names of a dense model's classes: those of its file, if it has them, else those of the data."""
     count, held = model.num_classes, list(getattr(model, "classes", ()))
     return held if len(held) == count else class_names(data, count)
-
-
-def class_names(data: str, count: int) -> list[str]:
-    """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here."""
-    from .data import ade20k, cityscapes
-
-    if data == "coco":
-        from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-        names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-        known = [name for name in names if name not in ("__background__", "N/A")]
-    else:
-        known = {"ade20k": ade20k.CLASSES, "cityscapes": list(cityscapes.CLASS_OF_ID.values())}.get(data, [])
-        # Fewer are those of instances, in an order of their own.
-        known = known if len(known) == count else []
-    return [*known[:count], *(f"class {label}" for label in range(len(known), count))]

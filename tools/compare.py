@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     from ..blocks.create import list_attentions
     from ..tasks import TaskError, nearest
     from ..tasks.cost import count_macs, peak_memory
-    from .bench import alternate, as_markdown, machine, save
+    from .tables import as_markdown, save_table
+    from .timing import alternate, machine
 
     names = args.attentions or list_attentions()
     for name in names:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         "memory is what inference adds to the model's."
     )
     table = list(rows.values())
-    save(table, args.output, "compare", title)
+    save_table(table, args.output, "compare", title)
     _draw(table, args.sizes, args.output / "compare.png")
     print(title, as_markdown(table), f"written to {args.output}", sep="\n\n")
 

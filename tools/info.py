@@ -15,21 +15,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the facts."""
-    import timm
-    import torch
     from timm.models import get_pretrained_cfg
 
     from ..configs import recipes_of_model
-    from ..tasks import TaskError
-    from ..tasks.cost import count_macs
     from ..zoo.backbone import check_name, dense_settings_of
-    from ..zoo.weights import table
 
     check_name(args.name)
-    if args.size is not None and args.size < 1:
-        raise TaskError(f"--size is {args.size}, but must be at least 1")
     arch = args.name.split(".")[0]
     cfg = get_pretrained_cfg(args.name)
+    facts = [("model", arch), *_of_the_model(args, cfg), *_of_the_weights(arch)]
+    for label, value in (("origin", cfg.origin_url), ("paper", cfg.paper_ids)):
+        if value:
+            facts.append((label, value if isinstance(value, str) else ", ".join(value)))
+    dense = dense_settings_of(arch)
+    if dense:
+        facts.append(("dense", f"create_backbone({arch!r}, setting=...): {', '.join(dense)}"))
+    facts += [("recipe", f"foveate train {name}") for name in recipes_of_model(arch)]
+    for label, fact in facts:
+        print(f"{label:<11} {fact}")
+
+
+def _of_the_model(args: argparse.Namespace, cfg) -> list[tuple[str, str]]:
+    """Return its size, its cost, the images that it takes and the maps that it gives."""
+    import timm
+    import torch
+
+    from ..tasks import TaskError
+    from ..tasks.cost import count_macs
+
+    if args.size is not None and args.size < 1:
+        raise TaskError(f"--size is {args.size}, but must be at least 1")
     channels, height, width = cfg.input_size
     if args.size is not None:
         if cfg.fixed_input_size and (args.size, args.size) != (height, width):
@@ -43,9 +58,7 @@ def run(args: argparse.Namespace) -> None:
         cost = f"{macs / 1e9:.2f} GMACs at {height}x{width}, as executed on the CPU"
     except NotImplementedError as error:
         cost = f"not counted: {str(error).splitlines()[0]}"
-
     facts = [
-        ("model", arch),
         ("parameters", f"{parameters / 1e6:.2f} M, with {model.num_classes} classes"),
         ("forward", cost),
         ("input", f"{channels}x{cfg.input_size[1]}x{cfg.input_size[2]}, {_size_rule(cfg)}"),
@@ -56,6 +69,17 @@ def run(args: argparse.Namespace) -> None:
     if maps:
         levels = [(entry["reduction"], entry["num_chs"]) for entry in _entries(maps)]
         facts.append(("features", ", ".join(f"1/{reduction}: {count}" for reduction, count in levels) + " channels"))
+    return facts
+
+
+def _of_the_weights(arch: str) -> list[tuple[str, str]]:
+    """Return where a model's published weights are, and what is stated of them."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    from ..zoo.weights import table
+
+    facts = []
     tags = [name for name in timm.list_models(f"{arch}.*", include_tags=True) if get_pretrained_cfg(name).has_weights]
     for name in tags:
         weights = get_pretrained_cfg(name)
@@ -68,17 +92,7 @@ def run(args: argparse.Namespace) -> None:
         ]
     others = [name for name, entry in table().items() if entry.model == arch and name not in tags]
     facts += [("weights", f"{name}: `foveate weights info {name}`") for name in others]
-    if not tags and not others:
-        facts.append(("weights", "none published; train it, or give a checkpoint"))
-    for label, value in (("origin", cfg.origin_url), ("paper", cfg.paper_ids)):
-        if value:
-            facts.append((label, value if isinstance(value, str) else ", ".join(value)))
-    dense = dense_settings_of(arch)
-    if dense:
-        facts.append(("dense", f"create_backbone({arch!r}, setting=...): {', '.join(dense)}"))
-    facts += [("recipe", f"foveate train {name}") for name in recipes_of_model(arch)]
-    for label, fact in facts:
-        print(f"{label:<11} {fact}")
+    return facts or [("weights", "none published; train it, or give a checkpoint")]
 
 
 def _size_rule(cfg) -> str:

@@ -7,7 +7,10 @@ only), dead, or none.
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+
+from .pattern import as_glob
+from .tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,18 +50,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {parameters:>10}  {size:>5}  {top1:>5}  {tag}", flush=True)
     for name in theirs:
         print(name)
-
-
-def as_glob(pattern: str) -> str:
-    """Return a glob as it is, and for a bare word the one of every name that holds it."""
-    return pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells, aligned in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print_published(task: str, pattern: str) -> None:

@@ -17,7 +17,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..configs import list_recipes
     from ..tasks import TaskError, nearest
-    from .list import as_glob, print_table
+    from .pattern import as_glob
+    from .tables import print_table
 
     names = fnmatch.filter(list_recipes(), as_glob(args.pattern))
     if not names:

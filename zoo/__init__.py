@@ -3,9 +3,9 @@
 from fnmatch import fnmatch
 
 from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, overlock, quadtree, shiftvit, transnext, van
-from ._checkpoint import CheckpointError
-from ._maps import BackboneError
 from .backbone import Backbone, UnknownModelError, create_backbone
+from .checkpoint import CheckpointError
+from .maps import BackboneError
 
 __all__ = ["Backbone", "BackboneError", "CheckpointError", "UnknownModelError", "create_backbone", "list_models"]
 

@@ -1,13 +1,13 @@
 """The one way in which the families build their models: timm's factory, with checkpoints read strictly."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
 
 from . import weights
-from ._checkpoint import CheckpointError, filter_for, open_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, filter_for
+from .checkpoint.fitting import Convert, Resize
 from .library_errors import needs_unpickling
 
 # What the families' tables of weights have in common: ImageNet-1k classifiers at 224 pixels.
@@ -35,7 +35,8 @@ def build(
     cls: type[nn.Module],
     name: str,
     pretrained: bool,
-    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+    convert: Convert,
+    resize: Resize | None = None,
     **kwargs,
 ) -> nn.Module:
     """Build a registered model.
@@ -44,8 +45,9 @@ def build(
         cls: Model class.
         name: Registered name, without tag.
         pretrained: Whether to load weights: those that `weights` knows by the name and the tag, or
-            ``pretrained_cfg_overlay=dict(file=...)``, a path, an address or another ``model.tag``.
+            ``pretrained_cfg_overlay=dict(file=...)``, a path, an address, another ``model.tag`` or a `Checkpoint`.
         convert: Renames a published state dict to the model's names. It must leave the model's own names alone.
+        resize: Resamples entries that were made for another size of images.
         **kwargs: Options of timm's factory and of ``cls``.
 
     Raises:
@@ -53,16 +55,17 @@ def build(
     """
     features = bool(kwargs.get("features_only", False))
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    path = _weights_file(name, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")) if pretrained else None
-    if path is not None:
-        overlay |= {"state_dict": open_checkpoint(path), "source": None}
+    checkpoint = _weights(name, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")) if pretrained else None
+    if checkpoint is not None:
+        overlay |= {"state_dict": checkpoint.content, "source": None}
+        overlay |= {"file": str(checkpoint)} if isinstance(overlay.get("file"), Checkpoint) else {}
     try:
         model = build_model_with_cfg(
             cls,
             name,
             pretrained,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=filter_for(convert, name, features, "num_classes" in kwargs),
+            pretrained_filter_fn=filter_for(convert, name, features, "num_classes" in kwargs, resize),
             feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
             **kwargs,
         )
@@ -73,22 +76,19 @@ def build(
         raise CheckpointError(
             f"{name}: the checkpoint is not read: it pickles objects, which could run code when read"
         ) from error
-    if path is not None:
+    if checkpoint is not None:
         model.pretrained_cfg.pop("state_dict", None)
     return model
 
 
-def _weights_file(name: str, pretrained_cfg, overlay: dict, cache_dir: str | Path | None) -> Path | None:
-    """Return the file of the weights asked for; None if it is for timm to find them, or to say that there are none."""
+def _weights(name: str, pretrained_cfg, overlay: dict, cache_dir: str | Path | None) -> Checkpoint | None:
+    """Return the weights asked for; None if it is for timm to find them, or to say that there are none."""
     for key in ("file", "url"):
         if overlay.get(key):
-            return weights.locate(overlay[key], cache_dir)
+            return weights.read(overlay[key], cache_dir)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     if cfg.source or cfg.state_dict or overlay.get("hf_hub_id"):
         return None
-    if cfg.file:
-        return weights.locate(cfg.file, cache_dir)
-    published = weights.table().get(f"{name}.{cfg.tag}")
-    if published is not None:
-        return weights.fetch(published, cache_dir)
-    return weights.locate(cfg.url, cache_dir) if cfg.url else None
+    published = f"{name}.{cfg.tag}"
+    reference = cfg.file or (published if published in weights.table() else cfg.url)
+    return weights.read(reference, cache_dir) if reference else None

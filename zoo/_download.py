@@ -11,10 +11,11 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from ._checkpoint import CheckpointError
+from .checkpoint import CheckpointError
 
 # Seconds without a byte after which a host counts as stuck; attempts in a row that gain nothing; seconds between them.
 TIMEOUT = 30.0
@@ -22,6 +23,9 @@ ATTEMPTS = 4
 PAUSE = 1.0
 _CHUNK = 2**20
 _TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
+
+
+Checked = TypeVar("Checked")
 
 
 class DownloadError(CheckpointError):
@@ -58,8 +62,8 @@ def download(
     path: Path,
     size: int | None = None,
     sha256: str | None = None,
-    check: Callable[[Path], None] | None = None,
-) -> None:
+    check: Callable[[Path], Checked] = lambda path: None,
+) -> Checked:
     """Download ``url`` to ``path``, which appears only when it is whole and right.
 
     What a broken download left behind (``.part``) is continued next time, if the host allows it and says that the file
@@ -72,6 +76,9 @@ def download(
         size: Size in bytes, if known.
         sha256: Hash, if known.
         check: Called with the finished file before it is moved to ``path``; raises a CheckpointError to refuse it.
+
+    Returns:
+        What ``check`` returned.
 
     Raises:
         DownloadError: If the host doesn't give the file, gives it up repeatedly, or gives another one.
@@ -97,9 +104,9 @@ def download(
             raise DownloadError(f"has {part.stat().st_size} bytes, not {size}")
         if sha256 is not None and (actual := sha256_of(part)) != sha256:
             raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
-        if check is not None:
-            check(part)
+        checked = check(part)
         os.replace(part, path)
+        return checked
     finally:
         # Whole but wrong bytes must not be continued.
         part.unlink(missing_ok=True)
@@ -126,21 +133,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     if start and validator:
         # The host sends the rest if the file is still the same, and else all of it.
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
-    opener = urllib.request.build_opener(_Redirects)
-    try:
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:
-            part.unlink(missing_ok=True)
-            raise _Interrupted("the host offers no such part of the file") from error
-        if error.code in _TEMPORARY:
-            raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
-        raise DownloadError(f"the host answers {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Interrupted(_reason(error)) from error
-
-    with response:
+    with _ask(url, headers, part) as response:
         if response.headers.get_content_type() == "text/html":
             raise DownloadError("the host answers with a web page, not with the file")
         length = response.headers.get("Content-Length")
@@ -177,6 +170,23 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
                 raise _Interrupted(_reason(error)) from error
     if total is not None and _size_of(part) < total:
         raise _Interrupted(f"the connection ends after {_size_of(part)} of {total} bytes")
+
+
+def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPResponse:
+    """Return the host's answer, whose body is not read yet."""
+    opener = urllib.request.build_opener(_Redirects)
+    try:
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            part.unlink(missing_ok=True)
+            raise _Interrupted("the host offers no such part of the file") from error
+        if error.code in _TEMPORARY:
+            raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
+        raise DownloadError(f"the host answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Interrupted(_reason(error)) from error
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from timm.layers import ClassifierHead, ClNormMlpClassifierHead, Format, nhwc_to
+from timm.layers import ClNormMlpClassifierHead, Format, nhwc_to
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -52,12 +52,20 @@ def init_module(module: nn.Module) -> None:
 class Pyramid(nn.Module):
     """A backbone of stages with the whole contract of a timm model.
 
-    A family's constructor calls `_assemble` with its parts, with a ``head`` of its own where pooling comes before the
-    norm. Everything else is here: features, intermediates, pruning, the classifier's reset, gradient checkpointing,
-    parameter groups.
+    A family's constructor makes the parts and hands them to this one. Everything else is here: features, intermediates,
+    pruning, the classifier's reset, gradient checkpointing, parameter groups.
 
-    With ``out_norms`` the model is the published dense one: each stage's output has a norm of its own, which
-    `forward_intermediates` applies, and the last of them stands in for the classifier's final norm.
+    Args:
+        stem: From images ``[B, in_chans, H, W]`` to the first stage's input.
+        stages: Modules from map to map.
+        channels: Of each stage's output.
+        norm: Of the last stage's output; identity where the head has it.
+        head: One of timm's, which pools and classifies maps in ``output_fmt``.
+        in_chans: Channels of the images.
+        num_classes: Classes of the head; 0 for none.
+        out_norms: Makes the model the published dense one: norms of the stages' outputs, which `forward_intermediates`
+            applies, and of which the last stands in for ``norm``.
+        reductions: Of each stage's output: pixels of the image to a position, on a side; 4, 8, 16, 32 by default.
     """
 
     output_fmt = "NHWC"
@@ -65,25 +73,24 @@ class Pyramid(nn.Module):
     # takes it minutes.
     symbolic_size: Final[bool] = True
 
-    def _assemble(
+    def __init__(
         self,
         stem: nn.Module,
         stages: Sequence[nn.Module],
         channels: Sequence[int],
-        reductions: Sequence[int],
         norm: nn.Module,
-        out_norms: Sequence[nn.Module] | None,
+        head: nn.Module,
         in_chans: int,
         num_classes: int,
-        global_pool: str,
-        drop_rate: float,
-        head: nn.Module | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
+        out_norms: Sequence[nn.Module] | None = None,
+        reductions: Sequence[int] | None = None,
+    ):
+        super().__init__()
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels[-1]
+        if reductions is None:
+            reductions = [4 * 2**i for i in range(len(channels))]
         self.feature_info = [
             {"num_chs": channel, "reduction": reduction, "module": f"stages.{i}"}
             for i, (channel, reduction) in enumerate(zip(channels, reductions, strict=True))
@@ -92,16 +99,6 @@ class Pyramid(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.out_norms = nn.ModuleList(out_norms) if out_norms is not None else None
         self.norm = norm if out_norms is None else nn.Identity()
-        if head is None:
-            head = ClassifierHead(
-                channels[-1],
-                num_classes,
-                pool_type=global_pool,
-                drop_rate=drop_rate,
-                input_fmt=self.output_fmt,
-                device=device,
-                dtype=dtype,
-            )
         self.head = head
 
     @torch.jit.ignore

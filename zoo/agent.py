@@ -13,6 +13,7 @@ as in the published dense models, which are dense settings of the same networks 
 import re
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from timm.models import register_model
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from ..blocks import AgentAttention2d, AgentTokenAttention
 from ..blocks.window import cut_windows, join_windows
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import resampled
-from .hosts.checkpoints import published_names, resized_positions
+from .hosts.checkpoints import published_names, resize_positions
 from .hosts.cswin import CSWin
 from .hosts.deit import DeiT
 from .hosts.pvt import PVT
@@ -265,31 +265,25 @@ def _renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return renamed
 
 
-def _resized(key: str, value: Tensor, wanted: Tensor) -> Tensor:
-    """Resample an agent bias of another image size to ``wanted``'s shape, as the published code does."""
-    leaf = key.rsplit(".", 1)[-1]
-    if value.shape == wanted.shape or value.ndim != wanted.ndim:
-        return value
-    if leaf in _SPATIAL_DIMS:
-        dim = _SPATIAL_DIMS[leaf]
-        if all(value.shape[i] == wanted.shape[i] for i in range(5) if i != dim):
-            lines = value.movedim(dim, -1)
-            resized = F.interpolate(lines.flatten(0, 3)[:, None], size=wanted.shape[dim], mode="linear")
-            return resampled(resized.reshape(*lines.shape[:-1], -1).movedim(-1, dim), value, "linear")
-    return value
-
-
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a published state dict to ``model``'s names, and resample what belongs to another image size.
+    """Rename a published state dict to ``model``'s names.
 
     Reads the authors' classification and dense files; leaves our own names alone. What the published code recomputes
     (``relative_position_index``, ``attn_mask``) is dropped.
     """
-    if not any(key.startswith("stem.") for key in state):
-        state = _renamed(state, model)
-    wanted = model.state_dict()
-    state = {key: _resized(key, value, wanted[key]) if key in wanted else value for key, value in state.items()}
-    return resized_positions(state, model)
+    return dict(state) if any(key.startswith("stem.") for key in state) else _renamed(state, model)
+
+
+def resize_entry(key: str, value: Tensor, size: torch.Size, model: nn.Module) -> tuple[Tensor, str] | None:
+    """Resample what was made for another size of images: biases of agents along their axis, and positions."""
+    dim = _SPATIAL_DIMS.get(key.rsplit(".", 1)[-1])
+    if dim is None or value.ndim != len(size):
+        return resize_positions(key, value, size, model)
+    if any(value.shape[i] != size[i] for i in range(5) if i != dim):
+        return None
+    lines = value.movedim(dim, -1)
+    resized = F.interpolate(lines.flatten(0, 3)[:, None], size=size[dim], mode="linear")
+    return resized.reshape(*lines.shape[:-1], -1).movedim(-1, dim), "linear"
 
 
 _DEIT_TINY = dict(embed_dim=192, num_heads=3)
@@ -312,7 +306,7 @@ _CSWIN_BASE = dict(
 
 
 def _create(cls: type[nn.Module], name: str, pretrained: bool, options: dict, config: dict) -> nn.Module:
-    return build(cls, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(cls, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 _PVT_DENSE = dict(agent_shapes=((12, 12), (16, 16), (28, 28), (28, 28)))

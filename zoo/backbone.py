@@ -4,19 +4,22 @@ import difflib
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
-from ._maps import BackboneError, Maps, dense_indices, measure, said_maps
-from .loading import create_model
-from .weights import locate
+from .checkpoint import Checkpoint
+from .library_errors import unknown_option
+from .loading import WithoutInit, create_model
+from .maps import BackboneError, Maps, dense_indices, measure, said_maps
+from .weights import read
 
 
 class UnknownModelError(ValueError):
@@ -153,10 +156,30 @@ def check_name(name: str) -> None:
         raise UnknownModelError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
+def takes_options(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a registered model has such options and gives maps; timm doesn't say, so that one is built."""
+    from .published import form_in, is_foreign
+
+    _, options = form_in(options)
+    try:
+        if is_foreign(name):
+            measure(name, options)
+        else:
+            with torch.device("meta"), WithoutInit():
+                timm.create_model(name, **{**options, "features_only": True, "pretrained": False})
+    except BackboneError:
+        return False
+    except TypeError as error:
+        if unknown_option(error) not in options:
+            raise
+        return False
+    return True
+
+
 def create_backbone(
     name: str,
     setting: str | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     out_indices: Sequence[int] | None = (0, 1, 2, 3),
     **kwargs,
 ) -> Backbone:
@@ -168,9 +191,9 @@ def create_backbone(
     Args:
         name: Registered name, with an optional tag.
         setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
-        checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones (`foveate weights list`). A
-            classifier's, a dense backbone's, or a whole detector's or segmentor's, of which the backbone is read: ours,
-            and those of mmdet, mmseg, detectron2 and Mask2Former.
+        checkpoint: Weights: a path, an address, the ``model.tag`` of published ones (`foveate weights list`), or what
+            `open_checkpoint` read. A classifier's, a dense backbone's, or a whole detector's or segmentor's, of which
+            the backbone is read: ours, and those of mmdet, mmseg, detectron2 and Mask2Former.
         out_indices: Which maps to return. None takes those that dense heads use: the last four of stages that begin at
             stride 4, four at even distances of blocks on one map, or those nearest to strides 4, 8, 16 and 32; and
             resamples maps whose stride is no power of two, such as 14, to the nearest one.
@@ -187,7 +210,7 @@ def create_backbone(
 
     check_name(name)
     if checkpoint is not None and is_foreign(name):
-        checkpoint = locate(checkpoint)
+        checkpoint = read(checkpoint)
         create = functools.partial(create_backbone, name, setting, None, out_indices)
         filled = build_filled(create, name, checkpoint, kwargs)
         if filled is not None:

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import (
+    ClassifierHead,
     DropPath,
     LayerNorm2d,
     calculate_drop_path_rates,
@@ -41,7 +42,6 @@ from ..blocks.pointwise import PointwiseMlp
 from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..blocks.routing import BiLevelRoutingAttention2d, LePEAttention2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["BiFormer"]
@@ -163,13 +163,11 @@ class BiFormer(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if len(topks) != len(depths):
             raise ValueError(
                 f"topks must name a number of regions, or None, for each of {len(depths)} stages; got {list(topks)}"
             )
-        self.conv_linear = conv_linear
         channels = [embed_dim * 2**i for i in range(len(depths))]
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
@@ -186,19 +184,17 @@ class BiFormer(Pyramid):
             ]
             shrink = nn.Identity() if i == 0 else downsample(dim // 2, dim, **dd)
             stages.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             (PatchStem if stl else BatchNormStem)(in_chans, embed_dim, **dd),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=nn.BatchNorm2d(channels[-1], **dd),
             out_norms=[LayerNorm2d(dim, eps=1e-6, **dd) for dim in channels] if out_norms else None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
+        self.conv_linear = conv_linear
         self.init_weights()
 
     @torch.jit.ignore
@@ -218,10 +214,8 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     names when ``model`` is the other one, and so does not fit: the two are different functions.
     """
     if any(key.startswith("stem.") for key in state):
-        converted = dict(state)
-    else:
-        converted = dict(_renamed(key, value, model) for key, value in state.items())
-    return with_counters(converted, model)
+        return dict(state)
+    return dict(_renamed(key, value, model) for key, value in state.items())
 
 
 # Of `Block`, per published class: BiFormer, BiFormerSTL, nchwBiFormerSTL.

@@ -27,6 +27,7 @@ from typing import Final
 
 import torch
 from timm.layers import (
+    ClassifierHead,
     DropPath,
     LayerNorm2d,
     Mlp,
@@ -39,11 +40,10 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
-from ..blocks.global_attention import resize_bias_table
 from ..blocks.plain import is_plain
+from ..blocks.relative_bias import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["DAT"]
@@ -123,8 +123,7 @@ class Block(nn.Module):
 
     Args:
         dim: Channels.
-        attention: Attention on maps.
-        channels_last: Whether ``attention`` takes NHWC maps instead of NCHW.
+        attention: Attention on NHWC maps.
         mlp_ratio: Hidden channels of the MLP over its input's.
         convs: Whether the block has the convolutions of DAT++: before the attention and inside the MLP.
         drop: Dropout rate inside the MLP.
@@ -135,7 +134,6 @@ class Block(nn.Module):
         self,
         dim: int,
         attention: nn.Module,
-        channels_last: bool,
         mlp_ratio: float,
         convs: bool,
         drop: float,
@@ -146,7 +144,6 @@ class Block(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
-        self.channels_last = channels_last
         self.lpu = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if convs else None
         self.norm1 = norm_layer(dim, **dd)
         self.attn = attention
@@ -160,7 +157,7 @@ class Block(nn.Module):
         if self.lpu is not None:
             x = x + self.lpu(x) if torch.jit.is_scripting() else add_convolved(self.lpu, x)
         y = self.norm1(x)
-        y = self.attn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.channels_last else self.attn(y)
+        y = self.attn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = x + self.drop_path1(y)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -228,14 +225,12 @@ class DAT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if unknown := set("".join(stages)) - set("LSND"):
             raise ValueError(f"stages are made of L, S, N and D; got {', '.join(map(repr, sorted(unknown)))}")
-        self.convs = convs
         depths = [len(kinds) for kinds in stages]
         channels = [embed_dim * 2**i for i in range(len(stages))]
-        map_sizes = self._map_sizes(img_size, len(stages))
+        map_sizes = _map_sizes(img_size, len(stages), convs)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
         def attention(kind: str, i: int) -> nn.Module:
@@ -261,7 +256,7 @@ class DAT(Pyramid):
         built = []
         for i, (dim, kinds) in enumerate(zip(channels, stages, strict=True)):
             blocks = [
-                Block(dim, attention(kind, i), kind != "D", mlp_ratio, convs, proj_drop_rate, drop_path, **dd)
+                Block(dim, attention(kind, i), mlp_ratio, convs, proj_drop_rate, drop_path, **dd)
                 for kind, drop_path in zip(kinds, drop_paths[i], strict=True)
             ]
             kernel = dict(kernel_size=3, padding=1) if convs else dict(kernel_size=2)
@@ -271,28 +266,18 @@ class DAT(Pyramid):
                 else nn.Identity()
             )
             built.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             ConvStem(in_chans, embed_dim, **dd) if convs else PatchStem(in_chans, embed_dim, **dd),
             built,
-            channels,
-            reductions=[4 * 2**i for i in range(len(stages))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=[norm_layer(dim, **dd) for dim in channels] if out_norms else None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
+        self.convs = convs
         self.init_weights()
-
-    def _map_sizes(self, img_size: int | tuple[int, int], count: int) -> list[tuple[int, int]]:
-        """Return height and width of each stage's map; convolutions round up, patches down."""
-        height, width = to_2tuple(img_size)
-        strides = [4 * 2**i for i in range(count)]
-        if self.convs:
-            return [(-(-height // stride), -(-width // stride)) for stride in strides]
-        return [(height // stride, width // stride) for stride in strides]
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -310,7 +295,7 @@ class DAT(Pyramid):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the tables of the deformable attention's position bias for images of ``img_size``."""
-        for stage, map_size in zip(self.stages, self._map_sizes(img_size, len(self.stages)), strict=True):
+        for stage, map_size in zip(self.stages, _map_sizes(img_size, len(self.stages), self.convs), strict=True):
             for block in stage.blocks:
                 if isinstance(block.attn, DeformableAttention2d):
                     block.attn.set_map_size(map_size)
@@ -325,6 +310,15 @@ class DAT(Pyramid):
             elif isinstance(module, DeformableAttention2d):
                 names.add(f"{name}.rpe_table")
         return names
+
+
+def _map_sizes(img_size: int | tuple[int, int], count: int, convs: bool) -> list[tuple[int, int]]:
+    """Return height and width of each stage's map; convolutions round up, patches down."""
+    height, width = to_2tuple(img_size)
+    strides = [4 * 2**i for i in range(count)]
+    if convs:
+        return [(-(-height // stride), -(-width // stride)) for stride in strides]
+    return [(height // stride, width // stride) for stride in strides]
 
 
 # Buffers of the published models, and of early versions of them; all are computed from the shapes.
@@ -348,29 +342,29 @@ _BLOCK_NAMES = (
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a published state dict to ``model``'s names, and resample tables made for another size.
+    """Rename a published state dict to our names.
 
     Reads the authors' classification and dense files; leaves our own names alone.
     """
     if any(key.startswith("stem.") for key in state):
-        converted = dict(state)
-    else:
-        converted = {}
-        for key, value in state.items():
-            if key.endswith(_BUFFERS):
-                continue
-            if key.endswith("relative_position_bias_table"):
-                value = from_swin_table(value)
-            elif ".chunk.linear" in key and key.endswith(".weight"):
-                value = value[:, :, None, None]
-            converted[_rename(key)] = value
-    wanted = model.state_dict()
-    for key, value in converted.items():
-        if key.endswith((".rpb", ".rpe_table")) and key in wanted and value.ndim == 3:
-            size = wanted[key].shape[1:]
-            if value.shape[1:] != size and value.shape[0] == wanted[key].shape[0]:
-                converted[key] = resampled(resize_bias_table(value, size), value, "bicubic")
+        return dict(state)
+    converted = {}
+    for key, value in state.items():
+        if key.endswith(_BUFFERS):
+            continue
+        if key.endswith("relative_position_bias_table"):
+            value = from_swin_table(value)
+        elif ".chunk.linear" in key and key.endswith(".weight"):
+            value = value[:, :, None, None]
+        converted[_rename(key)] = value
     return converted
+
+
+def resize_entry(key: str, value: Tensor, size: torch.Size, model: nn.Module) -> tuple[Tensor, str] | None:
+    """Resample a table made for another size."""
+    if key.endswith((".rpb", ".rpe_table")) and value.ndim == 3 and value.shape[0] == size[0]:
+        return resize_bias_table(value, size[1:]), "bicubic"
+    return None
 
 
 def _rename(key: str) -> str:
@@ -406,13 +400,13 @@ _PP_BASE = dict(embed_dim=128, num_heads=(4, 8, 16, 32), groups=(2, 4, 8, 16), d
 
 def _dat(name: str, pretrained: bool, options: dict, config: dict) -> DAT:
     """Build a model of the first paper: windows, and deformable attention with a bounded range in the last stages."""
-    return build(DAT, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(DAT, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 def _dat_pp(name: str, pretrained: bool, options: dict, config: dict) -> DAT:
     """Build a model of the second paper: neighborhoods, and deformable attention with free offsets in all stages."""
     stages = ("ND", "NDND", "ND" * 9, "DD")
-    return build(DAT, name, pretrained, convert_checkpoint, **{"stages": stages, **config, **options})
+    return build(DAT, name, pretrained, convert_checkpoint, resize_entry, **{"stages": stages, **config, **options})
 
 
 def _dense(drop_path_rate: float) -> dict:

@@ -23,6 +23,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    ClassifierHead,
     ClNormMlpClassifierHead,
     DropPath,
     calculate_drop_path_rates,
@@ -68,10 +69,10 @@ class Stem(nn.Module):
 class Merge(nn.Module):
     """A norm, then a convolution of stride 2: 2x2, or 3x3 where patches overlap; NHWC."""
 
-    def __init__(self, in_dim: int, dim: int, overlapped: bool, norm_layer: type[nn.Module], device=None, dtype=None):
+    def __init__(self, in_dim: int, dim: int, overlapped: bool, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = norm_layer(in_dim, **dd)
+        self.norm = nn.LayerNorm(in_dim, **dd)
         self.conv = nn.Conv2d(in_dim, dim, 3 if overlapped else 2, stride=2, padding=1 if overlapped else 0, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,19 +105,18 @@ class Block(nn.Module):
         cpe_act: bool,
         drop: float,
         drop_path: float,
-        norm_layer: type[nn.Module],
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.cpe1 = PositionEncoding(dim, cpe_act, **dd)
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.cpe2 = PositionEncoding(dim, cpe_act, **dd)
         if ffn:
-            self.norm2 = norm_layer(dim, **dd)
+            self.norm2 = nn.LayerNorm(dim, **dd)
             self.mlp = PointwiseMlp(dim, int(dim * mlp_ratio), drop, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         else:
@@ -187,7 +187,6 @@ class DaViT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         unknown = [kind for kind in attention_types if kind not in ("spatial", "channel")]
         if unknown or not attention_types:
@@ -210,42 +209,32 @@ class DaViT(Pyramid):
             for _ in range(depths[i]):
                 blocks = [
                     Block(
-                        dim,
-                        attention(kind, dim, heads),
-                        mlp_ratio,
-                        ffn,
-                        cpe_act,
-                        proj_drop_rate,
-                        next(next_rate),
-                        norm_layer,
-                        **dd,
+                        dim, attention(kind, dim, heads), mlp_ratio, ffn, cpe_act, proj_drop_rate, next(next_rate), **dd
                     )
                     for kind in kinds
                 ]
                 duals.append(nn.Sequential(*blocks))
-            merge = nn.Identity() if i == 0 else Merge(embed_dims[i - 1], dim, overlapped_patch, norm_layer, **dd)
+            merge = nn.Identity() if i == 0 else Merge(embed_dims[i - 1], dim, overlapped_patch, **dd)
             stages.append(Stage(merge, duals))
         head = ClNormMlpClassifierHead(
             embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm_layer, **dd
         )
-        self._assemble(
+        super().__init__(
             Stem(in_chans, embed_dims[0], norm_layer, **dd),
             stages,
-            embed_dims,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=embed_dims,
             norm=nn.Identity(),
             out_norms=[norm_layer(dim, **dd) for dim in embed_dims] if out_norms else None,
+            head=ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd)
+            if out_norms
+            else head,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            head=None if out_norms else head,
-            **dd,
         )
         self.init_weights()
 
 
-def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
     """Rename a published state dict to ``model``'s names.
 
     Reads the authors' classification and dense files; leaves our own names and timm's, which are the same, alone. A
@@ -266,8 +255,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         converted[key] = value
     if "out_norms.1.weight" in converted and not any(key.startswith("out_norms.0.") for key in converted):
         _logger.warning("the checkpoint has no norm of the first stage's output, which keeps its initial values")
-        wanted = model.state_dict()
-        converted |= {key: value for key, value in wanted.items() if key.startswith("out_norms.0.")}
+        converted |= dict.fromkeys(key for key in model.state_dict() if key.startswith("out_norms.0."))
     return converted
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from ..blocks.ela import EfficientLocalAttention
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 
 __all__ = ["InnerAttentionBottleneck"]
 
@@ -103,22 +102,21 @@ def _from_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
     """Rename a published state dict to ``model``'s names.
 
-    Reads the authors' MobileNetV2 and timm's files of the host networks; to the latter the model's own, fresh attention
-    is added, with a warning.
+    Reads the authors' MobileNetV2 and timm's files of the host networks; with the latter the model's attention
+    starts fresh, with a warning.
     """
     state = _from_authors(state) if any(key.startswith("features.") for key in state) else dict(state)
-    wanted = model.state_dict()
-    attention = {key: value for key, value in wanted.items() if ".se." in key}
-    if not attention.keys() & state.keys():
+    attention = [key for key in model.state_dict() if ".se." in key]
+    if not any(key in state for key in attention):
         _logger.warning(
             "the checkpoint holds the host network's weights only; the attention (%d tensors) starts fresh, train it",
             len(attention),
         )
-        state |= attention
-    return with_counters(state, model)
+        state |= dict.fromkeys(attention)
+    return state
 
 
 def _host(cls: type[nn.Module], name: str, pretrained: bool, options: dict, config: dict) -> nn.Module:

@@ -6,7 +6,7 @@ the attention differs, named for all stages or for each, as in `blocks.create_at
 
 from collections.abc import Mapping, Sequence
 
-from timm.layers import calculate_drop_path_rates
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -61,7 +61,6 @@ class Host(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         names = [attention] * len(depths) if isinstance(attention, str) else list(attention)
         attention_options = attention_options or {}
@@ -92,18 +91,14 @@ class Host(Pyramid):
             ]
             downsample = nn.Identity() if i == 0 else ConvDownsample(dim // 2, norm_layer, **dd)
             stages.append(Stage(downsample, blocks))
-        self._assemble(
+        super().__init__(
             ConvStem(in_chans, embed_dim, norm_layer, **dd),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
-            out_norms=None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

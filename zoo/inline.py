@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..blocks.inline import InLineAttention2d, InLineTokenAttention
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from .hosts.checkpoints import published_names, resized_positions
+from .hosts.checkpoints import published_names, resize_positions
 from .hosts.cswin import CSWin
 from .hosts.deit import DeiT
 from .hosts.pvt import PVT
@@ -147,14 +147,14 @@ class InLineCSWin(CSWin):
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a published state dict to ``model``'s names, and resample what belongs to another image size.
+    """Rename a published state dict to ``model``'s names.
 
     Leaves our own names alone. What the published code recomputes is dropped.
     """
-    if not any(key.startswith("stem.") for key in state):
-        wanted = model.state_dict()
-        state = {_block_name(key, wanted): value for key, value in published_names(state, model).items()}
-    return resized_positions(state, model)
+    if any(key.startswith("stem.") for key in state):
+        return dict(state)
+    wanted = model.state_dict()
+    return {_block_name(key, wanted): value for key, value in published_names(state, model).items()}
 
 
 def _block_name(key: str, wanted: dict[str, Tensor]) -> str:
@@ -186,7 +186,7 @@ _CSWIN_BASE_384 = {**_CSWIN_BASE, **dict(img_size=384, stripes=(1, 2, 12, None),
 
 
 def _create(cls: type[nn.Module], name: str, pretrained: bool, options: dict, config: dict) -> nn.Module:
-    return build(cls, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(cls, name, pretrained, convert_checkpoint, resize_positions, **{**config, **options})
 
 
 # Dense settings for `create_backbone(name, setting=...)`, ours, after Agent Attention's.

@@ -22,6 +22,12 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
+def load_fault(error: BaseException) -> str:
+    """Return why a state dict could not be loaded: torch's message has a headline of its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[min(1, len(lines) - 1)]
+
+
 def needs_unpickling(error: Exception) -> bool:
     """Return whether a file was refused since it pickles objects, which could run code."""
     text = str(error).lower()

@@ -18,6 +18,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    ClassifierHead,
     DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
@@ -34,7 +35,6 @@ from ..blocks.pyramid import check_holds_patch
 from ..kernels.bilinear import gather_bilinear, sample_bilinear
 from ..kernels.precision import full_precision
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["LITv2"]
@@ -61,11 +61,8 @@ class HiLoBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
-        window_size: int,
-        alpha: float,
+        attention: nn.Module,
         mlp_ratio: float,
-        qkv_bias: bool,
         drop: float,
         drop_path: float,
         device=None,
@@ -74,7 +71,7 @@ class HiLoBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = HiLoAttention2d(dim, num_heads, window_size, alpha, qkv_bias, **dd)
+        self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), drop, **dd)
@@ -217,7 +214,6 @@ class LITv2(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         norm_layer = nn.LayerNorm
         channels = [embed_dim * 2**i for i in range(len(depths))]
@@ -226,8 +222,8 @@ class LITv2(Pyramid):
         def block(i: int, drop_path: float) -> nn.Module:
             if window_sizes[i] == 0:
                 return ConvBlock(channels[i], mlp_ratio, proj_drop_rate, drop_path, **dd)
-            attention = (num_heads[i], window_sizes[i], alpha)
-            return HiLoBlock(channels[i], *attention, mlp_ratio, qkv_bias, proj_drop_rate, drop_path, **dd)
+            attention = HiLoAttention2d(channels[i], num_heads[i], window_sizes[i], alpha, qkv_bias, **dd)
+            return HiLoBlock(channels[i], attention, mlp_ratio, proj_drop_rate, drop_path, **dd)
 
         stages = []
         for i, dim in enumerate(channels):
@@ -236,20 +232,17 @@ class LITv2(Pyramid):
         norms = out_norms and [
             norm_layer(dim, **dd) if chosen else nn.Identity() for dim, chosen in zip(channels, out_norms, strict=True)
         ]
-        self._assemble(
+        super().__init__(
             PatchEmbed(
                 None, 4, in_chans, embed_dim, norm_layer=norm_layer, output_fmt="NHWC", dynamic_img_pad=True, **dd
             ),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=norms,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 
@@ -285,14 +278,14 @@ _NAMES = (
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename a published state dict to ``model``'s names; leaves our own names alone.
 
-    Reads the authors' classification and dense files. Batch norms' counters may be missing.
+    Reads the authors' classification and dense files.
     """
     converted, names = {}, () if any(key.startswith("stem.") for key in state) else _NAMES
     for key, value in state.items():
         for pattern, ours in names:
             key = re.sub(pattern, ours, key)
         converted[key] = value
-    return with_counters(converted, model)
+    return converted
 
 
 _SMALL = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)

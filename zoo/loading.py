@@ -1,13 +1,13 @@
 """Any timm model with weights: all that it has comes from them, or an error names what is missing.
 
-The models of this package convert and check a file themselves (`_checkpoint.fit`). timm loads its own leniently as soon
+The models of this package convert and check a file themselves (`checkpoint.fit`). timm loads its own leniently as soon
 as a model is cut to its features or has other classes; here it is watched, and what it left out is told.
 """
 
 import contextlib
 import contextvars
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from ._checkpoint import CheckpointError, LoadReport, check_classes, faults_of, open_checkpoint, state_of, unwrap
-from .weights import locate
+from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of, check_classes, faults_of, load
+from .library_errors import load_fault
+from .weights import read
 
 # Options of timm's features, which the whole model doesn't know.
 _OF_FEATURES = ("features_only", "out_indices", "feature_cls")
@@ -40,13 +41,14 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def create_model(name: str, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
+def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, **options: Any) -> nn.Module:
     """Create a timm model, ours or theirs, as `timm.create_model` does, but load its weights completely or not at all.
 
     Args:
         name: Registered name, with an optional tag.
-        checkpoint: Weights: a path, an address, or the ``model.tag`` of published ones. A classifier's, or a dense
-            model's, of which the backbone is read. timm's own options that name a file are understood too.
+        checkpoint: Weights: a path, an address, the ``model.tag`` of published ones, or what `open_checkpoint` read. A
+            classifier's, or a dense model's, of which the backbone is read. timm's own options that name a file are
+            understood too.
         **options: Of timm's factory and of the model.
 
     Returns:
@@ -59,18 +61,18 @@ def create_model(name: str, checkpoint: str | Path | None = None, **options: Any
     files = [file for file in (checkpoint, options.pop("checkpoint_path", None), overlay.pop("file", None)) if file]
     if len(files) > 1:
         raise CheckpointError(f"{name}: its weights are named twice, {files[0]} and {files[1]}; give one of them")
-    path = locate(files[0]) if files else None
-    with _naming(path):
+    checkpoint = read(files[0]) if files else None
+    with _naming(None if checkpoint is None else checkpoint.path):
         if model_entrypoint(name).__module__.startswith(f"{__package__}."):
-            if path is not None:
+            if checkpoint is not None:
                 options["pretrained"] = True
-                overlay["file"] = str(path)
+                overlay["file"] = checkpoint
             model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
             if hasattr(getattr(model, "model", None), "load_report"):
                 model.load_report = _of_features(model.model.load_report, model)
             return model
-        if path is not None:
-            return _from_file(name, path, overlay, options)
+        if checkpoint is not None:
+            return _from_file(name, checkpoint, overlay, options)
         with _watch() as loads:
             model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
         if loads:
@@ -91,15 +93,14 @@ def _naming(path: Path | None) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module:
+def _from_file(name: str, checkpoint: Checkpoint, overlay: dict, options: dict) -> nn.Module:
     """Return a model of timm's own with a file's weights."""
     options = {key: value for key, value in options.items() if key != "pretrained"}
     features = bool(options.get("features_only"))
     whole = _whole(name, {key: value for key, value in options.items() if key not in _OF_FEATURES})
     wanted, classes, chosen = whole.state_dict(), getattr(whole, "num_classes", None), "num_classes" in options
-    checkpoint = open_checkpoint(path)
-    _refuse_published(name, path, checkpoint)
-    state = _under_own_names(unwrap(checkpoint), wanted)
+    _refuse_published(name, checkpoint)
+    state = _under_own_names(backbone_of(checkpoint.state), wanted)
     classifier, held = _classifier_of(name, state)
     if not features and classes is not None:
         options["num_classes"] = classes
@@ -113,18 +114,19 @@ def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module
     missing = [key for key in inner if inner[key] not in own]
     needed = _needed(model, missing, inner, fresh)
     if not strange and not needed:
-        model.load_state_dict({key: state[inner[key]] for key in inner if inner[key] in own}, strict=False)
+        given = {key: state[inner[key]] for key in inner if inner[key] in own}
+        load(model, given, checkpoint.path, kept=missing, refusal=_refusal(name))
     else:
         # Of an older format, another size or number of channels: timm knows how to convert it.
         loaded = {"state_dict": dict(state), "source": None, "num_classes": held or int(features)}
         converted = _converted(name, pretrained_cfg_overlay=overlay | loaded, **options)
         if isinstance(converted, Exception):
             _refuse(name, model, needed, strange)
-            raise CheckpointError(f"the checkpoint is not one of {name}: {_reason(converted)}") from converted
-        model, load = converted
-        missing = load.missing_in(model)
+            raise CheckpointError(f"{_refusal(name)}: {load_fault(converted)}") from converted
+        model, watched = converted
+        missing = watched.missing_in(model)
         # What the conversion made up counts as learned.
-        strange = _strange({key: state.get(key, torch.empty(0)) for key in load.unexpected}, wanted, classifier)
+        strange = _strange({key: state.get(key, torch.empty(0)) for key in watched.unexpected}, wanted, classifier)
         _refuse(name, model, _needed(model, missing, inner, fresh), strange)
         for module in (model, getattr(model, "model", None), getattr(model, "body", None)):
             if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
@@ -143,16 +145,15 @@ def _from_file(name: str, path: Path, overlay: dict, options: dict) -> nn.Module
     return model
 
 
-def _refuse_published(name: str, path: Path, checkpoint: Mapping) -> None:
+def _refuse_published(name: str, checkpoint: Checkpoint) -> None:
     """Raise a CheckpointError if a file is a dense model's of mm's or detectron2's: its backbone may need a form."""
     # That file builds backbones, of models that this one loads.
     from .published import layout_of, origin_of
 
-    state = state_of(checkpoint)
-    if layout_of(state) is not None and origin_of(path, checkpoint, state) is not None:
+    if layout_of(checkpoint.state) is not None and origin_of(checkpoint) is not None:
         raise CheckpointError(
-            f"{path}: is a dense model's; its backbone is read by create_backbone({name!r}, checkpoint=...), which "
-            "gives it the form in which it was trained"
+            f"{checkpoint}: is a dense model's; its backbone is read by create_backbone({name!r}, checkpoint=...), "
+            "which gives it the form in which it was trained"
         )
 
 
@@ -195,9 +196,9 @@ def _classifier_of(name: str, state: dict[str, Tensor]) -> tuple[set[str], int |
     return names, None if found is None else len(state[f"{found}.weight"])
 
 
-def classes_of(name: str, checkpoint: Mapping) -> int | None:
+def classes_of(name: str, checkpoint: Checkpoint) -> int | None:
     """Return how many classes a file of a model has a classifier for; None without one."""
-    return _classifier_of(name, unwrap(checkpoint))[1]
+    return _classifier_of(name, backbone_of(checkpoint.state))[1]
 
 
 def _needed(model: nn.Module, missing: list[str], inner: dict[str, str], fresh: set[str]) -> list[str]:
@@ -216,10 +217,14 @@ def _refuse(name: str, model: nn.Module, missing: list[str], strange: list[str])
     if missing or strange:
         total = sum(value.is_floating_point() for value in model.state_dict().values())
         raise CheckpointError(
-            f"the checkpoint is not one of {name}: {total - len(missing)} of {total} entries match, "
+            f"{_refusal(name)}: {total - len(missing)} of {total} entries match, "
             f"{faults_of(missing=missing, unexpected=strange)}; names other than timm's are not translated here; "
             "whole files of mmdet, mmseg and detectron2 are for create_detector, create_segmenter and create_backbone"
         )
+
+
+def _refusal(name: str) -> str:
+    return f"the checkpoint is not one of {name}"
 
 
 def _of_features(report: LoadReport, model: nn.Module) -> LoadReport:
@@ -290,12 +295,6 @@ def _converted(name: str, **options: Any) -> tuple[nn.Module, _Load] | Exception
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
         return error
     return model, _Load(*loads[-1])
-
-
-def _reason(error: Exception) -> str:
-    # torch's message has a headline of its own.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[min(1, len(lines) - 1)]
 
 
 @contextlib.contextmanager

@@ -16,16 +16,15 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..blocks import GlobalAttention2d, NeighborhoodAttention2d
-from ..blocks.global_attention import resize_bias_table
 from ..blocks.pyramid import Block, ConvDownsample, ConvStem
+from ..blocks.relative_bias import resize_bias_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import resampled
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["NAT", "IsotropicNAT"]
@@ -81,7 +80,6 @@ class NAT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if dilations is None:
             dilations = [[1] * depth for depth in depths]
@@ -121,18 +119,15 @@ class NAT(Pyramid):
             ]
             shrink = nn.Identity() if i == 0 else downsample(dim // 2, norm_layer=norm_layer, **dd)
             stages.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             stem,
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=[norm_layer(dim, **dd) for dim in channels] if out_norms else None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 
@@ -183,16 +178,14 @@ class IsotropicNAT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.patch_size = patch_size
         dilations = [1] * depth if dilations is None else list(dilations)
         if len(dilations) != depth or depth % 4:
             raise ValueError(
                 f"depth must be a multiple of 4, with a dilation for each block; got {depth} and {len(dilations)}"
             )
         norm_layer = nn.LayerNorm
-        map_size = self._map_size(img_size)
+        map_size = _map_size(img_size, patch_size)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
 
         def attention(dilation: int) -> nn.Module:
@@ -207,7 +200,7 @@ class IsotropicNAT(Pyramid):
             for dilation, drop_path in zip(dilations, drop_paths, strict=True)
         ]
         quarter = depth // 4
-        self._assemble(
+        super().__init__(
             PatchEmbed(
                 None,
                 patch_size,
@@ -219,28 +212,27 @@ class IsotropicNAT(Pyramid):
                 **dd,
             ),
             [Stage(nn.Identity(), blocks[i : i + quarter]) for i in range(0, depth, quarter)],
-            [embed_dim] * 4,
+            channels=[embed_dim] * 4,
             reductions=[patch_size] * 4,
             norm=norm_layer(embed_dim, **dd),
-            out_norms=None,
+            head=ClassifierHead(embed_dim, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
+        self.patch_size = patch_size
         self.init_weights()
-
-    def _map_size(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
-        height, width = to_2tuple(img_size)
-        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the bias tables of global attention for images of ``img_size``; nothing else depends on it."""
         for module in self.modules():
             if isinstance(module, GlobalAttention2d):
-                module.set_map_size(self._map_size(img_size))
+                module.set_map_size(_map_size(img_size, self.patch_size))
+
+
+def _map_size(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    height, width = to_2tuple(img_size)
+    return -(-height // patch_size), -(-width // patch_size)
 
 
 # From the hub's transformers format to the authors'.
@@ -283,7 +275,7 @@ def _from_hub(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a published state dict to ``model``'s names, and resample bias tables of another kernel size.
+    """Rename a published state dict to ``model``'s names.
 
     Reads the authors' classification and dense files and the hub's transformers format; leaves our own names alone.
     """
@@ -293,7 +285,6 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         state = _from_hub(state)
     isotropic = isinstance(model, IsotropicNAT)
     quarter = len(model.stages[0].blocks)
-    wanted = model.state_dict()
     converted = {}
     for key, value in state.items():
         if key.endswith("relative_position_index"):
@@ -308,10 +299,13 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
         key = re.sub(r"^norm(\d)\.", r"out_norms.\1.", key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key.endswith(".rpb") and key in wanted and value.ndim == 3 and value.shape[1:] != wanted[key].shape[1:]:
-            value = resampled(resize_bias_table(value, wanted[key].shape[1:]), value, "bicubic")
         converted[key] = value
     return converted
+
+
+def resize_entry(key: str, value: Tensor, size: torch.Size, model: nn.Module) -> tuple[Tensor, str] | None:
+    """Resample a bias table of another kernel size."""
+    return (resize_bias_table(value, size[1:]), "bicubic") if key.endswith(".rpb") and value.ndim == 3 else None
 
 
 # The published schedules: in every stage blocks alternate between no dilation and the next one of the stage's list.
@@ -351,16 +345,18 @@ _ISO_BASE = dict(embed_dim=768, num_heads=24, drop_path_rate=0.4)
 
 
 def _nat(name: str, pretrained: bool, options: dict, config: dict) -> NAT:
-    return build(NAT, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(NAT, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 def _dinat(name: str, pretrained: bool, options: dict, config: dict, schedule: str = "224") -> NAT:
     dilations = _alternate(schedule, config["depths"])
-    return build(NAT, name, pretrained, convert_checkpoint, **{"dilations": dilations, **config, **options})
+    return build(
+        NAT, name, pretrained, convert_checkpoint, resize_entry, **{"dilations": dilations, **config, **options}
+    )
 
 
 def _isotropic(name: str, pretrained: bool, options: dict, config: dict) -> IsotropicNAT:
-    return build(IsotropicNAT, name, pretrained, convert_checkpoint, **{**config, **options})
+    return build(IsotropicNAT, name, pretrained, convert_checkpoint, resize_entry, **{**config, **options})
 
 
 def _dense(drop_path_rate: float, depths: Sequence[int] | None = None, schedule: str | None = None, **options) -> dict:

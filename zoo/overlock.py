@@ -286,7 +286,6 @@ class OverLoCK(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         context_dim = embed_dims[-1] // 4
         channels = [*embed_dims[:2], embed_dims[2] + context_dim, embed_dims[3] + context_dim]
@@ -305,19 +304,16 @@ class OverLoCK(Pyramid):
         norms: list[nn.Module] = [LayerNorm2d(dim, eps=1e-6, **dd) for dim in channels]
         if overview_out:
             norms.append(OverviewOut(embed_dims[-1], channels[-1], **dd))
-        self._assemble(
+        super().__init__(
             _stem(in_chans, embed_dims[0], **dd),
             stages,
-            channels,
+            channels=channels,
             reductions=[4, 8, 16, 32],
             norm=nn.Identity(),
             out_norms=norms if out_norms else None,
+            head=Head(channels[-1], head_dim, num_classes, global_pool, drop_rate, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            head=Head(channels[-1], head_dim, num_classes, global_pool, drop_rate, **dd),
-            **dd,
         )
         self.stages = nn.ModuleList(stages)  # no chain, as which TorchScript would compile it
         self.context = nn.Conv2d(embed_dims[-1], context_dim, 1, **dd)
@@ -516,7 +512,7 @@ def _rename(key: str) -> str:
     return key
 
 
-def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
     """Rename a published state dict to ``model``'s names; leaves our own names alone.
 
     A re-parameterised file re-parameterises the model; of a file in the training form, a re-parameterised model gets
@@ -534,12 +530,10 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         model.fuse()
     elif any(key.endswith("lk_origin.bias") for key in model.state_dict()):
         converted = merge_state(converted)
-    # What files may lack: the counters of batch norms, and in dense models what comes before a classifier.
-    own = model.state_dict()
-    fillable = [key for key in own if key.endswith(".num_batches_tracked")]
+    # Files of dense models lack what comes before a classifier.
     if model.out_norms is not None and not any(key.startswith("head.") for key in converted):
-        fillable += [key for key in own if key.startswith(("head.conv.", "head.bn."))]
-    return {key: own[key] for key in fillable} | converted
+        converted |= dict.fromkeys(key for key in model.state_dict() if key.startswith(("head.conv.", "head.bn.")))
+    return converted
 
 
 _XT = dict(embed_dims=(56, 112, 256, 336), depths=(2, 2, 3, 2), focus_depths=(6, 2), groups=(8, 12), drop_path_rate=0.1)

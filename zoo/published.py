@@ -25,9 +25,9 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ._checkpoint import CheckpointError, LoadReport, misfits, open_checkpoint, state_of, with_counters
-from ._maps import Maps
 from .backbone import Backbone
+from .checkpoint import Checkpoint, CheckpointError, absent_counters, load
+from .maps import Maps
 
 STYLES = ("pytorch", "caffe")
 # Options of a backbone that say in which form it computes; all others are timm's.
@@ -96,26 +96,21 @@ def _dict(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def origin_of(path: str | Path, checkpoint: Mapping, state: Mapping[str, Tensor]) -> Origin | None:
-    """Return where a dense model's file comes from; None if it is none of those libraries'.
-
-    Args:
-        path: The file.
-        checkpoint: What `open_checkpoint` read of it.
-        state: What `state_of` found in that.
-    """
+def origin_of(checkpoint: Checkpoint) -> Origin | None:
+    """Return where a dense model's file comes from; None if it is none of those libraries'."""
+    state = checkpoint.state
     if any(key.startswith(_MM_HEADS) for key in state):
         library = "mm"
     elif any(key.startswith(_DETECTRON_HEADS) and not key.startswith("roi_heads.box_heads.") for key in state):
         library = "detectron2"
     else:
         return None
-    meta = _dict(checkpoint.get("meta"))
+    meta = _dict(checkpoint.content.get("meta"))
     text = next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
     names = meta.get("CLASSES") or _dict(meta.get("dataset_meta")).get("classes") or ()
     plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     parts = frozenset(".".join(key.split(".")[:2]) for key in state)
-    return Origin(Path(path), library, settings_of(text), parts, tuple(names) if plain else ())
+    return Origin(checkpoint.path, library, settings_of(text), parts, tuple(names) if plain else ())
 
 
 def settings_of(text: str) -> dict[str, Any]:
@@ -421,15 +416,10 @@ def _renamed(layout: Layout, name: str) -> str:
     return name
 
 
-def likely_model_of(checkpoint: Mapping) -> str | None:
-    """Return the name of timm's model that a file's backbone is, as far as widths and depths tell; None if none here.
-
-    Args:
-        checkpoint: What `open_checkpoint` read.
-    """
-    state = state_of(checkpoint)
-    layout = layout_of(state)
-    return None if layout is None else likely_model(layout, state)
+def likely_model_of(checkpoint: Checkpoint) -> str | None:
+    """Return timm's name of the model that a file's backbone is, by widths and depths; None if it is none here."""
+    layout = layout_of(checkpoint.state)
+    return None if layout is None else likely_model(layout, checkpoint.state)
 
 
 def is_foreign(name: str) -> bool:
@@ -792,21 +782,22 @@ def form_in(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return form, others
 
 
-def build_filled(create: Callable[..., Backbone], name: str, path: Path, options: Mapping[str, Any]) -> Backbone | None:
+def build_filled(
+    create: Callable[..., Backbone], name: str, checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> Backbone | None:
     """Return timm's model with the backbone of a dense model's file; None if the file's layout is none of these.
 
     Args:
         create: Builds the backbone, without weights, of its options.
         name: Registered name of timm's model.
-        path: The file.
+        checkpoint: The file.
         options: Of the backbone.
 
     Raises:
-        CheckpointError: If the file can't be read, or is of another model or form.
+        CheckpointError: If the file is of another model or form.
     """
-    checkpoint = open_checkpoint(path)
-    published = state_of(checkpoint)
-    layout, origin = layout_of(published), origin_of(path, checkpoint, published)
+    path, published = checkpoint.path, checkpoint.state
+    layout, origin = layout_of(published), origin_of(checkpoint)
     if layout is None or origin is None:
         if origin is not None:
             refuse_homeless(published, path)
@@ -816,13 +807,8 @@ def build_filled(create: Callable[..., Backbone], name: str, path: Path, options
     state = {key: value for key, value in state.items() if key.startswith("backbone.")}
     state = translated(layout, state, backbone, path)
     state = {key.removeprefix("backbone."): value for key, value in state.items() if not _OF_NECK.match(key)}
-    wanted = backbone.state_dict()
-    counts = [key for key in wanted if key.endswith("num_batches_tracked") and key not in state]
-    state = with_counters(state, backbone)
-    if faults := misfits(state, wanted):
-        raise CheckpointError(f"{path}: its backbone is no {name}: {faults}")
-    backbone.load_state_dict(state)
-    backbone.load_report = LoadReport(len(wanted) - len(counts), tuple(counts), tuple(constants))
+    report = load(backbone, state, path, absent_counters(state, backbone), f"its backbone is no {name}")
+    backbone.load_report = dataclasses.replace(report, unexpected=tuple(constants))
     return backbone
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import register_model
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
@@ -121,7 +121,6 @@ class QuadTree(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -141,18 +140,14 @@ class QuadTree(Pyramid):
             ]
             shrink = nn.Identity() if i == 0 else Downsample(embed_dims[i - 1], dim, **dd)
             stages.append(Stage(shrink, blocks, nn.LayerNorm(dim, eps=1e-6, **dd)))
-        self._assemble(
+        super().__init__(
             OverlapPatchEmbed(7, 4, in_chans, embed_dims[0], **dd),
             stages,
-            list(embed_dims),
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=list(embed_dims),
             norm=nn.Identity(),
-            out_norms=None,
+            head=ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -119,7 +119,6 @@ class ShiftViT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         channels = [embed_dim * 2**i for i in range(len(depths))]
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -127,18 +126,14 @@ class ShiftViT(Pyramid):
         for i, dim in enumerate(channels):
             blocks = [Block(dim, mlp_ratio, parts, proj_drop_rate, drop_path, **dd) for drop_path in drop_paths[i]]
             stages.append(Stage(nn.Identity() if i == 0 else Downsample(dim // 2, **dd), blocks))
-        self._assemble(
+        super().__init__(
             Stem(in_chans, embed_dim, proj_drop_rate, **dd),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=nn.GroupNorm(1, channels[-1], **dd),
-            out_norms=None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

@@ -17,17 +17,15 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from ..blocks.initialize import init_linear
 from ..blocks.mixture_of_heads import HeadRouter, MixtureOfHeads2d
-from ..blocks.plain import is_plain
+from ..blocks.pieces import may_take_pieces, sum_over_channels
 from ..blocks.pointwise import apply_linear
-from ..kernels.backends import exporting
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -76,35 +74,20 @@ class ConvGlu(nn.Module):
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or exporting()
-        if traced or torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        return is_plain(self.fc1, self.dwconv, self.act, self.fc2)
+        layers = (self.fc1, self.dwconv, self.act, self.fc2)
+        return may_take_pieces(x, *layers) and not torch.is_autocast_enabled("cpu")
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
-        """Compute some images and hidden channels at a time, which depend on no others: they stay in the cache."""
-        batch, height, width, dim = x.shape
+        """Compute some images and hidden channels at a time: they stay in the cache."""
+        layers = (self.fc1, self.dwconv, self.act, self.fc2)
         hidden = self.fc2.in_features
-        channel_bytes = height * width * x.element_size()
-        channels = min(hidden, max(16, _PIECE_BYTES // channel_bytes // 16 * 16))
+        channel_bytes = x.shape[1] * x.shape[2] * x.element_size()
+        channels = max(16, _PIECE_BYTES // channel_bytes // 16 * 16)
         images = max(1, _PIECE_BYTES // (channel_bytes * hidden))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for first in range(0, batch, images):
-            tokens = x[first : first + images].reshape(-1, dim)
-            total = self.fc2.bias.expand(tokens.shape[0], -1)
-            for start in range(0, hidden, channels):
-                end = min(start + channels, hidden)
-                chosen, other = slice(start, end), slice(hidden + start, hidden + end)
-                gate = F.linear(tokens, self.fc1.weight[chosen], self.fc1.bias[chosen])
-                gate = gate.view(-1, height, width, gate.shape[-1]).permute(0, 3, 1, 2)
-                gate = F.conv2d(
-                    gate, self.dwconv.weight[chosen], self.dwconv.bias[chosen], padding=1, groups=gate.shape[1]
-                )
-                gate = self.act(gate.permute(0, 2, 3, 1).flatten(0, 2))
-                gate = gate.mul_(F.linear(tokens, self.fc1.weight[other], self.fc1.bias[other]))
-                total = torch.addmm(total, gate, self.fc2.weight[:, chosen].t())
-            out[first : first + images] = total.view(-1, height, width, dim)
+        for part, written in zip(x.split(images), out.split(images), strict=True):
+            written.copy_(sum_over_channels(part, *layers, channels, gated=True))
         return out
 
 
@@ -188,7 +171,6 @@ class TransNeXt(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if (shared_heads is None) != (routed_heads is None):
             raise ValueError("a mixture of heads needs both shared_heads and routed_heads, or neither")
@@ -224,18 +206,15 @@ class TransNeXt(Pyramid):
             shrink = nn.Identity() if i == 0 else PatchEmbed(dim // 2, dim, 3, 2, False, **dd)
             blocks = [Block(dim, attention(i), mlp_ratios[i], drop_path, **dd) for drop_path in drop_paths[i]]
             stages.append(Stage(shrink, blocks, nn.LayerNorm(dim, eps=1e-6, **dd)))
-        self._assemble(
+        super().__init__(
             PatchEmbed(in_chans, embed_dim, 7, 4, True, **dd),
             stages,
-            channels,
+            channels=channels,
             reductions=_STRIDES[: len(depths)],
             norm=nn.Identity(),
-            out_norms=None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

@@ -22,20 +22,18 @@ import re
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.initialize import init_linear
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
-from ..blocks.plain import is_plain
+from ..blocks.pieces import may_take_pieces, sum_over_channels
 from ..blocks.pointwise import apply_pointwise
 from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..kernels.backends import channels_come_last
 from ._build import IMAGENET_CFG, build, cfgs_with_links
-from ._checkpoint import with_counters
 from ._pyramid import Pyramid, Stage
 
 __all__ = ["VAN"]
@@ -63,27 +61,15 @@ class ConvFeedForward(nn.Module):
     @torch.jit.ignore
     def _takes_pieces(self, x: Tensor) -> bool:
         """Return whether hidden maps are so large that their way to memory and back costs more than the products."""
-        # A graph is traced whole, gradients need everything anyway, and who looks at a layer wants the whole map.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or self.training:
+        if self.training or not may_take_pieces(x, self.fc1, self.conv, self.act, self.fc2, self.drop):
             return False
-        if not is_plain(self.fc1, self.conv, self.act, self.fc2, self.drop):
-            return False
-        large = x.is_cpu and x.shape[2] * x.shape[3] > _LARGE_MAP and channels_come_last(x)
+        large = x.shape[2] * x.shape[3] > _LARGE_MAP and channels_come_last(x)
         return large and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
     @torch.jit.ignore
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
-        """Take some hidden channels at a time, and add up what they give."""
-        batch, dim, height, width = x.shape
-        total = self.fc2.bias.expand(batch * height * width, dim).contiguous()
-        inputs, outputs = self.fc1.weight.flatten(1), self.fc2.weight.flatten(1)
-        for start in range(0, len(inputs), _PIECE):
-            part = slice(start, min(start + _PIECE, len(inputs)))
-            hidden = F.linear(x.permute(0, 2, 3, 1), inputs[part], self.fc1.bias[part]).permute(0, 3, 1, 2)
-            weight = self.conv.weight[part]
-            hidden = F.gelu(F.conv2d(hidden, weight, self.conv.bias[part], padding=1, groups=len(weight)))
-            total = torch.addmm(total, hidden.permute(0, 2, 3, 1).flatten(0, 2), outputs[:, part].t())
-        return total.view(batch, height, width, dim).permute(0, 3, 1, 2)
+        x = sum_over_channels(x.permute(0, 2, 3, 1), self.fc1, self.conv, self.act, self.fc2, _PIECE)
+        return x.permute(0, 3, 1, 2)
 
 
 # Positions beyond which hidden maps are taken in pieces of so many channels.
@@ -171,7 +157,6 @@ class VAN(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32; got {output_stride}")
         dd = {"device": device, "dtype": dtype}
@@ -185,18 +170,15 @@ class VAN(Pyramid):
             if i > 0:
                 downsample = BatchNormDownsample(embed_dims[i - 1], dim, reductions[i] // reductions[i - 1], **dd)
             stages.append(Stage(downsample, blocks, LayerNorm2d(dim, eps=norm_eps, **dd)))
-        self._assemble(
+        super().__init__(
             (BatchNormStem if mscan else Stem)(in_chans, embed_dims[0], **dd),
             stages,
-            embed_dims,
+            channels=embed_dims,
             reductions=reductions,
             norm=nn.Identity(),
-            out_norms=None,
+            head=ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 
@@ -236,7 +218,7 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         key = re.sub(r"^blocks(\d)\.", r"block\1.", key).replace(".mlp.dwconv.dwconv.", ".mlp.dwconv.")
         key = key.replace(".DW_conv.", ".conv0.").replace(".DW_D_conv.", ".conv_spatial.")
         converted[_renamed(key, gate)] = value
-    return with_counters(converted, model)
+    return converted
 
 
 # Of the gate, which the authors call spatial_gating_unit.

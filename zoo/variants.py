@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Mapping
 
 import timm
 import torch
 from torch import Tensor
 
-from ._checkpoint import CheckpointError, LoadReport, unwrap
 from .backbone import dense_settings_of
+from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of
 from .loading import WithoutInit, silence
 
 
@@ -31,17 +30,17 @@ class Variant:
     classes: int | None
 
 
-def variants_of(checkpoint: Mapping, names: list[str]) -> list[Variant]:
+def variants_of(checkpoint: Checkpoint, names: list[str]) -> list[Variant]:
     """Return the models that a checkpoint fits, of those that it fits best: without resampling if there are any.
 
     Several remain where models differ in what is no part of the weights, such as NAT and DiNAT in their dilations.
 
     Args:
-        checkpoint: What `open_checkpoint` returns, of a classifier, a detector or a segmenter.
+        checkpoint: Of a classifier, a detector or a segmenter.
         names: Models to try.
     """
     # Detectors of ours keep the backbone behind timm's wrapper for features.
-    state = {key.removeprefix("features.model."): value for key, value in unwrap(checkpoint).items()}
+    state = {key.removeprefix("features.model."): value for key, value in backbone_of(checkpoint.state).items()}
     state = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
     shapes = Counter(tuple(value.shape) for value in state.values())
     fitting = []

@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ._checkpoint import CheckpointError, open_checkpoint
 from ._download import DownloadError, download, sha256_of
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .library_errors import first_line
 
 _logger = logging.getLogger(__name__)
@@ -186,6 +186,16 @@ def find(name: str) -> Weights:
     raise WeightsError(f"{name} has several published weights; name one of {', '.join(tags)}")
 
 
+def read(reference: str | Path | Checkpoint, cache_dir: str | Path | None = None) -> Checkpoint:
+    """Return the checkpoint that ``reference`` means, of a file that is read here once; arguments as those of `locate`.
+
+    Raises:
+        WeightsError: If there is no such file, or it can't be had.
+        CheckpointError: If it can't be read.
+    """
+    return open_checkpoint(reference if isinstance(reference, Checkpoint) else _located(str(reference), cache_dir))
+
+
 def locate(reference: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return the file that ``reference`` means, downloaded if it has to be.
 
@@ -196,15 +206,23 @@ def locate(reference: str | Path, cache_dir: str | Path | None = None) -> Path:
     Raises:
         WeightsError: If there is no such file, or it can't be had.
     """
-    text = str(reference)
+    return _path_of(_located(str(reference), cache_dir))
+
+
+def _located(text: str, cache_dir: str | Path | None) -> Path | Checkpoint:
+    """Return the file that ``text`` means; it is read already if it has just come."""
     if Path(text).exists():
         return Path(text)
     if text.startswith(("http://", "https://")):
-        return fetch(entry_of(text), cache_dir)
+        return _fetched(entry_of(text), cache_dir)
     if text in table():
-        return fetch(table()[text], cache_dir)
+        return _fetched(table()[text], cache_dir)
     near = difflib.get_close_matches(text, table(), n=1, cutoff=0.8)
     raise WeightsError(f"{text}: no such file" + (f"; did you mean the weights {near[0]!r}?" if near else ""))
+
+
+def _path_of(found: Path | Checkpoint) -> Path:
+    return found.path if isinstance(found, Checkpoint) else found
 
 
 def entry_of(address: str) -> Weights:
@@ -252,6 +270,11 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
     Raises:
         WeightsError: If it can't be had; the message says why, and which page to visit.
     """
+    return _path_of(_fetched(weights, cache_dir, renew))
+
+
+def _fetched(weights: Weights, cache_dir: str | Path | None = None, renew: bool = False) -> Path | Checkpoint:
+    """Return the weights' file, which is read already if it has just come."""
     if not renew and (path := cached(weights, cache_dir)):
         return path
     if weights.license is None and weights.sources[0].kind != "url":
@@ -269,8 +292,9 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
         for source, address in addresses:
             try:
                 pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
-                path = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
-                return _pinned(weights, source, path, cache_dir, address, renew)
+                found = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
+                _pinned(weights, source, found.path, cache_dir, address, renew)
+                return found
             except DownloadError as error:
                 failures.append(f"{address}: {error}")
     raise _failure(weights, folder, failures)
@@ -323,7 +347,7 @@ def _addresses(weights: Weights) -> Iterator[tuple[Source, str]]:
 
 def _fetch_from(
     source: Source, address: str, folder: Path, sha256: str | None, renew: bool, cache_dir: str | Path | None
-) -> Path:
+) -> Checkpoint:
     if address.startswith("hub: "):
         from huggingface_hub import hf_hub_download
 
@@ -332,21 +356,18 @@ def _fetch_from(
         except Exception as error:
             # The errors of the HTTP library below have no base class that it names.
             raise DownloadError(first_line(error)) from error
-        _check(path, sha256)
-        return path
+        return _checked(path, sha256)
     if not address.startswith(("http://", "https://")):
         path = Path(address)
         if not path.is_file():
             raise DownloadError("no such file")
-        _check(path, sha256)
-        return path
+        return _checked(path, sha256)
     path = folder / source.name
-    download(address, path, source.size, sha256, _check)
-    return path
+    return dataclasses.replace(download(address, path, source.size, sha256, _checked), path=path)
 
 
-def _check(path: Path, sha256: str | None = None) -> None:
-    """Raise a DownloadError unless a file is a whole checkpoint that is safe to read, with the hash if one is given."""
+def _checked(path: Path, sha256: str | None = None) -> Checkpoint:
+    """Read a file; raise a DownloadError unless it is a whole and safe checkpoint, with the hash if one is given."""
     if sha256 is not None and (actual := sha256_of(path)) != sha256:
         raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
     with open(path, "rb") as file:
@@ -354,7 +375,7 @@ def _check(path: Path, sha256: str | None = None) -> None:
     if start.lstrip()[:1] == b"<":
         raise DownloadError("the host answers with a web page, not with the file")
     try:
-        open_checkpoint(path)
+        return open_checkpoint(path)
     except CheckpointError as error:
         raise DownloadError(str(error).removeprefix(f"{path}: ")) from error
 

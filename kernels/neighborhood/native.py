@@ -105,18 +105,16 @@ def _layout(x: Tensor) -> tuple[int, ...]:
 
 def _call(
     function: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
     axes: Fields,
     scale: float,
-    bias: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
     *gradients: int,
     lanes: int | None = None,
     dims: tuple[int, int] | None = None,
 ) -> None:
+    query, key, value, bias = inputs
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
     numbers, _ = _tables(tuple(axes))
@@ -189,7 +187,7 @@ def _product(
     function: str, rows: Tensor, weights: Tensor, query: Tensor, out: Tensor, axes: Sequence[Axis], lanes: int | None
 ) -> None:
     numbers, dims = flatten_axes(axes), (rows.shape[-1], 0)
-    _call(function, query, rows, weights, numbers, 1.0, None, out, None, lanes=lanes, dims=dims)
+    _call(function, (query, rows, weights, None), numbers, 1.0, out, None, lanes=lanes, dims=dims)
 
 
 def native_forward(
@@ -223,25 +221,23 @@ def native_forward(
     lse = query.new_empty(query.shape[:-1] if with_lse else 0, dtype=torch.float32)
     if out.numel() and query.numel():
         bias = None if rpb is None else rpb.float().contiguous()
-        _call("forward", query, key, value, axes, scale, bias, out, lse if with_lse else None, lanes=lanes)
+        _call("forward", (query, key, value, bias), axes, scale, out, lse if with_lse else None, lanes=lanes)
     return out, lse
 
 
 def native_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
     out: Tensor,
     lse: Tensor,
     axes: Fields,
     scale: float,
     lanes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and rpb (empty without rpb); see `native_forward`."""
-    query, key, value, grad_out = (contiguous_rows(x) for x in (query, key, value, grad_out))
+    """Return the gradients of ``inputs``: query, key, value and rpb (empty without rpb); see `native_forward`."""
+    *tensors, rpb = inputs
+    query, key, value, grad_out = (contiguous_rows(x) for x in (*tensors, grad_out))
     heads, heads_kv = query.shape[-2], key.shape[-2]
     grad_query = query.new_empty(query.shape)
     # One gradient for each query head, because two threads must not add to the same one.
@@ -253,12 +249,9 @@ def native_backward(
     delta = torch.empty_like(lse)
     _call(
         "backward",
-        query,
-        key,
-        value,
+        (query, key, value, bias),
         axes,
         scale,
-        bias,
         out,
         lse,
         *_layout(grad_out),
@@ -309,11 +302,11 @@ def _operator_backward(
     axes: Fields,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return native_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale)
+    return native_backward(grad_out, grad_lse, (query, key, value, rpb), out, lse, axes, scale)
 
 
 @_operator_backward.register_fake
-def _(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale):
+def _(grad_out, grad_lse, query, key, value, rpb, *_):
     inputs = (query, key, value, query.new_empty(0) if rpb is None else rpb)
     return tuple(x.new_empty(x.shape) for x in inputs)
 

@@ -313,16 +313,12 @@ def _bias_gradient(entries: Sequence[np.ndarray], column_entries: np.ndarray, gr
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
+    tensors: Sequence[Tensor | None],
     axes: tuple[Axis, ...],
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of `_forward`'s tensors; made of differentiable operators."""
+    """Return the gradients of `_forward`'s ``tensors``; made of differentiable operators."""
+    query, key, value, rpb, additional_keys, additional_values = tensors
     heads, extra = query.shape[-2], 0 if additional_keys is None else additional_keys.shape[1]
     plan = _plan(axes, rpb is not None)
     table = _table(rpb, query, axes)
@@ -384,7 +380,7 @@ class _Tiled(torch.autograd.Function):
         query, _, value, *_ = ctx.saved_tensors
         if grad_out is None:
             grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return *_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.axes, ctx.scale), None, None, None
+        return *_backward(grad_out, grad_lse, ctx.saved_tensors, ctx.axes, ctx.scale), None, None, None
 
 
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.

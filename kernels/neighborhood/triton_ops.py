@@ -124,10 +124,7 @@ def forward_launch(
 def backward_launches(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
     out: Tensor,
     lse: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
@@ -140,6 +137,7 @@ def backward_launches(
     With ``bias_grad`` the first fills the tensor that comes third, ``[B, heads, tiles, rows, columns]``: what each tile
     adds to the gradient of the bias.
     """
+    query, key, value, rpb = inputs
     query_options, query_shape = _options("backward_query", query, value, rpb is not None, axes)
     key_options, key_shape = _options("backward_key_value", query, value, rpb is not None, axes)
     arguments = _arguments(query, key, value, rpb, axes, scale) | {
@@ -236,7 +234,7 @@ def neighborhood_triton_backward_op(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     three = unflatten_axes(axes, 3)
     *launches, tables = backward_launches(
-        grad_out, grad_lse, query, key, value, rpb, out, lse, grads, bias_grad, three, scale
+        grad_out, grad_lse, (query, key, value, rpb), out, lse, grads, bias_grad, three, scale
     )
     if not out.numel():
         return *grads, query.new_zeros(rpb.shape if bias_grad else 0, dtype=rpb.dtype if bias_grad else None)
@@ -251,7 +249,8 @@ def neighborhood_triton_backward_op(
 
 
 @neighborhood_triton_backward_op.register_fake
-def _(grad_out, grad_lse, query, key, value, rpb, out, lse, axes, scale, bias_grad):
+def _(grad_out, grad_lse, query, key, value, rpb, *others):
+    *_, bias_grad = others
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     if not bias_grad:
         return *grads, query.new_empty(0)

@@ -52,7 +52,7 @@ def routed_attention_backward_op(
 
 
 @routed_attention_backward_op.register_fake
-def _(grad, query, key, value, routes, out, lse, height, width, scale, backend):
+def _(grad, query, key, value, *_):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 

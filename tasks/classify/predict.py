@@ -6,22 +6,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import nn
 
+from ...zoo.checkpoint import Checkpoint, load
 from .. import TaskError
-from ..checkpoints import load_weights, read_checkpoint, without_start
+from ..checkpoints import read_checkpoint, without_start
+from ..data.class_names import class_names
 from ..data.classification import InputRule
 from ..data.images import FULL_WHITE, to_pixels
 from .task import classifier_card, create_classifier
-
-
-def class_names(count: int) -> list[str]:
-    """Return the names of so many classes: ImageNet-1k's of 1000, else numbers."""
-    if count == 1000:
-        names = ImageNetInfo("imagenet-1k")
-        return [names.index_to_description(index) for index in range(count)]
-    return [f"class {index}" for index in range(count)]
 
 
 class Predictor:
@@ -61,7 +54,7 @@ class Predictor:
         self._transform = rule.transform()
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+    def from_checkpoint(cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> "Predictor":
         """Read a checkpoint of `foveate train`.
 
         Raises:
@@ -71,7 +64,7 @@ class Predictor:
         card = checkpoint["card"]
         rule = InputRule(**card["input"])
         model = create_classifier(card["model"], len(card["classes"]), rule, **without_start(card["kwargs"]))
-        load_weights(model, checkpoint["state_dict"], path)
+        load(model, checkpoint["state_dict"], path)
         predictor = cls(model, rule, card["classes"], device, card["white"])
         predictor.card = card
         return predictor
@@ -103,7 +96,7 @@ class Predictor:
             raise TaskError(f"{name}: takes {height}x{width} images; only square inputs are predicted from")
         how = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         rule = InputRule(height, channels, **how, crop_mode=cfg.get("crop_mode") or "center")
-        classes = cfg.get("label_names") or class_names(model.num_classes)
+        classes = cfg.get("label_names") or class_names("imagenet-1k", model.num_classes)
         predictor = cls(model, rule, classes, device)
         predictor.card = classifier_card(name, {}, classes, rule)
         return predictor

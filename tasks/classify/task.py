@@ -13,8 +13,8 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ...blocks.losses import collect_losses
-from ...zoo import CheckpointError
 from ...zoo.backbone import check_name
+from ...zoo.checkpoint import Checkpoint, CheckpointError
 from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.loading import create_model
 from .. import TaskError
@@ -31,7 +31,7 @@ def create_classifier(
     num_classes: int | None = None,
     rule: InputRule | None = None,
     pretrained: bool = False,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     **kwargs,
 ) -> nn.Module:
     """Create a timm model, ours or theirs, as a classifier.
@@ -41,7 +41,8 @@ def create_classifier(
         num_classes: Classes; the model's own if None.
         rule: Input; gives the channels, and the size to models that need to know it. The model's own if None.
         pretrained: Whether to start from published weights.
-        checkpoint: Weights to start from instead: a path, an address, or a ``model.tag`` of published ones.
+        checkpoint: Weights to start from instead: a path, an address, a ``model.tag`` of published ones, or what
+            `open_checkpoint` read.
         **kwargs: Options of the model.
 
     Raises:
@@ -81,33 +82,33 @@ class Classify:
         shown: The metrics that a line of progress names.
     """
 
-    # Every key a config may have, with its default.
+    # Every key a config may have, with its default; `engine.keys` says what they mean.
     DEFAULTS: ClassVar[dict] = {
         "model": {
-            "name": None,  # a timm name
-            "pretrained": False,  # start from published weights
-            "checkpoint": None,  # start from the weights of a file
-            "kwargs": {},  # options of the model, such as drop_path_rate
+            "name": None,
+            "pretrained": False,
+            "checkpoint": None,
+            "kwargs": {},
         },
         "data": {
-            "name": "folder",  # or "csv": lists with the columns path and label; "digits": the bundled ones
-            "root": None,  # of a folder: holds train/CLASS/* and val/CLASS/*; of lists: paths count from here
-            "train": None,  # folder or list in root, or elsewhere; train or train.csv if None
-            "val": None,  # the same of the held-out images
-            "num_classes": None,  # checked if given
+            "name": "folder",
+            "root": None,
+            "train": None,
+            "val": None,
+            "num_classes": None,
             "size": 224,
             "channels": 3,
-            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
+            "white": None,
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "augment": {},  # arguments of timm.data.create_transform; and affine and transforms
+            "augment": {},
         },
         "loss": {
             "label_smoothing": 0.0,
-            "mixup": 0.0,  # alpha of timm.data.Mixup
+            "mixup": 0.0,
             "cutmix": 0.0,
         },
     }

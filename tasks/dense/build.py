@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...zoo import BackboneError, CheckpointError, create_backbone
-from ...zoo._checkpoint import LoadReport, card_of, open_checkpoint, state_of
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
+from ...zoo.checkpoint import Checkpoint, LoadReport, absent_counters, load
 from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.published import (
     TOLD_OPTIONS,
@@ -27,7 +27,7 @@ from ...zoo.published import (
 )
 from ...zoo.weights import locate
 from .. import TaskError, nearest
-from ..checkpoints import load_weights, without_start
+from ..checkpoints import without_start
 
 _logger = logging.getLogger(__name__)
 
@@ -51,36 +51,42 @@ class OtherClassesError(CheckpointError):
 
 @dataclasses.dataclass
 class DenseFile:
-    """A dense model's file, read once.
+    """A dense model's file.
 
     Attributes:
-        path: The file.
+        checkpoint: What was read of it.
         state: Its entries.
-        card: What it says of its model, if foveate wrote it; else empty.
         origin: Where it comes from, if from one of the known libraries.
         constants: Names of entries that nobody learned, which are left out.
         likely: Name of timm's model that its backbone is, as far as widths and depths tell.
     """
 
-    path: Path
+    checkpoint: Checkpoint
     state: dict[str, Tensor]
-    card: dict[str, Any]
     origin: Origin | None
     constants: tuple[str, ...] = ()
     likely: str | None = None
 
     @classmethod
-    def read(cls, path: str | Path) -> "DenseFile":
-        """Read a file.
+    def of(cls, checkpoint: Checkpoint) -> "DenseFile":
+        """Return what a checkpoint holds.
 
         Raises:
-            CheckpointError: If it can't be read.
+            CheckpointError: If it holds no state dict.
         """
-        checkpoint = open_checkpoint(path)
-        published = state_of(checkpoint)
-        origin = origin_of(path, checkpoint, published)
-        state, constants = without_constants(published) if origin else (published, [])
-        return cls(Path(path), state, card_of(path, checkpoint) or {}, origin, tuple(constants))
+        origin = origin_of(checkpoint)
+        state, constants = without_constants(checkpoint.state) if origin else (checkpoint.state, [])
+        return cls(checkpoint, state, origin, tuple(constants))
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.checkpoint.path
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What it says of its model, if foveate wrote it; else empty."""
+        return self.checkpoint.card or {}
 
     def layout(self, backbone: str | nn.Module) -> Layout | None:
         """Return how the file names the entries of a named backbone of timm's, if they must be translated."""
@@ -113,7 +119,7 @@ def build_backbone(
     backbone: str | nn.Module,
     setting: str | None,
     auto: Sequence[str],
-    checkpoint: str | Path | None,
+    checkpoint: Checkpoint | None,
     options: dict,
     known_options: Sequence[str],
 ) -> nn.Module:
@@ -192,34 +198,20 @@ def load_dense(
     if not whole:
         state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
-    def kept(key: str) -> bool:
-        if key.startswith("backbone.") and not whole:
-            return True
-        # Batch counts play no part where the momentum is fixed; some files lack them.
-        if key.endswith("num_batches_tracked") and key not in state:
-            return True
-        return fresh(key)
-
-    entries = model.state_dict()
-    kept_values = {key: value for key, value in entries.items() if kept(key)}
-    try:
-        load_weights(model, state | kept_values, path)
-    except CheckpointError as error:
-        if file.likely is None:
-            raise
-        raise CheckpointError(f"{error}; the file's backbone is {file.likely} by its widths and depths") from error
+    # Batch counts play no part where the momentum is fixed.
+    counters = set(absent_counters(state, model))
+    of_backbone = {key for key in model.state_dict() if key.startswith("backbone.") and not whole}
+    kept = [key for key in model.state_dict() if key in counters or key in of_backbone or fresh(key)]
+    hint = "" if file.likely is None else f"; the file's backbone is {file.likely} by its widths and depths"
+    own = load(model, state, path, kept, hint=hint)
     body = LoadReport(0)
     if not whole and backbone_loaded:
         body = getattr(model.backbone, "load_report", None) or body
-    left = {key for key in kept_values if not (backbone_loaded and key.startswith("backbone."))}
+    left = {key for key in kept if not (backbone_loaded and key.startswith("backbone."))}
     report = LoadReport(
-        matched=len(entries) - len(kept_values) + body.matched,
+        matched=own.matched + body.matched,
         missing=(*sorted(left), *(f"backbone.features.{key}" for key in body.missing)),
-        unexpected=(
-            *file.constants,
-            *sorted(state.keys() & kept_values.keys()),
-            *(f"backbone.{key}" for key in body.unexpected),
-        ),
+        unexpected=(*file.constants, *own.unexpected, *(f"backbone.{key}" for key in body.unexpected)),
         reshaped=tuple((f"backbone.features.{key}", *change) for key, *change in body.reshaped),
     )
     _logger.info(f"{path}: {report}")

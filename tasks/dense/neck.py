@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from ...zoo._maps import sources_of
+from ...zoo.maps import sources_of
 from .. import TaskError
 
 STRIDES = (4, 8, 16, 32)

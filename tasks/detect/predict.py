@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ...zoo.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints import read_checkpoint, rebuilt_from
 from ..data.images import FULL_WHITE, to_pixels
 from ..detections import count_objects, describe_objects
@@ -50,14 +51,15 @@ class Predictor:
         self.white = white
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+    def from_checkpoint(cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> "Predictor":
         """Read a checkpoint of `foveate train`.
 
         Raises:
             CheckpointError: If the file can't be read or is no such checkpoint.
         """
-        card = read_checkpoint(path, "detect")["card"]
-        model = build_detector(rebuilt_from(card, path), len(card["classes"]))
+        checkpoint = open_checkpoint(path)
+        card = read_checkpoint(checkpoint, "detect")["card"]
+        model = build_detector(rebuilt_from(card, checkpoint), len(card["classes"]))
         predictor = cls(model, card["classes"], device, card["white"])
         predictor.card = card
         return predictor

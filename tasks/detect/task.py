@@ -26,32 +26,32 @@ class Detect:
         shown: The metrics that a line of progress names.
     """
 
-    # Every key a config may have, with its default.
+    # Every key a config may have, with its default; `engine.keys` says what they mean.
     DEFAULTS: ClassVar[dict] = {
         "model": {
-            "head": "mask_rcnn",  # or "retinanet", "faster_rcnn", "cascade_mask_rcnn", "dino"
-            "backbone": None,  # a timm name
-            "setting": "auto",  # its dense setting; "auto": the one for the head, where there is one
-            "pretrained": False,  # start from a backbone with published weights
-            "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
-            "checkpoint": None,  # start from weights of the whole detector: a file or an address
-            "norm_eval": False,  # keep the statistics of the backbone's batch norms
-            "frozen_stages": 0,  # how many of the backbone's stages, with what precedes them, don't learn
-            "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
-            "kwargs": {},  # options of create_detector, such as min_size and max_size
+            "head": "mask_rcnn",
+            "backbone": None,
+            "setting": "auto",
+            "pretrained": False,
+            "backbone_checkpoint": None,
+            "checkpoint": None,
+            "norm_eval": False,
+            "frozen_stages": 0,
+            "backbone_kwargs": {},
+            "kwargs": {},
         },
         "data": {
-            "name": "coco",  # or "voc", "nuclei"
-            "root": None,  # holds images and annotations
+            "name": "coco",
+            "root": None,
             "train": {"annotations": "annotations/instances_train2017.json", "images": "train2017", "split": "train"},
             "val": {"annotations": "annotations/instances_val2017.json", "images": "val2017", "split": "val"},
-            "classes": None,  # names in the order of the labels; by default those of the file, or Pascal's 20
-            "num_classes": None,  # checked if given
-            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
-            "broken": "refuse",  # or "drop": leave out objects and images whose annotations are broken
-            "keep_empty": True,  # train on images without objects too
-            "repeat": 1,  # how often an epoch shows each training image
-            "augment": {},  # keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale
+            "classes": None,
+            "num_classes": None,
+            "white": None,
+            "broken": "refuse",
+            "keep_empty": True,
+            "repeat": 1,
+            "augment": {},
         },
     }
     FREE = ("model.backbone_kwargs", "model.kwargs", "data.augment")  # dicts with keys of their own

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...zoo.checkpoint import Checkpoint
 from .. import TaskError
 from ..checkpoints import rebuilt_from
 from .config import DEFAULTS, FREE, leaves, plain
@@ -13,7 +14,7 @@ from .loading import fingerprint
 _RESUME_FREE = ("device", "workers", "log", "checkpoint.interval", "checkpoint.keep")
 
 
-def rebuild_config(config: dict, checkpoint: dict, path: str | Path) -> dict:
+def rebuild_config(config: dict, checkpoint: dict, path: str | Path | Checkpoint) -> dict:
     """Return a config whose model is built from a checkpoint of the run, and images are read as the run did."""
     white = checkpoint["card"]["white"]
     if config["data"]["white"] not in (None, white):

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, default_collate
 
 from ...blocks.losses import collect_losses
+from ...zoo.checkpoint import load
 from ...zoo.library_errors import call_fault, first_line
 from .. import TaskError
-from ..checkpoints import load_weights, read_checkpoint, save_checkpoint
+from ..checkpoints import read_checkpoint, save_checkpoint
 from .config import PRECISIONS, plain
 from .loading import fingerprint
 
@@ -338,7 +339,7 @@ class TaskRunner(Runner):
         checkpoint["state_dict"] = {f"net.{key}": value for key, value in checkpoint["state_dict"].items()}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         state = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
-        load_weights(self.net, state, filename)
+        load(self.net, state, filename)
         gradients = checkpoint.get("gradients", {})
         for name, weight in self.net.named_parameters():
             weight.grad = gradients[name].to(weight.device) if name in gradients else None

@@ -13,9 +13,9 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook
 from torch.utils.data import DataLoader
 
-from ...zoo import CheckpointError
+from ...zoo.checkpoint import CheckpointError, load, open_checkpoint
 from .. import TaskError
-from ..checkpoints import check_folder, load_weights, read_checkpoint, remove_partial
+from ..checkpoints import check_folder, read_checkpoint, remove_partial
 from ..devices import choose_device
 from .config import task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
@@ -58,11 +58,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     """
     output = Path(output)
     last = output / "last.pth"
-    if last.exists() and not resume:
-        raise TaskError(f"{output}: already holds a run; continue it with --resume, or choose another --output")
-    if resume and not last.exists():
-        raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
-    checkpoint = read_checkpoint(last, config["task"]) if resume else None
+    checkpoint = _begun(last, config["task"], resume)
     device, distributed = _launch(config["device"])
     if is_main_process():
         check_folder(output, needed=0)
@@ -111,15 +107,28 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         _without_worker_traceback(runner.train)
         pictures = run_hook.finish() if runner.rank == 0 else []
     _leave(distributed)
-    best = max(history, key=lambda entry: entry.get(f"val/{task.metric}", -math.inf))
     return {
-        "metrics": {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")},
+        "metrics": _best_metrics(history, task.metric),
         "metric": task.metric,
         "history": history,
         "best": output / "best.pth",
         "last": last,
         "pictures": pictures,
     }
+
+
+def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
+    """Return the checkpoint to continue from; None to begin."""
+    if last.exists() and not resume:
+        raise TaskError(f"{last.parent}: already holds a run; continue it with --resume, or choose another --output")
+    if resume and not last.exists():
+        raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
+    return read_checkpoint(last, task) if resume else None
+
+
+def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float]:
+    best = max(history, key=lambda entry: entry.get(f"val/{metric}", -math.inf))
+    return {key.removeprefix("val/"): value for key, value in best.items() if key.startswith("val/")}
 
 
 def evaluate(
@@ -140,11 +149,10 @@ def evaluate(
         TaskError: If the evaluation can't be done.
         CheckpointError: If the checkpoint can't be read or doesn't hold the config's model.
     """
-    checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path, config["task"])
+    opened = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
+    checkpoint = None if opened is None else read_checkpoint(opened, config["task"])
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(
-        config if checkpoint is None else rebuild_config(config, checkpoint, checkpoint_path)
-    )
+    task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, opened))
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
     for remark in task.check_data(training=False):
@@ -166,7 +174,7 @@ def evaluate(
             custom_hooks=[TestProgressHook()] if progress else [],
         )
         if checkpoint is not None:
-            load_weights(runner.net, checkpoint["state_dict"], checkpoint_path)
+            load(runner.net, checkpoint["state_dict"], checkpoint_path)
         metrics = _without_worker_traceback(runner.test)
     _leave(distributed)
     return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ...zoo.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints import read_checkpoint, rebuilt_from, write_whole
 from ..data.images import FULL_WHITE, to_pixels
 from ..data.segmentation import InputRule
@@ -60,15 +61,16 @@ class Predictor:
         self.white = white
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
+    def from_checkpoint(cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> "Predictor":
         """Read a checkpoint of `foveate train`.
 
         Raises:
             CheckpointError: If the file can't be read or is no such checkpoint.
         """
-        card = read_checkpoint(path, "segment")["card"]
+        checkpoint = open_checkpoint(path)
+        card = read_checkpoint(checkpoint, "segment")["card"]
         rule = InputRule(**card["input"])
-        model = build_segmenter(rebuilt_from(card, path), card["things"], rule)
+        model = build_segmenter(rebuilt_from(card, checkpoint), card["things"], rule)
         how = (card["classes"], card["things"], card["output"], card["test"], device, card["white"])
         predictor = cls(model, rule, *how)
         predictor.card = card

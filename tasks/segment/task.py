@@ -16,11 +16,9 @@ from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
 from ..dense.segment.postprocess import OUTPUTS
-from ..dense.segment.segmenter import HEADS, create_segmenter
+from ..dense.segment.segmenter import HEADS, MASK_HEADS, create_segmenter
 from ..detections import to_plain
 
-# The heads that predict a set of masks; the others label pixels.
-MASK_HEADS = ("mask2former", "oneformer")
 # Up to so many classes get a metric of their own.
 NAMED_CLASSES = 20
 
@@ -35,49 +33,46 @@ class Segment:
         shown: The metrics that a line of progress names.
     """
 
-    # Every key a config may have, with its default.
+    # Every key a config may have, with its default; `engine.keys` says what they mean.
     DEFAULTS: ClassVar[dict] = {
         "model": {
-            "head": "upernet",  # or "semantic_fpn", "deeplabv3", "mask2former", "oneformer"
-            "backbone": None,  # a timm name
-            "output": "semantic",  # or, with mask2former and oneformer, "instance", "panoptic"
-            "setting": "auto",  # the backbone's dense setting; "auto": the one for the head, where there is one
-            "pretrained": False,  # start from a backbone with published weights
-            "backbone_checkpoint": None,  # start from weights of the backbone alone: a file, an address or model.tag
-            "checkpoint": None,  # start from weights of the whole segmenter: a file or an address
-            "norm_eval": False,  # keep the statistics of the backbone's batch norms
-            "frozen_stages": 0,  # how many of the backbone's stages, with what precedes them, don't learn
-            "backbone_kwargs": {},  # options of the backbone, such as drop_path_rate
-            "kwargs": {},  # options of create_segmenter, such as channels or loss_mean
+            "head": "upernet",
+            "backbone": None,
+            "output": "semantic",
+            "setting": "auto",
+            "pretrained": False,
+            "backbone_checkpoint": None,
+            "checkpoint": None,
+            "norm_eval": False,
+            "frozen_stages": 0,
+            "backbone_kwargs": {},
+            "kwargs": {},
         },
         "data": {
-            "name": "ade20k",  # or "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc"
-            "root": None,  # holds images and annotations
-            # Of COCO's formats, and of VOC the lists of images.
+            "name": "ade20k",
+            "root": None,
             "train": {"annotations": "", "images": "", "maps": None, "split": "train"},
             "val": {"annotations": "", "images": "", "maps": None, "split": "val"},
-            # Names in the order of the labels, of "voc" without the background; by default those of the file, of a
-            # folder's classes.txt, or Pascal's 20.
             "classes": None,
-            "values": None,  # values of the classes in a folder's label maps; 0, 1, 2, ... by default
-            "unlabelled": None,  # values in a folder's label maps that don't count, such as [0]; by default [255]
-            "num_classes": None,  # checked if given
-            "broken": "refuse",  # or "drop": leave out images, objects and label maps that are broken
-            "repeat": 1,  # how often an epoch shows each training image
-            "tile": None,  # side of the tiles that the held-out half of the nuclei is cut into; None: it stays whole
-            "short": 512,  # evaluation resizes images to fit into short x long pixels, at the same ratio; None: not
+            "values": None,
+            "unlabelled": None,
+            "num_classes": None,
+            "broken": "refuse",
+            "repeat": 1,
+            "tile": None,
+            "short": 512,
             "long": 2048,
-            "divisor": 1,  # and then stretches their sides to a multiple of this
-            "white": None,  # value of 16-bit pixels that is white; the greatest of the training images' depth if None
+            "divisor": 1,
+            "white": None,
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
-            "augment": {},  # keys of tasks.data.augment.SETTINGS
+            "augment": {},
         },
         "test": {
-            "mode": "whole",  # or "slide": in windows
-            "crop_size": None,  # of the windows
-            "stride": None,  # between them
-            "scales": (1.0,),  # of the images; the published multi-scale numbers use 0.5 to 1.75 by 0.25, and flip
+            "mode": "whole",
+            "crop_size": None,
+            "stride": None,
+            "scales": (1.0,),
             "flip": False,
         },
     }

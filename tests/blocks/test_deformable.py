@@ -18,6 +18,11 @@ def block(geometry, dim=16, heads=4, groups=2, seed=0, **options):
     return module
 
 
+def run(module, x):
+    """Attend over maps whose channels come first, as the published formulas have them."""
+    return module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def read(image, y, x):
     """Bilinear value of ``image`` ``[C, H, W]`` at the normalised point, corners at -1 and 1, zero outside."""
     height, width = image.shape[1:]
@@ -101,7 +106,7 @@ def test_geometry_is_the_published_one(geometry, offset_range, map_size):
     x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
     expected = torch.stack([by_loops(module, image, geometry, offset_range) for image in x])
     # Positions are float64 here because the features are.
-    torch.testing.assert_close(module(x), expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(run(module, x), expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("options", [dict(kernel_size=9, stride=8), dict(kernel_size=3, stride=1)])
@@ -110,7 +115,7 @@ def test_geometry_is_the_published_one(geometry, offset_range, map_size):
 def test_maps_and_key_grids_of_size_one_do_not_divide_by_zero(geometry, options, size):
     module = block(geometry, map_size=(7, 7), **options).float()
     x = torch.randn(2, 16, *size, requires_grad=True)
-    out = module(x)
+    out = run(module, x)
     assert out.shape == x.shape
     out.square().sum().backward()
     for gradient in [x.grad, *(parameter.grad for parameter in module.parameters())]:
@@ -141,8 +146,8 @@ def test_without_offsets_keys_are_averages_over_the_cells(geometry):
                ((module.q, x), (module.k, features), (module.v, features)))  # fmt: skip
     weights = (q.transpose(2, 3) @ k * 0.5).softmax(-1)
     expected = module.proj((v @ weights.transpose(2, 3)).flatten(1, 2).unflatten(2, (6, 8)))
-    torch.testing.assert_close(module(x), expected)
-    assert module(torch.randn(1, 16, 7, 5, dtype=torch.float64)).isfinite().all()
+    torch.testing.assert_close(run(module, x), expected)
+    assert run(module, torch.randn(1, 16, 7, 5, dtype=torch.float64)).isfinite().all()
 
 
 @pytest.mark.parametrize("geometry", ["dat", "dat_pp"])
@@ -150,15 +155,15 @@ def test_points_stay_float32_in_low_precision(geometry):
     """Half precision could not tell neighboring pixels apart on a large map."""
     module = block(geometry, map_size=(7, 9)).float()
     x = torch.randn(1, 16, 14, 18)
-    exact = module(x)
+    exact = run(module, x)
     with torch.autocast("cpu", torch.bfloat16):
-        points, _ = module.sampled_points(x)
+        points, _ = module.sampled_points(x.permute(0, 2, 3, 1))
         assert points.dtype == torch.float32
         assert not torch.equal(points, points.bfloat16().float())
-        assert (module(x).float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+        assert (run(module, x).float() - exact).abs().mean() < 0.1 * exact.abs().mean()
     low = module.bfloat16()
-    assert low(x.bfloat16()).dtype == torch.bfloat16
-    assert low.sampled_points(x.bfloat16())[0].dtype == torch.float32
+    assert run(low, x.bfloat16()).dtype == torch.bfloat16
+    assert low.sampled_points(x.permute(0, 2, 3, 1).bfloat16())[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("geometry", ["dat", "dat_pp"])
@@ -167,10 +172,10 @@ def test_pictures_explain_the_output(geometry):
     """Features read at the returned pixels, weighted by the returned map, are the output."""
     module = block(geometry, kernel_size=3, stride=2, map_size=(6, 9))
     x = torch.randn(1, 16, 6, 9, dtype=torch.float64)
-    points, references = module.sampled_points(x)
+    points, references = module.sampled_points(x.permute(0, 2, 3, 1))
     assert points.shape == (1, 2, 3, 5, 2)
     assert references.shape == (3, 5, 2)
-    weights = module.attention_map(x)
+    weights = module.attention_map(x.permute(0, 2, 3, 1))
     assert weights.shape == (1, 4, 6, 9, 3, 5)
     torch.testing.assert_close(weights.sum((4, 5)), torch.ones(1, 4, 6, 9, dtype=torch.float64))
     samples = torch.cat([
@@ -180,12 +185,12 @@ def test_pictures_explain_the_output(geometry):
     ])  # fmt: skip
     v = module.v(samples[None, :, None])[0, :, 0].unflatten(0, (4, 4))
     out = torch.einsum("hyxn,hdn->hdyx", weights[0].flatten(3), v).flatten(0, 1)[None]
-    torch.testing.assert_close(module.proj(out), module(x))
+    torch.testing.assert_close(module.proj(out), run(module, x))
 
 
 def test_references_lie_at_the_centres_of_their_cells():
     module = block("dat", kernel_size=3, stride=1, map_size=(4, 4))
-    _, references = module.sampled_points(torch.randn(1, 16, 4, 4, dtype=torch.float64))
+    _, references = module.sampled_points(torch.randn(1, 4, 4, 16, dtype=torch.float64))
     torch.testing.assert_close(references[0, :, 0], torch.tensor([0.375, 1.125, 1.875, 2.625], dtype=torch.float64))
     assert (references[..., 1] == references[..., 0].t()).all()
 
@@ -195,22 +200,22 @@ def test_resampling_the_table_beforehand_or_on_the_way_is_the_same():
     """So that a first-version model at another size is that model made for the size, its weights resampled."""
     x = torch.randn(1, 16, 5, 8)
     module = block("dat", map_size=(7, 7)).float()
-    expected = module(x)
+    expected = run(module, x)
     module.rpe_table.requires_grad_(False)
     module.set_map_size((5, 8))
     assert module.rpe_table.shape == (4, 9, 15)
     assert not module.rpe_table.requires_grad
-    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(run(module, x), expected)
 
 
 def test_dtypes_and_layouts_agree():
     module = block("dat_pp", map_size=(6, 7)).float()
     x = torch.randn(3, 16, 6, 7)
-    out = module(x)
+    out = run(module, x)
     close = dict(atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(module(x.contiguous(memory_format=torch.channels_last)), out, **close)
-    torch.testing.assert_close(torch.cat([module(image[None]) for image in x]), out, **close)
-    torch.testing.assert_close(module.double()(x.double()).float(), out, **close)
+    torch.testing.assert_close(run(module, x.contiguous(memory_format=torch.channels_last)), out, **close)
+    torch.testing.assert_close(torch.cat([run(module, image[None]) for image in x]), out, **close)
+    torch.testing.assert_close(run(module.double(), x.double()).float(), out, **close)
 
 
 def test_wrong_settings_are_one_line():

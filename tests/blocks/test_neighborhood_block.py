@@ -11,7 +11,7 @@ from foveate.blocks import (
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
 )
-from foveate.blocks.global_attention import resize_bias_table
+from foveate.blocks.relative_bias import resize_bias_table
 from foveate.kernels.neighborhood.window import axis_windows
 
 

@@ -59,6 +59,32 @@ def test_imports_never_run_up_the_house(room):
     assert not wrong, wrong
 
 
+def test_modules_with_an_underscore_are_imported_in_their_own_folder_alone():
+    wrong = []
+    for room in ROOMS:
+        for path in sources(room):
+            here = ("foveate", *path.relative_to(ROOT).parent.parts)
+            for name, _ in imports(path):
+                parts = tuple(name.split("."))
+                private = next((place for place, part in enumerate(parts) if part.startswith("_")), None)
+                if private is None or parts[0] != "foveate" or here[:private] == parts[:private]:
+                    continue
+                if ROOT.joinpath(*parts[1 : private + 1]).with_suffix(".py").is_file():
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_checkpoints_are_read_in_one_place():
+    readers = {
+        str(path.relative_to(ROOT).parent)
+        for room in ROOMS
+        for path in sources(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    }
+    assert readers == {"zoo/checkpoint"}
+
+
 # Of tasks/: what each wing may not import. Models need no data and no engine, data no engine.
 WINGS = {
     "tasks/dense": ("tasks.data", "tasks.engine", *(f"tasks.{task}" for task in ("classify", "detect", "segment"))),
@@ -123,7 +149,10 @@ HEAVY = {"torch", "timm", "numpy", "mmengine", "triton", "cv2", "albumentations"
         "import foveate; foveate.__version__",
         *(
             f"from foveate.tools.cli import main; main({argv})"
-            for argv in ([], ["--help"], ["trian"], ["train"], ["train", "--help"], ["list", "--detektors"])
+            for argv in (
+                *([], ["--help"], ["trian"], ["train"], ["train", "--help"], ["list", "--detektors"]),
+                *(["bench", "--help"], ["weights", "--help"], ["weights", "verify", "--help"]),
+            )
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from foveate import kernels
 from foveate.kernels import na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
-from foveate.tools.bench import bench_kernels
+from foveate.tools.bench.kernels import bench_kernels
 
 
 def stand_in(version, rank, with_lse):

@@ -45,7 +45,7 @@ def launches(spatial, kernel_size, heads, dim, dtype, dilation=1, stride=1, caus
     bias = torch.empty(heads, *(2 * k - 1 for k in settings[0]), device="meta") if rpb else None
     tensors, grads = (query, key, value, bias), (out, out, out)
     yield triton_ops.forward_launch(*tensors, out, lse, axes, 0.1)
-    yield from triton_ops.backward_launches(out, None, *tensors, out, lse, grads, rpb, axes, 0.1)[:2]
+    yield from triton_ops.backward_launches(out, None, tensors, out, lse, grads, rpb, axes, 0.1)[:2]
 
 
 def compile_for(launch, capability):

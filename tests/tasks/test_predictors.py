@@ -3,9 +3,10 @@
 import pytest
 import torch
 from foveate.tasks import TaskError
+from foveate.tasks.data.class_names import class_names
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
-from foveate.tasks.predictors import class_names, is_published, load_published
+from foveate.tasks.predictors import is_published, load_published
 from foveate.zoo import CheckpointError
 from PIL import Image
 
@@ -65,3 +66,6 @@ def test_class_names_are_as_many_as_the_classes():
     assert class_names("coco", 133)[79:81] == ["toothbrush", "class 80"]
     assert class_names("ade20k", 100)[0] == "class 0"
     assert class_names("cityscapes", 19)[18] == "bicycle"
+    assert class_names("imagenet-1k", 1000)[281] == "tabby, tabby cat"
+    assert class_names("imagenet-1k", 2) == ["class 0", "class 1"]
+    assert class_names("", 2) == ["class 0", "class 1"]

@@ -4,7 +4,9 @@ import csv
 
 import pytest
 import torch
-from foveate.tools import bench
+from foveate.tools.bench.deformable import bench_deformable
+from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
+from foveate.tools.bench.kernels import SIDES, bench_kernels, plot
 from foveate.tools.cli import main
 
 
@@ -44,7 +46,7 @@ def test_dino_is_timed_by_parts(tmp_path):
 
 
 def test_deformable_attention_is_timed_against_grid_sample():
-    rows = bench.bench_deformable([64], 1, "cpu")
+    rows = bench_deformable([64], 1, "cpu")
     assert {row["path"].removesuffix(" (chosen)") for row in rows} >= {"bags", "gathers", "grid_sample"}
     assert any(row["path"].endswith(" (chosen)") for row in rows)
     assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
@@ -52,22 +54,22 @@ def test_deformable_attention_is_timed_against_grid_sample():
 
 
 def test_depthwise_convolutions_are_timed_against_torchs():
-    rows = bench.bench_depthwise([(8, 9)], 1, 1, "cpu")
-    assert {row["kernel"] for row in rows} == set(bench.LARGE_KERNELS)
+    rows = bench_depthwise([(8, 9)], 1, 1, "cpu")
+    assert {row["kernel"] for row in rows} == set(LARGE_KERNELS)
     assert {row["path"] for row in rows} == {"interleaved", "channels_last", "convolution"}
     assert all(row["ms"] > 0 and row["torch ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_kernels_agree_before_they_are_timed(backward):
-    rows = bench.bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward, dtype=torch.float32)
+    rows = bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward, dtype=torch.float32)
     assert {row["path"] for row in rows} >= {"tiled", "gather"}
     assert all(row["ms"] > 0 for row in rows)
 
 
 def test_plot_of_the_sweep_is_written(tmp_path):
-    rows = [{"path": "tiled", "shape": f"1x{side}x{side}x2x32 k7", "ms": side / 10} for side in bench.SIDES]
-    bench.plot(rows, tmp_path / "kernels.png", "title")
+    rows = [{"path": "tiled", "shape": f"1x{side}x{side}x2x32 k7", "ms": side / 10} for side in SIDES]
+    plot(rows, tmp_path / "kernels.png", "title")
     assert (tmp_path / "kernels.png").stat().st_size > 5_000
 
 

@@ -12,7 +12,7 @@ import torch
 from foveate.tasks.classify import create_classifier
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
-from foveate.zoo._checkpoint import metadata_of
+from foveate.zoo.checkpoint import open_checkpoint
 from PIL import Image
 
 SMALL = {"retinanet": {"channels": 16}, "upernet": {"channels": 16}}
@@ -149,12 +149,12 @@ def test_every_command_that_takes_a_file_reads_every_file_of_ours(kind, ours, ph
     assert "photo.png: " in capsys.readouterr().out
     output = tmp_path / "converted.safetensors"
     assert main(["weights", "convert", path, str(output)]) == 0
-    card = json.loads(metadata_of(output)["foveate"])
+    card = json.loads(open_checkpoint(output).metadata["foveate"])
     assert main(["predict", str(photo), "--checkpoint", path, "--output", str(tmp_path / "out")]) == 0
     assert main(["predict", str(photo), "--model", path, "--output", str(tmp_path / "out")]) == 0
     exported = tmp_path / "exported.safetensors"
     assert main(["export", path, str(exported)]) == 0
-    assert json.loads(metadata_of(exported)["foveate"])["classes"] == card["classes"]
+    assert json.loads(open_checkpoint(exported).metadata["foveate"])["classes"] == card["classes"]
     # And once more what these two wrote.
     for file in (output, exported):
         assert main(["predict", str(photo), "--model", str(file), "--output", str(tmp_path / "out")]) == 0

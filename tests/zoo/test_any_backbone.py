@@ -3,8 +3,8 @@
 import foveate
 import pytest
 import torch
-from foveate.zoo._maps import Maps, dense_indices, measure
 from foveate.zoo.backbone import Backbone
+from foveate.zoo.maps import Maps, dense_indices, measure
 from torch import nn
 
 

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from foveate import zoo
-from foveate.zoo._checkpoint import open_checkpoint
+from foveate.zoo.checkpoint import open_checkpoint
 
 
 def load(name, path, **options):
@@ -272,7 +272,7 @@ def test_detectron2s_pickles_of_arrays_are_read(protocol, tmp_path):
     file = {"model": collections.OrderedDict(arrays), "__author__": "Detectron2 Model Zoo", "list": [1, (2.5, None)]}
     path = tmp_path / "model_final.pkl"
     path.write_bytes(pickle.dumps(file, protocol))
-    read = open_checkpoint(path)
+    read = open_checkpoint(path).content
     assert (read["__author__"], read["list"]) == ("Detectron2 Model Zoo", [1, (2.5, None)])
     for name, array in arrays.items():
         if name == "number":
@@ -424,6 +424,6 @@ def test_a_file_of_safetensors_that_begins_like_a_pickle_is_read(tmp_path):
             break
     else:
         pytest.fail("no header of a length that begins like a pickle")
-    assert torch.equal(open_checkpoint(tmp_path / "x.safetensors")["x"], torch.ones(2))
+    assert torch.equal(open_checkpoint(tmp_path / "x.safetensors").content["x"], torch.ones(2))
     (tmp_path / "x.safetensors").rename(tmp_path / "x.bin")
-    assert torch.equal(open_checkpoint(tmp_path / "x.bin")["x"], torch.ones(2))
+    assert torch.equal(open_checkpoint(tmp_path / "x.bin").content["x"], torch.ones(2))

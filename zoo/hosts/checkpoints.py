@@ -5,10 +5,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ...blocks.global_attention import resize_bias_table
 from ...blocks.position import resize_map
+from ...blocks.relative_bias import resize_bias_table
 from ...blocks.window import from_swin_table
-from .._checkpoint import resampled
 from .cswin import CSWin
 from .deit import DeiT
 from .pvt import PVT
@@ -77,29 +76,19 @@ def published_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     return renamed
 
 
-def resized_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resample a host's bias tables and position embeddings to ``model``'s image size, bicubic, as published."""
-    wanted = model.state_dict()
-    state = {key: _resized(key, value, wanted[key]) if key in wanted else value for key, value in state.items()}
-    if isinstance(model, DeiT) and "pos_embed" in state:
-        state["pos_embed"] = _resized_tokens(state["pos_embed"], model)
-    return state
-
-
-def _resized(key: str, value: Tensor, wanted: Tensor) -> Tensor:
-    if value.shape == wanted.shape or value.ndim != wanted.ndim:
-        return value
-    if key.endswith(".rpb") and value.shape[0] == wanted.shape[0]:
-        return resampled(resize_bias_table(value, list(wanted.shape[1:])), value, "bicubic")
-    if key.endswith(".pos_embed") and value.shape[-1] == wanted.shape[-1]:
-        return resampled(resize_map(value, wanted.shape[1], wanted.shape[2], "bicubic"), value, "bicubic")
-    return value
-
-
-def _resized_tokens(pos_embed: Tensor, model: DeiT) -> Tensor:
-    """Resample the position embedding of class token and patches ``[1, 1 + side * side, C]`` to ``model``'s map."""
-    side = round((pos_embed.shape[1] - 1) ** 0.5)
-    if pos_embed.shape == model.pos_embed.shape or side * side != pos_embed.shape[1] - 1:
-        return pos_embed
-    grid = resize_map(pos_embed[:, 1:].unflatten(1, (side, side)), model.map_height, model.map_width, "bicubic")
-    return resampled(torch.cat([pos_embed[:, :1], grid.flatten(1, 2)], dim=1), pos_embed, "bicubic")
+def resize_positions(key: str, value: Tensor, size: torch.Size, model: nn.Module) -> tuple[Tensor, str] | None:
+    """Resample a host's bias table or position embedding to ``model``'s image size, bicubic, as published."""
+    if isinstance(model, DeiT) and key == "pos_embed":
+        side = round((value.shape[1] - 1) ** 0.5)
+        if side * side != value.shape[1] - 1:
+            return None
+        # A class token, then patches.
+        grid = resize_map(value[:, 1:].unflatten(1, (side, side)), model.map_height, model.map_width, "bicubic")
+        return torch.cat([value[:, :1], grid.flatten(1, 2)], dim=1), "bicubic"
+    if value.ndim != len(size):
+        return None
+    if key.endswith(".rpb") and value.shape[0] == size[0]:
+        return resize_bias_table(value, list(size[1:])), "bicubic"
+    if key.endswith(".pos_embed") and value.shape[-1] == size[-1]:
+        return resize_map(value, size[1], size[2], "bicubic"), "bicubic"
+    return None

@@ -6,7 +6,7 @@ Paper: CSWin Transformer, Dong et al., CVPR 2022, arXiv 2107.00652. Origin: gith
 from collections.abc import Sequence
 from typing import Final
 
-from timm.layers import calculate_drop_path_rates
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from torch import nn
 
 from ...blocks.cross_shaped import CrossShapedAttention2d
@@ -60,7 +60,6 @@ class CSWin(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         norm_layer = nn.LayerNorm
         channels = [embed_dim * 2**i for i in range(len(depths))]
@@ -80,17 +79,13 @@ class CSWin(Pyramid):
             ]
             shrink = nn.Identity() if i == 0 else ConvEmbed(dim // 2, dim, 3, 2, 1, **dd)
             stages.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             ConvEmbed(in_chans, embed_dim, 7, 4, 2, image=True, **dd),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
-            out_norms=None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import Attention, DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Attention, ClassifierHead, DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -131,14 +131,11 @@ class DeiT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if depth % 4:
             raise ValueError(f"DeiT groups its blocks into four stages: depth must be a multiple of 4; got {depth}")
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        self.map_height, self.map_width = map_size = map_size_of(img_size, patch_size)
-        # Whether the output depends on the class token; features without the final norm don't.
-        self.reads_class_token = True
+        map_size = map_size_of(img_size, patch_size)
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = [
             TokenBlock(
@@ -155,19 +152,19 @@ class DeiT(Pyramid):
         ]
         quarter = depth // 4
         stages = [TokenStage(blocks[i : i + quarter]) for i in range(0, depth, quarter)]
-        self._assemble(
+        super().__init__(
             PatchEmbed(None, patch_size, in_chans, embed_dim, output_fmt="NHWC", dynamic_img_pad=True, **dd),
             stages,
-            [embed_dim] * 4,
+            channels=[embed_dim] * 4,
             reductions=[patch_size] * 4,
             norm=norm_layer(embed_dim, **dd),
-            out_norms=None,
+            head=ClassifierHead(embed_dim, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
+        self.map_height, self.map_width = map_size
+        # Whether the output depends on the class token; features without the final norm don't.
+        self.reads_class_token = True
         # Stages take the map's size beside the tokens, which a Sequential doesn't pass on.
         self.stages = nn.ModuleList(stages)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))

@@ -6,7 +6,7 @@ Paper: Pyramid Vision Transformer, Wang et al., ICCV 2021, arXiv 2102.12122. Ori
 from collections.abc import Sequence
 from functools import partial
 
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple
 from torch import nn
 
 from ...blocks.pyramid import Block, ConvEmbed
@@ -55,7 +55,6 @@ class PVT(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -81,17 +80,13 @@ class PVT(Pyramid):
                 for j, drop_path in enumerate(drop_paths[i])
             ]
             stages.append(Stage(downsample, blocks))
-        self._assemble(
+        super().__init__(
             stem,
             stages,
-            embed_dims,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=embed_dims,
             norm=nn.Identity(),
-            out_norms=None,
+            head=ClassifierHead(embed_dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()

@@ -6,7 +6,7 @@ Paper: Swin Transformer, Liu et al., ICCV 2021, arXiv 2103.14030. Origin: github
 from collections.abc import Sequence
 from typing import Final
 
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
@@ -64,7 +64,6 @@ class Swin(Pyramid):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         norm_layer = nn.LayerNorm
         channels = [embed_dim * 2**i for i in range(len(depths))]
@@ -92,20 +91,17 @@ class Swin(Pyramid):
             ]
             shrink = nn.Identity() if i == 0 else PatchMerging(dim // 2, norm_layer=norm_layer, **dd)
             stages.append(Stage(shrink, blocks))
-        self._assemble(
+        super().__init__(
             PatchEmbed(
                 None, 4, in_chans, embed_dim, norm_layer=norm_layer, output_fmt="NHWC", dynamic_img_pad=True, **dd
             ),
             stages,
-            channels,
-            reductions=[4 * 2**i for i in range(len(depths))],
+            channels=channels,
             norm=norm_layer(channels[-1], **dd),
             out_norms=[norm_layer(dim, **dd) for dim in channels] if out_norms else None,
+            head=ClassifierHead(channels[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
         )
         self.init_weights()
 

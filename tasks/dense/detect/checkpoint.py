@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
+from ....zoo.checkpoint import Checkpoint, CheckpointError, LoadReport
 from ..build import DenseFile, load_dense
 from ..neck import convert_pyramid
 
@@ -88,40 +87,56 @@ _CLASSIFIERS = re.compile(
 )
 
 
-def read_detector(path: str | Path) -> DenseFile:
-    """Read a detector's checkpoint, once.
-
-    Returns:
-        Its entries under our names, the backbone's as published, and what the file says of itself.
+def read_detector(checkpoint: Checkpoint) -> DenseFile:
+    """Return a detector's entries under our names, the backbone's as published, and what the file says of itself.
 
     Raises:
-        CheckpointError: If it can't be read, or holds no detector.
+        CheckpointError: If it holds no detector.
     """
-    file = DenseFile.read(path)
-    published = file.state
-    if file.origin is not None and file.origin.library == "detectron2":
-        published = from_detectron(published, path)
-    convs = len({match.group(1) for key in published if (match := _CONV.fullmatch(key))})
-    file.state = {renamed(key, convs): value for key, value in convert_pyramid(published).items()}
+    file = DenseFile.of(checkpoint)
+    cells = _cells_of(file)
+    if cells != 9:
+        raise CheckpointError(f"{file.path}: its RetinaNet has {cells} anchors in a cell; known are 9, of three sizes")
+    file.state = _renamed(file)
     if not any(key.startswith(_HEADS) for key in file.state):
-        raise CheckpointError(f"{path}: holds no detector, only {', '.join(map(repr, list(file.state)[:3]))}, ...")
+        raise CheckpointError(f"{file.path}: holds no detector, only {', '.join(map(repr, list(file.state)[:3]))}, ...")
     return file
 
 
-def from_detectron(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Return detectron2's entries under mmdet's names, and RetinaNet's outputs in its order of anchors.
+def held_detector(checkpoint: Checkpoint) -> str | None:
+    """Return the name of the detector that a file holds; None if it holds none that is known here."""
+    file = DenseFile.of(checkpoint)
+    if _cells_of(file) != 9:
+        return None
+    state = _renamed(file)
+    head = _marked(state)
+    return None if head == "cascade_mask_rcnn" and not _has_masks(state) else head
 
-    Raises:
-        CheckpointError: If RetinaNet's anchors are not three sizes by three ratios.
-    """
+
+def _cells_of(file: DenseFile) -> int:
+    """Return how many anchors a cell of detectron2's RetinaNet has; 9 of all others."""
+    outputs = file.state.get("head.bbox_pred.weight") if _is_detectron(file) else None
+    return 9 if outputs is None else len(outputs) // 4
+
+
+def _is_detectron(file: DenseFile) -> bool:
+    return file.origin is not None and file.origin.library == "detectron2"
+
+
+def _renamed(file: DenseFile) -> dict[str, Tensor]:
+    """Return a file's entries under our names, as far as they are a detector's."""
+    published = from_detectron(file.state) if _is_detectron(file) else file.state
+    convs = len({match.group(1) for key in published if (match := _CONV.fullmatch(key))})
+    return {renamed(key, convs): value for key, value in convert_pyramid(published).items()}
+
+
+def from_detectron(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return detectron2's entries under mmdet's names, and RetinaNet's outputs in its order of anchors."""
     levels = [match for key in state if (match := _LEVEL.match(key))]
     # RetinaNet's pyramid begins at the second map.
     first = min((int(match[2]) for match in levels if match[2]), default=2)
     count = len({match[2] for match in levels if match[1] == "lateral"})
     extras = sorted({int(match[3]) for match in levels if match[3]})
-    cells = len(state["head.bbox_pred.weight"]) // 4 if "head.bbox_pred.weight" in state else 9
-    if cells != 9:
-        raise CheckpointError(f"{path}: its RetinaNet has {cells} anchors in a cell; known are 9, of three sizes")
 
     def mm(key: str) -> str:
         if match := _LEVEL.match(key):
@@ -162,20 +177,31 @@ def renamed(key: str, convs: int) -> str:
 
 def head_of(state: dict[str, Tensor], path: str | Path) -> str:
     """Return the name of the detector that a state dict is of."""
+    head = _marked(state)
+    if head is None:
+        raise CheckpointError(
+            f"{path}: holds no head that is known; known: retinanet, faster_rcnn, mask_rcnn, cascade_mask_rcnn, dino"
+        )
+    if head == "cascade_mask_rcnn" and not _has_masks(state):
+        raise CheckpointError(f"{path}: holds a cascade without masks, which there is none of here")
+    return head
+
+
+def _marked(state: dict[str, Tensor]) -> str | None:
+    """Return the name of the detector that entries under our names are of; None if of none."""
     if "head.cls_logits.weight" in state:
         return "retinanet"
     if "head.query_embedding.weight" in state and "head.memory_trans_fc.weight" in state:
         return "dino"
     if "roi_heads.box_heads.0.cls_score.weight" not in state:
-        raise CheckpointError(
-            f"{path}: holds no head that is known; known: retinanet, faster_rcnn, mask_rcnn, cascade_mask_rcnn, dino"
-        )
-    masks = any(key.startswith("roi_heads.mask_heads.") for key in state)
+        return None
     if "roi_heads.box_heads.1.cls_score.weight" in state:
-        if not masks:
-            raise CheckpointError(f"{path}: holds a cascade without masks, which there is none of here")
         return "cascade_mask_rcnn"
-    return "mask_rcnn" if masks else "faster_rcnn"
+    return "mask_rcnn" if _has_masks(state) else "faster_rcnn"
+
+
+def _has_masks(state: dict[str, Tensor]) -> bool:
+    return any(key.startswith("roi_heads.mask_heads.") for key in state)
 
 
 def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:

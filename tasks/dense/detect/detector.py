@@ -1,6 +1,5 @@
 """Detectors: any backbone, a published head, and how they are trained, evaluated and loaded."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -8,249 +7,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
 from ....zoo.backbone import head_options_of
+from ....zoo.checkpoint import Checkpoint, CheckpointError
 from ....zoo.published import STYLES, form_of, statistics_from, translated
-from ....zoo.weights import locate
+from ....zoo.weights import read
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
-from ..neck import channel_mapper, detector_neck
-from ..normalize import check_evaluation, dtype_of
+from ..neck import detector_neck
+from ..options import known_options, split_options
 from .anchors import AnchorGrid
-from .assign import Sample, Sampler
-from .boxes import has_area
+from .base import Detector, Size
 from .checkpoint import head_of, load_detector, read_detector, rules_of, variant_of
-from .dino import DinoHead, in_pixels
-from .dino_loss import DinoCriterion
+from .dino_detector import DINO
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
 from .transform import DetectorTransform
 
 RULES = ("mmdet", "detectron2")
-
-Size = tuple[int, int]
-
-
-class Detector(nn.Module):
-    """What detectors have in common: images in, losses or detections out, called as torchvision's.
-
-    ``model(images)`` and ``model(images, targets)`` are as there: lists of images of any sizes, targets with boxes in
-    pixels, losses in training and detections in evaluation. Two things differ from torchvision: labels are from 0 to
-    ``num_classes - 1``, without a background, where torchvision's are from 1; and masks are ``[D, H, W]``, bool, where
-    torchvision's are ``[D, 1, H, W]``, probabilities. ``torchvision_outputs`` gives detections as torchvision does;
-    targets are of labels from 0 all the same.
-
-    Attributes:
-        backbone: Maps a batch to maps, four of 1/4 to 1/32 of the image or what the neck makes them of.
-        neck: The pyramid on them.
-        transform: Makes the batch of images.
-        num_classes: Classes of objects; labels are 0 to ``num_classes - 1``. Background is no label.
-        load_report: What became of a checkpoint's entries, a `LoadReport`; None if there was none.
-        torchvision_outputs: Whether detections have labels from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1.
-        TRANSFORM: Options of the transform that the detector was published with, other than the transform's own.
-
-    Args:
-        backbone: See above; has ``channels``.
-    """
-
-    needs_masks: ClassVar[bool] = False
-    TRANSFORM: ClassVar[dict] = {}
-
-    def __init__(self, backbone: nn.Module, neck: nn.Module, transform: DetectorTransform, num_classes: int):
-        super().__init__()
-        self.backbone = backbone
-        self.neck = neck
-        self.transform = transform
-        self.num_classes = num_classes
-        self.load_report: LoadReport | None = None
-        self.torchvision_outputs = False
-
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Return losses in training, detections in evaluation.
-
-        Args:
-            images: RGB images ``[3, H, W]`` of any sizes, floating point of 0 to 1, or uint8, which are resized exactly
-                as in the published models.
-            targets: For training, of each image ``boxes`` ``[N, 4]`` (xyxy in pixels), ``labels`` ``[N]`` (int64 from 0
-                to ``num_classes - 1``) and, where there is a mask head, ``masks`` ``[N, H, W]`` (bool or uint8). An
-                image without objects has tensors of length 0.
-
-        Returns:
-            In training a dict of scalar losses, whose sum is to be minimised. In evaluation, for each image, whatever
-            the others are, a dict of ``boxes`` ``[D, 4]``, ``labels`` ``[D]``, ``scores`` ``[D]`` and, with a mask
-            head, ``masks`` ``[D, H, W]`` (bool), best first, in pixels of the image as it was given;
-            or as torchvision's, see ``torchvision_outputs``.
-
-        Raises:
-            TaskError: If images or targets are none of these.
-        """
-        if not self.training:
-            return self._detect(images, False, self.torchvision_outputs)
-        if targets is None:
-            raise TaskError("training needs targets; for detections, put the model into evaluation mode: model.eval()")
-        return self.loss(images, targets)
-
-    def loss(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], normalized: bool = False
-    ) -> dict[str, Tensor]:
-        """Return the losses of a batch, in training or evaluation; their sum is to be minimised.
-
-        Args:
-            images: As those of `forward`.
-            targets: As those of `forward`.
-            normalized: Whether the images are normalised already, by the transform's ``mean`` and ``std``.
-
-        Returns:
-            A dict of scalars.
-
-        Raises:
-            TaskError: If images or targets are none of these.
-        """
-        self._check_images(images)
-        self._check(targets, images)
-        batch, targets, image_sizes = self.transform(images, targets, normalized)
-        return self.losses_from_features(self.backbone(batch.to(dtype_of(self))), targets, image_sizes)
-
-    @torch.inference_mode()
-    def predict(
-        self, images: Sequence[Tensor], normalized: bool = False, torchvision_outputs: bool | None = None
-    ) -> list[dict[str, Tensor]]:
-        """Return the detections of each image, as `forward` does in evaluation, without gradients.
-
-        Args:
-            images: As those of `forward`.
-            normalized: Whether the images are normalised already, by the transform's ``mean`` and ``std``.
-            torchvision_outputs: Whether labels are from 1 and masks ``[D, 1, H, W]``, float32 of 0 to 1, as
-                torchvision's; the model's setting by default.
-
-        Raises:
-            TaskError: If the model is in training mode, or images are none of these.
-        """
-        check_evaluation(self)
-        wanted = self.torchvision_outputs if torchvision_outputs is None else torchvision_outputs
-        return self._detect(images, normalized, wanted)
-
-    @staticmethod
-    def _check_images(images: Sequence[Tensor]) -> None:
-        if not len(images):
-            raise TaskError("the list of images is empty")
-        if isinstance(images, Tensor) and images.dim() != 4:
-            raise TaskError(
-                f"images have shape {tuple(images.shape)}; they are a list of [C, H, W], or a batch [B, C, H, W]"
-            )
-
-    def _detect(self, images: Sequence[Tensor], normalized: bool, torchvision_outputs: bool) -> list[dict[str, Tensor]]:
-        """Return what each image gets alone: only those that are padded to the same size share a batch."""
-        self._check_images(images)
-        groups: dict[Size, list[int]] = {}
-        for index, image in enumerate(images):
-            groups.setdefault(self.transform.padded_size(image), []).append(index)
-        detections: dict[int, dict[str, Tensor]] = {}
-        for members in groups.values():
-            batch, _, image_sizes = self.transform([images[index] for index in members], normalized=normalized)
-            originals = [tuple(images[index].shape[-2:]) for index in members]
-            features = self.backbone(batch.to(dtype_of(self)))
-            found = self.predict_from_features(features, image_sizes, originals, soft_masks=torchvision_outputs)
-            found = [_as_torchvision(one) for one in found] if torchvision_outputs else found
-            detections |= dict(zip(members, found, strict=True))
-        return [detections[index] for index in range(len(images))]
-
-    def predict_from_features(
-        self,
-        features: Sequence[Tensor],
-        image_sizes: Sequence[Size],
-        original_sizes: Sequence[Size] | None = None,
-        soft_masks: bool = False,
-    ) -> list[dict[str, Tensor]]:
-        """Return the detections of each image, as `forward` does, from maps of the backbone.
-
-        Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
-            image_sizes: ``(height, width)`` of each image in the batch, without padding.
-            original_sizes: ``(height, width)`` of each image before it was resized, in whose pixels the answer is; as
-                ``image_sizes`` by default.
-            soft_masks: Whether masks are probabilities, float32, instead of bool.
-        """
-        raise NotImplementedError
-
-    def losses_from_features(
-        self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
-    ) -> dict[str, Tensor]:
-        """Return the losses, as `forward` does, from maps of the backbone.
-
-        Args:
-            features: Maps ``[B, C_i, H_i, W_i]`` of the padded batch, as ``backbone`` returns them.
-            targets: As those of `forward`, in pixels of the batch; masks ``[N, H, W]`` have the padded batch's size.
-            image_sizes: ``(height, width)`` of each image in the batch, without padding.
-        """
-        raise NotImplementedError
-
-    @property
-    def sample(self) -> Sample | None:
-        """What samples the anchors and regions that learn: ``sample(gallery, count)``; None if none are sampled.
-
-        It returns ``count`` of the ascending indices ``gallery`` ``[N]``, and is called where there are more than
-        wanted. It is random; set ``detector.sample = sample_evenly``, or a function of your own, for losses that can be
-        reproduced. Setting it sets it for all samplers, ``detector.rpn.sampler`` and ``detector.roi_heads.sampler``.
-        """
-        return next((sampler.sample for sampler in self._samplers()), None)
-
-    @sample.setter
-    def sample(self, sample: Sample) -> None:
-        for sampler in self._samplers():
-            sampler.sample = sample
-
-    def _samplers(self) -> list[Sampler]:
-        return [module.sampler for module in self.modules() if isinstance(getattr(module, "sampler", None), Sampler)]
-
-    def _check(self, targets: Sequence[dict[str, Tensor]], images: Sequence[Tensor] | None = None) -> None:
-        """Raise a TaskError that names the first fault of the targets."""
-        if images is not None and len(targets) != len(images):
-            raise TaskError(f"there are {len(images)} images and {len(targets)} targets; each image needs one")
-        for index, target in enumerate(targets):
-            needed = ("boxes", "labels", "masks") if self.needs_masks else ("boxes", "labels")
-            for key in needed:
-                if key not in target:
-                    raise TaskError(f"target {index} has no {key!r}; {type(self).__name__} needs {', '.join(needed)}")
-            boxes, labels = target["boxes"], target["labels"]
-            if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-                raise TaskError(
-                    f"target {index} has boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
-                    "they must be [N, 4] and [N]"
-                )
-            if labels.is_floating_point():
-                raise TaskError(f"target {index} has labels of {labels.dtype}; they are integers")
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise TaskError(
-                    f"target {index} has labels {int(labels.min())} to {int(labels.max())}; "
-                    f"they must be 0 to {self.num_classes - 1}, without a background"
-                )
-            if not bool(has_area(boxes).all()):
-                wrong = int((~has_area(boxes)).nonzero()[0])
-                raise TaskError(
-                    f"target {index} has the box {boxes[wrong].tolist()}, which is empty; boxes are x1, y1, x2, y2"
-                )
-            if not self.needs_masks:
-                continue
-            masks = target["masks"]
-            size = masks.shape[1:] if images is None else images[index].shape[-2:]
-            if masks.shape != (len(boxes), *size) or len(masks.shape) != 3:
-                raise TaskError(
-                    f"target {index} has masks {tuple(masks.shape)}; for {len(boxes)} boxes they must be "
-                    f"{(len(boxes), *size)}"
-                )
-            if masks.is_floating_point():
-                raise TaskError(f"target {index} has masks of {masks.dtype}; they are bool or uint8")
-
-
-def _as_torchvision(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return an image's detections with labels from 1 and probabilities ``[D, 1, H, W]`` as masks."""
-    given = found | {"labels": found["labels"] + 1}
-    return given | {"masks": found["masks"][:, None]} if "masks" in found else given
 
 
 class RetinaNet(Detector):
@@ -276,6 +50,20 @@ class RetinaNet(Detector):
         extra_relu: Whether a ReLU stands between the pyramid's convolved levels, as in detectron2.
         rules: Whose rules find objects, ``"mmdet"`` or ``"detectron2"``; see `RetinaHead`.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "extra_convs",
+        "anchor_scales",
+        "anchor_ratios",
+        "score_threshold",
+        "nms_threshold",
+        "max_detections",
+        "per_level",
+        "selection",
+        "extra_relu",
+        "rules",
+    )
 
     def __init__(
         self,
@@ -367,6 +155,20 @@ class MaskRCNN(Detector):
         "vitdet": ({"convs": 2}, {"convs": 4, "layer_norm": True}),
     }
     needs_masks: ClassVar[bool] = True
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "hidden",
+        "extra_convs",
+        "anchor_scales",
+        "anchor_ratios",
+        "anchor_samples",
+        "region_samples",
+        "score_threshold",
+        "nms_threshold",
+        "max_detections",
+        "rules",
+        "design",
+    )
 
     def __init__(
         self,
@@ -492,6 +294,7 @@ class CascadeMaskRCNN(MaskRCNN):
         "default": {"convs": 0, "per_class": False, "box_loss": "smooth_l1"},
         "vitdet": {"convs": 4, "per_class": False, "box_loss": "smooth_l1", "layer_norm": True},
     }
+    OPTIONS: ClassVar[tuple[str, ...]] = ("style", "mask_heads", *MaskRCNN.OPTIONS)
 
     def __init__(
         self,
@@ -514,115 +317,6 @@ class CascadeMaskRCNN(MaskRCNN):
         return rpn, self.STYLES[self._style] | {"mask_heads": self._mask_heads}, stages
 
 
-class DINO(Detector):
-    """DINO (arXiv 2203.03605): a transformer of the DETR line, whose detections need no suppression.
-
-    Images are padded to the batch alone, and no pixel of the padding counts. Denoising draws from torch's global
-    generator in mmdet's order, so that `torch.manual_seed` before the loss reproduces it.
-
-    Attributes:
-        head: From the neck's maps to classes and boxes, a `DinoHead`.
-        criterion: The losses, a `DinoCriterion`.
-
-    Args:
-        backbone: Maps a batch to maps; has ``channels`` and, unless they are four of 1/4 to 1/32, ``reductions``.
-        num_classes: Classes of objects.
-        transform: Makes the batch of images.
-        channels: Channels of the neck and the transformer.
-        num_levels: Maps of the neck: 4, of strides 8 to 64, or 5, of strides 4 to 64.
-        num_queries: Queries.
-        encoder_layers: Layers of the encoder.
-        decoder_layers: Layers of the decoder.
-        hidden: Channels inside the transformer's MLPs.
-        num_heads: Heads of each attention.
-        num_points: Points of each head on each map.
-        temperature: Of the encoder's position embedding: 20, or 10000 in mmdet's "improved" form.
-        offset: Of the encoder's position embedding: 0, or -0.5 in the improved form.
-        denoising_queries: Objects of the denoising: 100, or 300 in the improved form.
-        cls_weight: Weight of the loss of the classes: 1, or 2 in the improved form.
-        max_detections: Most detections of an image.
-    """
-
-    TRANSFORM: ClassVar[dict] = {"divisor": 1}
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int = 80,
-        transform: DetectorTransform | None = None,
-        channels: int = 256,
-        num_levels: int = 4,
-        num_queries: int = 900,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        hidden: int = 2048,
-        num_heads: int = 8,
-        num_points: int = 4,
-        temperature: float = 20.0,
-        offset: float = 0.0,
-        denoising_queries: int = 100,
-        cls_weight: float = 1.0,
-        max_detections: int = 300,
-    ):
-        neck = channel_mapper(backbone, channels, num_levels)
-        super().__init__(backbone, neck, transform or DetectorTransform(**self.TRANSFORM), num_classes)
-        self.head = DinoHead(
-            channels,
-            num_classes,
-            num_levels,
-            num_queries,
-            encoder_layers,
-            decoder_layers,
-            hidden,
-            num_heads,
-            num_points,
-            temperature,
-            offset,
-            denoising_queries,
-            max_detections,
-        )
-        self.criterion = DinoCriterion(cls_weight)
-
-    @torch.no_grad()
-    def predict_from_features(
-        self,
-        features: Sequence[Tensor],
-        image_sizes: Sequence[Size],
-        original_sizes: Sequence[Size] | None = None,
-        soft_masks: bool = False,
-    ) -> list[dict[str, Tensor]]:
-        found = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
-        return self.head.detect(found.logits[-1], found.boxes[-1], image_sizes, original_sizes or image_sizes)
-
-    @torch.no_grad()
-    def find(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the detections of a batch of images of one size, in tensors, as for export.
-
-        Args:
-            batch: Normalised images ``[B, C, H, W]``, as the transform makes them.
-
-        Returns:
-            Boxes ``[B, D, 4]`` in pixels of the batch, scores ``[B, D]`` and labels ``[B, D]``, best first.
-        """
-        size = tuple(batch.shape[-2:])
-        found = self.head(self.neck(self.backbone(batch)), [size], size)
-        boxes, labels, scores = self.head.best(found.logits[-1], found.boxes[-1])
-        return in_pixels(boxes, size), scores, labels
-
-    def losses_from_features(
-        self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
-    ) -> dict[str, Tensor]:
-        self._check(targets)
-        labels = [target["labels"].long() for target in targets]
-        boxes = [
-            target["boxes"].float() / target["boxes"].new_tensor([width, height, width, height]).float()
-            for target, (height, width) in zip(targets, image_sizes, strict=True)
-        ]
-        canvas = self.transform.canvas(image_sizes)
-        found = self.head(self.neck(features), image_sizes, canvas, (labels, boxes))
-        return self.criterion(found, labels, boxes, image_sizes)
-
-
 DETECTORS = {
     "dino": DINO,
     "retinanet": RetinaNet,
@@ -642,7 +336,7 @@ def create_detector(
     backbone: str | nn.Module,
     num_classes: int | None = None,
     setting: str | None = "auto",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
     torchvision_outputs: bool = False,
@@ -660,10 +354,10 @@ def create_detector(
             ``num_classes - 1``; background is no label.
         setting: The published dense setting of a named backbone, such as ``"detection"``; None for the plain one. By
             default the one for the head, where the backbone has it.
-        checkpoint: A whole detector, mmdet's or ours: a path, an address, or the ``model.tag`` of published weights
-            (`foveate weights list`). The variant is read from it unless given: Swin-style or default cascade, the
-            pyramid's extra levels, widths, class count. A file of neck and heads alone leaves the backbone as it is,
-            and says so.
+        checkpoint: A whole detector, mmdet's or ours: a path, an address, the ``model.tag`` of published weights
+            (`foveate weights list`), or what `open_checkpoint` read. The variant is read from it unless given:
+            Swin-style or default cascade, the pyramid's extra levels, widths, class count. A file of neck and heads
+            alone leaves the backbone as it is, and says so.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
         reset_classifier: Whether to leave out the checkpoint's layers that know the classes, to train for others.
         torchvision_outputs: Whether detections are as torchvision's: labels from 1, masks ``[D, 1, H, W]``, float32 of
@@ -685,21 +379,20 @@ def create_detector(
     if head not in DETECTORS:
         raise TaskError(f"there is no detector {head!r}{nearest(head, DETECTORS)}")
     kind = DETECTORS[head]
-    options, transform, others = _split_options(kind, kwargs)
+    options, transform, others = split_options(kwargs, kind, DetectorTransform)
     body_options = {**(backbone_kwargs or {}), **others}
     if head == "cascade_mask_rcnn" and options.get("style") in STYLES:
         body_options["style"] = options.pop("style")  # of a ResNet, not of the cascade
     file, layout, published = None, None, False
     if checkpoint is not None:
-        checkpoint = locate(checkpoint)
-        file = read_detector(checkpoint)
+        file = read_detector(read(checkpoint))
         state = file.state
-        variant = _variant(head, state, checkpoint, num_classes, reset_classifier)
+        variant = _variant(head, state, file.path, num_classes, reset_classifier)
         num_classes = variant.pop("num_classes")
         layout = file.layout(backbone)
         published = has_backbone(state) and not is_ours(state) and layout is None
         if is_ours(state):
-            held, held_transform, _ = _split_options(kind, file.card.get("kwargs") or {})
+            held, held_transform, _ = split_options(file.card.get("kwargs") or {}, kind, DetectorTransform)
             options, transform = held | variant | options, held_transform | transform
             body_options = file.held_form() | body_options
         else:
@@ -720,9 +413,9 @@ def create_detector(
         backbone,
         setting,
         (head, "detection"),
-        checkpoint if published else None,
+        file.checkpoint if published else None,
         body_options,
-        _known_options(kind),
+        known_options(kind, DetectorTransform),
     )
     prepare = DetectorTransform(**(kind.TRANSFORM | transform))
     _check_size(backbone, body, prepare)
@@ -730,7 +423,7 @@ def create_detector(
     model.torchvision_outputs = torchvision_outputs
     if file is not None:
         if layout is not None:
-            file.state = translated(layout, file.state, body, checkpoint)
+            file.state = translated(layout, file.state, body, file.path)
             model.classes = file.origin.classes
             model.told = described(options | transform, body_options)
         loaded = published and isinstance(backbone, str)
@@ -752,30 +445,6 @@ def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int |
             raise OtherClassesError(path, variant["num_classes"], num_classes)
         variant["num_classes"] = num_classes
     return variant
-
-
-def _options_of(kind: type[Detector]) -> list[str]:
-    """Return the names of the options of a detector's class and of those it passes them on to."""
-    names = []
-    for base in kind.__mro__:
-        if base is Detector:
-            break
-        names += list(inspect.signature(base).parameters)[3:]
-    return [name for name in dict.fromkeys(names) if name != "options"]
-
-
-def _known_options(kind: type[Detector]) -> list[str]:
-    return [*_options_of(kind), *inspect.signature(DetectorTransform).parameters]
-
-
-def _split_options(kind: type[Detector], given: dict) -> tuple[dict, dict, dict]:
-    """Return the options of the detector, those of its transform, and all others."""
-    of_detector, of_transform = _options_of(kind), list(inspect.signature(DetectorTransform).parameters)
-    return (
-        {name: value for name, value in given.items() if name in of_detector},
-        {name: value for name, value in given.items() if name in of_transform},
-        {name: value for name, value in given.items() if name not in of_detector + of_transform},
-    )
 
 
 def _check_size(backbone: str | nn.Module, body: nn.Module, transform: DetectorTransform) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class DetectorTransform(nn.Module):
     Raises:
         TaskError: If there is no such order, or ``mean`` and ``std`` don't go together.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("min_size", "max_size", "mean", "std", "divisor", "channel_order")
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ Written anew from the paper's equations; no weights were published, and no parit
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,8 @@ class AttentionUNetHead(nn.Module):
     Raises:
         TaskError: If there are fewer than two maps.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("channels", "dropout")
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int = 64, dropout: float = 0.1):
         super().__init__()

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError
-from ....zoo._checkpoint import LoadReport
+from ....zoo.checkpoint import Checkpoint, CheckpointError, LoadReport
 from ....zoo.published import Origin
 from ..build import DenseFile, load_dense
 from ..neck import convert_pyramid
@@ -100,23 +99,40 @@ _MASK2FORMER = tuple(
 _CLASSIFIERS = ("head.conv_seg.", "aux_head.conv_seg.", "head.classifier.4.", "head.predictor.class_embed.")
 
 
-def read_segmenter(path: str | Path) -> DenseFile:
-    """Read a segmenter's checkpoint, once.
-
-    Returns:
-        Its entries under our names, the backbone's as published, and what the file says of itself.
+def read_segmenter(checkpoint: Checkpoint) -> DenseFile:
+    """Return a segmenter's entries under our names, the backbone's as published, and what the file says of itself.
 
     Raises:
-        CheckpointError: If it can't be read, or holds no segmenter.
+        CheckpointError: If it holds no segmenter.
     """
-    file = DenseFile.read(path)
+    file = DenseFile.of(checkpoint)
+    state, extras = _renamed(file.state)
+    if extras:
+        kinds = sorted({key.split(".")[0] for key in extras})
+        level = logging.WARNING if any(key.startswith(_NETWORKS) for key in extras) else logging.INFO
+        _logger.log(level, f"{file.path}: left out {len(extras)} entries that only training needs: {', '.join(kinds)}")
+    if not any(key.startswith("head.") for key in state):
+        raise CheckpointError(f"{file.path}: holds no segmenter, only {', '.join(map(repr, list(state)[:3]))}, ...")
+    if _aligns_corners(file.origin):
+        raise CheckpointError(f"{file.path}: its head aligns corners when it resizes (align_corners), ours doesn't")
+    return dataclasses.replace(file, state=state, constants=(*file.constants, *extras))
+
+
+def held_segmenter(checkpoint: Checkpoint) -> str | None:
+    """Return the name of the head that a segmenter's file holds; None if it holds none that is known here."""
+    file = DenseFile.of(checkpoint)
+    return None if _aligns_corners(file.origin) else _marked(_renamed(file.state)[0])
+
+
+def _renamed(published: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a segmenter's entries under our names, and the names of those that only training needs."""
     state, extras = {}, []
     masked = next(
-        (head for head in ("decode_head.", "panoptic_head.") if f"{head}query_feat.weight" in file.state), None
+        (head for head in ("decode_head.", "panoptic_head.") if f"{head}query_feat.weight" in published), None
     )
-    pooled = any(key.startswith("decode_head.aspp_modules.") for key in file.state)
+    pooled = any(key.startswith("decode_head.aspp_modules.") for key in published)
     # The neck of plain vision transformers has some names of a feature pyramid.
-    for key, value in (file.state if neck_of(file.state) == "multilevel" else convert_pyramid(file.state)).items():
+    for key, value in (published if neck_of(published) == "multilevel" else convert_pyramid(published)).items():
         if key.startswith(_EXTRAS):
             extras.append(key)
             continue
@@ -125,18 +141,9 @@ def read_segmenter(path: str | Path) -> DenseFile:
         if pooled and key.startswith("decode_head.bottleneck."):
             key = f"decode_head.aspp.{key.removeprefix('decode_head.')}"
         key = _OLD.sub("sem_seg_head.pixel_decoder.", key).replace(".static_query.", ".query_feat.")
-        published, ours = next((names for names in _NAMES if key.startswith(names[0])), ("", ""))
-        state[ours + key.removeprefix(published)] = value
-    if extras:
-        kinds = sorted({key.split(".")[0] for key in extras})
-        level = logging.WARNING if any(key.startswith(_NETWORKS) for key in extras) else logging.INFO
-        _logger.log(level, f"{path}: left out {len(extras)} entries that only training needs: {', '.join(kinds)}")
-    state = convert_ham(state)
-    if not any(key.startswith("head.") for key in state):
-        raise CheckpointError(f"{path}: holds no segmenter, only {', '.join(map(repr, list(state)[:3]))}, ...")
-    if file.origin is not None:
-        _refuse_aligned(file.origin)
-    return dataclasses.replace(file, state=state, constants=(*file.constants, *extras))
+        theirs, ours = next((names for names in _NAMES if key.startswith(names[0])), ("", ""))
+        state[ours + key.removeprefix(theirs)] = value
+    return convert_ham(state), extras
 
 
 def _as_authors(head: str, key: str) -> str:
@@ -150,18 +157,24 @@ def _as_authors(head: str, key: str) -> str:
     return key
 
 
-def _refuse_aligned(origin: Origin) -> None:
-    """Raise a CheckpointError if a file's heads align corners when they resize, which ours don't."""
-    if origin.part("decode_head").get("align_corners") or "769x769" in origin.path.name:
-        raise CheckpointError(f"{origin.path}: its head aligns corners when it resizes (align_corners), ours doesn't")
+def _aligns_corners(origin: Origin | None) -> bool:
+    """Return whether a file's heads align corners when they resize, which ours don't."""
+    return origin is not None and (
+        bool(origin.part("decode_head").get("align_corners")) or "769x769" in origin.path.name
+    )
 
 
 def head_of(state: dict[str, Tensor], path: str | Path) -> str:
     """Return the name of the head that a state dict is of."""
-    for head, mark in _MARKS.items():
-        if any(mark.match(key) for key in state):
-            return head
-    raise CheckpointError(f"{path}: holds no head that is known; known: {', '.join(_MARKS)}")
+    head = _marked(state)
+    if head is None:
+        raise CheckpointError(f"{path}: holds no head that is known; known: {', '.join(_MARKS)}")
+    return head
+
+
+def _marked(state: dict[str, Tensor]) -> str | None:
+    """Return the name of the head that entries under our names are of; None if of none."""
+    return next((head for head, mark in _MARKS.items() if any(mark.match(key) for key in state)), None)
 
 
 def variant_of(head: str, state: dict[str, Tensor]) -> dict:

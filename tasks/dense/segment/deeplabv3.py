@@ -5,6 +5,7 @@ torchvision's.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from timm.layers import ConvNormAct
@@ -73,6 +74,8 @@ class DeepLabV3Head(nn.Module):
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H_n, W_n]`` at the scale of the coarsest map.
     """
 
+    OPTIONS: ClassVar[tuple[str, ...]] = ("stride", "design", "channels", "dropout")
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -115,6 +118,8 @@ class DeepLabV3PlusHead(nn.Module):
     Shape:
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H_0, W_0]`` at the scale of the finest.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("stride", "channels", "detail", "dropout")
 
     def __init__(
         self,

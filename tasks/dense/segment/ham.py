@@ -6,6 +6,7 @@ read, as they do those of mmseg.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from timm.layers import ConvNormAct, GroupNormAct
@@ -51,6 +52,8 @@ class LightHamHead(nn.Module):
     Raises:
         TaskError: If there are no such channels, or there are fewer than two maps.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("channels", "rank", "seed", "random_bases", "one_step_gradient", "dropout")
 
     def __init__(
         self,
@@ -102,6 +105,8 @@ class HamNetHead(nn.Module):
     Raises:
         TaskError: If there are no such channels.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("channels", "rank", "seed", "random_bases", "one_step_gradient", "dropout")
 
     def __init__(
         self,

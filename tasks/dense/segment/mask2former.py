@@ -4,6 +4,7 @@ Written anew after github.com/facebookresearch/Mask2Former and github.com/SHI-La
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,18 @@ class Mask2FormerHead(nn.Module):
 
     decoder = MaskedDecoder
 
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "num_queries",
+        "dim",
+        "encoder_layers",
+        "encoder_hidden",
+        "decoder_layers",
+        "decoder_hidden",
+        "num_heads",
+        "sampling_points",
+        "dropout",
+    )
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -203,6 +216,21 @@ class Mask2Former(BaseSegmenter):
     """
 
     has_aux_head = False
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "things",
+        "object_threshold",
+        "overlap_threshold",
+        "topk",
+        "resize_first",
+        "number_things",
+        "fusion",
+        "divisor",
+        "mean",
+        "std",
+        "channel_order",
+        "neck",
+    )
 
     def __init__(
         self,

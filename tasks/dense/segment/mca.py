@@ -4,6 +4,7 @@ Written anew from a description; no weights were published, and no parity is cla
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from timm.layers import ConvNormAct
@@ -36,6 +37,8 @@ class MCAHead(nn.Module):
     Raises:
         TaskError: If there are fewer than two maps, or the heads don't divide the channels.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("channels", "num_heads", "dropout")
 
     def __init__(
         self,

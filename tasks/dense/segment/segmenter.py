@@ -1,23 +1,24 @@
 """Segmenters: any backbone, a head that labels every pixel, and how they are trained, evaluated and loaded."""
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import is_model
 from torch import Tensor, nn
 
-from ....zoo import CheckpointError, UnknownModelError
-from ....zoo.backbone import check_name, dense_settings_of
+from ....zoo.backbone import UnknownModelError, check_name, dense_settings_of, takes_options
+from ....zoo.checkpoint import Checkpoint, CheckpointError
 from ....zoo.library_errors import lacks_variance
 from ....zoo.published import form_of, is_foreign, statistics_from, tests_of, translated
-from ....zoo.weights import locate, table
+from ....zoo.weights import read, table
 from ... import TaskError, nearest
 from ..build import DenseFile, OtherClassesError, build_backbone, described, has_backbone, is_ours
 from ..neck import segmenter_neck
 from ..normalize import check_evaluation, statistics_of
+from ..options import known_options, split_options
 from .attention_unet import AttentionUNetHead
 from .base import BaseSegmenter
 from .checkpoint import aux_channels_of, head_of, load_segmenter, neck_of, read_segmenter, variant_of
@@ -49,6 +50,8 @@ HEADS = {
 # The heads that are trained with an auxiliary one.
 _WITH_AUX = ("upernet", "deeplabv3", "deeplabv3_plus", "ham_net")
 _DILATED = ("deeplabv3", "deeplabv3_plus")
+# The heads that predict a set of masks; the others label pixels.
+MASK_HEADS = ("mask2former", "oneformer")
 
 
 class Segmenter(BaseSegmenter):
@@ -78,6 +81,16 @@ class Segmenter(BaseSegmenter):
 
     `create_segmenter` notes its ``num_classes``.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "ignore_index",
+        "loss_mean",
+        "aux_weight",
+        "mean",
+        "std",
+        "channel_order",
+        "neck",
+    )
 
     def __init__(
         self,
@@ -189,7 +202,7 @@ def create_segmenter(
     backbone: str | nn.Module,
     num_classes: int | None = None,
     setting: str | None = "auto",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     aux_head: bool = True,
     backbone_kwargs: Mapping | None = None,
     reset_classifier: bool = False,
@@ -207,10 +220,11 @@ def create_segmenter(
         setting: The published dense setting of a named backbone, such as ``"segmentation"``; None for the plain one. By
             default the one for the head, where the backbone has it. Mask2Former and OneFormer have settings of their
             own, which include the backbone's: `mask2former.SETTINGS`, such as ``"coco_panoptic"``.
-        checkpoint: Weights of a whole segmenter, a path, an address or the name of published ones: mmseg's,
-            detectron2's, or ours. The variant of the head is read from it unless given; ``"mask2former"`` reads
-            OneFormer's too. A file of a head alone leaves the backbone as it is, and says so. What no file tells, the
-            ``rank`` of ``"light_ham"``, is known of published names and of mmseg's files, and must be given of others.
+        checkpoint: Weights of a whole segmenter, a path, an address, the name of published ones, or what
+            `open_checkpoint` read: mmseg's, detectron2's, or ours. The variant of the head is read from it unless
+            given; ``"mask2former"`` reads OneFormer's too. A file of a head alone leaves the backbone as it is, and
+            says so. What no file tells, the ``rank`` of ``"light_ham"``, is known of published names and of mmseg's
+            files, and must be given of others.
         aux_head: Whether the heads published with an auxiliary head get one, unless the checkpoint has none: UperNet,
             DeepLabV3 and HamNet; the others never have one.
         backbone_kwargs: Options of a named backbone, such as ``drop_path_rate`` or ``pretrained``.
@@ -237,40 +251,27 @@ def create_segmenter(
     if reset_classifier and checkpoint is None:
         raise TaskError("reset_classifier leaves out part of a checkpoint, but there is none")
     entry = table().get(str(checkpoint))
-    checkpoint = None if checkpoint is None else locate(checkpoint)
     file, layout, state = None, None, None
     if checkpoint is not None:
-        file = read_segmenter(checkpoint)
+        file = read_segmenter(read(checkpoint))
         state = file.state
-        head = _held_head(head, state, checkpoint)
+        head = _held_head(head, state, file.path)
         layout = file.layout(backbone)
-    options, aux_options = {}, {}
-    aux = aux_head and head in _WITH_AUX
+    options, with_aux = {}, aux_head and head in _WITH_AUX
+    aux = {} if with_aux else None
     if setting in SETTINGS.get(head, {}):
         options = {name: value for name, value in SETTINGS[head][setting].items() if name != "backbone"}
-    if state is not None:
-        try:
-            options |= variant_of(head, state)
-        except KeyError as error:
-            raise CheckpointError(f"{checkpoint}: 1 missing ({error.args[0]})") from error
-        options |= {"neck": neck_of(state)} | (entry.options if entry else {})
-        if head == "light_ham" and "rank" not in options | kwargs:
-            raise TaskError(
-                f"{checkpoint}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
-                "rank=64, which the authors took for B and L"
-            )
+    if file is not None:
+        options |= _variant(head, file, {**(entry.options if entry else {}), **kwargs})
         if num_classes not in (None, options["num_classes"]) and not reset_classifier:
-            raise OtherClassesError(checkpoint, options["num_classes"], num_classes)
-        aux_options = {"channels": aux_channels_of(state)}
-        if aux and aux_options["channels"] is None:
-            _logger.info(f"{checkpoint}: has no auxiliary head, and so the model gets none")
-            aux = False
+            raise OtherClassesError(file.path, options["num_classes"], num_classes)
+        aux = _held_aux(file, with_aux)
     default_classes = options.pop("num_classes", 150)
     num_classes = default_classes if num_classes is None else num_classes
 
-    transformer = head in ("mask2former", "oneformer")
+    transformer = head in MASK_HEADS
     kinds = (HEADS[head], Mask2Former, SetCriterion) if transformer else (HEADS[head], Segmenter)
-    *parts, others = _split_options(options | kwargs, *kinds)
+    *parts, others = split_options(options | kwargs, *kinds)
     body_options = {**(backbone_kwargs or {}), **others}
     published = state is not None and has_backbone(state) and not is_ours(state) and layout is None
     if layout is not None:
@@ -283,55 +284,95 @@ def create_segmenter(
     elif file is not None and is_ours(state):
         body_options = file.held_form() | body_options
 
-    def build(**more: int) -> nn.Module:
-        return build_backbone(
-            head,
-            backbone,
-            _backbone_setting(head, backbone, setting),
-            (head, "segmentation"),
-            checkpoint if published else None,
-            body_options | more,
-            [name for kind in kinds for name in _options_of(kind)],
-        )
-
-    if head in _DILATED and layout is None and isinstance(backbone, str) and "output_stride" not in body_options:
-        try:
-            body = build(output_stride=16)
-        except TaskError:  # most transformers can't trade stride for dilation
-            body = build()
-    else:
-        body = build()
+    if head in _DILATED and layout is None and isinstance(backbone, str):
+        # Most transformers can't trade stride for dilation.
+        dilated = {"output_stride": 16} | body_options
+        body_options = dilated if is_model(backbone) and takes_options(backbone, dilated) else body_options
+    body = build_backbone(
+        head,
+        backbone,
+        _backbone_setting(head, backbone, setting),
+        (head, "segmentation"),
+        file.checkpoint if published else None,
+        body_options,
+        known_options(*kinds),
+    )
     parts[1] = _statistics(file, body) | parts[1]
-    neck = _neck(head, body, parts[1].pop("neck", "auto"), state)
-    channels = body.channels if neck is None else neck.channels
-    if head in _DILATED:
-        parts[0].setdefault("stride", list(getattr(neck or body, "reductions", [16]))[-1])
-    if transformer:
-        criterion = SetCriterion(num_classes, **parts[2])
-        module = HEADS[head](channels, num_classes, **parts[0])
-        if head == "oneformer":
-            parts[1].setdefault("topk", module.predictor.query_embed.num_embeddings)
-        model = Mask2Former(body, module, criterion, neck=neck, **parts[1])
-    else:
-        aux_options |= {"dropout": parts[0]["dropout"]} if "dropout" in parts[0] else {}
-        # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
-        strides = getattr(body, "reductions", None)
-        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
-        aux_options["index"] = len(channels) - 1 if plain else min(2, len(channels) - 1)
-        aux_options |= {"group_norm": True} if head == "ham_net" else {}
-        aux_module = FCNHead(channels, num_classes, **aux_options) if aux else None
-        module = HEADS[head](channels, num_classes, **parts[0])
-        model = Segmenter(body, module, aux_module, neck=neck, **parts[1])
+    model = _assembled(head, body, _neck(head, body, parts[1].pop("neck", "auto"), state), num_classes, parts, aux)
     model.num_classes = num_classes
     if file is not None:
         if layout is not None:
-            file.state = translated(layout, state, body, checkpoint)
+            file.state = translated(layout, state, body, file.path)
             given = {name: value for part in parts for name, value in part.items() if name not in _OF_IMAGES}
             model.told = described(given, body_options)
             model.classes, model.tests = file.origin.classes, tests_of(layout, file.origin)
         loaded = published and isinstance(backbone, str)
         model.load_report = load_segmenter(model, file, loaded, reset_classifier)
     return model
+
+
+def _variant(head: str, file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class count and the options of a segmenter that its file tells, with those ``given`` beside it."""
+    try:
+        variant = variant_of(head, file.state)
+    except KeyError as error:
+        raise CheckpointError(f"{file.path}: 1 missing ({error.args[0]})") from error
+    variant |= {"neck": neck_of(file.state)} | given
+    if head == "light_ham" and "rank" not in variant:
+        raise TaskError(
+            f"{file.path}: doesn't tell the rank of its factorisation: give rank=16, SegNeXt-T's and S's, or "
+            "rank=64, which the authors took for B and L"
+        )
+    return variant
+
+
+def _held_aux(file: DenseFile, wanted: bool) -> dict[str, Any] | None:
+    """Return the options of the auxiliary head that a file tells; None if it has none, or none is wanted."""
+    channels = aux_channels_of(file.state)
+    if wanted and channels is None:
+        _logger.info(f"{file.path}: has no auxiliary head, and so the model gets none")
+    return {"channels": channels} if wanted and channels is not None else None
+
+
+def _assembled(
+    head: str,
+    body: nn.Module,
+    neck: nn.Module | None,
+    num_classes: int,
+    parts: Sequence[dict[str, Any]],
+    aux: Mapping[str, Any] | None,
+) -> "Segmenter | Mask2Former":
+    """Return the segmenter of its parts.
+
+    Args:
+        head: Its head's name.
+        body: Its backbone.
+        neck: What stands between them.
+        num_classes: Classes.
+        parts: Options of the head, of the segmenter, and of Mask2Former's losses; those that the backbone decides are
+            added.
+        aux: Options of the auxiliary head; None if there is none.
+    """
+    of_head, of_model = parts[:2]
+    channels = body.channels if neck is None else neck.channels
+    if head in _DILATED:
+        of_head.setdefault("stride", list(getattr(neck or body, "reductions", [16]))[-1])
+    if head in MASK_HEADS:
+        criterion = SetCriterion(num_classes, **parts[2])
+        module = HEADS[head](channels, num_classes, **of_head)
+        if head == "oneformer":
+            of_model.setdefault("topk", module.predictor.query_embed.num_embeddings)
+        return Mask2Former(body, module, criterion, neck=neck, **of_model)
+    aux_module = None
+    if aux is not None:
+        # mmseg's plain vision transformers have the auxiliary head on the last map, all others on the third.
+        strides = getattr(body, "reductions", None)
+        plain = head == "upernet" and strides is not None and len(set(strides)) == 1
+        own = {"index": len(channels) - 1 if plain else min(2, len(channels) - 1)}
+        own |= {"dropout": of_head["dropout"]} if "dropout" in of_head else {}
+        own |= {"group_norm": True} if head == "ham_net" else {}
+        aux_module = FCNHead(channels, num_classes, **aux, **own)
+    return Segmenter(body, HEADS[head](channels, num_classes, **of_head), aux_module, neck=neck, **of_model)
 
 
 def _neck(head: str, body: nn.Module, neck: str | None, state: dict[str, Tensor] | None) -> nn.Module | None:
@@ -360,21 +401,6 @@ def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
 
 # What a run's data say of images.
 _OF_IMAGES = ("mean", "std", "channel_order")
-# What create_segmenter passes itself.
-_PARTS = ("in_channels", "num_classes", "backbone", "head", "aux_head", "criterion", "options")
-
-
-def _options_of(kind: type[nn.Module]) -> list[str]:
-    """Return the names of the options of a class and of those it passes them on to."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    return [name for base in bases for name in inspect.signature(base).parameters if name not in _PARTS]
-
-
-def _split_options(given: dict, *kinds: type[nn.Module]) -> list[dict]:
-    """Return the options of each class, and last all others."""
-    parts = [{name: given[name] for name in _options_of(kind) if name in given} for kind in kinds]
-    known = {name for part in parts for name in part}
-    return [*parts, {name: value for name, value in given.items() if name not in known}]
 
 
 def _backbone_setting(head: str, backbone: str | nn.Module, setting: str | None) -> str | None:

@@ -4,6 +4,7 @@ Written anew after the settings of mmseg (github.com/open-mmlab/mmsegmentation, 
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class SemanticFPNHead(nn.Module):
     Shape:
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H_0, W_0]``.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("channels", "neck_channels", "dropout")
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ and PointRend (arXiv 1912.08193).
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,16 @@ class SetCriterion(nn.Module):
         oversample_ratio: How many times as many points are looked at, to find the uncertain ones.
         importance_sample_ratio: Fraction of the points that are the most uncertain; the others are uniform.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "class_weight",
+        "mask_weight",
+        "dice_weight",
+        "no_object_weight",
+        "num_points",
+        "oversample_ratio",
+        "importance_sample_ratio",
+    )
 
     def __init__(
         self,

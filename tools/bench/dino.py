@@ -1,5 +1,6 @@
 """DINO by parts, and its encoder in training against the usual formulation with grid_sample."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from unittest.mock import patch
@@ -7,13 +8,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..blocks import multi_scale_deformable
-from ..kernels import multi_scale_deformable_attention
-from ..tasks.dense.detect import DINO, create_detector
-from ..tasks.dense.detect.dino import Scene
-from .bench import alternate
+from ...blocks import multi_scale_deformable
+from ...kernels import multi_scale_deformable_attention
+from ...tasks.dense.detect import DINO, create_detector
+from ...tasks.dense.detect.dino import Scene
+from ..timing import alternate
 
 PEER = "encoder, forward and backward, by grid_sample"
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    return bench_dino(args.models, tuple(args.image), args.rounds, args.device)
 
 
 def bench_dino(names: Sequence[str], image_size: tuple[int, int], rounds: int, device: str) -> list[dict]:

@@ -1,0 +1,59 @@
+"""Feed-forward networks in pieces.
+
+The hidden map is the largest tensor of most models. No position's hidden channels depend on another's, and with a
+depthwise convolution between the layers no hidden channel depends on another. Inference on a CPU may therefore compute
+a piece at a time: fresh memory for the whole costs more than the products.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.backends import exporting
+from .plain import is_plain
+
+
+def may_take_pieces(x: Tensor, *layers: nn.Module) -> bool:
+    """Return whether a network of these layers may be computed in pieces of its hidden map.
+
+    A graph is traced whole, gradients need everything anyway, and who looks at a layer wants the whole map.
+    """
+    traced = torch.compiler.is_compiling() or exporting()
+    return x.is_cpu and not traced and not torch.is_grad_enabled() and is_plain(*layers)
+
+
+def sum_over_channels(
+    x: Tensor, fc1: nn.Module, conv: nn.Conv2d, act: nn.Module, fc2: nn.Module, channels: int, gated: bool = False
+) -> Tensor:
+    """Return ``fc2(act(conv(fc1(x))))``, so many hidden channels at a time.
+
+    Args:
+        x: Maps ``[B, H, W, C]``.
+        fc1: Linear layer, or 1x1 convolution.
+        conv: Depthwise 3x3 convolution.
+        act: Activation.
+        fc2: Linear layer, or 1x1 convolution.
+        channels: How many.
+        gated: Whether ``fc1`` has twice as many channels, of which the second half is multiplied by the convolved and
+            activated first.
+
+    Returns:
+        Maps ``[B, H, W, C]``.
+    """
+    height, width = x.shape[1], x.shape[2]
+    tokens = x.flatten(0, 2)
+    inputs, outputs = fc1.weight.flatten(1), fc2.weight.flatten(1)
+    hidden = outputs.shape[1]
+    total = fc2.bias.expand(tokens.shape[0], -1)
+    for start in range(0, hidden, channels):
+        end = min(start + channels, hidden)
+        part = slice(start, end)
+        piece = F.linear(tokens, inputs[part], fc1.bias[part])
+        piece = piece.view(-1, height, width, end - start).permute(0, 3, 1, 2)
+        piece = F.conv2d(piece, conv.weight[part], conv.bias[part], padding=1, groups=end - start)
+        piece = act(piece.permute(0, 2, 3, 1).flatten(0, 2))
+        if gated:
+            other = slice(hidden + start, hidden + end)
+            piece = piece.mul_(F.linear(tokens, inputs[other], fc1.bias[other]))
+        total = torch.addmm(total, piece, outputs[:, part].t())
+    return total.view(x.shape)

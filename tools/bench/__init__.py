@@ -1,0 +1,69 @@
+"""``foveate bench``: our paths and their peers side by side, alternating in one process, medians and ratios.
+
+``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, fused and
+unfused, against FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window;
+then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against a peer.
+``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of
+one image. ``dino`` times DINO by parts, and its encoder in training against the usual formulation with grid_sample.
+``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward, against
+the usual formulation with grid_sample. ``depthwise`` times the dilated, strip and wide depthwise convolutions of VAN,
+MSCAN and OverLoCK against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the same
+augmentation. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+# What can be timed. Each is a module of that name, with measure(args), which returns the rows of a table.
+KINDS = ("kernels", "models", "detectors", "dino", "deformable", "depthwise", "loader")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        choices=KINDS,
+        help="what to measure; see above",
+    )
+    parser.add_argument(
+        "models", nargs="*", default=["nat_tiny"], metavar="MODEL", help="timm names; nat_tiny by default"
+    )
+    parser.add_argument(
+        "--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with; %(default)s by default"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="images at once; %(default)s by default")
+    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels; %(default)s by default")
+    parser.add_argument(
+        "--image",
+        type=int,
+        nargs=2,
+        default=(800, 1344),
+        metavar=("H", "W"),
+        help="detectors, dino: size of the image, in pixels; 800 1344 by default",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="medians are over this many alternating calls; %(default)s by default"
+    )
+    parser.add_argument("--device", default="cpu", help="where to measure; %(default)s by default")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="kernels, models: %(default)s by default")
+    parser.add_argument("--data", type=Path, help="loader: one folder of images a class; made-up JPEGs by default")
+    parser.add_argument("--workers", type=int, default=2, help="loader: processes; %(default)s by default")
+    parser.add_argument(
+        "--backward", action="store_true", help="kernels: forward and backward; on CPUs without FlexAttention"
+    )
+    parser.add_argument("--no-flex", action="store_true", help="kernels: leave compiled FlexAttention out")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder; %(default)s by default")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, and write it."""
+    # They import torch, which the command's help does without.
+    module = importlib.import_module(f".{args.what}", __package__)
+    from ..tables import as_markdown, save_table
+    from ..timing import machine
+
+    title = f"Measured on {machine(args.device)}; medians of {args.rounds} alternating calls."
+    rows = module.measure(args)
+    save_table(rows, args.output, args.what, title)
+    print(title, as_markdown(rows), f"written to {args.output}", sep="\n\n")

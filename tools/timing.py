@@ -1,0 +1,53 @@
+"""Times that can be compared: calls that alternate in one process, medians, and the machine that they are of."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SAMPLE_SECONDS = 0.02
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Call everything in turn, ``rounds`` times over, and return the median seconds of a call of each.
+
+    Whatever is timed is called once before, so that it finds its own data in the caches, and a short call is repeated
+    until it has taken ``SAMPLE_SECONDS``, as timeit does.
+    """
+
+    def seconds(call: Callable[[], object], number: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return (time.perf_counter() - start) / number
+
+    for call in calls.values():  # compile, plan, warm up
+        seconds(call)
+    numbers = {name: max(1, round(SAMPLE_SECONDS / seconds(call))) for name, call in calls.items()}
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds(call)
+            times[name].append(seconds(call, numbers[name]))
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def run_pass(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> None:
+    """Call a function as inference does, or with the gradients of all its inputs."""
+    if backward:
+        torch.autograd.grad(function(*inputs).sum(), inputs)
+    else:
+        with torch.inference_mode():
+            function(*inputs)
+
+
+def machine(device: str) -> str:
+    """Describe what the numbers were measured on."""
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,116 @@
+"""Load a file strictly, run it on a photo, and measure it beside what its authors state."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .stated import numbers
+
+# What --data may be.
+_FOLDERS = """\
+FOLDER, by what the file was trained for; only held-out images need to be there:
+  ImageNet    val/CLASS/*, the metric is top-1
+  COCO        annotations/instances_val2017.json and val2017/: box AP, mask AP
+  COCO        annotations/panoptic_val2017.json and its pictures, and val2017/: PQ
+  ADE20K      images/validation/ and annotations/validation/: mIoU
+  Cityscapes  leftImg8bit/val/ and gtFine/val/: mIoU
+  otherwise as data.val of the published recipe says, see `foveate config RECIPE`
+Images are resized as in the published tests; where the authors state only a multi-scale mIoU, several views are taken.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--model", metavar="NAME", help="model of the file, where it can't be found out")
+    parser.add_argument("--setting", help="dense setting of a backbone alone; the model's first by default")
+    parser.epilog, parser.formatter_class = _FOLDERS, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--images", nargs="+", metavar="IMAGE", help="photos instead of the one that is at hand")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="data set to measure it on, see below")
+    parser.add_argument("--reference", type=Path, metavar="JSON", help="outputs recorded as in tests/golden")
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
+    )
+    parser.add_argument("--batch-size", type=int, help="of --data; 32 by default, 1 for detectors and segmenters")
+    parser.add_argument("--workers", type=int, default=4, help="of --data; %(default)s by default")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    import torch
+
+    from ...tasks import TaskError
+    from ...tasks.devices import choose_device
+    from .contents import load_contents
+    from .measure import measure_classifier, measure_dense
+
+    device = choose_device(args.device)
+    contents = load_contents(args.file, args.model, args.setting)
+    file, entry = contents.file, contents.file.entry
+    print(f"file       {file.path} ({file.path.stat().st_size} bytes, sha256 {file.sha256})")
+    print(f"model      {contents.title}")
+    print(f"loaded     {contents.report()}")
+    if args.data and contents.task == "backbone":
+        raise TaskError("--data measures classifiers, detectors and segmenters; a backbone alone gives maps")
+    if args.data and contents.head:
+        measure_dense(contents, args)
+    contents.move(device)
+    wrong = False
+    with torch.inference_mode():
+        if args.reference:
+            wrong = not _compare(contents.model, args.reference, device)
+        if reason := contents.obstacle():
+            print(f"photo      not run: {reason}")
+        else:
+            for name, photo in _photos(args.images, contents.predictor.channels, contents.predictor.white):
+                print(f"photo      {name}: {contents.answer(photo)}")
+        if args.data and contents.task == "classify":
+            measure_classifier(contents, args, device)
+    if entry and entry.stated and contents.task != "backbone" and not args.data:
+        print(f"stated     {numbers(entry.stated)}; give --data FOLDER to measure it")
+    return 2 if wrong else None
+
+
+def _photos(images: list[str] | None, channels: int, white: int) -> list[tuple[str, object]]:
+    from ...tasks.data.images import find_images, read_image
+
+    if images:
+        paths = find_images(images)
+    else:
+        from matplotlib import cbook
+
+        # The one photograph that is installed anyway: Grace Hopper in uniform, by the US Navy, in the public domain.
+        paths = [Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))]
+    return [(path.name, read_image(path, channels, white)) for path in paths]
+
+
+def _compare(model, reference: Path, device) -> bool:
+    """Print how far the outputs are from recorded ones, and return whether they are the same up to rounding."""
+    import numpy as np
+    import torch
+
+    from ...tasks import TaskError
+
+    try:
+        spec = json.loads(reference.read_text(encoding="utf-8"))
+        values = np.load(reference.with_suffix(".npz"))
+        scales = {name: max(1.0, output["std"]) for name, output in spec["outputs"].items()}
+        expected = {name: (values[f"{name}.index"], values[f"{name}.value"]) for name in scales}
+        rule = spec["inputs"].get("x", spec["inputs"])
+        generator = torch.Generator().manual_seed(rule.get("seed", 0))
+        images = torch.randn(tuple(rule["shape"]), generator=generator, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"{reference}: not a recorded output beside its .npz ({error})") from error
+    outputs = model(images.to(device))
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    if len(outputs) != len(expected):
+        raise TaskError(f"{reference}: records {', '.join(expected)}, but the model gives {len(outputs)} outputs")
+    matches = True
+    for output, (name, (index, value)) in zip(outputs, expected.items(), strict=True):
+        output = output.float().cpu().contiguous().flatten()
+        if output.numel() <= index.max():
+            raise TaskError(f"{reference}: {name} is of another shape than the model's output")
+        difference = (output[torch.from_numpy(index)] - torch.from_numpy(value)).abs().max().item()
+        allowed = 1e-4 * scales[name]
+        verdict = "match" if difference <= allowed else "NO MATCH"
+        matches &= difference <= allowed
+        print(f"reference  {verdict}: {name} differs by at most {difference:.1e}, allowed are {allowed:.1e}")
+    return matches

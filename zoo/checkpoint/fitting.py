@@ -1,0 +1,252 @@
+"""Loading strictly: a state dict fits its model, up to what the caller names, or the error tells what is wrong."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .reading import CheckpointError, backbone_of, state_of
+
+_logger = logging.getLogger(__name__)
+
+# Returns the state dict under a model's names; None in the place of an entry of which the model keeps its own.
+Convert = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor | None]]
+# Returns an entry, given by its name, made for another size, resampled to that of the model, and the rule's name, such
+# as "bicubic"; None if it can't be.
+Resize = Callable[[str, Tensor, torch.Size, nn.Module], tuple[Tensor, str] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's entries; a built model has it as ``load_report``.
+
+    Attributes:
+        matched: How many of the model's entries the file gave.
+        missing: Entries of the model that keep their initial values, as the options asked for.
+        unexpected: Entries of the file that the model, with these options, has no use for.
+        reshaped: Entries that were resampled or adapted: name, shape before, shape after, and the rule.
+    """
+
+    matched: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...], str], ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.matched} entries matched"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} keep their initial values ({_some(self.missing)})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} of the file are not used ({_some(self.unexpected)})")
+        if self.reshaped:
+            changes = [f"{key} {_shape(old)} to {_shape(new)}, {rule}" for key, old, new, rule in self.reshaped]
+            parts.append(f"{len(changes)} reshaped ({_some(changes, '; ')})")
+        return ", ".join(parts)
+
+
+def _some(items: Sequence[str], separator: str = ", ") -> str:
+    return separator.join((*items[:3], *(("...",) if len(items) > 3 else ())))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def faults_of(**kinds: Sequence[str]) -> str:
+    """Return how many entries of a checkpoint are ``missing``, ``unexpected`` or of another shape, and the first."""
+    return "; ".join(
+        f"{len(keys)} {kind.replace('_', ' ')} ({_some(sorted(keys))})" for kind, keys in kinds.items() if keys
+    )
+
+
+class Fitted(NamedTuple):
+    """A state dict that fits a model.
+
+    Attributes:
+        state: The entries that a file gives, resampled where they had to be.
+        report: What became of every entry.
+    """
+
+    state: dict[str, Tensor]
+    report: LoadReport
+
+
+def fit(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    refusal: str,
+    kept: Collection[str] = (),
+    unused: Collection[str] = (),
+    adapted: Collection[str] = (),
+    resize: Resize | None = None,
+    counts: bool = False,
+    hint: str = "",
+) -> Fitted:
+    """Return ``state`` fitted to ``model``, whose names it uses: all entries of the one are in the other.
+
+    Args:
+        state: Entries of a file.
+        model: What they are for; it isn't changed.
+        refusal: What is said before the faults.
+        kept: Entries of which the model keeps its own, whether or not the file has them.
+        unused: Entries of the file that aren't the model's and may be left out.
+        adapted: Entries that may be of another shape, since somebody else adapts them.
+        resize: Resamples entries that were made for another size.
+        counts: Whether the error says how many entries match.
+        hint: What is said after the faults.
+
+    Raises:
+        CheckpointError: If other entries are missing, unexpected or of another shape.
+    """
+    wanted, kept = model.state_dict(), list(dict.fromkeys(kept))
+    initial, fitted, reshaped, misshapen = set(kept), {}, [], []
+    for key, value in state.items():
+        if key in initial or key not in wanted:
+            continue
+        size, rule = wanted[key].shape, "input channels adapted"
+        resized = resize(key, value, size, model) if resize is not None and value.shape != size else None
+        fitted[key], rule = (value, rule) if resized is None else resized
+        if fitted[key].shape != size and key not in adapted:
+            misshapen.append(key)
+        elif value.shape != size:
+            reshaped.append((key, tuple(value.shape), tuple(size), rule))
+    missing = [key for key in wanted if key not in fitted and key not in initial]
+    unexpected = [key for key in state if key not in wanted and key not in unused]
+    if missing or unexpected or misshapen:
+        matching = f"{len(fitted) - len(misshapen)} of {len(wanted)} entries match, " if counts else ""
+        faults = faults_of(missing=missing, unexpected=unexpected, of_another_shape=misshapen)
+        raise CheckpointError(f"{refusal}: {matching}{faults}{hint}")
+    left = sorted(key for key in state if key in initial or key not in wanted)
+    return Fitted(fitted, LoadReport(len(fitted), tuple(kept), tuple(left), tuple(sorted(reshaped))))
+
+
+def load(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    kept: Collection[str] = (),
+    refusal: str = "the weights don't fit the model",
+    hint: str = "",
+) -> LoadReport:
+    """Load a state dict into ``model``: all of the one, and all of the other.
+
+    Args:
+        model: Where to.
+        state: Entries under its names.
+        path: The file, for messages.
+        kept: Entries of which the model keeps its own, whether or not the file has them.
+        refusal: What is said before the faults.
+        hint: What is said after the faults.
+
+    Raises:
+        CheckpointError: If other entries are missing, unexpected or of another shape.
+    """
+    fitted, report = fit(state, model, f"{path}: {refusal}", kept, hint=hint)
+    own = model.state_dict()
+    model.load_state_dict(fitted | {key: own[key] for key in kept})
+    return report
+
+
+def absent_counters(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Return the counters of batches that a state dict lacks: some files do, and they play no part in most norms."""
+    return [key for key in model.state_dict() if key.endswith("num_batches_tracked") and key not in state]
+
+
+def filter_for(
+    convert: Convert,
+    name: str,
+    features: bool,
+    classes_chosen: bool,
+    resize: Resize | None = None,
+) -> Callable[[Mapping, nn.Module], dict[str, Tensor]]:
+    """Return timm's ``pretrained_filter_fn`` for a family: unwrap, ``convert`` to our names, then fit.
+
+    Two kinds of entries may differ, because timm adapts or drops them afterwards: the classifier, if classes were asked
+    for and the file has others or none, and the input channels of the first convolution. A dense model (``out_norms``)
+    may start from a classifier's weights: its output norms keep their initial values. The model gets the `LoadReport`.
+
+    Args:
+        convert: Renames a published state dict to the model's names. It must leave the model's own names alone.
+        name: The model's registered name, for messages.
+        features: Whether the model will be cut to its features, so that final norm and classifier may be missing.
+        classes_chosen: Whether the caller named the number of classes; only then may it differ from the file's.
+        resize: Resamples what was made for another size of images.
+
+    The filter raises a CheckpointError if entries are missing, unexpected, or of another shape, or the file has no
+    classifier or one of another number of classes than the model, and nobody asked for that.
+    """
+
+    def checkpoint_filter(content: Mapping, model: nn.Module) -> dict[str, Tensor]:
+        state = convert(backbone_of(state_of(content)), model)
+        return _fit_family(state, model, name, features, classes_chosen, resize)
+
+    return checkpoint_filter
+
+
+def _fit_family(
+    state: Mapping[str, Tensor | None],
+    model: nn.Module,
+    name: str,
+    features: bool,
+    classes_chosen: bool,
+    resize: Resize | None,
+) -> dict[str, Tensor]:
+    """Return a state dict for timm to load; ``model`` gets the report, and its cfg the classes of the file."""
+    cfg = model.pretrained_cfg
+    classifiers, first_convs = (
+        (entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in (cfg["classifier"], cfg["first_conv"])
+    )
+    classifier = {f"{layer}.{leaf}" for layer in classifiers for leaf in ("weight", "bias")}
+    wanted = model.state_dict()
+    kept = [key for key, value in state.items() if value is None]
+    state = {key: value for key, value in state.items() if value is not None}
+    kept += absent_counters(state, model)
+    unused = {key for key in state if key in classifier and key not in wanted}
+    dense = any(key.startswith("out_norms.") for key in wanted)
+    optional = set(classifier)
+    if dense and not any(key.startswith("out_norms.") for key in (*state, *kept)):
+        _logger.info(f"{name}: the checkpoint is a classifier's; the output norms keep their initial values")
+        kept = [*(key for key in wanted if key.startswith("out_norms.")), *kept]
+        unused |= {key for key in state if key.startswith(("norm.", "head.norm."))}
+    own = {key: wanted[key] for key in kept}
+    if features and not dense:
+        optional |= {key for key in wanted if key.startswith(("norm.", "head.norm."))}
+    replaced = {key for key in classifier & state.keys() & wanted.keys() if state[key].shape != wanted[key].shape}
+    kept += [key for key in wanted if key in replaced or (key in optional and key not in state)]
+    first_conv = {f"{layer}.weight" for layer in first_convs}
+    refusal = f"the checkpoint is not one of {name}"
+    fitted, report = fit(state, model, refusal, kept, unused, first_conv, resize, counts=True)
+    held = next((len(state[key]) for key in state if key in classifier and key.endswith(".weight")), None)
+    if not (dense or features):
+        check_classes(name, held, model.num_classes, classes_chosen)
+    if held or not features:
+        # The file knows its class count; with it, timm keeps a classifier that fits, and else starts a new one.
+        cfg["num_classes"] = held or 0
+    model.load_report = report
+    _logger.log(logging.WARNING if report.reshaped else logging.INFO, f"{name}: {report}")
+    return fitted | own | {key: state[key] for key in classifier & state.keys()}
+
+
+def check_classes(name: str, held: int | None, classes: int | None, chosen: bool) -> None:
+    """Raise a CheckpointError if a classifier would start anew although nobody asked for that.
+
+    Args:
+        name: Of the model.
+        held: Classes of the checkpoint; None if it has no classifier.
+        classes: Classes of the model.
+        chosen: Whether the caller named them.
+    """
+    if chosen or not classes or held == classes:
+        return
+    if held is None:
+        raise CheckpointError(
+            f"the checkpoint has no classifier: give num_classes={classes} to start a new one of {name}"
+        )
+    raise CheckpointError(
+        f"the checkpoint has {held} classes, {name} has {classes}: give num_classes={held} to keep its classifier, or "
+        f"num_classes={classes} to start a new one"
+    )

@@ -1,0 +1,195 @@
+"""Reading checkpoint files: safely, once, and out of their wrappers."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..library_errors import first_line, needs_unpickling
+from .arrays import UnsafePickleError, is_pickle, read_arrays
+
+# In order of trust: the averaged weights are the published ones where a file holds both.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class _Unread:
+    """Stands for an object of a training log, which is of no use and is never made."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state: object):
+        pass
+
+
+# What training files hold beside tensors: settings and measured numbers. These types are data, reading them runs no
+# code of the file's choice. A settings node of yacs, a dict itself, is read as a plain dict; yacs is not imported.
+_NUMPY_SCALAR = np.float64().__reduce__()[0]
+_DATA_TYPES = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    # The curves that mmengine keeps beside the weights.
+    *(
+        (_Unread, name)
+        for name in (
+            "mmengine.logging.history_buffer.HistoryBuffer",
+            "numpy.ndarray",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.core.multiarray._reconstruct",
+            "builtins.getattr",
+        )
+    ),
+]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint:
+    """A file that has been read; what is given a ``checkpoint`` takes it in the place of the file's path.
+
+    Attributes:
+        path: The file.
+        content: What it holds.
+        metadata: What a file of safetensors says about itself; empty for others.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @functools.cached_property
+    def card(self) -> dict[str, Any] | None:
+        """What a file that foveate wrote says of its model, in a checkpoint or in the metadata of safetensors."""
+        card = self.content.get("card")
+        if isinstance(card, Mapping) and card:
+            return dict(card)
+        try:
+            card = json.loads(self.metadata.get("foveate", "null"))
+        except ValueError:
+            return None
+        return card if isinstance(card, dict) else None
+
+    @functools.cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The state dict inside, see `state_of`.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        return state_of(self.content)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file is one of safetensors, by its content: the length of its header, then the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
+    """Read a checkpoint file, of safetensors, detectron2's arrays or anything `torch.save` wrote, without running it.
+
+    What the file is, its content tells, not its name. One that is read already is not read again.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, no checkpoint, or holds objects beyond tensors and plain
+            types.
+    """
+    if isinstance(path, Checkpoint):
+        return path
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    # The length that begins a file of safetensors may have a pickle's first byte.
+    safe = path.suffix == ".safetensors" or _is_safetensors(path)
+    if not safe and is_pickle(path):
+        return Checkpoint(path, _of_arrays(path))
+    try:
+        if safe:
+            return _of_safetensors(path)
+        with torch.serialization.safe_globals(_DATA_TYPES):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to switch the safety off; it must not reach the user.
+        objects = needs_unpickling(error)
+        reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
+        raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first_line(error)})") from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return Checkpoint(path, checkpoint)
+
+
+def _of_safetensors(path: Path) -> Checkpoint:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return Checkpoint(path, {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {})
+
+
+def _of_arrays(path: Path) -> dict:
+    """Read a pickle of NumPy arrays, as detectron2's model zoo has them."""
+    try:
+        checkpoint = read_arrays(path)
+    except UnsafePickleError as error:
+        raise CheckpointError(
+            f"{path}: not read: {error}; only tensors and plain types are accepted, and arrays of numbers"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    if not isinstance(checkpoint.get("model"), Mapping):
+        raise CheckpointError(
+            f"{path}: a pickle without a 'model', such as the blobs of Caffe2; its names are not known here"
+        )
+    return checkpoint
+
+
+def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict inside a checkpoint: out of its wrapper, without the prefixes of parallel training.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    state = content
+    while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None):
+        state = inner
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict, or of a dense model's the backbone's part."""
+    state = dict(state)
+    # The second is that of our own detectors and segmenters.
+    for prefix in ("backbone.", "features.model."):
+        if any(key.startswith(prefix) for key in state):
+            # mmpretrain's classifiers have theirs beside the backbone.
+            head = {key: state[key] for key in ("head.fc.weight", "head.fc.bias") if key in state}
+            state = head | {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state
