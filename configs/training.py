@@ -485,8 +485,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             data=dict(keep_empty=True),
             optimizer=dict(lr=1e-4, weight_decay=1e-4, no_decay=(), factors={"backbone.": 0.1}, clip_grad=0.1),
             schedule=dict(steps=(11,), warmup_iterations=0),
-            gpus=8,
-            note="",
+            **dict(gpus=8, note=""),
         ),
     ),
     ("detect/dino_5scale_*", dict(model=dict(kwargs=dict(num_levels=5)))),
@@ -495,8 +494,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         "detect/dino_improved_*",
         dict(
             model=dict(
-                frozen_stages=0,
-                kwargs=dict(temperature=10000.0, offset=-0.5, denoising_queries=300, cls_weight=2.0),
+                frozen_stages=0, kwargs=dict(temperature=1e4, offset=-0.5, denoising_queries=300, cls_weight=2.0)
             ),
             optimizer=dict(lr=2e-4, factors={"backbone.": 0.1, "sampling_offsets": 0.1}),
         ),
@@ -507,7 +505,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             model=dict(
                 backbone="swin_large_patch4_window12_384.ms_in22k",
                 backbone_kwargs=dict(drop_path_rate=0.2, dense=True, out_norms=(0, 1, 2, 3)),
-            ),
+            )
         ),
     ),
     ("detect/dino_*swin_large_*_3x_*", dict(schedule=dict(steps=(27, 33)))),
