@@ -1,4 +1,4 @@
-"""Builds the optional C library of the neighborhood kernels; everything else is in pyproject.toml."""
+"""Builds the optional C libraries of the kernels; everything else is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -14,24 +14,29 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split("."))) + ".c.so"
 
 
-# Without a compiler that takes it, the install succeeds and the plain torch path serves.
+def library(name: str, source: str) -> Extension:
+    """Return a library without which the install succeeds: where no compiler takes it, the plain torch path serves."""
+    return Extension(
+        name,
+        [source],
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+            "-Wno-psabi",
+        ],
+        libraries=["m", "pthread"],
+        optional=True,
+    )
+
+
 setup(
     script_name=__file__,  # or a build would take this file for a module of the package, whose folder is this one
     cmdclass={"build_ext": BuildLibrary},
     ext_modules=[
-        Extension(
-            "foveate.kernels.neighborhood._native",
-            ["kernels/neighborhood/native.c"],
-            extra_compile_args=[
-                "-O3",
-                "-g0",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-fvisibility=hidden",
-                "-Wno-psabi",
-            ],
-            libraries=["m", "pthread"],
-            optional=True,
-        )
+        library("foveate.kernels.neighborhood._native", "kernels/neighborhood/native.c"),
+        library("foveate.kernels._deformable", "kernels/deformable.c"),
     ],
 )

@@ -27,7 +27,8 @@ def pixel_centres(shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
 class MultiScaleDeformableAttention(nn.Module):
     """Multi-head attention of queries to a few points on maps of several scales; each query predicts where and how.
 
-    Scores come from the query alone, and there are no keys. Offsets are in pixels of the map they are on.
+    Scores come from the query alone, and there are no keys. Offsets are in pixels of the map they are on, or in
+    parts of the query's box.
 
     Args:
         dim: Channels.
@@ -81,27 +82,43 @@ class MultiScaleDeformableAttention(nn.Module):
         """Return the settings that `print(model)` shows."""
         return f"num_heads={self.num_heads}, num_levels={self.num_levels}, num_points={self.num_points}"
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """Attend from ``query`` to points around ``reference``.
 
         Args:
             query: ``[B, Q, dim]``.
             reference: Where each query looks from, (x, y) in units of the maps' sides: ``[Q, 2]``, ``[B, Q, 2]``, or
-                ``[B, Q, levels, 2]`` if it differs between maps.
+                ``[B, Q, levels, 2]`` if it differs between maps. Or boxes, (x, y, width, height), in units of which
+                offsets are then: half a side, shared by the points.
             value: Pixels of all maps, row by row and one map after the other: ``[B, S, dim]``.
             shapes: Height and width of each map.
+            padding: Which pixels ``[B, S]`` are none of the image, bool; they count as zero.
 
         Returns:
             ``[B, Q, dim]``.
         """
         if reference.ndim < 4:
             reference = reference.unsqueeze(-2)
+        reference = reference.unsqueeze(-3).unsqueeze(-2)
         offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        sides = torch.tensor([(width, height) for height, width in shapes], device=query.device)
-        locations = reference.unsqueeze(-3).unsqueeze(-2) + offsets / sides[:, None]
+        if reference.shape[-1] == 4:
+            locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+        else:
+            sides = torch.tensor([(width, height) for height, width in shapes], device=query.device)
+            locations = reference + offsets / sides[:, None]
+        value = self.value_proj(value)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
         out = multi_scale_deformable_attention(
-            self.value_proj(value).unflatten(-1, (self.num_heads, -1)),
+            value.unflatten(-1, (self.num_heads, -1)),
             shapes,
             locations,
             weights.unflatten(-1, (self.num_levels, self.num_points)),

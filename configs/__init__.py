@@ -67,13 +67,14 @@ def _published(name: str) -> str:
     else:
         row = published_recipes()[name]
         model = {"head": row["head"], "backbone": row["backbone"]}
-        if row["setting"] != SETTINGS[task]:
+        if row["setting"] not in ("", SETTINGS[task]):
             model["setting"] = row["setting"]
         settings = merged({"model": model}, settings)
         title = f"{row['head']} on {row['backbone']}, {row['schedule']} on {row['data']}"
-        metrics, source = row["metrics"], row["source"]
+        metrics, source = row["metrics"], row.get("source", "")
+    source = texts["source"] or source
     lines = [
-        f"{title}: as published, {texts['source'] or source}",
+        f"{title}: as published, {source}" if source else f"{title}: settings of our own, with which nothing ran yet",
         *(["", texts["note"]] if texts["note"] else []),
         "",
         " ".join(filter(None, [f"Command: foveate train {name} data.root=FOLDER", texts["arguments"]])),

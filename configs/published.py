@@ -1,8 +1,9 @@
 """What was published of detectors and segmenters, with the recipe that trains each here.
 
 A model's numbers, licence and links stand in ``zoo/weights.json`` where weights of it were published. ``published.csv``
-holds what that table does not: models without weights, some of them without numbers too, and of Mask2Former and
-OneFormer the dense setting and the length of the training. Nothing of it was measured by us.
+holds what that table does not: models without weights, some of them without numbers too, such as those of our own that
+nobody has trained, and of Mask2Former and OneFormer the dense setting and the length of the training. Nothing of it was
+measured by us.
 """
 
 import csv
@@ -51,8 +52,14 @@ def _rows() -> tuple[Mapping[str, str], ...]:
             row.setdefault("setting", "")  # timm's own models have none
         data = row["setting"] if row["head"] in _MASK_HEADS else row["data"]
         schedule = _EPOCHS.get(row["schedule"], row["schedule"])
-        recipe = f"{row['task']}/{row['head']}_{row['backbone']}_{schedule}_{data}{_SUFFIXES.get(row['setting'], '')}"
-        # timm's own were trained by the recipes of their zoos.
+        head = row["head"]
+        if head == "dino":
+            # Which form of it the schedule says first.
+            *form, schedule = schedule.split()
+            head = "_".join([head, *form])
+        recipe = f"{row['task']}/{head}_{row['backbone']}_{schedule}_{data}{_SUFFIXES.get(row['setting'], '')}"
+        # timm's own were trained by the recipes of their zoos, of which only that of DINO is here.
+        ours = ours or row["head"] == "dino"
         row["config"] = recipe if ours and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
 

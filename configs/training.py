@@ -478,6 +478,53 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
             precision="float16",
         ),
     ),
+    # DINO, in mmdet's settings; on our own families nobody has run it.
+    (
+        "detect/dino_*",
+        dict(
+            data=dict(keep_empty=True),
+            optimizer=dict(lr=1e-4, weight_decay=1e-4, no_decay=(), factors={"backbone.": 0.1}, clip_grad=0.1),
+            schedule=dict(steps=(11,), warmup_iterations=0),
+            **dict(gpus=8, note=""),
+        ),
+    ),
+    ("detect/dino_5scale_*", dict(model=dict(kwargs=dict(num_levels=5)))),
+    ("detect/dino_*resnet50_*", dict(model=dict(backbone="resnet50.tv_in1k", norm_eval=True, frozen_stages=1))),
+    (
+        "detect/dino_improved_*",
+        dict(
+            model=dict(
+                frozen_stages=0, kwargs=dict(temperature=1e4, offset=-0.5, denoising_queries=300, cls_weight=2.0)
+            ),
+            optimizer=dict(lr=2e-4, factors={"backbone.": 0.1, "sampling_offsets": 0.1}),
+        ),
+    ),
+    (
+        "detect/dino_*swin_large_*",
+        dict(
+            model=dict(
+                backbone="swin_large_patch4_window12_384.ms_in22k",
+                backbone_kwargs=dict(drop_path_rate=0.2, dense=True, out_norms=(0, 1, 2, 3)),
+            )
+        ),
+    ),
+    ("detect/dino_*swin_large_*_3x_*", dict(schedule=dict(steps=(27, 33)))),
+    (
+        "detect/dino_*transnext_*",
+        dict(batch_size=1, optimizer=dict(weight_decay=0.05, no_decay=(*_TRANSNEXT_BIASES, "bias"), accumulate=2)),
+    ),
+    *(
+        (
+            f"detect/dino_{family}_*",
+            dict(
+                optimizer=dict(no_decay=_BIASES),
+                precision="bfloat16",
+                note="The settings are those of DINO on ResNet-50; the backbone's tables of positions don't decay.",
+            ),
+        )
+        for family in ("nat", "dinat", "dat_pp")
+    ),
+    ("detect/dino_dat_pp_*", _drop_path(0.0)),
     # Semantic segmentation of ADE20K.
     ("segment/upernet_*", dict(_base_=["_base_/ade20k", "_base_/schedule_160k"], model=dict(pretrained=True))),
     ("segment/semantic_fpn_*", dict(_base_=["_base_/ade20k", "_base_/schedule_40k"], model=dict(pretrained=True))),

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,39 @@ class Pyramid(nn.Module):
         if hasattr(self.model, "features"):
             return tuple(self.model.features(x))
         return tuple(self.model.neck(self.model.backbone(x)))
+
+
+class Detections(nn.Module):
+    """What a detector finds, in tensors of sizes that don't depend on how much there is in an image.
+
+    Args:
+        model: One that `finds_a_fixed_number`.
+    """
+
+    OUTPUTS = ("boxes", "scores", "labels")
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes ``[B, D, 4]`` in pixels of normalised images ``[B, C, H, W]``, scores and labels ``[B, D]``."""
+        return self.model.find(x)
+
+    @staticmethod
+    def aligned(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> list[Tensor]:
+        """Return what was found in the order of what was wanted: detections of all but equal scores may swap."""
+        boxes, scores, labels = found
+        apart = (boxes[:, None] - wanted[0][:, :, None]).abs().amax(-1) / wanted[0].abs().max().clamp(min=1e-12)
+        apart = apart + (labels[:, None] != wanted[2][:, :, None])
+        near = (scores[:, None] - wanted[1][:, :, None]).abs() <= tolerance * wanted[1].max()
+        place = apart.masked_fill(~near, float("inf")).argmin(-1)
+        return [boxes.gather(1, place[..., None].expand(-1, -1, 4)), scores.gather(1, place), labels.gather(1, place)]
+
+
+def finds_a_fixed_number(model: nn.Module) -> bool:
+    """Return whether a detector finds as many objects in every image, so that it can be exported whole."""
+    return hasattr(model, "find")
 
 
 def check_exportable(model: nn.Module, path: str | Path) -> None:
@@ -117,10 +150,17 @@ def export_model(
     )
     writer = _write_onnx if path.suffix == ".onnx" else _write_program
 
+    names = getattr(model, "OUTPUTS", None)
+    if names is None:
+        names = ["output"] if len(expected) == 1 else [f"map{level}" for level in range(len(expected))]
+
     def write(file: str) -> None:
-        run = writer(program, len(expected), card, file)
+        run = writer(program, names, card, file)
         for images, wanted in checks:
-            for got, value in zip(run(images), wanted, strict=True):
+            outputs = run(images)
+            if isinstance(model, Detections):
+                outputs = model.aligned(outputs, wanted, tolerance)
+            for got, value in zip(outputs, wanted, strict=True):
                 largest = max(value.abs().max().item(), 1e-12)
                 # Not `max`, which passes over NaN.
                 difference = (got - value).abs().max().item() / largest
@@ -168,7 +208,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _write_program(
-    program: torch.export.ExportedProgram, outputs: int, card: dict, file: str
+    program: torch.export.ExportedProgram, names: Sequence[str], card: dict, file: str
 ) -> Callable[[Tensor], list[Tensor]]:
     """Write the program and return what the written one computes."""
     torch.export.save(program, file, extra_files={"foveate": json.dumps(card)})
@@ -182,12 +222,11 @@ def _write_program(
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, outputs: int, card: dict, file: str
+    program: torch.export.ExportedProgram, names: Sequence[str], card: dict, file: str
 ) -> Callable[[Tensor], list[Tensor]]:
     """Write the program as ONNX and return what onnxruntime computes of it."""
     import onnxruntime
 
-    names = ["output"] if outputs == 1 else [f"map{level}" for level in range(outputs)]
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -197,7 +236,7 @@ def _write_onnx(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             written = torch.onnx.export(
-                program, (), input_names=["images"], output_names=names, dynamo=True, verbose=False
+                program, (), input_names=["images"], output_names=list(names), dynamo=True, verbose=False
             )
         written.model.metadata_props["foveate"] = json.dumps(card)
         written.save(file, external_data=False)

@@ -4,8 +4,9 @@
   .pt2          torch.export, read again and compared; torch.export.load reads it
   .safetensors  the weights alone, read again and compared bit for bit
 
-Classifiers give logits [B, classes], segmenters (Mask2Former too) logits [B, classes, H, W] of pixels. Detectors can
-not be exported whole; --features writes their backbone and neck, with maps [B, C, H, W]. The input is a batch of
+Classifiers give logits [B, classes], segmenters (Mask2Former too) logits [B, classes, H, W] of pixels. DINO gives boxes
+[B, D, 4] in pixels of the input, scores and labels [B, D]. Other detectors can not be exported whole; --features writes
+their backbone and neck, with maps [B, C, H, W]. The input is a batch of
 normalised images [B, channels, H, W], float32. The metadata has, under "foveate" and as JSON, what a user needs:
 the classes, and the mean and std of pixels 0..1.
 """
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..tasks import TaskError
-    from ..tasks.export import FORMATS, Pyramid, check_exportable, export_model
+    from ..tasks.export import FORMATS, Detections, Pyramid, check_exportable, export_model, finds_a_fixed_number
     from ..zoo.library_errors import first_line
 
     if args.batch < 1:
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
     if args.features:
         model = Pyramid(model) if args.output.suffix != ".safetensors" else model
         card["output"] = "feature maps"
+    elif finds_a_fixed_number(model) and args.output.suffix != ".safetensors":
+        model = Detections(model)
+        card["output"] = "detections"
     check_exportable(model, args.output)
     card |= {"shape": [args.batch, channels, height, width], "dynamic_batch": args.dynamic_batch}
     example = torch.randn(card["shape"], generator=torch.Generator().manual_seed(0))

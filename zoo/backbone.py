@@ -78,6 +78,15 @@ class Backbone(nn.Module):
             return maps
         return crop_maps(maps, self.reductions, size)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations twice instead of keeping them.
+
+        Raises:
+            AttributeError: If the model can't.
+        """
+        # timm wraps models whose stages are no modules of their own.
+        getattr(self.features, "model", self.features).set_grad_checkpointing(enable)
+
     def _padded(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if self.size is None:

@@ -459,8 +459,9 @@ def form_of(
     form: dict[str, Any] = {"dense": True}
     if layout.out_norms:
         held = {int(match[1]) for key in state if (match := re.match(rf"{re.escape(layout.prefix)}norm(\d)\.", key))}
-        # RetinaNet has no use for the finest map.
-        if held not in ({0, 1, 2, 3}, *([{1, 2, 3}] if "bbox_head.retina_cls" in origin.parts else [])):
+        # RetinaNet has no use for the finest map, nor has DINO of four scales.
+        spares = origin.parts & {"bbox_head.retina_cls", "query_embedding.weight"}
+        if held not in ({0, 1, 2, 3}, *([{1, 2, 3}] if spares else [])):
             missing = ", ".join(f"{layout.prefix}norm{index}" for index in sorted({0, 1, 2, 3} - held))
             raise CheckpointError(f"{path}: lacks norms of the backbone's maps: {missing}")
         form["out_norms"] = tuple(sorted(held))
@@ -516,7 +517,8 @@ def _style_of(layout: Layout, origin: Origin, state: Mapping[str, Tensor], given
     if groups and groups[0] != groups[1]:
         return "pytorch"  # nobody published another ResNeXt
     segments = any(part.startswith(("sem_seg_head.", "decode_head.", "panoptic_head.")) for part in origin.parts)
-    if segments or origin.says("pytorch", "torchvision"):
+    # Nobody published a DINO of mm's on another ResNet.
+    if segments or "query_embedding.weight" in origin.parts or origin.says("pytorch", "torchvision"):
         return "pytorch"
     if origin.says("caffe"):
         return "caffe"

@@ -283,21 +283,22 @@ def _transnext(name: str, pretrained: bool, options: dict, config: dict) -> Tran
     return build(TransNeXt, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
-# The published dense settings, for `create_backbone(name, setting=...)`: Mask R-CNN and DINO (of a lower drop path);
+# The published dense settings, for `create_backbone(name, setting=...)`: Mask R-CNN; DINO, of a lower drop path;
 # UPerNet and Mask2Former on single crops; UPerNet on whole images of several sizes.
-def _dense(drop_path_rate: float) -> dict[str, dict]:
+def _dense(drop_path_rate: float, dino_rate: float) -> dict[str, dict]:
     options = {"pretrain_size": 224, "drop_path_rate": drop_path_rate}
     return {
         "detection": {**options, "img_size": 800, "interpolate": True},
+        "dino": {**options, "img_size": 800, "interpolate": True, "drop_path_rate": dino_rate},
         "segmentation": {**options, "img_size": 512, "interpolate": True},
         "segmentation_extrapolation": {**options, "img_size": 512},
     }
 
 
 dense_settings: dict[str, dict[str, dict]] = {
-    "transnext_tiny": _dense(0.4),
-    "transnext_small": _dense(0.6),
-    "transnext_base": _dense(0.7),
+    "transnext_tiny": _dense(0.4, 0.3),
+    "transnext_small": _dense(0.6, 0.5),
+    "transnext_base": _dense(0.7, 0.6),
 }
 
 _CFG = IMAGENET_CFG | {

@@ -9,8 +9,9 @@ import ctypes
 import functools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +40,10 @@ class _Library:
         self.values = library.foveate_neighborhood_values
         self.scatter = library.foveate_neighborhood_scatter
         self.lanes = library.foveate_neighborhood_lanes()
-        self.parallel = _openmp()
+        self.parallel = openmp()
 
 
-def _openmp() -> int:
+def openmp() -> int:
     """Return the address of the function that starts a team in the OpenMP that torch has loaded, or 0 if there is none.
 
     A second OpenMP, or threads of our own, would compete with torch's spinning ones for the cores.
@@ -55,18 +56,17 @@ def _openmp() -> int:
     return 0
 
 
-def _load() -> tuple[_Library | None, str | None]:
-    """Return the library, or None and why there is none."""
-    path = Path(__file__).with_name("_native.c.so")
+def load_library(path: Path, kind: Callable[[Path], Any]) -> tuple[Any, str | None]:
+    """Return what ``kind`` makes of a compiled library, or None and why there is none."""
     if path.exists():
         try:
-            return _Library(path), None
+            return kind(path), None
         except (OSError, AttributeError) as error:
             return None, f"{path.name} does not load: {error}"
     return None, "no C compiler was found when foveate was installed; install one and then foveate again"
 
 
-_library, _missing = _load()
+_library, _missing = load_library(Path(__file__).with_name("_native.c.so"), _Library)
 
 
 def obstacle(problem: Problem) -> str | None:

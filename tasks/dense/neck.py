@@ -19,6 +19,7 @@ from ...zoo.maps import sources_of
 from .. import TaskError
 
 STRIDES = (4, 8, 16, 32)
+_GROUPS = 32
 _SOURCES = ("on_input", "on_output")
 _PUBLISHED = re.compile(r"neck\.(lateral|fpn)_convs\.(\d+)\.conv\.(weight|bias)")
 
@@ -270,6 +271,75 @@ class ScaledMaps(nn.Module):
         return [level(maps[place]) for level, place in zip(self.levels, self.sources, strict=True)]
 
 
+class _GroupNormedConv(nn.Module):
+    """A convolution without bias and a group norm, named as mmcv does."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
+        self.gn = nn.GroupNorm(_GROUPS, channels)
+        nn.init.xavier_uniform_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gn(self.conv(x))
+
+
+class ChannelMapper(nn.Module):
+    """mmdet's neck of DETRs: every map to equal channels by itself, and coarser ones from the backbone's last.
+
+    Entries have mmdet's names.
+
+    Attributes:
+        channels: Channels of each output.
+        reductions: Stride of each output.
+
+    Args:
+        in_channels: Channels of the backbone's maps, from the finest to the coarsest.
+        in_strides: Their strides, powers of two.
+        strides: Strides of the outputs. Up to 32 each is made of the map of that stride, or of the nearest scaled to
+            it; one beyond 32 is a strided convolution of the coarsest of these, or of the one before it.
+        out_channels: Channels of every output, a multiple of 32.
+
+    Raises:
+        TaskError: If ``out_channels`` isn't.
+
+    Shape:
+        Maps ``[B, C_i, H_i, W_i]`` to outputs ``[B, C, H_j, W_j]``, from the finest on.
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], in_strides: Sequence[int], strides: Sequence[int], out_channels: int = 256
+    ):
+        super().__init__()
+        if out_channels % _GROUPS:
+            raise TaskError(f"channels is {out_channels}; the neck's group norms take multiples of {_GROUPS}")
+        own = [stride for stride in strides if stride <= STRIDES[-1]]
+        self.scaling = ScaledMaps(in_channels, in_strides, own)
+        self.convs = nn.ModuleList(_GroupNormedConv(width, out_channels, 1) for width in self.scaling.channels)
+        widths = [self.scaling.channels[-1], *[out_channels] * (len(strides) - len(own))]
+        self.extra_convs = nn.ModuleList(
+            _GroupNormedConv(width, out_channels, 3, stride=2) for width in widths[: len(strides) - len(own)]
+        )
+        self.maps = len(in_channels)
+        self.channels, self.reductions = [out_channels] * len(strides), list(strides)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Map the backbone's maps to those of the wanted strides.
+
+        Raises:
+            TaskError: If the number of maps isn't that of ``in_channels``.
+        """
+        if len(maps) != self.maps:
+            raise TaskError(f"the neck takes {self.maps} maps, got {len(maps)}")
+        maps = self.scaling(maps)
+        levels = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+        coarser = maps[-1]
+        for conv in self.extra_convs:
+            coarser = conv(coarser)
+            levels.append(coarser)
+        return levels
+
+
 class _Conv(nn.Module):
     """A convolution, named as mmcv does."""
 
@@ -358,6 +428,26 @@ def detector_neck(
         return SimpleFeaturePyramid(backbone.channels[-1], strides[-1], channels, levels, beyond, extra, extra_relu)
     scaling = ScaledMaps(backbone.channels, strides)
     return FeaturePyramid(scaling.channels, channels, num_outs, start_level, extra_convs, extra_relu, scaling)
+
+
+def channel_mapper(backbone: nn.Module, channels: int, num_levels: int) -> ChannelMapper:
+    """Return the neck of a DETR on any backbone: ``num_levels`` maps, the coarsest of stride 64.
+
+    Args:
+        backbone: Has ``channels``, and perhaps ``reductions``; without them its maps are of 1/4 to 1/32.
+        channels: Channels of every output.
+        num_levels: Number of outputs, 2 to 5.
+
+    Raises:
+        TaskError: If there is no such number of levels, or the backbone's maps are no powers of two apart, or without
+            strides and not four.
+    """
+    strides = [*STRIDES, 2 * STRIDES[-1]]
+    if not 2 <= num_levels <= len(strides):
+        raise TaskError(f"num_levels is {num_levels}; it can be 2 to {len(strides)}")
+    in_strides = list(getattr(backbone, "reductions", STRIDES))
+    _check_maps(backbone, in_strides)
+    return ChannelMapper(backbone.channels, in_strides, strides[-num_levels:], channels)
 
 
 SEGMENTER_NECKS = {"multilevel": MultiLevelNeck, "simple": SimpleFeaturePyramid, "scaled": ScaledMaps}

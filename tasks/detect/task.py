@@ -183,6 +183,7 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     held = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
     parameters = inspect.signature(DetectorTransform).parameters
     transform = {name: option.default for name, option in parameters.items() if name not in held}
+    transform |= DETECTORS[model["head"]].TRANSFORM
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 

@@ -92,7 +92,7 @@ KEYS: dict[str | None, dict[str, str]] = {
     },
     "detect": {
         **_DENSE,
-        "model.head": '"mask_rcnn", "cascade_mask_rcnn", "faster_rcnn" or "retinanet"',
+        "model.head": '"mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet" or "dino"',
         "model.kwargs": "options of create_detector, such as min_size and max_size",
         "data.name": '"coco", "voc" or "nuclei" (the bundled ones)',
         "data.keep_empty": "train on images without objects too",

@@ -1,13 +1,15 @@
-"""Multi-scale deformable attention: the published values, both paths alike, and gradients."""
+"""Multi-scale deformable attention: the published values, all paths alike, and gradients."""
 
 import pytest
 import torch
-from foveate.kernels import deformable_backends, multi_scale_deformable_attention
+from foveate.kernels import deformable_backends, deformable_native, multi_scale_deformable_attention
 from torch.autograd import gradcheck
 
 pytestmark = pytest.mark.versions
 
-BACKENDS = ("reference", "bags")
+# The native path computes in float32 alone, and only where it was compiled.
+EXACT = ("reference", "bags", "gathers")
+BACKENDS = (*EXACT, *(["native"] if deformable_native._library else []))
 SHAPES = [(3, 5), (1, 4), (6, 2)]
 PIXELS = sum(height * width for height, width in SHAPES)
 
@@ -37,21 +39,22 @@ def test_published_values(backend, open_fixture):
     fixture.assert_output("out", multi_scale_deformable_attention(value, shapes, locations, weights, backend), 2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 def test_gradients_are_those_of_finite_differences(backend):
     inputs = problem(torch.float64, batch=1, queries=3, heads=2, dim=2)
     assert gradcheck(lambda *x: attend(*x, backend), inputs, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_paths_agree_with_their_gradients(dtype):
+def test_all_paths_agree_with_their_gradients(dtype):
     inputs = problem(dtype)
-    outs = [attend(*inputs, backend) for backend in BACKENDS]
-    torch.testing.assert_close(*outs)
-    expected, actual = (torch.autograd.grad(out.square().sum(), inputs) for out in outs)
-    for wanted, got in zip(expected, actual, strict=True):
-        scale = wanted.abs().max().item()
-        torch.testing.assert_close(got, wanted, atol=scale * 10 * torch.finfo(dtype).eps, rtol=0)
+    outs = [attend(*inputs, backend) for backend in (BACKENDS if dtype == torch.float32 else EXACT)]
+    expected, *others = (torch.autograd.grad(out.square().sum(), inputs) for out in outs)
+    for out, actual in zip(outs[1:], others, strict=True):
+        torch.testing.assert_close(out, outs[0])
+        for wanted, got in zip(expected, actual, strict=True):
+            scale = wanted.abs().max().item()
+            torch.testing.assert_close(got, wanted, atol=scale * 10 * torch.finfo(dtype).eps, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,7 +96,7 @@ def test_mistakes_are_named():
         multi_scale_deformable_attention(value, SHAPES, locations, weights[..., 0])
     with pytest.raises(ValueError, match="2 images and 3 heads, but locations have 2 and 1"):
         multi_scale_deformable_attention(value, SHAPES, locations[:, :, :1], weights[:, :, :1])
-    with pytest.raises(ValueError, match="no backend 'cuda'; it has 'bags', 'reference'"):
+    with pytest.raises(ValueError, match="no backend 'cuda'; it has 'native', 'bags', 'reference', 'gathers'"):
         attend(value, locations, weights, "cuda")
 
 
@@ -103,12 +106,42 @@ def test_export_is_built_of_operators_that_other_runtimes_know():
             return multi_scale_deformable_attention(inputs[0], SHAPES, *inputs[1:])
 
     inputs = [x.detach() for x in problem()]
-    assert deformable_backends(inputs[0], SHAPES, *inputs[1:])["bags"] == "chosen"
+    assert (
+        deformable_backends(inputs[0], SHAPES, *inputs[1:])[BACKENDS[-1] if "native" in BACKENDS else "bags"]
+        == "chosen"
+    )
     program = torch.export.export(Attend(), tuple(inputs))
     names = {str(node.target) for node in program.graph.nodes}
-    assert any("grid_sampl" in name for name in names)
-    assert not any("embedding_bag" in name for name in names)
+    assert any("gather" in name for name in names)
+    assert not any(other in name for name in names for other in ("embedding_bag", "grid_sampl", "foveate"))
     torch.testing.assert_close(program.module()(*inputs), Attend()(*inputs))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason=str(deformable_native._missing))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_is_the_same_on_several_threads_at_every_width(threads, monkeypatch):
+    """Channels that fill no vector, or several; more queries than a thread takes at once."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for dim in (1, 16, 37):
+            inputs = problem(queries=300, dim=dim)
+            native, reference = (attend(*inputs, backend) for backend in ("native", "reference"))
+            torch.testing.assert_close(native, reference)
+            grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in (native, reference)]
+            for got, wanted in zip(*grads, strict=True):
+                torch.testing.assert_close(got, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=0)
+            with monkeypatch.context() as patch:
+                patch.setattr(deformable_native._library, "parallel", 0)
+                assert torch.equal(attend(*inputs, "native"), native)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_transforms_take_torch_s_operators():
+    value, locations, weights = (x.detach() for x in problem())
+    mapped = torch.func.vmap(lambda *x: attend(*(y[None] for y in x), None)[0])(value, locations, weights)
+    torch.testing.assert_close(mapped, attend(value, locations, weights, "reference"))
 
 
 @pytest.mark.heavy

@@ -17,8 +17,9 @@ from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
 from PIL import Image
 
-MASK_RCNN, UPERNET, MASK2FORMER = (
+MASK_RCNN, DINO, UPERNET, MASK2FORMER = (
     "detect/mask_rcnn_nat_atto_nuclei",
+    "detect/dino_nat_atto_nuclei",
     "segment/upernet_nat_atto_nuclei",
     "segment/mask2former_nat_atto_nuclei",
 )
@@ -31,6 +32,17 @@ SHORT = {
         "model.kwargs.channels=32",
         "model.kwargs.hidden=32",
         "model.kwargs.region_samples=32",
+        "schedule.warmup_iterations=1",
+    ),
+    DINO: (
+        "epochs=3",
+        "data.repeat=32",
+        "batch_size=2",
+        "data.augment.crop=96",
+        "model.kwargs.hidden=32",
+        "model.kwargs.num_queries=60",
+        "model.kwargs.encoder_layers=1",
+        "model.kwargs.decoder_layers=1",
         "schedule.warmup_iterations=1",
     ),
     UPERNET: (
@@ -54,6 +66,7 @@ SHORT = {
 }
 METRICS = {
     MASK_RCNN: {"box_ap", "box_ap50", "mask_ap", "mask_ap50", "mask_ar100"},
+    DINO: {"box_ap", "box_ap50"},
     UPERNET: {"miou", "macc", "aacc", "mdice", "iou_nucleus"},
     MASK2FORMER: {"pq", "sq", "rq", "pq_things", "pq_stuff"},
 }
@@ -74,7 +87,7 @@ def image(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("recipe", SHORT)
+@pytest.mark.parametrize("recipe", [pytest.param(x, marks=pytest.mark.heavy) if x == DINO else x for x in SHORT])
 def test_a_run_learns_is_drawn_measured_again_and_predicted_with(recipe, tmp_path, image):
     config, result = train(recipe, tmp_path / "run")
     first, last = result["history"][0], result["history"][-1]
@@ -91,7 +104,7 @@ def test_a_run_learns_is_drawn_measured_again_and_predicted_with(recipe, tmp_pat
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     with Image.open(entry["picture"]) as picture:
         assert min(picture.size) > 300
-    if recipe == MASK_RCNN:
+    if recipe in (MASK_RCNN, DINO):
         assert all(thing["class"] == "nucleus" and 0.05 <= thing["score"] <= 1 for thing in entry["objects"])
     elif recipe == UPERNET:
         # Background alone gives 0.41.
@@ -121,8 +134,10 @@ def test_a_plain_vision_transformer_is_trained_and_its_file_is_read_again(recipe
     assert main(["predict", str(image), "--model", str(result["last"]), "--output", str(tmp_path / "out")]) == 0
 
 
-def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
-    _, straight = train(UPERNET, tmp_path / "straight", "epochs=2", "data.repeat=4", "batch_size=2")
+@pytest.mark.parametrize(("recipe", "options"), [(UPERNET, ()), (DINO, ("grad_checkpointing=True", "val_interval=2"))])
+def test_a_run_continues_to_the_same_bits(recipe, options, tmp_path, monkeypatch):
+    short = ("epochs=2", "data.repeat=4", "batch_size=2", *options)
+    _, straight = train(recipe, tmp_path / "straight", *short)
     check = RunHook._check_finite
 
     def interrupted(self, runner):
@@ -133,15 +148,17 @@ def test_a_segmentation_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunHook, "_check_finite", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train(UPERNET, tmp_path / "broken", "epochs=2", "data.repeat=4", "batch_size=2")
-    _, resumed = train(UPERNET, tmp_path / "broken", "epochs=2", "data.repeat=4", "batch_size=2", resume=True)
+            train(recipe, tmp_path / "broken", *short)
+    _, resumed = train(recipe, tmp_path / "broken", *short, resume=True)
     states = [torch.load(run["last"], weights_only=True)["state_dict"] for run in (straight, resumed)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert resumed["pictures"]
-    with pytest.raises(CheckpointError, match="holds a model to segment, not a model to detect"):
+    wrong = "holds a model to segment, not a model to detect" if recipe == UPERNET else "its model is dino on nat_atto"
+    with pytest.raises((CheckpointError, TaskError), match=wrong):
         engine.evaluate(engine.load_config(MASK_RCNN), resumed["best"])
     predictor = load_predictor(resumed["best"])
-    assert predictor([Image.new("L", (45, 33))])[0].shape == (33, 45)
+    found = predictor([Image.new("L", (45, 33))])[0]
+    assert found.shape == (33, 45) if recipe == UPERNET else len(found["boxes"][0]) == 4
 
 
 # What a file tells of a variant, and a config need not.

@@ -6,9 +6,9 @@ import foveate
 import pytest
 import torch
 import torch.nn.functional as F
+from foveate.tasks.dense.deformable_encoder import sine_position
 from foveate.tasks.dense.segment.inference import resize_to, slide
 from foveate.tasks.dense.segment.losses import pixel_accuracy
-from foveate.tasks.dense.segment.pixel_decoder import sine_position
 from foveate.tasks.dense.segment.postprocess import postprocess
 from torch import nn
 

@@ -35,9 +35,20 @@ def test_detectors_are_timed_against_torchvision(tmp_path):
     assert float(theirs["times torchvision's time"]) == 1.0
 
 
+@pytest.mark.heavy
+def test_dino_is_timed_by_parts(tmp_path):
+    argv = ["bench", "dino", "resnet10t", "--image", "96", "128", "--rounds", "1", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    rows = {row["part"]: row for row in csv.DictReader((tmp_path / "dino.csv").open())}
+    assert {"backbone", "encoder", "decoder"} < rows.keys()
+    assert float(rows["encoder, forward and backward"]["times grid_sample's memory"]) < 0.7
+    assert float(rows["encoder, forward and backward, by grid_sample"]["times grid_sample's time"]) == 1.0
+
+
 def test_deformable_attention_is_timed_against_grid_sample():
     rows = bench_deformable([64], 1, "cpu")
-    assert {row["path"] for row in rows} == {"bags (chosen)", "grid_sample"}
+    assert {row["path"].removesuffix(" (chosen)") for row in rows} >= {"bags", "gathers", "grid_sample"}
+    assert any(row["path"].endswith(" (chosen)") for row in rows)
     assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
     assert all(row["ms"] > 0 for row in rows)
 

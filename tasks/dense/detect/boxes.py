@@ -88,12 +88,21 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     return overlap / union
 
 
+def _giou(first: Tensor, second: Tensor) -> Tensor:
+    overlap, union = _overlap(first, second, 1e-6)
+    sides = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
+    hull = sides.clamp(min=0).prod(dim=-1).clamp(min=1e-6)
+    return overlap / union - (hull - union) / hull
+
+
+def pairwise_giou(first: Tensor, second: Tensor) -> Tensor:
+    """Return the generalised overlaps ``[N, M]`` (Rezatofighi et al. 2019) of boxes ``[N, 4]`` with ``[M, 4]``."""
+    return _giou(first[:, None], second[None])
+
+
 def giou_loss(boxes: Tensor, goals: Tensor) -> Tensor:
     """Return ``1 - GIoU`` ``[N]`` (Rezatofighi et al. 2019) of boxes ``[N, 4]`` and their goals ``[N, 4]``."""
-    overlap, union = _overlap(boxes, goals, 1e-6)
-    sides = torch.maximum(boxes[:, 2:], goals[:, 2:]) - torch.minimum(boxes[:, :2], goals[:, :2])
-    hull = sides.clamp(min=0).prod(dim=-1).clamp(min=1e-6)
-    return 1 - (overlap / union - (hull - union) / hull)
+    return 1 - _giou(boxes, goals)
 
 
 def has_area(boxes: np.ndarray | Tensor, masks: np.ndarray | Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ Read are the containers of mmdet 2.x and 3.x, whose heads have the same names, t
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ _NAMES = tuple(
         (r"bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.", "head.{}_tower.{}.0."),
         (r"bbox_head\.retina_cls\.", "head.cls_logits."),
         (r"bbox_head\.retina_reg\.", "head.bbox_pred."),
+        # DINO.
+        (r"(level_embed|query_embedding|memory_trans_fc|memory_trans_norm)(\.|$)", "head.{}{}"),
+        (r"dn_query_generator\.", "head.denoising."),
+        (r"encoder\.layers\.(\d+)\.ffn\.layers\.0\.0\.", "head.encoder.layers.{}.linear1."),
+        (r"encoder\.layers\.(\d+)\.ffn\.layers\.1\.", "head.encoder.layers.{}.linear2."),
+        (r"encoder\.layers\.(\d+)\.norms\.0\.", "head.encoder.layers.{}.norm1."),
+        (r"encoder\.layers\.(\d+)\.norms\.1\.", "head.encoder.layers.{}.norm2."),
+        (r"decoder\.layers\.(\d+)\.self_attn\.attn\.", "head.decoder.layers.{}.self_attention.self_attn."),
+        (r"decoder\.layers\.(\d+)\.norms\.0\.", "head.decoder.layers.{}.self_attention.norm."),
+        (r"decoder\.layers\.(\d+)\.norms\.1\.", "head.decoder.layers.{}.norm."),
+        (r"decoder\.layers\.(\d+)\.ffn\.layers\.0\.0\.", "head.decoder.layers.{}.feed_forward.linear1."),
+        (r"decoder\.layers\.(\d+)\.ffn\.layers\.1\.", "head.decoder.layers.{}.feed_forward.linear2."),
+        (r"decoder\.layers\.(\d+)\.norms\.2\.", "head.decoder.layers.{}.feed_forward.norm."),
+        (r"(encoder|decoder)\.", "head.{}."),
+        (r"bbox_head\.cls_branches\.", "head.cls_branches."),
+        (r"bbox_head\.reg_branches\.(\d+)\.0\.", "head.reg_branches.{}.layers.0."),
+        (r"bbox_head\.reg_branches\.(\d+)\.2\.", "head.reg_branches.{}.layers.1."),
+        (r"bbox_head\.reg_branches\.(\d+)\.4\.", "head.reg_branches.{}.layers.2."),
     )
 )
 _HIDDEN = re.compile(r"roi_head\.bbox_head\.(?:(\d+)\.)?shared_fcs\.(\d+)\.")
@@ -64,6 +83,7 @@ _CONV = re.compile(r"roi_head\.bbox_head\.(?:\d+\.)?shared_convs\.(\d+)\.conv\.w
 # The layers that know the classes, of which the offsets may or may not.
 _CLASSIFIERS = re.compile(
     r"roi_heads\.(box_heads\.\d+\.(cls_score|bbox_pred)|mask_heads\.\d+\.predictor\.mask_fcn_logits)\.|head\.cls_logits\."
+    r"|head\.(cls_branches\.\d+|denoising\.label_embedding)\."
 )
 
 
@@ -151,7 +171,7 @@ def renamed(key: str, convs: int) -> str:
         return f"roi_heads.box_heads.{stage}.tower.{layer}." + key[match.end() :]
     for published, ours in _NAMES:
         if match := published.match(key):
-            return ours.format(*(group or "0" for group in match.groups())) + key[match.end() :]
+            return ours.format(*("0" if group is None else group for group in match.groups())) + key[match.end() :]
     return key
 
 
@@ -160,7 +180,7 @@ def head_of(state: dict[str, Tensor], path: str | Path) -> str:
     head = _marked(state)
     if head is None:
         raise CheckpointError(
-            f"{path}: holds no head that is known; known: retinanet, faster_rcnn, mask_rcnn, cascade_mask_rcnn"
+            f"{path}: holds no head that is known; known: retinanet, faster_rcnn, mask_rcnn, cascade_mask_rcnn, dino"
         )
     if head == "cascade_mask_rcnn" and not _has_masks(state):
         raise CheckpointError(f"{path}: holds a cascade without masks, which there is none of here")
@@ -171,6 +191,8 @@ def _marked(state: dict[str, Tensor]) -> str | None:
     """Return the name of the detector that entries under our names are of; None if of none."""
     if "head.cls_logits.weight" in state:
         return "retinanet"
+    if "head.query_embedding.weight" in state and "head.memory_trans_fc.weight" in state:
+        return "dino"
     if "roi_heads.box_heads.0.cls_score.weight" not in state:
         return None
     if "roi_heads.box_heads.1.cls_score.weight" in state:
@@ -188,6 +210,8 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
     Raises:
         CheckpointError: If there is no pyramid.
     """
+    if head == "dino":
+        return _dino_variant(state)
     levels = [key for key in state if re.fullmatch(r"neck\.inner_blocks\.\d+\.0\.weight", key)]
     simple = next((key for key in state if re.fullmatch(r"neck\.simfp_\d\.\d+\.norm\.weight", key)), None)
     if simple is None and (not levels or "neck.layer_blocks.0.0.weight" not in state):
@@ -218,10 +242,65 @@ def variant_of(head: str, state: dict[str, Tensor], path: str | Path) -> dict:
     return variant
 
 
-def rules_of(file: DenseFile) -> dict[str, Any]:
-    """Return the options of a detector that neither names nor shapes tell: whose rules they are, and their limits."""
+def _dino_variant(state: dict[str, Tensor]) -> dict[str, Any]:
+    levels, channels = state["head.level_embed"].shape
+
+    def layers(part: str) -> int:
+        found = (re.match(rf"head\.{part}\.layers\.(\d+)\.", key) for key in state)
+        return len({match[1] for match in found if match})
+
+    return {
+        "num_classes": state["head.denoising.label_embedding.weight"].shape[0],
+        "num_levels": levels,
+        "channels": channels,
+        "num_queries": state["head.query_embedding.weight"].shape[0],
+        "hidden": state["head.encoder.layers.0.linear1.weight"].shape[0],
+        "encoder_layers": layers("encoder"),
+        "decoder_layers": layers("decoder"),
+    }
+
+
+def _dino_rules(file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return DINO's options that its file's settings or name tell: the position embedding, and how it was trained."""
+    model = file.origin.model
+    found: dict[str, Any] = {"max_detections": file.origin.test.get("max_per_img")}
+    if position := file.origin.part("positional_encoding"):
+        found |= {"temperature": position.get("temperature", 10000), "offset": position.get("offset", 0.0)}
+        loss, group = (_part(model, *names) for names in (("bbox_head", "loss_cls"), ("dn_cfg", "group_cfg")))
+        found |= {"cls_weight": loss.get("loss_weight"), "denoising_queries": group.get("num_dn_queries")}
+    elif file.origin.says("improved"):
+        found |= {"temperature": 10000.0, "offset": -0.5, "cls_weight": 2.0, "denoising_queries": 300}
+    elif file.origin.says("dino"):
+        found |= {"temperature": 20.0, "offset": 0.0}
+    elif not {"temperature", "offset"} & given.keys():
+        raise CheckpointError(
+            f"{file.path}: neither settings nor a name tell its position embedding; it is temperature=20, offset=0, or "
+            "in mmdet's improved form temperature=10000, offset=-0.5"
+        )
+    return found
+
+
+def _part(settings: Any, *names: str) -> Mapping[str, Any]:
+    for name in names:
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def rules_of(file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a detector that neither names nor shapes tell: whose rules they are, and their limits.
+
+    Args:
+        file: The detector's.
+        given: Options that the caller gives, which are not asked for.
+
+    Raises:
+        CheckpointError: If it is a DINO that doesn't tell its position embedding, and the caller doesn't.
+    """
     if file.origin is None:
         return {}
+    if "head.query_embedding.weight" in file.state:
+        found = _dino_rules(file, given)
+        return {name: value for name, value in found.items() if type(value) in (int, float)}
     if file.origin.library == "detectron2":
         retina = "head.cls_logits.weight" in file.state
         return {"rules": "detectron2"} | ({"extra_relu": True} if retina else {})

@@ -94,7 +94,7 @@ class DetectorTransform(nn.Module):
         images = [resize(image, size) for image, size in zip(images, sizes, strict=True)]
         if not normalized:
             images = [normalize(image, self.mean, self.std, self.channel_order) for image in images]
-        canvas = self._canvas(sizes)
+        canvas = self.canvas(sizes)
         batch = torch.stack([_pad(image, canvas) for image in images])
         if targets is not None:
             targets = [
@@ -110,9 +110,10 @@ class DetectorTransform(nn.Module):
             TaskError: If the image has another shape.
         """
         self._check_shape(image)
-        return self._canvas([self._size(tuple(image.shape[-2:]))])
+        return self.canvas([self._size(tuple(image.shape[-2:]))])
 
-    def _canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return the ``(height, width)`` of a batch of images of such ``sizes``."""
         return tuple(-(-max(sides) // self.divisor) * self.divisor for sides in zip(*sizes, strict=True))
 
     def _check_shape(self, image: Tensor) -> None:

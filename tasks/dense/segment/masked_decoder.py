@@ -3,25 +3,14 @@
 Written anew after github.com/facebookresearch/Mask2Former (MIT), whose parameter names it keeps.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..deformable_encoder import sine_position
+from ..query_layers import MLP, FeedForward, SelfAttention, init_matrices, with_position
 from .inference import resize_to
-from .pixel_decoder import sine_position
-
-
-def with_position(x: Tensor, position: Tensor | None) -> Tensor:
-    """Return tokens with their positions added, if they have any."""
-    return x if position is None else x + position
-
-
-def _init_matrices(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter)
 
 
 class _CrossAttention(nn.Module):
@@ -29,7 +18,7 @@ class _CrossAttention(nn.Module):
         super().__init__()
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(dim)
-        _init_matrices(self)
+        init_matrices(self)
 
     def forward(
         self, queries: Tensor, tokens: Tensor, query_position: Tensor, position: Tensor, blocked: Tensor
@@ -38,45 +27,6 @@ class _CrossAttention(nn.Module):
         mask = blocked[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
         query, key = with_position(queries, query_position), with_position(tokens, position)
         return self.norm(queries + self.multihead_attn(query, key, tokens, attn_mask=mask, need_weights=False)[0])
-
-
-class _SelfAttention(nn.Module):
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.norm = nn.LayerNorm(dim)
-        _init_matrices(self)
-
-    def forward(self, queries: Tensor, query_position: Tensor) -> Tensor:
-        query = with_position(queries, query_position)
-        return self.norm(queries + self.self_attn(query, query, queries, need_weights=False)[0])
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.linear1 = nn.Linear(dim, hidden)
-        self.linear2 = nn.Linear(hidden, dim)
-        self.norm = nn.LayerNorm(dim)
-        _init_matrices(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(self.linear1(x).relu()))
-
-
-class MLP(nn.Module):
-    """Linear layers ``layers`` with ReLU between them."""
-
-    def __init__(self, in_dim: int, hidden: int, out_dim: int, num_layers: int):
-        super().__init__()
-        dims = [in_dim, *[hidden] * (num_layers - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in_dim]`` to ``[..., out_dim]``."""
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
 
 
 class MaskedDecoder(nn.Module):
@@ -103,13 +53,11 @@ class MaskedDecoder(nn.Module):
         num_levels: int = 3,
     ):
         super().__init__()
-        self.transformer_self_attention_layers = nn.ModuleList(
-            _SelfAttention(dim, num_heads) for _ in range(num_layers)
-        )
+        self.transformer_self_attention_layers = nn.ModuleList(SelfAttention(dim, num_heads) for _ in range(num_layers))
         self.transformer_cross_attention_layers = nn.ModuleList(
             _CrossAttention(dim, num_heads) for _ in range(num_layers)
         )
-        self.transformer_ffn_layers = nn.ModuleList(_FeedForward(dim, hidden) for _ in range(num_layers))
+        self.transformer_ffn_layers = nn.ModuleList(FeedForward(dim, hidden) for _ in range(num_layers))
         self.decoder_norm = nn.LayerNorm(dim)
         self.query_embed = nn.Embedding(num_queries, dim)
         self.level_embed = nn.Embedding(num_levels, dim)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import TaskError, nearest
-from .masked_decoder import MLP, MaskedDecoder, with_position
-from .pixel_decoder import sine_position
+from ..deformable_encoder import sine_position
+from ..query_layers import MLP, with_position
+from .masked_decoder import MaskedDecoder
 
 # "The task is {task}" as CLIP's byte pairs number it; zeros follow up to 77. No tokenizer is needed for three phrases.
 PROMPT_TOKENS = {

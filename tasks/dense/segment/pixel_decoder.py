@@ -4,36 +4,17 @@ Written anew after section 3.1 of Deformable DETR (arXiv 2010.04159) and the set
 github.com/facebookresearch/Mask2Former, MIT), whose parameter names it keeps.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ....blocks.multi_scale_deformable import MultiScaleDeformableAttention, pixel_centres
+from ....blocks.multi_scale_deformable import pixel_centres
 from ... import TaskError
+from ..deformable_encoder import DeformableEncoderLayer, flatten_maps, sine_position
 from .inference import resize_to
 
 _GROUPS = 32
-
-
-def sine_position(height: int, width: int, channels: int, like: Tensor, temperature: float = 10000.0) -> Tensor:
-    """Return the sine embedding ``[1, channels, height, width]`` of a map's positions.
-
-    The first half of the channels tells the row, the second the column; in each, sine and cosine alternate. Positions
-    count from 1 and are scaled to the range up to 2 pi. Computed in float32.
-    """
-    half = channels // 2
-    steps = torch.arange(half, device=like.device, dtype=torch.float32)
-    periods = temperature ** (2 * torch.div(steps, 2, rounding_mode="floor") / half)
-
-    def waves(length: int) -> Tensor:
-        position = torch.arange(1, length + 1, device=like.device, dtype=torch.float32)
-        angles = (position / (length + 1e-6) * (2 * math.pi))[:, None] / periods
-        return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=-1).flatten(-2)
-
-    rows, columns = waves(height).T[:, :, None], waves(width).T[:, None]
-    return torch.cat([rows.expand(-1, -1, width), columns.expand(-1, height, -1)])[None]
 
 
 class _NormedConv(nn.Conv2d):
@@ -50,25 +31,6 @@ class _NormedConv(nn.Conv2d):
         return x.relu() if self.activate else x
 
 
-class _EncoderLayer(nn.Module):
-    """Deformable self-attention across all maps and an MLP, each followed by a norm of the sum."""
-
-    def __init__(self, dim: int, hidden: int, num_heads: int, num_levels: int, num_points: int, dropout: float):
-        super().__init__()
-        self.self_attn = MultiScaleDeformableAttention(dim, num_heads, num_levels, num_points)
-        self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, hidden)
-        self.linear2 = nn.Linear(hidden, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-        for layer in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(layer.weight)
-
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        x = self.norm1(x + self.dropout(self.self_attn(x + position, reference, x, shapes)))
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
-
-
 class _Transformer(nn.Module):
     """The encoder layers and the embedding that tells the maps apart, under their published names."""
 
@@ -79,13 +41,12 @@ class _Transformer(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        shapes = [tuple(x.shape[-2:]) for x in maps]
+        tokens, shapes = flatten_maps(maps)
         positions = [
             sine_position(*shape, maps[0].shape[1], maps[0]).flatten(2).transpose(1, 2) + embed
             for shape, embed in zip(shapes, self.level_embed, strict=True)
         ]
         position = torch.cat(positions, dim=1)
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
         reference = pixel_centres(shapes, tokens)
         for layer in self.encoder.layers:
             tokens = layer(tokens, position, reference, shapes)
@@ -134,11 +95,10 @@ class PixelDecoder(nn.Module):
         for proj in self.input_proj:
             nn.init.xavier_uniform_(proj[0].weight)
             nn.init.zeros_(proj[0].bias)
-        self.transformer = _Transformer(
-            [_EncoderLayer(dim, hidden, num_heads, len(others), num_points, dropout) for _ in range(num_layers)],
-            dim,
-            len(others),
+        layers = (
+            DeformableEncoderLayer(dim, hidden, num_heads, len(others), num_points, dropout) for _ in range(num_layers)
         )
+        self.transformer = _Transformer(list(layers), dim, len(others))
         self.adapter_1 = _NormedConv(finest, dim, 1, activate=False)
         self.layer_1 = _NormedConv(dim, dim, 3, activate=True)
         self.mask_features = nn.Conv2d(dim, dim, 1)

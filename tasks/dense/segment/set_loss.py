@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import TaskError
-from ...extras import require
+from ..matching import match_cheapest, mean_count
 
 Target = dict[str, Tensor]
 
@@ -101,7 +99,7 @@ class SetCriterion(nn.Module):
             ``loss_ce``, ``loss_mask`` and ``loss_dice`` of the last layer, and with ``_0``, ``_1``, ... of the others.
         """
         *others, last = predictions
-        objects = self._count_objects(targets, last[0].device)
+        objects = mean_count(sum(len(target["labels"]) for target in targets), last[0].device)
         losses = self._losses(last, targets, objects)
         for index, prediction in enumerate(others):
             losses |= {f"{name}_{index}": loss for name, loss in self._losses(prediction, targets, objects).items()}
@@ -111,19 +109,9 @@ class SetCriterion(nn.Module):
         """Return the losses times their weights; the sum of them is what one minimises."""
         return {name: loss * self.weights["_".join(name.split("_")[:2])] for name, loss in losses.items()}
 
-    @staticmethod
-    def _count_objects(targets: Sequence[Target], device: torch.device) -> Tensor:
-        """Return the number of objects in the batch, the mean over processes, at least 1."""
-        count = torch.tensor(float(sum(len(target["labels"]) for target in targets)), device=device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(count)
-            count /= dist.get_world_size()
-        return count.clamp(min=1.0)
-
     @torch.no_grad()
     def match(self, prediction: tuple[Tensor, Tensor], targets: Sequence[Target]) -> list[tuple[Tensor, Tensor]]:
         """Return, for each image, the queries and the objects of the cheapest matching, in the order of the queries."""
-        linear_sum_assignment = require("scipy.optimize").linear_sum_assignment
         pairs = []
         for logits, masks, target in zip(*prediction, targets, strict=True):
             points = torch.rand(1, self.num_points, 2, device=masks.device)
@@ -142,10 +130,7 @@ class SetCriterion(nn.Module):
                     + self.weights["loss_ce"] * class_cost
                     + self.weights["loss_dice"] * dice_cost
                 )
-            if not cost.isfinite().all():
-                raise TaskError("the predictions are not finite, training has diverged; try a lower optimizer.lr")
-            queries, objects = linear_sum_assignment(cost.cpu().numpy())
-            pairs.append(tuple(torch.as_tensor(index, device=masks.device) for index in (queries, objects)))
+            pairs.append(match_cheapest(cost))
         return pairs
 
     def _losses(

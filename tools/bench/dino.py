@@ -1,0 +1,109 @@
+"""DINO by parts, and its encoder in training against the usual formulation with grid_sample."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from ...blocks import multi_scale_deformable
+from ...kernels import multi_scale_deformable_attention
+from ...tasks.dense.detect import DINO, create_detector
+from ...tasks.dense.detect.dino import Scene
+from ..timing import alternate
+
+PEER = "encoder, forward and backward, by grid_sample"
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    return bench_dino(args.models, tuple(args.image), args.rounds, args.device)
+
+
+def bench_dino(names: Sequence[str], image_size: tuple[int, int], rounds: int, device: str) -> list[dict]:
+    """Time DINO's parts on one image: in evaluation each, and the encoder forward and backward, ours and grid_sample's.
+
+    Memory is what the encoder keeps for its backward pass.
+    """
+    rows = []
+    for name in names:
+        model = create_detector("dino", name).eval().to(device)
+        _scatter_points(model)
+        parts, maps, scene = _parts(model, torch.randn(1, 3, *image_size, device=device), image_size)
+        training = {"encoder, forward and backward": None, PEER: "reference"}
+        steps = {path: partial(_step, model, maps, scene, backend) for path, backend in training.items()}
+        with torch.no_grad():
+            times = alternate(parts, rounds, device)
+        times |= alternate(steps, rounds, device)
+        kept = {path: _kept(model, maps, scene, backend) for path, backend in training.items()}
+        for path, seconds in times.items():
+            rows.append(
+                {
+                    "backbone": name,
+                    "image": "x".join(map(str, image_size)),
+                    "part": path,
+                    "ms": round(seconds * 1e3, 1),
+                    "kept MB": round(kept[path] / 1e6) if path in kept else "-",
+                    "times grid_sample's time": round(seconds / times[PEER], 3) if path in kept else "-",
+                    "times grid_sample's memory": round(kept[path] / kept[PEER], 3) if path in kept else "-",
+                }
+            )
+    return rows
+
+
+def _scatter_points(model: DINO) -> None:
+    """Let points lie where trained ones may: fresh ones are the same for all queries."""
+    for module in model.modules():
+        if isinstance(module, multi_scale_deformable.MultiScaleDeformableAttention):
+            for layer in (module.sampling_offsets, module.attention_weights):
+                nn.init.normal_(layer.weight, std=0.05)
+
+
+def _parts(
+    model: DINO, batch: Tensor, size: tuple[int, int]
+) -> tuple[dict[str, Callable[[], object]], list[Tensor], Scene]:
+    head = model.head
+    with torch.no_grad():
+        features = model.backbone(batch)
+        maps = model.neck(features)
+        scene = Scene.of(maps, [size], size)
+        memory = head.encode(maps, scene)
+        proposals = head.propose(memory, scene)
+        queries = head.query_embedding(torch.arange(proposals.index.shape[1], device=batch.device))[None]
+        references = proposals.boxes.sigmoid()
+    parts = {
+        "backbone": lambda: model.backbone(batch),
+        "neck": lambda: model.neck(features),
+        "encoder": lambda: head.encode(maps, scene),
+        "choice of proposals": lambda: head.propose(memory, scene),
+        "decoder": lambda: head.decode(queries, references, memory, scene),
+        "all, to boxes": lambda: model.find(batch),
+    }
+    return parts, maps, scene
+
+
+def _encode(model: DINO, maps: Sequence[Tensor], scene: Scene, backend: str | None) -> Tensor:
+    attend = partial(multi_scale_deformable_attention, backend=backend)
+    with patch.object(multi_scale_deformable, "multi_scale_deformable_attention", attend), torch.enable_grad():
+        return model.head.encode([x.detach().requires_grad_() for x in maps], scene)
+
+
+def _step(model: DINO, maps: Sequence[Tensor], scene: Scene, backend: str | None) -> None:
+    _encode(model, maps, scene, backend).sum().backward()
+
+
+def _kept(model: DINO, maps: Sequence[Tensor], scene: Scene, backend: str | None) -> int:
+    """Return the bytes that the encoder keeps for its backward pass, without parameters."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = _encode(model, maps, scene, backend)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del out
+    return sum(kept.values())
