@@ -194,7 +194,7 @@ def _measure_heads(args: argparse.Namespace) -> None:
     from ..tasks.data.classification import Digits
     from ..tasks.data.images import find_images, read_image, to_pixels
     from ..tasks.seeing.heads import describe_heads
-    from .bench import as_markdown, save
+    from .tables import as_markdown, save_table
 
     predictor = _classifier(args)
     transform, labels = predictor.rule.transform(), None
@@ -224,7 +224,7 @@ def _measure_heads(args: argparse.Namespace) -> None:
         for fact in facts
     ]
     title = f"heads of {args.checkpoint or args.model} on {what}"
-    save(table, args.output, "heads", title)
+    save_table(table, args.output, "heads", title)
     print(f"\n{title}\n\n{as_markdown(table)}\n\nwritten to {args.output}/heads.md and .csv")
 
 
@@ -270,7 +270,7 @@ def _names(listed: str | None) -> list[str]:
 
 def _report(found: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
     """Print and write one table: of what data, and for each model its rows."""
-    from .bench import as_markdown, save
+    from .tables import as_markdown, save_table
 
     data = found[0][0]
     columns = dict.fromkeys(column for _, _, rows in found for row in rows for column in row)
@@ -282,7 +282,7 @@ def _report(found: list[tuple[str, str, list[dict]]], args: argparse.Namespace) 
         for row in rows
     ]
     stem = f"evaluate_{data.partition(' ')[0].rstrip(':')}"
-    save(table, args.output, stem, data)
+    save_table(table, args.output, stem, data)
     print(f"\n{data}\n\n{as_markdown(table)}\n\nwritten to {args.output}/{stem}.md and .csv")
 
 

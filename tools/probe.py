@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.devices import choose_device
     from ..tasks.predictors import is_file
     from ..zoo.backbone import check_name
-    from .bench import as_markdown, machine, save
+    from .tables import as_markdown, save_table
+    from .timing import machine
 
     models = [name.strip() for name in args.models.split(",") if name.strip()]
     probes = [name.strip() for name in args.probes.split(",") if name.strip()]
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     rows, title = [], _title(args, machine(str(device)))
     for name in models:
         rows.append(_probe(name, probes, args, device, tell=not rows))
-        save(rows, args.output, "probe", title)  # a later model may fail
+        save_table(rows, args.output, "probe", title)  # a later model may fail
     print(f"\n{title}\n\n{as_markdown(rows)}\n\nwritten to {args.output}")
 
 
