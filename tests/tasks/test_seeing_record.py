@@ -180,6 +180,20 @@ def test_points_lie_on_the_pixels_that_they_were_read_from(golden_module):
     torch.testing.assert_close(record[""].at((4, 4)).sum((2, 3)) + record[""].outside((4, 4)), torch.ones(2, 2))
 
 
+def test_points_on_several_maps_are_read_between_their_pixels(golden_module):
+    attention = seeded(blocks.MultiScaleDeformableAttention(16, 2, num_levels=2, num_points=3), golden_module)
+    shapes, value = [(4, 5), (8, 9)], torch.randn(2, 20 + 72, 16)
+    with foveate.record_attention(attention) as record:
+        attention(torch.randn(2, 7, 16), torch.rand(7, 2), value, shapes)
+    call = record[""]
+    assert (call.kind, call.check() < 1e-5) == ("deformable", True)
+    matrix = call.matrix()
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 2, 7), atol=1e-6, rtol=0)
+    assert matrix[..., -1].max() > 0.01  # some points lie beyond
+    with pytest.raises(ValueError, match="maps of two axes"):
+        call.at((0, 0))
+
+
 ALONE = {
     "neighborhood": lambda: blocks.NeighborhoodAttention2d(16, 2, kernel_size=3),
     "window": lambda: blocks.WindowAttention2d(16, 2, window_size=4, shift_size=2),
