@@ -286,6 +286,20 @@ def test_layers_are_chosen_by_globs_and_calls_numbered():
         second.at((63, 32))
 
 
+def test_a_token_has_the_pixels_of_its_stage():
+    model = timm.create_model("nat_atto", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
+    with foveate.record_attention(model) as record, torch.no_grad():
+        model(torch.randn(1, 3, 33, 40))
+    assert [call.map_size for call in record.values()] == [(9, 10), (5, 5), (3, 3), (2, 2)]
+    assert [call.pixel_steps() for call in record.values()] == [(4, 4), (8, 8), (16, 16), (32, 32)]
+    # The last row of tokens has a single row of pixels.
+    call = record["stages.3.blocks.0.attn"]
+    assert call.token_at((39, 32)) == 3
+    weights = call.matrix()[0, 0, 3, :4].view(2, 2)
+    torch.testing.assert_close(call.at((39, 32))[0, 0, 32, 32:], (weights[1, 1] / 8).expand(8))
+    torch.testing.assert_close(call.at((39, 32))[0, 0, :32, :32], (weights[0, 0] / 1024).expand(32, 32))
+
+
 def test_what_is_not_recorded_is_said():
     model = small()
     with (
