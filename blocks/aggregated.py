@@ -193,11 +193,11 @@ class AggregatedAttention2d(nn.Module):
 def _bias_of_queries(table: Tensor, rows: AxisTable, columns: AxisTable, queries: Tensor, width: int) -> Tensor:
     """Return the bias ``[heads, Q, keys]`` of some queries, numbered row-major, from `ContinuousBias`'s output."""
     row, column = queries // width, queries % width
-    parts = []
-    for y in row.unique_consecutive().tolist():
+    parts, order = [], []
+    for y in row.unique().tolist():
         parts.append(bias_of_rows(table, rows, columns, y, y + 1)[:, column[row == y]])
-    lines, order = torch.cat(parts, 1), torch.cat([(row == y).nonzero()[:, 0] for y in row.unique_consecutive()])
-    return exact(lines)[:, order.argsort()]
+        order.append((row == y).nonzero()[:, 0])
+    return exact(torch.cat(parts, 1))[:, torch.cat(order).argsort()]
 
 
 @torch.jit.ignore

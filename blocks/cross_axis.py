@@ -46,6 +46,11 @@ class CrossAxisAttention2d(nn.Module):
         self.columns = nn.ModuleList(nn.Conv2d(dim, dim, (k, 1), padding=(k // 2, 0), groups=dim) for k in lengths)
         self.proj = nn.Conv2d(dim, dim, 1)
 
+    @property
+    def unrecorded(self) -> str:
+        """Why it tells no weights of positions."""
+        return "whole rows attend to whole rows, and columns to columns: there are no weights of positions"
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
         normed = self.norm(x)

@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ..kernels.bilinear import neighbors
 from ..kernels.deformable import multi_scale_deformable_attention
+from .record import Given, Recorded, Rows, exact
 
 
 @register_notrace_function
@@ -104,6 +107,12 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             ``[B, Q, dim]``.
         """
+        locations, weights = self._locate(query, reference, shapes)
+        value = self._project(value, padding)
+        return self.output_proj(multi_scale_deformable_attention(value, shapes, locations, weights))
+
+    def _locate(self, query: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Return points ``[B, Q, heads, levels, points, 2]``, in units of the sides, and weights without the last."""
         if reference.ndim < 4:
             reference = reference.unsqueeze(-2)
         reference = reference.unsqueeze(-3).unsqueeze(-2)
@@ -114,13 +123,60 @@ class MultiScaleDeformableAttention(nn.Module):
         else:
             sides = torch.tensor([(width, height) for height, width in shapes], device=query.device)
             locations = reference + offsets / sides[:, None]
+        return locations, weights.unflatten(-1, (self.num_levels, self.num_points))
+
+    def _project(self, value: Tensor, padding: Tensor | None) -> Tensor:
+        """Return values ``[B, S, heads, dim / heads]``; those of padding are zero."""
         value = self.value_proj(value)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
-        out = multi_scale_deformable_attention(
-            value.unflatten(-1, (self.num_heads, -1)),
-            shapes,
-            locations,
-            weights.unflatten(-1, (self.num_levels, self.num_points)),
+        return value.unflatten(-1, (self.num_heads, -1))
+
+    @torch.jit.ignore
+    def recorded(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        padding: Tensor | None = None,
+    ) -> Recorded:
+        """Tell what a call did; see `blocks.record`.
+
+        Values are the pixels of all maps, then one of zeros, on which the weight of what lies beyond the maps is.
+        """
+        locations, weights = self._locate(query, reference, shapes)
+        locations, weights = exact(locations), exact(weights)
+        keys, shares, start = [], [], 0
+        for level, (height, width) in enumerate(shapes):
+            x, y = (
+                neighbors(at * side - 0.5, torch.tensor(float(side), device=at.device))
+                for at, side in zip(locations[:, :, :, level].unbind(-1), (width, height), strict=True)
+            )
+            for row, row_share in zip(y[:2], y[2:], strict=True):
+                for column, column_share in zip(x[:2], x[2:], strict=True):
+                    keys.append(start + row.long() * width + column.long())
+                    shares.append(row_share * column_share * weights[:, :, :, level])
+            start += height * width
+        keys, shares = (torch.cat(part, -1).transpose(1, 2) for part in (keys, shares))
+        keys = F.pad(keys, (0, 1), value=start)
+        shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1)
+        values = self._project(value, padding).transpose(1, 2)
+        queries, held = query.shape[1], 2 * self.num_heads * keys.shape[-1]
+        operator = Given(
+            lambda rows: Rows(keys[:, :, rows], shares[:, :, rows]),
+            self.num_heads,
+            queries,
+            start + 1,
+            held,
+            query.device,
         )
-        return self.output_proj(out)
+        return Recorded(
+            "deformable",
+            (queries,),
+            operator,
+            F.pad(exact(values), (0, 0, 0, 1)),
+            lambda heads: self.output_proj(heads.transpose(1, 2).flatten(2)),
+            note="queries of several maps; values are the pixels of all of them, then what lies beyond",
+            details={"locations": locations},
+        )

@@ -187,6 +187,11 @@ class _Recorder:
 
         return enter
 
+    def _steps(self, name: str) -> list[int]:
+        """Return the reductions that a module's map may have, its stage's first."""
+        own = [step for stage, step in self.reductions.items() if stage and name.startswith(f"{stage}.")]
+        return [*own, *sorted(set(self.reductions.values()))]
+
     def _keep(self, name: str, site: Site) -> Callable:
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             if torch._C._current_graph_task_id() != -1:
@@ -212,7 +217,7 @@ class _Recorder:
                 return _reader(module)(site, around, size, *inputs, **named)
 
             training = [part.training for part in module.modules()]
-            arguments = (module, recompute, training, output, size, self.reductions)
+            arguments = (module, recompute, training, output, size, self._steps(name))
             self.record.add(name, lambda unique: AttentionCall(unique, *arguments))
 
         return keep
@@ -245,14 +250,19 @@ def _image_size(arguments: Sequence[object]) -> tuple[int, int] | None:
     return None
 
 
-def _reductions(model: nn.Module) -> list[int]:
-    """Return how many pixels a token of each of a model's maps is, along an axis, and all that may be besides."""
-    for module in model.modules():
+def _reductions(model: nn.Module) -> dict[str, int]:
+    """Return of how many pixels, along an axis, a token of each stage is one; all powers of 2 if nobody says."""
+    for name, module in model.named_modules():
         info = getattr(module, "feature_info", None)
         entries = getattr(info, "info", info)
         if isinstance(entries, (list, tuple)) and entries and isinstance(entries[0], Mapping):
-            return sorted({int(entry["reduction"]) for entry in entries if "reduction" in entry})
-    return [2**power for power in range(8)]
+            prefix = f"{name}." if name else ""
+            return {
+                f"{prefix}{entry.get('module', '')}": int(entry["reduction"])
+                for entry in entries
+                if "reduction" in entry
+            }
+    return {f"#{power}": 2**power for power in range(8)}
 
 
 @contextmanager

@@ -180,6 +180,20 @@ def test_points_lie_on_the_pixels_that_they_were_read_from(golden_module):
     torch.testing.assert_close(record[""].at((4, 4)).sum((2, 3)) + record[""].outside((4, 4)), torch.ones(2, 2))
 
 
+def test_points_on_several_maps_are_read_between_their_pixels(golden_module):
+    attention = seeded(blocks.MultiScaleDeformableAttention(16, 2, num_levels=2, num_points=3), golden_module)
+    shapes, value = [(4, 5), (8, 9)], torch.randn(2, 20 + 72, 16)
+    with foveate.record_attention(attention) as record:
+        attention(torch.randn(2, 7, 16), torch.rand(7, 2), value, shapes)
+    call = record[""]
+    assert (call.kind, call.check() < 1e-5) == ("deformable", True)
+    matrix = call.matrix()
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 2, 7), atol=1e-6, rtol=0)
+    assert matrix[..., -1].max() > 0.01  # some points lie beyond
+    with pytest.raises(ValueError, match="maps of two axes"):
+        call.at((0, 0))
+
+
 ALONE = {
     "neighborhood": lambda: blocks.NeighborhoodAttention2d(16, 2, kernel_size=3),
     "window": lambda: blocks.WindowAttention2d(16, 2, window_size=4, shift_size=2),
@@ -270,6 +284,20 @@ def test_layers_are_chosen_by_globs_and_calls_numbered():
         record["stages.0.blocks.0.attn"]
     with pytest.raises(ValueError, match="not on it"):
         second.at((63, 32))
+
+
+def test_a_token_has_the_pixels_of_its_stage():
+    model = timm.create_model("nat_atto", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
+    with foveate.record_attention(model) as record, torch.no_grad():
+        model(torch.randn(1, 3, 33, 40))
+    assert [call.map_size for call in record.values()] == [(9, 10), (5, 5), (3, 3), (2, 2)]
+    assert [call.pixel_steps() for call in record.values()] == [(4, 4), (8, 8), (16, 16), (32, 32)]
+    # The last row of tokens has a single row of pixels.
+    call = record["stages.3.blocks.0.attn"]
+    assert call.token_at((39, 32)) == 3
+    weights = call.matrix()[0, 0, 3, :4].view(2, 2)
+    torch.testing.assert_close(call.at((39, 32))[0, 0, 32, 32:], (weights[1, 1] / 8).expand(8))
+    torch.testing.assert_close(call.at((39, 32))[0, 0, :32, :32], (weights[0, 0] / 1024).expand(32, 32))
 
 
 def test_what_is_not_recorded_is_said():
