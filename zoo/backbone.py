@@ -158,7 +158,8 @@ def check_name(name: str) -> None:
 
 def takes_options(name: str, options: Mapping[str, Any]) -> bool:
     """Return whether a registered model has such options and gives maps; timm doesn't say, so that one is built."""
-    from .published import form_in, is_foreign
+    from .published import is_foreign
+    from .published_forms import form_in
 
     _, options = form_in(options)
     try:
@@ -198,7 +199,7 @@ def create_backbone(
             stride 4, four at even distances of blocks on one map, or those nearest to strides 4, 8, 16 and 32; and
             resamples maps whose stride is no power of two, such as 14, to the nearest one.
         **kwargs: Options of the model; they win over the setting's. Those of a form are no options of timm's, see
-            `published.PublishedBackbone`: ``style``, ``dense``, ``out_norms``. A published file tells them.
+            `published_forms.PublishedBackbone`: ``style``, ``dense``, ``out_norms``. A published file tells them.
 
     Raises:
         UnknownModelError: If the model or the setting is unknown.
@@ -206,7 +207,8 @@ def create_backbone(
         CheckpointError: If the checkpoint can't be had or read, or doesn't give every weight of the backbone.
     """
     # That file's backbones are of the class above.
-    from .published import PublishedBackbone, build_filled, form_in, is_foreign
+    from .published import build_filled, is_foreign
+    from .published_forms import PublishedBackbone, form_in
 
     check_name(name)
     if checkpoint is not None and is_foreign(name):

@@ -18,8 +18,9 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor, nn
 
-from ...blocks.record import AttentionCall, land, spread_rows
+from ...blocks.record import spread_rows
 from .. import TaskError
+from ..seeing.call import AttentionCall, land
 from ..seeing.cam import Target, cam_layer, chosen_logits, evaluating, grad_cam, target_indices
 from ..seeing.record import Record, record_attention
 from ..seeing.rollout import relevance, rollout

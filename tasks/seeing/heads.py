@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.hilo import HiLoAttention2d
-from ...blocks.record import AttentionCall, land, spread_rows
+from ...blocks.record import spread_rows
 from .. import TaskError
+from .call import AttentionCall, land
 from .cam import chosen_logits, evaluating
 from .record import chosen, record_attention
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...blocks.record import AttentionCall, Recorded
+from ...blocks.record import Recorded
 from .. import TaskError, nearest
+from .call import AttentionCall
 from .timm_layers import NEED_PARENTS, PARENTS, READERS, Site
 
 _NAMED_ATTENTION = re.compile(r"Attention|Attn")
@@ -279,7 +280,7 @@ def record_attention(model: nn.Module, layers: str | Sequence[str] | None = None
         layers: Globs of module names, such as ``"stages.3.*"``; all by default.
 
     Yields:
-        A `Record`: ``record.layers``, ``record[name]`` (see `blocks.record.AttentionCall`), ``record.skipped``.
+        A `Record`: ``record.layers``, ``record[name]`` (see `call.AttentionCall`), ``record.skipped``.
 
     Raises:
         TaskError: If no module has such a name, or nothing was recorded when the context ends.

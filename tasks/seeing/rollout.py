@@ -13,8 +13,9 @@ import torch
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ...blocks.record import AttentionCall, Rows, gather_keys, land, spread_rows
+from ...blocks.record import Rows, gather_keys, spread_rows
 from .. import TaskError
+from .call import AttentionCall, land
 from .cam import Target, chosen_logits, evaluating
 from .record import Record, chosen, record_attention
 

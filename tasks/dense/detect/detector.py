@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ....zoo.backbone import head_options_of
 from ....zoo.checkpoint import Checkpoint, CheckpointError
-from ....zoo.published import STYLES, form_of, statistics_from, translated
+from ....zoo.published import form_of, statistics_from, translated
+from ....zoo.published_forms import STYLES
 from ....zoo.weights import read
 from ... import TaskError, nearest
 from ..build import OtherClassesError, build_backbone, described, has_backbone, is_ours
