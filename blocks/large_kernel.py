@@ -1,4 +1,4 @@
-"""Large kernel attention: convolutions over a large neighbourhood, decomposed, gate the values; there is no softmax.
+"""Large kernel attention: convolutions over a large neighborhood, decomposed, gate the values; there is no softmax.
 
 VAN's form stacks a convolution and a dilated one (arXiv 2202.09741, eq. 1), MSCAN's adds up pairs of strips (SegNeXt,
 arXiv 2209.08575, eq. 1). Zeros are padded between the stacked convolutions, so that they are no single larger one.

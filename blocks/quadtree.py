@@ -114,7 +114,7 @@ class QuadTreeAttention2d(nn.Module):
             level hands nothing down: a sequence may leave it out, and may be longer than the pyramid.
         kind: ``"B"`` or ``"A"``.
         value_act: Activation of type B's value branches: ``"gelu"`` (classification) or ``"relu"`` (the published
-            detectors and segmentors).
+            detectors and segmenters).
         qkv_bias: Whether the projections to queries, keys and values have a bias.
         proj_drop: Dropout rate of the output.
         backend: Path of the operator, as in `foveate.kernels.quadtree_scores`; the fastest that runs by default.

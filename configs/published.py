@@ -1,6 +1,6 @@
 """What was published of detectors and segmenters, with the recipe that trains each here.
 
-A model's numbers, licence and links stand in ``zoo/weights.json`` where weights of it were published. ``published.csv``
+A model's numbers, license and links stand in ``zoo/weights.json`` where weights of it were published. ``published.csv``
 holds what that table does not: models without weights, some of them without numbers too, such as those of our own that
 nobody has trained, and of Mask2Former and OneFormer the dense setting and the length of the training. Nothing of it was
 measured by us.
@@ -29,7 +29,7 @@ def read_published(task: str) -> list[dict[str, str]]:
 
     A row has the model's ``name`` (that of its weights, where there is a file), ``head``, ``backbone``, ``setting``
     (the dense one, as `create_detector` and `create_segmenter` take it), ``data``, ``schedule``, the authors'
-    ``metrics``, the ``licence`` of the weights, the ``source``, the ``state`` of the weights (``"none"`` without) and
+    ``metrics``, the ``license`` of the weights, the ``source``, the ``state`` of the weights (``"none"`` without) and
     the ``config`` that trains it here (empty if there is none).
     """
     return [dict(row) for row in _rows() if row["task"] == task and row["metrics"]]
@@ -75,7 +75,7 @@ def _of_weights(entry: Weights) -> dict[str, str]:
         "data": entry.data,
         "schedule": entry.schedule or "",
         "metrics": "; ".join(f"{titles.get(metric, metric)} {value}" for metric, value in entry.stated.items()),
-        "licence": entry.license or "not stated",
+        "license": entry.license or "not stated",
         "source": entry.page,
         "state": entry.state,
     }

@@ -103,7 +103,7 @@ def knn_votes(
         train: Training features ``[n, dim]``.
         train_labels: Their classes ``[n]``.
         features: Features to classify ``[m, dim]``.
-        k: Neighbours.
+        k: Neighbors.
         temperature: The smaller, the more the nearest count.
         classes: Number of classes; that of the greatest label if None.
 

@@ -88,7 +88,7 @@ def _of_the_weights(arch: str) -> list[tuple[str, str]]:
         notes = "; ".join(weights.notes or ())
         facts += [
             ("weights", f"{name} ({weights.num_classes} classes, {weights.input_size[-1]} pixels): {source}"),
-            ("", f"licence {weights.license or 'not stated'}{'; ' + notes if notes else ''}"),
+            ("", f"license {weights.license or 'not stated'}{'; ' + notes if notes else ''}"),
         ]
     others = [name for name, entry in table().items() if entry.model == arch and name not in tags]
     facts += [("weights", f"{name}: `foveate weights info {name}`") for name in others]

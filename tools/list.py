@@ -1,6 +1,6 @@
 """List the models: parameters, input size, published weights, and the accuracy that their authors state.
 
-With --detectors or --segmenters: the published detectors or segmenters, with the authors' numbers, the licence and the
+With --detectors or --segmenters: the published detectors or segmenters, with the authors' numbers, the license and the
 state of their weights: listed (a direct link), derived (a direct link made from a page), browser (a page for people
 only), dead, or none.
 """
@@ -65,7 +65,7 @@ def _print_published(task: str, pattern: str) -> None:
         raise TaskError(
             f"no published model matches {pattern!r}{nearest(pattern.strip('*'), [r['name'] for r in rows])}"
         )
-    columns = ("name", "head", "backbone", "data", "schedule", "metrics", "licence", "state", "source")
+    columns = ("name", "head", "backbone", "data", "schedule", "metrics", "license", "state", "source")
     titles = dict(zip(columns, columns, strict=True)) | {"metrics": "authors' metrics", "state": "weights"}
     print_table([[row[column] for column in columns] for row in (titles, *found)])
 

@@ -7,7 +7,7 @@ weights, the size or a file changes. With --published nothing is kept for the pr
 Probing's authors do (random crops and flips, LARS, 90 epochs, batches of 4096), a forward pass of all images an epoch.
 
 Accuracy is that of val/ after the last epoch, not of the best one; over several seeds, mean and standard deviation.
-k-NN has none: the same features have the same neighbours.
+k-NN has none: the same features have the same neighbors.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--untrained", action="store_true", help="of names: random weights, as a baseline")
     parser.add_argument("--probes", default=",".join(PROBES), metavar="P,Q", help="%(default)s by default")
     parser.add_argument("--size", type=int, help="side of the input, in pixels; each model's own by default")
-    parser.add_argument("--k", type=int, default=20, help="neighbours that vote; %(default)s by default")
+    parser.add_argument("--k", type=int, default=20, help="neighbors that vote; %(default)s by default")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes; %(default)s by default")
     parser.add_argument("--queries", type=int, help="of the attentive probe; by default the most up to 32 that fit")
     parser.add_argument("--d-out", type=int, default=1, help="by which its values are narrower; %(default)s by default")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def _title(args: argparse.Namespace, where: str) -> str:
     recipe = "Efficient Probing's recipe, with augmentation" if args.published else "features without augmentation"
     return (
-        f"{args.folder}: accuracy in % on val after the last epoch; {args.k} neighbours, temperature "
+        f"{args.folder}: accuracy in % on val after the last epoch; {args.k} neighbors, temperature "
         f"{args.temperature:g}; linear and attentive probes on {recipe}, mean and standard deviation over "
         f"seeds, of which there are {args.seeds}; {where}"
     )
@@ -113,7 +113,7 @@ def _probe(name: str, probes: list[str], args: argparse.Namespace, device, tell:
     if "knn" in probes:
         k = min(args.k, len(pooled[0]))
         if k < args.k:
-            print(f"{name}: {k} neighbours instead of {args.k}, which is all there are")
+            print(f"{name}: {k} neighbors instead of {args.k}, which is all there are")
         row["k-NN"] = (
             f"{100 * accuracy(knn_votes(pooled[0], labels[0], pooled[1], k, args.temperature, classes), labels[1]):.1f}"
         )

@@ -25,7 +25,7 @@ IMAGENET_CFG = {
 
 
 def cfgs_with_links(cfgs: dict[str, dict]) -> dict:
-    """Return timm's table of a family: ``cfgs`` by ``model.tag``, with links, licences and notes of the weights."""
+    """Return timm's table of a family: ``cfgs`` by ``model.tag``, with links, licenses and notes of the weights."""
     return generate_default_cfgs(
         {name: cfg | (weights.published_cfg(name) if name in weights.table() else {}) for name, cfg in cfgs.items()}
     )

@@ -2,7 +2,7 @@
 
 Paper: Agent Attention: On the Integration of Softmax and Linear Attention, Han et al., ECCV 2024, arXiv 2312.08874.
 
-Origin: github.com/LeapLabTHU/Agent-Attention, which states no licence of its own; the hosts' code is Apache-2.0 (DeiT,
+Origin: github.com/LeapLabTHU/Agent-Attention, which states no license of its own; the hosts' code is Apache-2.0 (DeiT,
 PVT) and MIT (Swin, CSWin). Written anew on `blocks.AgentAttention2d` and the networks of `hosts`; the published
 classifiers and dense backbones load through `convert_checkpoint`.
 

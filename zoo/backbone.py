@@ -193,7 +193,7 @@ def create_backbone(
         name: Registered name, with an optional tag.
         setting: A published dense setting, such as ``"detection"``; `foveate info NAME` lists a model's.
         checkpoint: Weights: a path, an address, the ``model.tag`` of published ones (`foveate weights list`), or what
-            `open_checkpoint` read. A classifier's, a dense backbone's, or a whole detector's or segmentor's, of which
+            `open_checkpoint` read. A classifier's, a dense backbone's, or a whole detector's or segmenter's, of which
             the backbone is read: ours, and those of mmdet, mmseg, detectron2 and Mask2Former.
         out_indices: Which maps to return. None takes those that dense heads use: the last four of stages that begin at
             stride 4, four at even distances of blocks on one map, or those nearest to strides 4, 8, 16 and 32; and

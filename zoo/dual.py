@@ -6,7 +6,7 @@ Origin: github.com/dingmyu/davit (MIT). Written anew on `blocks.WindowAttention2
 
 timm has a ``davit_tiny`` of its own; these are ``foveate_davit_*``, with the same parameter names, so that timm's files
 and the authors' load alike, here and there. They differ in what timm lacks: the norms that the published detectors and
-segmentors put on each stage's output, a drop path rate for every sub-block, the overlapped merge, and the published
+segmenters put on each stage's output, a drop path rate for every sub-block, the overlapped merge, and the published
 large model for 384 pixels.
 
 They are also faster in float32 on CPUs of more than one thread, where the linear layers run as convolutions: the tiny

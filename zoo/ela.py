@@ -2,7 +2,7 @@
 
 Paper: ELA: Efficient Local Attention for Deep Convolutional Neural Networks, arXiv 2403.01123.
 
-Origin: github.com/Xuwei86/ELA_Code, which states no licence; nothing of it is used. The networks are timm's, with
+Origin: github.com/Xuwei86/ELA_Code, which states no license; nothing of it is used. The networks are timm's, with
 `blocks.EfficientLocalAttention` where the authors put it:
 
     * ResNet-18: on the output of each residual branch, with a skip.

@@ -2,7 +2,7 @@
 
 Paper: Bridging the Divide: Reconsidering Softmax and Linear Attention, Han et al., NeurIPS 2024, arXiv 2412.06590.
 
-Origin: github.com/LeapLabTHU/InLine, which states no licence; the hosts' code is Apache-2.0 (DeiT, PVT) and MIT (Swin,
+Origin: github.com/LeapLabTHU/InLine, which states no license; the hosts' code is Apache-2.0 (DeiT, PVT) and MIT (Swin,
 CSWin). Written from the paper, on `blocks.InLineAttention2d` and the networks of `hosts`; the published classifiers
 load through `convert_checkpoint`.
 

@@ -210,9 +210,9 @@ class Layout:
 
 
 def _unfold_order(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Put what merges four neighbours in Microsoft's order, neighbour by neighbour down the columns, from nn.Unfold's.
+    """Put what merges four neighbors in Microsoft's order, neighbor by neighbor down the columns, from nn.Unfold's.
 
-    There channels are outside, and neighbours, row by row, inside.
+    There channels are outside, and neighbors, row by row, inside.
     """
     if ".downsample." in name and value.shape[-1] % 4 == 0:
         value = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)

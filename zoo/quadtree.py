@@ -3,9 +3,9 @@
 Paper: QuadTree Attention for Vision Transformers, ICLR 2022, arXiv 2201.02767.
 
 Origin: github.com/Tangshitao/QuadTreeAttention, code and weights MIT. Written anew on `blocks.QuadTreeAttention2d`; the
-published checkpoints, of classifiers, detectors and segmentors, load through `convert_checkpoint`.
+published checkpoints, of classifiers, detectors and segmenters, load through `convert_checkpoint`.
 
-The published detectors and segmentors are fine-tuned from the classifiers with two settings changed, neither of which
+The published detectors and segmenters are fine-tuned from the classifiers with two settings changed, neither of which
 is part of the weights: every query hands down 32 tokens instead of 8, and the value branches have a ReLU instead of a
 GELU. They are the dense settings ``"detection"`` and ``"segmentation"``, and the options ``topk`` and ``value_act``.
 

@@ -104,10 +104,10 @@ class Weights:
         page: Page to visit when all else fails.
         stated: The authors' numbers.
         license: SPDX name, or None if the authors state none.
-        head: Kind of the detector or segmentor.
+        head: Kind of the detector or segmenter.
         schedule: Which of several trainings.
         note: What else one has to know.
-        options: Of the segmentor's head, what its file doesn't tell.
+        options: Of the segmenter's head, what its file doesn't tell.
     """
 
     name: str
@@ -153,7 +153,7 @@ def table() -> dict[str, Weights]:
 def published_cfg(name: str) -> dict:
     """Return what timm's table of a model shall say about the weights ``name``.
 
-    Only links that the authors list, of weights whose licence they state, are given, since timm advertises such models
+    Only links that the authors list, of weights whose license they state, are given, since timm advertises such models
     as pretrained; `fetch` tries the others all the same.
     """
     weights = table()[name]
@@ -278,9 +278,9 @@ def _fetched(weights: Weights, cache_dir: str | Path | None = None, renew: bool 
     if not renew and (path := cached(weights, cache_dir)):
         return path
     if weights.license is None and weights.sources[0].kind != "url":
-        _logger.warning(f"{weights.name}: its authors state no licence; ask them before you use it")
+        _logger.warning(f"{weights.name}: its authors state no license; ask them before you use it")
     elif weights.license in _CONDITIONS:
-        _logger.warning(f"{weights.name}: its licence is {weights.license}: {_CONDITIONS[weights.license]}")
+        _logger.warning(f"{weights.name}: its license is {weights.license}: {_CONDITIONS[weights.license]}")
     folder = cache_folder(cache_dir) / weights.name
     addresses, failures = list(_addresses(weights)), []
     if not addresses:

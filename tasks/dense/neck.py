@@ -25,7 +25,7 @@ _PUBLISHED = re.compile(r"neck\.(lateral|fpn)_convs\.(\d+)\.conv\.(weight|bias)"
 
 
 def convert_pyramid(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the ``neck.*`` entries of a published detector or segmentor to those of a `FeaturePyramid` ``neck``.
+    """Rename the ``neck.*`` entries of a published detector or segmenter to those of a `FeaturePyramid` ``neck``.
 
     All other entries stay as they are.
     """

@@ -59,7 +59,7 @@ def _shade(colour: str, place: int | None) -> tuple[float, float, float]:
 
 
 def _borders(regions: np.ndarray) -> np.ndarray:
-    """Return the pixels ``[H, W]`` whose right or lower neighbour is of another region."""
+    """Return the pixels ``[H, W]`` whose right or lower neighbor is of another region."""
     borders = np.zeros(regions.shape, bool)
     borders[:, :-1] |= regions[:, :-1] != regions[:, 1:]
     borders[:-1] |= regions[:-1] != regions[1:]

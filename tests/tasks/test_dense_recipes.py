@@ -136,7 +136,7 @@ def test_the_table_of_published_models_is_complete(task):
     for row in rows:
         assert row["name"].startswith(f"{row['backbone']}.")
         assert row["metrics"]
-        assert row["licence"]
+        assert row["license"]
         assert row["source"].startswith("https://")
         assert not row["config"] or row["config"] in list_recipes()
     assert sum(row["state"] == "none" for row in rows) == {"detect": 4, "segment": 7}[task]

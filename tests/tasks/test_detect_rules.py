@@ -160,7 +160,7 @@ def test_training_considers_more_regions(training, considered, most):
 
 def test_objects_that_a_resize_leaves_without_area_go():
     transform = DetectorTransform(min_size=6, max_size=6, divisor=8).train()
-    # Neighbours in float32 that are one number after the resize.
+    # Neighbors in float32 that are one number after the resize.
     left = np.float32(42.708333)
     boxes = torch.tensor([[2.0, 2, 40, 40], [left, 1, np.nextafter(left, np.float32(64)), 30], [5, 5, 6, 6]])
     assert has_area(boxes).all()

@@ -20,7 +20,7 @@ def test_nuclei_are_125_instances_on_a_micrograph_of_the_same_size():
     assert image[instances > 0].mean() > 2 * image[instances == 0].mean()
 
 
-def test_every_sample_is_installed_with_its_licence():
+def test_every_sample_is_installed_with_its_license():
     folder = files("foveate.tasks.data.samples")
     for name in ("digits_LICENSE.txt", "nuclei_LICENSE.txt"):
         assert "BSD 3-Clause License" in (folder / name).read_text()

@@ -131,13 +131,13 @@ def test_the_list_shows_our_models_with_their_parameters(capsys):
     assert "resnet18" in capsys.readouterr().out.splitlines()
 
 
-def test_info_counts_the_operator_and_states_source_and_licence(capsys):
+def test_info_counts_the_operator_and_states_source_and_license(capsys):
     assert main(["info", "nat_mini"]) == 0
     text = capsys.readouterr().out
     assert "19.98 M" in text
     # The paper states 2.7 GMACs; tiles compute some scores that the window hides.
     assert 2.6 <= float(re.search(r"([\d.]+) GMACs at 224x224", text)[1]) <= 3.2
-    assert "licence mit" in text
+    assert "license mit" in text
     assert "top-1 81.8 (authors)" in text
     assert main(["info", "nat_atto", "--size", "64"]) == 0
     text = capsys.readouterr().out

@@ -55,12 +55,12 @@ def test_a_script_of_timm_s_kind_finds_our_models(tmp_path, images, capsys):
     # As in a clone, timm's sources lie beside the script; the installed ones are used.
     (checkout / "timm").mkdir(parents=True)
     (checkout / "timm" / "__init__.py").write_text("raise ImportError('the wrong timm')")
-    (checkout / "beside.py").write_text("NAME = 'a neighbour'")
+    (checkout / "beside.py").write_text("NAME = 'a neighbor'")
     (checkout / "script.py").write_text(SCRIPT)
     before = list(sys.argv), list(sys.path)
     argv = ["run", str(checkout / "script.py"), str(images), "--model", "nat_atto", "--img-size", "64"]
     assert main(argv) == 3
-    assert capsys.readouterr().out.strip().endswith("__init__.py a neighbour [(3, 2), (3, 2), (2, 2)]")
+    assert capsys.readouterr().out.strip().endswith("__init__.py a neighbor [(3, 2), (3, 2), (2, 2)]")
     assert (sys.argv, sys.path) == before
     sys.modules.pop("beside")
 

@@ -81,7 +81,7 @@ def test_list_shows_the_state_of_the_links(home, capsys):
     assert " 2026-03 " in lines["biformer_tiny.rayleizhu_in1k"]
     assert " listed " in lines["nat_mini.shi_in1k"]
     assert "top-1 81.8" in lines["nat_mini.shi_in1k"]
-    assert " none " in lines["agent_pvt_tiny.leaplab_in1k"], "no licence is stated"
+    assert " none " in lines["agent_pvt_tiny.leaplab_in1k"], "no license is stated"
     assert main(["weights", "list", "--task", "detect", "--json", "quadtree_b0"]) == 0
     assert [row["head"] for row in json.loads(capsys.readouterr().out).values()] == ["retinanet", "mask_rcnn"]
 
@@ -277,7 +277,7 @@ def _from_folder(folder: Path, repo_id: str, filename: str, **options) -> str:
     return str(folder / filename)
 
 
-def test_weights_of_unknown_licence_are_not_uploaded(quadtree, tmp_path, home, refused, monkeypatch, capsys):
+def test_weights_of_unknown_license_are_not_uploaded(quadtree, tmp_path, home, refused, monkeypatch, capsys):
     command = ["weights", "push", str(quadtree), "--output", str(tmp_path / "hub")]
     assert "give --license" in refused(*command, "--repo", "somebody/quadtree")
     assert "must be OWNER/NAME" in refused(*command, "--repo", "quadtree")

@@ -88,7 +88,7 @@ def test_weight_table_is_complete(name):
     cfg = timm.get_pretrained_cfg(name)
     assert cfg.classifier
     assert cfg.first_conv
-    assert cfg.license or not cfg.has_weights, "weights of unknown licence are not offered"
+    assert cfg.license or not cfg.has_weights, "weights of unknown license are not offered"
     if cfg.url:
         assert re.fullmatch(r"https://\S+/[\w.-]+\.(pth|pt|bin|safetensors)", cfg.url)
         assert cfg.origin_url

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
         ("weights", entry.name),
         ("task", f"{entry.task}{f' ({kind})' if kind else ''}, trained on {entry.data}"),
         ("stated", numbers(entry.stated) or "nothing"),
-        ("licence", entry.license or "none is stated by the authors; ask them"),
+        ("license", entry.license or "none is stated by the authors; ask them"),
         ("page", entry.page),
     ]
     if entry.note:

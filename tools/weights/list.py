@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({entry.name: dataclasses.asdict(entry) for entry in chosen}, indent=1))
         return
     pins = weights.pins()
-    rows = [("weights", "stated by the authors", "licence", "link", "reported", "last good", "here")]
+    rows = [("weights", "stated by the authors", "license", "link", "reported", "last good", "here")]
     for entry in chosen:
         good = [pins[key]["date"] for key in (f"{entry.name}/{source.name}" for source in entry.sources) if key in pins]
         stated = numbers(entry.stated)
         here = "yes" if file_here(entry) else "-"
-        licence = entry.license or "none"
+        license = entry.license or "none"
         rows.append(
-            (entry.name, stated or "-", licence, entry.state, entry.reported or "-", max(good, default="-"), here)
+            (entry.name, stated or "-", license, entry.state, entry.reported or "-", max(good, default="-"), here)
         )
     print_table(rows)
     print(

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     entry = contents.file.entry
     stated = args.license or (entry.license if entry else None)
     if args.repo and not stated:
-        raise TaskError("the licence of these weights is not known, so that they can't be published; give --license")
+        raise TaskError("the license of these weights is not known, so that they can't be published; give --license")
     rule = contents.predictor.rule
     data = dict(
         input_size=(rule.channels, rule.size, rule.size),

@@ -1,4 +1,4 @@
-"""Small real data sets, installed with the package; ``README.md`` beside this file gives sources and licences."""
+"""Small real data sets, installed with the package; ``README.md`` beside this file gives sources and licenses."""
 
 import gzip
 from importlib.resources import files
