@@ -19,7 +19,8 @@ def may_take_pieces(x: Tensor, *layers: nn.Module) -> bool:
     A graph is traced whole, gradients need everything anyway, and who looks at a layer wants the whole map.
     """
     traced = torch.compiler.is_compiling() or exporting()
-    return x.is_cpu and not traced and not torch.is_grad_enabled() and is_plain(*layers)
+    # The device last: what stands for a map in a traced graph has none, and there layers are not plain.
+    return not traced and not torch.is_grad_enabled() and is_plain(*layers) and x.is_cpu
 
 
 def sum_over_channels(
