@@ -312,8 +312,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         dict(
             schedule=dict(final_factor=1e-2),
             precision="float16",
-            note=f"{_THREE_TIMES}, and 10 epochs more at the last rate. The batch isn't stated; the rate "
-            "is 5e-4 for 512 images.",
+            note=f"{_THREE_TIMES}, and 10 epochs more at the last rate. The batch isn't stated.",
         ),
     ),
     ("classify/shiftvit_light_tiny_imagenet", dict(sizes="shiftvit_light_small, with its own drop path")),

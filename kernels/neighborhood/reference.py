@@ -19,7 +19,7 @@ from .window import Axis, neighbors
 @functools.lru_cache(maxsize=16)
 def window_tables(axes: tuple[Axis, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return key tokens ``[tokens, neighbors]``, -1 for none, and their entries in a flattened bias table."""
-    return neighbors(axes, np.arange(math.prod(axis.length for axis in axes)))
+    return neighbors(axes, np.arange(math.prod([axis.length for axis in axes])))
 
 
 def reference_scores(query: Tensor, key: Tensor, axes: Sequence[Axis], scale: float, rpb: Tensor | None) -> Tensor:

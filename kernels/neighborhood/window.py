@@ -99,8 +99,11 @@ def neighbors(axes: Sequence[Axis], queries: np.ndarray) -> tuple[np.ndarray, np
         Key positions ``[Q, neighbors]``, row-major in both senses, -1 for none, and entries of the same shape.
     """
     tokens, entries = np.zeros((len(queries), 1), np.int64), np.zeros((len(queries), 1), np.int64)
-    places = np.unravel_index(queries, [axis.length for axis in axes])
-    for axis, place in zip(axes, places, strict=True):
+    places = []
+    for axis in reversed(axes):  # as np.unravel_index, which torch.compile doesn't know
+        places.append(queries % axis.length)
+        queries = queries // axis.length
+    for axis, place in zip(axes, reversed(places), strict=True):
         keys = axis_windows(axis.length, axis.kernel_size, axis.dilation, axis.stride, axis.is_causal)[place]
         offsets = axis_offsets(axis)[place, None] + np.arange(axis.kernel_size)
         none = (tokens[:, :, None] < 0) | (keys[:, None] < 0)

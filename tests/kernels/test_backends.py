@@ -4,6 +4,7 @@ import pytest
 import torch
 from foveate.kernels import (
     deformable_backends,
+    deformable_native,
     depthwise_backends,
     pointwise_backends,
     quadtree_backends,
@@ -46,7 +47,7 @@ def deformable_report(backend=None, device="cpu"):
     [
         (lambda **o: routing_backends(MAP, MAP, MAP, torch.zeros(1, 4, 1, dtype=torch.int64), (2, 3), **o), "chunked"),
         (lambda **o: quadtree_backends(CHILDREN, **o), "chunked"),
-        (deformable_report, "bags"),
+        (deformable_report, "bags" if deformable_native._library is None else "native"),
         (lambda **o: depthwise_backends(CHILDREN[0], torch.zeros(3, 1, 3, 3), **o), "convolution"),
         (lambda **o: pointwise_backends(torch.zeros(3, 4), torch.zeros(2, 4), **o), "linear"),
     ],

@@ -94,8 +94,11 @@ def test_the_printed_config_is_a_config_that_gives_itself(capsys, tmp_path):
 def test_every_recipe_loads_and_states_command_number_and_cost(name):
     config = engine.load_config(name)
     model = config["model"]
-    described = model["name"] if config["task"] == "classify" else f"{model['head']}_{model['backbone']}"
-    assert name.partition("/")[2].startswith(f"{described.removeprefix('foveate_')}_")
+    # Of a detector that has several forms, the form is named too.
+    form = "(5scale_|improved_)?"
+    described = model["name"] if config["task"] == "classify" else f"{model['head']}_{form}{model['backbone']}"
+    described = described.partition(".")[0].removeprefix("foveate_")
+    assert re.match(f"{described}_", name.partition("/")[2])
     docstring = ast.get_docstring(ast.parse(read_recipe(name)))
     assert all(len(line) <= 120 for line in docstring.splitlines()[1:])
     assert f"foveate train {name}" in docstring

@@ -157,7 +157,7 @@ def test_a_printed_config_says_what_its_keys_mean_and_runs_alone(capsys, tmp_pat
     assert main(["config", "segment/semantic_fpn_quadtree_b0_160k_ade20k", "seed=3"]) == 0
     path = tmp_path / "my.py"
     path.write_text(text := capsys.readouterr().out)
-    assert "\n    divisor=32,  # evaluation stretches the sides" in text
+    assert "\n    divisor=32,  # evaluation then stretches the sides" in text
     assert "\nseed = 3  # of everything that is drawn\n" in text
     assert "_base_" not in text
     assert load_config(path) == load_config("segment/semantic_fpn_quadtree_b0_160k_ade20k", ["seed=3"])
@@ -167,7 +167,7 @@ def test_recipes_are_listed_with_what_they_were_run_on(capsys):
     assert main(["recipes", "nat_atto"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["recipe", "model", "data", "run", "on", "result"]
-    assert len(lines) == 5
+    assert len(lines) == 6
     digits = next(line for line in lines if line.startswith("classify/nat_atto_digits "))
     assert "two idle CPU cores" in digits
     assert digits.endswith("97.7 % held-out accuracy after the last epoch")
