@@ -361,6 +361,7 @@ def test_compile_in_one_graph(host):
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.heavy  # tests/contract exports a relative of each
 @pytest.mark.parametrize("host", HOSTS)
 def test_export_and_onnx(host, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -271,6 +271,7 @@ def test_exported_equals_eager(name):
     torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.heavy  # tests/contract exports a relative of each
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 @torch.no_grad()
 def test_onnx_equals_eager(name, tmp_path):

@@ -99,6 +99,7 @@ def test_exported_equals_eager(name):
     torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.heavy  # tests/contract exports a relative of each
 @pytest.mark.parametrize(
     ("name", "options"),
     [
