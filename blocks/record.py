@@ -63,10 +63,16 @@ class Operator:
         """Return the rows of ``queries`` ``[Q]``."""
         raise NotImplementedError
 
-    def chunks(self, batch: int) -> Iterator[tuple[Tensor, Rows]]:
-        """Yield all rows, some at a time, with the numbers of their queries."""
-        step = max(1, _CHUNK // max(1, batch * self.held))
-        for queries in torch.arange(self.queries, device=self.device).split(step):
+    def chunks(self, batch: int, width: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Rows]]:
+        """Yield all rows, some at a time, with the numbers of their queries.
+
+        Args:
+            batch: Images.
+            width: Of the matrix whose rows they are spread to, if they are; see `spread_rows`.
+            first: Query to begin with.
+        """
+        step = max(1, _CHUNK // max(1, batch * max(self.held, self.heads * width)))
+        for queries in torch.arange(first, self.queries, device=self.device).split(step):
             yield queries, self.rows(queries)
 
 

@@ -21,7 +21,7 @@ from ..zoo.backbone import check_name
 from . import TaskError
 from .checkpoints import write_whole
 from .data.classification import InputRule
-from .predictors import is_file, load_predictor
+from .predictors import is_file, load_classifier
 
 # Batches after which a cache notes how far it has come.
 _NOTED = 8
@@ -86,10 +86,8 @@ def open_encoder(
     from .classify import Predictor, create_classifier
 
     if is_file(source):
-        predictor = load_predictor(source)
+        predictor = load_classifier(source, "features are taken")
         white = predictor.white
-        if predictor.card["task"] != "classify":
-            raise TaskError(f"{source}: holds a model to {predictor.card['task']}; features are taken of classifiers")
     else:
         check_name(source)
         cfg = get_pretrained_cfg(source)

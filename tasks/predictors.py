@@ -46,6 +46,19 @@ def load_predictor(path: str | Path | Checkpoint, device: str | torch.device = "
     return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(checkpoint, device)
 
 
+def load_classifier(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:
+    """Return the predictor of a classifier's file; ``what`` begins the reason why it must be one, "features are".
+
+    Raises:
+        TaskError: If the file holds a model of another task.
+        CheckpointError: If it can't be read.
+    """
+    predictor = load_predictor(path, device)
+    if predictor.card["task"] != "classify":
+        raise TaskError(f"{path}: holds a model to {predictor.card['task']}; {what} of classifiers")
+    return predictor
+
+
 def dense_head_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """Return the task and the name of a dense model's head; None for classifiers and backbones alone."""
     from .dense.detect.checkpoint import held_detector

@@ -21,6 +21,8 @@ format. The classifier is that of --checkpoint, or a timm name with weights. Ima
 import argparse
 from pathlib import Path
 
+from .pattern import names_in
+
 HOST = "foveate_host_atto"
 BUNDLED = "bundled"
 
@@ -74,19 +76,13 @@ def _classifier(args: argparse.Namespace):
     from ..tasks.classify import Predictor
     from ..tasks.classify.task import create_classifier
     from ..tasks.devices import choose_device
-    from ..tasks.predictors import is_file, load_predictor
+    from ..tasks.predictors import is_file, load_classifier
 
     if (args.model is None) == (args.checkpoint is None):
         raise TaskError("name one model: --model NAME with published weights, or --checkpoint FILE")
     device = choose_device(args.device)
     if args.checkpoint is not None or is_file(args.model):
-        predictor = load_predictor(args.checkpoint or args.model, device)
-        if predictor.card["task"] != "classify":
-            task = predictor.card["task"]
-            raise TaskError(
-                f"{args.checkpoint or args.model}: holds a model to {task}; the pictures are of classifiers"
-            )
-        return predictor
+        return load_classifier(args.checkpoint or args.model, "the pictures are", device)
     if args.untrained:
         import torch
 
@@ -129,10 +125,11 @@ def _draw(args: argparse.Namespace) -> None:
     for path in paths:
         x = transform(read_image(path, predictor.channels, predictor.white))[None].to(predictor.device)
         stem = args.output / f"{path.stem}_{args.method}"
-        options = {"layers": args.layers, "target": args.target, "heads": args.heads}
+        observed = attention.observe(predictor.model, x, args.method, args.layers, args.target)
+        options = {"layers": args.layers, "heads": args.heads, "observed": observed}
         figure = attention.picture(predictor.model, x, places, args.method, **options)
         save_figure(figure, stem.with_suffix(".png"))
-        arrays, told = _numbers(predictor, x, places, args)
+        arrays, told = _numbers(observed, x, places, args)
         write_whole(stem.with_suffix(".npz"), lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
         text = json.dumps({"image": str(path), "method": args.method, **told}, indent=1)
         write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
@@ -148,18 +145,17 @@ def _draw(args: argparse.Namespace) -> None:
             print(f"{path}: {stem}.gif")
 
 
-def _numbers(predictor, x, places: list[tuple[float, float]] | None, args: argparse.Namespace) -> tuple[dict, dict]:
+def _numbers(observed, x, places: list[tuple[float, float]] | None, args: argparse.Namespace) -> tuple[dict, dict]:
     """Return what a picture shows as arrays by name, and in plain types."""
     from ..tasks.pictures import attention
 
     if args.method != "query":
-        found, words = attention.explain_image(predictor.model, x, args.method, args.layers, args.target)
+        found, words = observed
         return {"map": found.cpu().numpy()}, {"map": words}
     height, width = x.shape[2:]
-    record = attention.record_once(predictor.model, x, args.layers)
     arrays, queries = {}, []
     for number, place in enumerate(places or [(width / 2, height / 2)]):
-        for call in attention.drawable(record, args.layers):
+        for call in attention.drawable(observed, args.layers):
             maps, seen, rest = attention.weights_on_map(call, place)
             arrays[f"{number}.{call.name}"] = maps
             mean = maps.mean(0)
@@ -184,7 +180,7 @@ def _numbers(predictor, x, places: list[tuple[float, float]] | None, args: argpa
                     "note": call.note,
                 }
             )
-    return arrays, {"queries": queries, "skipped": record.skipped}
+    return arrays, {"queries": queries, "skipped": observed.skipped}
 
 
 def _measure_heads(args: argparse.Namespace) -> None:
@@ -240,7 +236,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         if getattr(args, option) < 1:
             name = {"most": "images", "batch_size": "batch-size"}[option]
             raise TaskError(f"--{name} is {getattr(args, option)}, but must be at least 1")
-    chosen = _names(args.methods) or list(METHODS)
+    chosen = names_in(args.methods) or list(METHODS)
     for name in chosen:
         if name not in METHODS:
             raise TaskError(f"unknown method {name!r}{nearest(name, METHODS)}")
@@ -249,23 +245,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.evaluate != BUNDLED:
         if args.attention or (args.checkpoint is None) == (args.model is None):
             raise TaskError("with a FOLDER, name one classifier: --checkpoint FILE, or --model NAME with weights")
-        _report([_of_folder(source, methods, args, device) for source in _names(args.checkpoint or args.model)], args)
+        _report([_of_folder(source, methods, args, device) for source in names_in(args.checkpoint or args.model)], args)
         return
     if args.checkpoint or (args.model and args.attention):
         raise TaskError("the bundled classifiers are trained: name them by --model or by --attention")
-    models = {name: (name, {}) for name in _names(args.model) or ([] if args.attention else ["nat_atto"])}
+    models = {name: (name, {}) for name in names_in(args.model) or ([] if args.attention else ["nat_atto"])}
     for name in models:
         check_name(name)
-    for name in _names(args.attention):
+    for name in names_in(args.attention):
         if name not in list_attentions():
             raise TaskError(f"unknown attention {name!r}{nearest(name, list_attentions())}")
         models[f"{HOST}, {name}"] = (HOST, {"attention": name})
     for data in (_digits, _nuclei):
         _report([data(label, *model, methods, args, device) for label, model in models.items()], args)
-
-
-def _names(listed: str | None) -> list[str]:
-    return [name.strip() for name in (listed or "").split(",") if name.strip()]
 
 
 def _report(found: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
@@ -371,15 +363,16 @@ def _of_folder(source: str, methods: dict, args: argparse.Namespace, device):
     from ..tasks import TaskError
     from ..tasks.classify import Predictor
     from ..tasks.data.images import choose_white, read_image
-    from ..tasks.predictors import is_file, load_predictor
+    from ..tasks.predictors import is_file, load_classifier
     from ..tasks.seeing.evaluate import evaluate
     from ..tasks.seeing.judge import boxes_of_masks
 
     root = Path(args.evaluate).expanduser()
     found = _find_objects(root)
-    predictor = load_predictor(source, device) if is_file(source) else Predictor.from_name(source, device)
-    if predictor.card["task"] != "classify":
-        raise TaskError(f"{source}: holds a model to {predictor.card['task']}; explanations are of classifiers")
+    if is_file(source):
+        predictor = load_classifier(source, "explanations are", device)
+    else:
+        predictor = Predictor.from_name(source, device)
     white = predictor.white if is_file(source) else choose_white([path for path, _ in found])
     transform, geometry = predictor.rule.transform(), _geometry(predictor.rule)
     images, masks, boxes = [], [], []

@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.devices import choose_device
     from ..tasks.predictors import is_file
     from ..zoo.backbone import check_name
+    from .pattern import names_in
     from .tables import as_markdown, save_table
     from .timing import machine
 
-    models = [name.strip() for name in args.models.split(",") if name.strip()]
-    probes = [name.strip() for name in args.probes.split(",") if name.strip()]
+    models, probes = names_in(args.models), names_in(args.probes)
     if not models or not probes:
         raise TaskError("--models and --probes name at least one each, with commas between them")
     for name in probes:

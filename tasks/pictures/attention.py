@@ -46,6 +46,7 @@ def picture(
     target: Target = None,
     heads: bool = False,
     image: Image.Image | None = None,
+    observed: Record | tuple[Tensor, str] | None = None,
 ) -> Figure:
     """Draw what a model's attention uses, on the photo as it is.
 
@@ -64,6 +65,7 @@ def picture(
         target: Class that is explained; the likeliest if None.
         heads: Whether to draw each head of the last of the layers, for one query, instead of their mean.
         image: What ``x`` shows, in the same frame; made of ``x`` by the model's mean and standard deviation by default.
+        observed: What `observe` returned of the same, where it was asked already.
 
     Returns:
         A figure of matplotlib, with ``savefig``.
@@ -82,16 +84,30 @@ def picture(
         raise TaskError(f"a picture is of one image [1, C, H, W]; got {list(x.shape)}")
     base = _base(model, x, image)
     if method != "query":
-        return _draw_map(model, x, method, layers, target, base)
+        if observed is None:
+            observed = explain_image(model, x, method, layers, target)
+        return _draw_map(observed, method, base)
     height, width = x.shape[2:]
     at = [(width / 2, height / 2)] if at is None else at
     places = [tuple(at)] if np.ndim(at) == 1 else [tuple(place) for place in at]
     for place in places:
         if not (0 <= place[0] < width and 0 <= place[1] < height):
             raise TaskError(f"the image is {width}x{height} pixels; {place} is not on it")
-    record = record_once(model, x, layers)
-    calls = drawable(record, layers)
+    calls = drawable(record_once(model, x, layers) if observed is None else observed, layers)
     return _draw_heads(calls[-1], places[0], base) if heads else _draw_queries(calls, places, base)
+
+
+def observe(
+    model: nn.Module, x: Tensor, method: str, layers: str | Sequence[str] | None = None, target: Target = None
+) -> Record | tuple[Tensor, str]:
+    """Return what `picture` draws, arguments as there: a record of ``"query"``; of the other methods a map and a title.
+
+    Raises:
+        TaskError: If the method is unknown.
+    """
+    if method not in METHODS:
+        raise TaskError(f"method is one of {', '.join(map(repr, METHODS))}; got {method!r}")
+    return record_once(model, x, layers) if method == "query" else explain_image(model, x, method, layers, target)
 
 
 @torch.no_grad()
@@ -403,15 +419,8 @@ def explain_image(
     return grad_cam(model, x, target, layer), f"Grad-CAM at {layer or cam_layer(model, x, target)} for {words}"
 
 
-def _draw_map(
-    model: nn.Module,
-    x: Tensor,
-    method: str,
-    layers: str | Sequence[str] | None,
-    target: Target,
-    base: np.ndarray,
-) -> Figure:
-    found, words = explain_image(model, x, method, layers, target)
+def _draw_map(observed: tuple[Tensor, str], method: str, base: np.ndarray) -> Figure:
+    found, words = observed
     figure = new_figure(6.4, 6.4 / 2 * base.shape[0] / base.shape[1] + 1.2)
     photo, axes = figure.subplots(1, 2)
     _show(photo, base)

@@ -137,9 +137,7 @@ def _measure(call: AttentionCall) -> tuple[list[float], ...]:
     token = torch.arange(height * width, device=operator.device)
     places = torch.stack([token // width * step_y, token % width * step_x], 1).double()
     sums = torch.zeros(4, operator.heads, dtype=torch.float64, device=operator.device)
-    step = max(1, _CHUNK // (batch * operator.heads * max(operator.keys, operator.held // max(1, operator.heads))))
-    for queries in torch.arange(prefix, operator.queries, device=operator.device).split(step):
-        rows = operator.rows(queries)
+    for queries, rows in operator.chunks(batch, operator.keys, first=prefix):
         # Weights of heads of a mixture do not add up to 1.
         weights = rows.weights.double()
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)

@@ -322,9 +322,8 @@ def _roll_mean(call: AttentionCall, r: Tensor) -> Tensor:
 def _fused(call: AttentionCall, tokens: int, batch: int, fuse: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield queries and their rows ``[B, Q, T]`` on the input's tokens, heads fused."""
     operator = call.operator(softmax_only=True)
-    step = max(1, _CHUNK // (batch * operator.heads * max(tokens, operator.keys)))
-    for queries in torch.arange(operator.queries, device=operator.device).split(step):
-        rows = land(call.recorded, spread_rows(operator.rows(queries), operator.keys), tokens).double()
+    for queries, sparse in operator.chunks(batch, max(tokens, operator.keys)):
+        rows = land(call.recorded, spread_rows(sparse, operator.keys), tokens).double()
         yield queries, rows.mean(1) if fuse == "mean" else rows.amin(1) if fuse == "min" else rows.amax(1)
 
 
