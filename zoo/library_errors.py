@@ -22,6 +22,14 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
+def cause_of(error: BaseException) -> str:
+    """Return the first line of the first error in a chain: the later ones only say where it happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return next((line.strip()[:300] for line in plain.splitlines() if line.strip()), type(error).__name__)
+
+
 def load_fault(error: BaseException) -> str:
     """Return why a state dict could not be loaded: torch's message has a headline of its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

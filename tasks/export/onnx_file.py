@@ -1,0 +1,113 @@
+"""ONNX files: written by torch.onnx, stripped of where they were made, checked, run by onnxruntime."""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...zoo.library_errors import cause_of
+from .. import TaskError
+
+OPSETS = range(17, 24)
+_NAMES = ("torch.onnx", "onnxscript", "onnx_ir")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _NAMES]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    names: Sequence[str],
+    card: dict,
+    file: Path,
+    opset: int,
+    external_from: int,
+) -> list[Path]:
+    """Write a program as ONNX; return the file, and the one of its weights if there is one.
+
+    Raises:
+        TaskError: If it can't be.
+    """
+    try:
+        # With gradients, torch 2.14 can't decompose a program whose parameters are reshaped.
+        with _silent(), torch.no_grad():
+            written = torch.onnx.export(
+                program,
+                (),
+                input_names=["images"],
+                output_names=list(names),
+                opset_version=max(opset, 18),
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=_translations(),
+            )
+    except Exception as error:
+        raise TaskError(f"torch.onnx can't write this model: {cause_of(error)}") from error
+    model = written.model
+    _strip(model)
+    model.metadata_props["foveate"] = json.dumps(card)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = weights >= external_from
+    written.save(str(file), external_data=external)
+    beside = file.with_name(file.name + ".data")
+    return [file, beside] if external else [file]
+
+
+def _translations() -> dict[Any, Callable]:
+    """Return how operators of ours are written in ONNX's."""
+    from onnxscript import opset18 as op
+
+    def suppress(boxes, scores, threshold: float):
+        most = op.Constant(value_ints=[2**62])
+        chosen = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, [1]), most, threshold, -0.5)
+        place = op.Gather(chosen, [0, 2], axis=1)
+        ones = op.CastLike(op.Squeeze(op.Slice(op.Add(op.Mul(place, [0]), [1]), [0], [1], [1]), [1]), scores)
+        return op.Greater(op.ScatterND(op.Mul(scores, 0.0), place, ones), 0.5)
+
+    return {torch.ops.foveate.suppress.default: suppress}
+
+
+def _strip(model: Any) -> None:
+    """Remove what tells where and how a graph was made."""
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for value in (*graph.inputs, *graph.outputs):
+            value.metadata_props.clear()
+        for node in graph.all_nodes() if hasattr(graph, "all_nodes") else graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in getattr(graph, "initializers", {}).values():
+            value.metadata_props.clear()
+
+
+def run_onnx(file: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Open a file by onnxruntime; return what maps images to its outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(value) for value in session.run(None, {name: images.numpy()})]
