@@ -9,8 +9,8 @@ The input is a batch of normalised images [B, channels, H, W], float32, called i
 [B, D], masks [B, D, H, W] if they find them, and their number, count [B], which says how many of the D there are.
 Mask2Former and OneFormer give what --answer says: labels of pixels, instances as a detector's, or panoptic segments
 [B, H, W] with category_ids, isthing, areas and scores [B, Q] of segment 1, 2 and so on, and count [B]. --features gives
-maps [B, C, H, W]. The metadata has, under "foveate" and as JSON, what a user needs: the classes, and the mean and std of
-pixels 0..1.
+maps [B, C, H, W]. The metadata has, under "foveate" and as JSON, what a user needs: the classes, and the mean and std
+of pixels 0..1.
 """
 
 import argparse
@@ -103,9 +103,8 @@ def run(args: argparse.Namespace) -> None:
     size = "any size" if args.dynamic_size else f"{height}x{width}"
     outputs = ", ".join(f"{name} {shape}" for name, shape in facts["outputs"].items())
     print(f"input: {batch} x {channels} x {size}; outputs: {outputs}")
-    print(
-        f"greatest difference from the model: {facts['difference']:.1e} standard deviations; allowed: {args.tolerance:g}"
-    )
+    difference = f"{facts['difference']:.1e} standard deviations"
+    print(f"greatest difference from the model: {difference}; allowed: {args.tolerance:g}")
     if facts["operators"]:
         packages = " and ".join(f"`import {name}`" for name in facts["operators"])
         print(f"needs {packages} where it is loaded, for operators that torch lacks")

@@ -5,9 +5,9 @@ import os
 import torch
 from torch import Tensor
 
-from ..backends import Backend, check_name, choose, report
+from ..backends import Backend, check_name, choose, exporting, report
 from ..triton_launch import off_gpu
-from . import flex, native, natten_peer, tiled, triton_ops, triton_products
+from . import boxes, flex, native, natten_peer, tiled, triton_ops, triton_products
 from .problem import AXIS_NAMES, make_problem
 from .reference import neighborhood_reference
 
@@ -15,6 +15,10 @@ from .reference import neighborhood_reference
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(native.neighborhood_native, native.obstacle),
     "triton": Backend(triton_ops.neighborhood_triton, triton_ops.obstacle, lambda problem: off_gpu(problem.query)),
+    "boxes": Backend(
+        boxes.neighborhood_boxes,
+        drawback=lambda problem: None if exporting() else "tiled is faster, except where it makes a large graph",
+    ),
     "tiled": Backend(tiled.neighborhood_tiled),
     "flex": Backend(
         flex.neighborhood_flex,

@@ -70,8 +70,8 @@ def _difference(got: Tensor, expected: Tensor) -> float:
         wrong = int((got != expected).sum())
         return 0.0 if wrong <= EDGE * expected.numel() else float("inf")
     spread = expected.std().item() if expected.numel() > 1 else 0.0
-    # Of what is all alike, the size; of zeros, one.
-    spread = spread or expected.abs().max().item() or 1.0
+    # Of what is all but alike, float32 has no more digits than this share of its size.
+    spread = max(spread, 0.05 * expected.abs().max().item()) or 1.0
     # NaN is no agreement.
     difference = (got - expected).abs().max().item() / spread
     return difference if difference == difference else float("inf")

@@ -6,7 +6,7 @@ import torch
 from foveate import create_detector, create_segmenter
 from foveate.tasks import TaskError
 from foveate.tasks.dense.deploy import Detections
-from foveate.tasks.export import Options, Pyramid, aligned, export_model
+from foveate.tasks.export import Pyramid, export_model
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from torch import nn
