@@ -72,7 +72,7 @@ def dense_head_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 def is_file(source: str) -> bool:
     """Return whether ``source`` means a file, there or not, and no model's name."""
-    return Path(source).is_file() or Path(source).suffix in (".pth", ".pt", ".pkl", ".safetensors")
+    return Path(source).is_file() or Path(source).suffix in (".pth", ".pt", ".pkl", ".safetensors", ".onnx", ".pt2")
 
 
 def is_published(name: str) -> bool:

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
         say=lambda line: print(line, flush=True),
     )
     check_exportable(args.output, options)
-    model, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained)
+    predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained)
+    model = predictor.model.eval()
     if args.size is not None:
         height, width = args.size[0], args.size[-1]
     if args.output.suffix != ".safetensors":
@@ -111,9 +112,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _open(source: str, checkpoint: Path | None, untrained: bool):
-    """Return the model of a checkpoint or a name, its card, and the shape ``(channels, height, width)`` of an image."""
+    """Return the predictor of a checkpoint or a name, its card, and the shape ``(channels, height, width)`` of an image."""
     from ..tasks import TaskError
     from ..tasks.classify import Predictor, create_classifier
+    from ..tasks.export.metadata import license_of, preprocessing_of
     from ..tasks.predictors import is_file, is_published, load_predictor, load_published
     from ..zoo.backbone import check_name
     from ..zoo.loading import create_model
@@ -132,7 +134,7 @@ def _open(source: str, checkpoint: Path | None, untrained: bool):
         if untrained:
             raise TaskError(f"{source}: --untrained is for a classifier's name")
         predictor = load_published(source, weights=checkpoint)
-        card = predictor.card
+        card = predictor.card | {"license": license_of(source)}
     else:
         check_name(source)
         if checkpoint is not None:
@@ -146,10 +148,12 @@ def _open(source: str, checkpoint: Path | None, untrained: bool):
                 predictor = Predictor.from_name(source)
             except TaskError as error:
                 raise TaskError(f"{error}; --untrained exports random weights") from error
-        card = predictor.card | ({"weights": "random"} if untrained else {})
+        license = None if untrained or checkpoint is not None else license_of(source, predictor.model)
+        card = predictor.card | ({"weights": "random"} if untrained else {"license": license})
     rule = card.get("input", {})
     side = rule.get("size") or rule.get("short") or card.get("kwargs", {}).get("min_size") or 512
     if card["task"] == "detect":
         # The backbone takes what the transform pads to.
         side = -(-side // 32) * 32
-    return predictor.model.eval(), card, (rule.get("channels", 3), side, side)
+    card |= {"preprocessing": preprocessing_of(predictor)}
+    return predictor, card, (rule.get("channels", 3), side, side)

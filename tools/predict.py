@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run, or a converted one"
     )
     source.add_argument(
-        "--model", metavar="NAME", help="a timm model or a detector or segmenter with published weights; or a file"
+        "--model",
+        metavar="NAME",
+        help="a timm model or a detector or segmenter with published weights; or a file, also one that export wrote as .onnx",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
     parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.classify import Predictor
     from ..tasks.data.images import FULL_WHITE, find_images, read_image
     from ..tasks.devices import choose_device
+    from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, is_published, load_predictor, load_published
 
     for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
@@ -57,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint
     if checkpoint is None and is_file(args.model):
         checkpoint = Path(args.model)
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.suffix == ".onnx":
+        if args.device not in ("auto", "cpu"):
+            raise TaskError(f"--device is {args.device}, but onnxruntime runs {checkpoint} on the CPU here")
+        predictor = load_exported(checkpoint)
+    elif checkpoint is not None:
         predictor = load_predictor(checkpoint, device)
     elif is_published(args.model):
         predictor = load_published(args.model, device)

@@ -25,6 +25,7 @@ class Predictor:
         channels: Channels of the images.
         card: What a file of this model has to say of it, to be read again; None if the model isn't known.
         white: See below.
+        transform: Makes an image the model's input, by the rule.
 
     Args:
         model: Maps ``[B, C, H, W]`` to logits ``[B, classes]``.
@@ -51,7 +52,7 @@ class Predictor:
         self.device = device
         self.white = white
         self.channels = rule.channels
-        self._transform = rule.transform()
+        self.transform = rule.transform()
 
     @classmethod
     def from_checkpoint(cls, path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> "Predictor":
@@ -106,7 +107,7 @@ class Predictor:
         """Return, for every image of any mode, its ``top`` classes with their probabilities, the likeliest first."""
         pixels = (to_pixels(image, self.channels, self.white) for image in images)
         # Each by itself: sharing a batch would move the last bits.
-        logits = [self.model(self._transform(image)[None].to(self.device))[0] for image in pixels]
+        logits = [self.model(self.transform(image)[None].to(self.device))[0] for image in pixels]
         best = torch.stack(logits).float().softmax(-1).topk(min(top or self.top, len(self.classes)))
         return [
             [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]

@@ -1,7 +1,6 @@
 """ONNX files: written by torch.onnx, stripped of where they were made, checked, run by onnxruntime."""
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ...zoo.library_errors import cause_of
 from .. import TaskError
+from .metadata import plain_metadata
 
 OPSETS = range(17, 24)
 _NAMES = ("torch.onnx", "onnxscript", "onnx_ir")
@@ -63,7 +63,7 @@ def write_onnx(
         raise TaskError(f"torch.onnx can't write this model: {cause_of(error)}") from error
     model = written.model
     _strip(model)
-    model.metadata_props["foveate"] = json.dumps(card)
+    model.metadata_props.update(plain_metadata(card))
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = weights >= external_from
     written.save(str(file), external_data=external)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ...zoo.library_errors import cause_of
 from .. import TaskError
 from .check import as_list
+from .metadata import plain_metadata
 
 # Of a node, what says where in the source it came from.
 _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -65,7 +65,7 @@ def write_program(program: torch.export.ExportedProgram, card: dict, file: Path)
     program._example_inputs = None
     # Of a file by name, the archive would hold the name.
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"foveate": json.dumps(card)})
+    torch.export.save(program, buffer, extra_files=plain_metadata(card))
     file.write_bytes(buffer.getbuffer())
     return [file]
 

@@ -1,0 +1,115 @@
+"""A classifier's preprocessing as part of its graph: resize as Pillow does it, crop, normalisation.
+
+A resize is a product with a matrix for each axis whose rows are the filter at every output pixel; only the rows of the
+crop are made, so that the sizes of the product don't depend on the image's. Pillow filters along the rows first, rounds
+to whole grey levels, and then down the columns, and so does this.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import TaskError
+from ..data.classification import InputRule
+
+LAYOUTS = ("hwc", "chw")
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' cubic with a = -0.5, which is Pillow's; torch.nn.functional.interpolate's is -0.75."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+_FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {"bilinear": (_triangle, 1.0), "bicubic": (_cubic, 2.0)}
+
+
+def _whole(x: Tensor) -> Tensor:
+    return (x + 0.5).floor().clamp(0, 255)
+
+
+class FromImages(nn.Module):
+    """A classifier that takes an image as it is read from a file, of any height and width.
+
+    Args:
+        model: Maps normalised images ``[1, C, size, size]``.
+        rule: How an image becomes its input.
+        layout: ``"hwc"`` for ``[1, H, W, C]``, as decoders give it, or ``"chw"``.
+
+    Shape:
+        uint8 in ``layout`` to what the model returns. Its inputs are within one grey level of ``rule``'s; but
+        for ``"squash"``: of images that shrink more in height than in width, Pillow 13 takes the columns first, which
+        shows where the filter overshoots black or white.
+
+    Raises:
+        TaskError: If there is no such layout, or the rule's resize isn't one of those that can be written.
+    """
+
+    def __init__(self, model: nn.Module, rule: InputRule, layout: str = "hwc"):
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise TaskError(f"the layout of images is {layout!r}; it can be {' or '.join(LAYOUTS)}")
+        if rule.interpolation not in _FILTERS:
+            raise TaskError(
+                f"--preprocess: {rule.interpolation} can't be written into the graph; {' and '.join(_FILTERS)} can; "
+                "without --preprocess the metadata say how to resize"
+            )
+        if rule.crop_mode == "border":
+            raise TaskError(
+                "--preprocess: images that are fitted by their longer side, crop_mode border, can't be written into the "
+                "graph; without --preprocess the metadata say how to resize"
+            )
+        self.model, self.rule, self.layout = model, rule, layout
+        self.register_buffer("mean", torch.tensor(rule.mean)[:, None, None] * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(rule.std)[:, None, None] * 255, persistent=False)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return the resized crop ``[1, C, size, size]`` in whole grey levels, float32."""
+        x = (images.permute(0, 3, 1, 2) if self.layout == "hwc" else images).float()
+        rows = torch.arange(x.shape[2], dtype=torch.float32)
+        columns = torch.arange(x.shape[3], dtype=torch.float32)
+        height, width = rows[-1] + 1, columns[-1] + 1
+        scaled = int(self.rule.size / self.rule.crop_pct)
+        if self.rule.crop_mode == "squash":
+            sides = [torch.full_like(height, scaled)] * 2
+        else:
+            # Of the longer side the whole pixels, as torchvision has it; in integers a division is exact.
+            short = torch.minimum(height, width).long()
+            sides = [(side.long() * scaled // short).float() for side in (height, width)]
+        x = _whole(x @ self._matrix(columns, width, sides[1]).mT)
+        return _whole(self._matrix(rows, height, sides[0]) @ x)
+
+    def _matrix(self, positions: Tensor, length: Tensor, scaled: Tensor) -> Tensor:
+        """Return the weights ``[size, L]`` of an axis's pixels in those of the crop of its ``scaled`` ones."""
+        function, support = _FILTERS[self.rule.interpolation]
+        first = ((scaled - self.rule.size) / 2).round()
+        step = length / scaled
+        stretch = step.clamp(min=1)
+        centre = (torch.arange(self.rule.size, dtype=torch.float32) + first + 0.5) * step
+        reach = support * stretch
+        # Pillow takes whole pixels, those whose middles are within reach, rounded.
+        low, high = (centre - reach + 0.5).floor()[:, None], (centre + reach + 0.5).floor()[:, None]
+        weights = function((positions - centre[:, None] + 0.5) / stretch)
+        weights = torch.where((positions >= low) & (positions < high), weights, torch.zeros_like(weights))
+        return weights / weights.sum(1, keepdim=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the model's answer; see the class."""
+        return self.model((self.pixels(images) - self.mean) / self.std)
+
+
+def example_bytes(layout: str, sizes: Sequence[tuple[int, int]], channels: int) -> list[Tensor]:
+    """Return smooth images ``[1, H, W, C]`` or ``[1, C, H, W]``, uint8, of each size, to try such a file on."""
+    images = []
+    for seed, (height, width) in enumerate(sizes):
+        noise = torch.rand(1, channels, height // 8 + 2, width // 8 + 2, generator=torch.Generator().manual_seed(seed))
+        image = (nn.functional.interpolate(noise, size=(height, width), mode="bilinear") * 255).to(torch.uint8)
+        images.append(image.permute(0, 2, 3, 1).contiguous() if layout == "hwc" else image)
+    return images
