@@ -30,6 +30,15 @@ def cause_of(error: BaseException) -> str:
     return next((line.strip()[:300] for line in plain.splitlines() if line.strip()), type(error).__name__)
 
 
+def untranslated(error: BaseException | None) -> str | None:
+    """Return which operator of torch's torch.onnx knows no translation of; None if the error is another."""
+    while error is not None:
+        if named := re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(error)):
+            return f"ONNX has no {named[1]}"
+        error = error.__cause__
+    return None
+
+
 def load_fault(error: BaseException) -> str:
     """Return why a state dict could not be loaded: torch's message has a headline of its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -1,8 +1,8 @@
 """Neighborhood attention for exported graphs: all tiles in one batch, cut and masked by arithmetic on positions.
 
 As in `tiled`, a tile of queries attends to the smallest box of keys that holds their windows. Here all boxes are of one
-size, a tile's number says where it lies, and the relative position bias is gathered by row and column; so a graph has as
-many nodes for a map of any size, holds no tables, and the map's sides may be unknown until it is run.
+size, a tile's number says where it lies, and the relative position bias is gathered by row and column; so a graph has
+as many nodes for a map of any size, holds no tables, and the map's sides may be unknown until it is run.
 """
 
 import math
@@ -92,9 +92,8 @@ def _arranged(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
 def _restored(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
     """Return the map ``[B, *spatial, heads, dim]`` of which `_arranged` made ``x``."""
     rank, heads, dim = len(shape), x.shape[2], x.shape[-1]
-    x = x.reshape(
-        x.shape[0], *(side for axis in shape for side in (axis[2], axis[0])), heads, *(a[1] for a in shape), dim
-    )
+    cells, tokens = (side for axis in shape for side in (axis[2], axis[0])), (axis[1] for axis in shape)
+    x = x.reshape(x.shape[0], *cells, heads, *tokens, dim)
     order = [0, *(i for place in range(rank) for i in (2 * place + 2, 2 * rank + 2 + place, 2 * place + 1))]
     x = x.permute(*order, 2 * rank + 1, 3 * rank + 2)
     return x.reshape(x.shape[0], *(math.prod(axis) for axis in shape), heads, dim)
