@@ -60,9 +60,8 @@ def write_onnx(
                 custom_translation_table=_translations(),
             )
     except Exception as error:
-        raise TaskError(
-            f"torch.onnx can't write this model: {untranslated(error) or cause_of(error)}; .pt2 holds all that torch has"
-        ) from error
+        reason = untranslated(error) or cause_of(error)
+        raise TaskError(f"torch.onnx can't write this model: {reason}; .pt2 holds all that torch has") from error
     model = written.model
     if opset < 18:
         _lower(model)

@@ -95,6 +95,75 @@ def test_nan_is_no_agreement(tmp_path):
         export_model(Random(), torch.randn(1, 3, 8, 8), tmp_path / "model.pt2", {})
 
 
+class Small(nn.Module):
+    """A convolution and a layer norm, with a reduction whose axes opset 17 takes otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return nn.functional.pad(x, (0, 1)).amax((2, 3)) + x.mean((2, 3))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_file_is_the_same_from_one_export_to_the_next(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    paths = [tmp_path / f"{name}{suffix}" for name in ("first", "other")]
+    for path in paths:
+        export_model(Small().eval(), torch.randn(2, 3, 8, 9), path, {"a": 1}, Options(dynamic_batch=True))
+    first, other = (path.read_bytes() for path in paths)
+    assert first == other
+    assert str(tmp_path).encode() not in first
+    assert b"test_export" not in first
+    assert b"forward" not in first
+
+
+def test_large_weights_lie_in_a_file_beside(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    facts = export_model(Small().eval(), torch.randn(1, 3, 8, 8), path, {}, Options(external_from=100))
+    assert [file.name for file in facts["files"]] == ["model.onnx", "model.onnx.data"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert onnxruntime.InferenceSession(path).run(None, {"images": np.zeros((1, 3, 8, 8), np.float32)})[0].shape == (
+        1,
+        8,
+    )
+
+
+def test_opset_17_is_written_and_run(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    export_model(Small().eval(), torch.randn(1, 3, 8, 8), path, {}, Options(opset=17, dynamic_size=True))
+    (opset,) = pytest.importorskip("onnx").load(path).opset_import
+    assert opset.version == 17
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.linalg.svdvals(x)
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(TaskError, match=r"ONNX has no aten\.\S*svd\S*; \.pt2 holds all that torch has"):
+        export_model(Unknown(), torch.randn(1, 3, 8, 8), tmp_path / "model.onnx", {})
+    assert not list(tmp_path.iterdir())
+
+
+class OneSize(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, 3 * 8 * 8)
+
+
+def test_a_model_of_one_size_is_refused_for_any(tmp_path):
+    with pytest.raises(TaskError, match=r"OneSize can't be exported for images of any size: .* without --dynamic-size"):
+        export_model(OneSize(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {}, Options(dynamic_size=True))
+
+
 def test_detections_of_equal_scores_may_swap():
     boxes, scores, labels = torch.rand(1, 3, 4), torch.tensor([[0.9, 0.5, 0.5 - 1e-6]]), torch.tensor([[2, 0, 1]])
     order = torch.tensor([0, 2, 1])
@@ -114,6 +183,7 @@ def test_detections_of_equal_scores_may_swap():
         (["absent.pth", "x.pt2"], "absent.pth: no such file"),
         (["nat_atto", "x.pt2", "--untrained", "--size", "1", "2", "3"], "one or two numbers"),
         (["nat_atto", "x.pt2", "--untrained", "--batch", "0"], "--batch is 0"),
+        (["nat_atto", "x.onnx", "--untrained", "--opset", "12"], "--opset is 12, but must be 17 to 23"),
         (["vit_tiny_patch16_224", "x.pt2", "--untrained", "--size", "64"], "does not take images of 64x64 pixels"),
     ],
 )
