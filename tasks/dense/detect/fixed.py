@@ -70,7 +70,7 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def top_k(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` best of scores ``[B, N]`` and their indices, of equal ones the first, as ONNX's TopK does."""
+    """Return the ``count`` best of scores ``[B, N]`` and their indices; of equal ones the first, as ONNX's TopK."""
     if exporting() and graph().onnx:
         return scores.topk(count)
     values, index = scores.sort(dim=1, descending=True, stable=True)
