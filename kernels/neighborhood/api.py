@@ -104,9 +104,10 @@ def na2d(
             belongs to the query's own position, the last ones to keys below and to the right. In float32 or in the
             dtype of ``query``; not defined with stride or on a causal axis.
         backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"triton"`` (on GPUs),
-            ``"tiled"`` (plain torch), ``"flex"`` (torch's FlexAttention, compiled for every shape; on CPUs without
-            gradients), ``"natten"`` (an installed NATTEN of 0.20 or later, without bias) or ``"reference"``. By default
-            the fastest that can run; the last three run on request only.
+            ``"tiled"`` (plain torch), ``"boxes"`` (the same as one batch, for exported graphs), ``"flex"`` (torch's
+            FlexAttention, compiled for every shape; on CPUs without gradients), ``"natten"`` (an installed NATTEN of
+            0.20 or later, without bias) or ``"reference"``. By default the fastest that can run; the last three run on
+            request only.
         return_lse: Whether to return the log-sum-exp of the scores too.
 
     Returns:

@@ -1,19 +1,21 @@
 """Neighborhood attention for exported graphs: all tiles in one batch, cut and masked by arithmetic on positions.
 
 As in `tiled`, a tile of queries attends to the smallest box of keys that holds their windows. Here all boxes are of one
-size, a tile's number says where it lies, and the relative position bias is gathered by row and column; so a graph has as
-many nodes for a map of any size, holds no tables, and the map's sides may be unknown until it is run.
+size, a tile's number says where it lies, and the relative position bias is gathered by row and column; so a graph has
+as many nodes for a map of any size, no tables but of an axis's length, and the map's sides may be unknown until it is
+run.
 """
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import Problem
-from .window import Axis
+from .window import Axis, axis_ranges
 
 # Tiles of axes whose length isn't known.
 _TILE = 7
@@ -28,8 +30,8 @@ class _Cut:
     def __init__(self, axis: Axis, device: torch.device):
         self.axis, self._device = axis, device
         self.ranks = (axis.length + axis.dilation - 1) // axis.dilation
-        known = isinstance(axis.length, int)
-        choices = range(min(4, self.ranks), min(max(16, axis.stride), self.ranks) + 1) if known else [_TILE]
+        self._known = isinstance(axis.length, int)
+        choices = range(min(4, self.ranks), min(max(16, axis.stride), self.ranks) + 1) if self._known else [_TILE]
         # Pairs of query and key, and keys at the price of 2.5 queries.
         self.tile = min(choices, key=lambda tile: -(-self.ranks // tile) * (tile + 2.5) * self._box(tile))
         self.tiles = (self.ranks + self.tile - 1) // self.tile
@@ -43,7 +45,7 @@ class _Cut:
     def _box(self, tile: int) -> int:
         # The last ranks of some groups are one less, which moves their last windows.
         most = max(tile + self.axis.kernel_size - 1, self.axis.kernel_size + 1) + 2 * self._slack
-        return torch.sym_min(most, self.ranks)
+        return min(most, self.ranks) if self._known else torch.sym_min(most, self.ranks)
 
     def _starts(self) -> Tensor:
         """Return the first key of every tile's box, ``[tiles]``."""
@@ -53,11 +55,15 @@ class _Cut:
 
     def keys(self) -> Tensor:
         """Return the ranks of all boxes' keys, ``[tiles * box]``."""
+        if self._known:
+            return torch.from_numpy(self._known_keys().ravel()).to(self._device)
         return (self._starts()[:, None] + torch.arange(self.box, device=self._device)).flatten()
 
     def entries(self) -> Tensor:
         """Return the entry of the bias table, from query to key, ``[groups * tiles, tile, box]``; the last: unseen."""
         axis = self.axis
+        if self._known:
+            return torch.from_numpy(self._known_entries()).to(self._device)
         query = torch.arange(self.tiles * self.tile, device=self._device).view(self.tiles, self.tile)
         key = self.keys().view(self.tiles, 1, self.box)
         # How many ranks each group has.
@@ -77,6 +83,26 @@ class _Cut:
         entry = key - query + axis.kernel_size - 1
         return torch.where((key >= first) & (key <= end), entry, 2 * axis.kernel_size - 1).flatten(0, 1)
 
+    def _known_keys(self) -> np.ndarray:
+        """Return the ranks of all boxes' keys, ``[tiles, box]``, where the axis's length is known."""
+        before = self.axis.kernel_size - 1 if self.axis.is_causal else self.axis.kernel_size // 2
+        starts = np.clip(np.arange(self.tiles) * self.tile - (before + self._slack), 0, self.ranks - self.box)
+        return starts[:, None] + np.arange(self.box)
+
+    def _known_entries(self) -> np.ndarray:
+        """Return what `entries` does, where the axis's length is known."""
+        axis = self.axis
+        first, count = axis_ranges(axis)
+        group = np.arange(axis.dilation)[:, None]
+        last = (axis.length - group - 1) // axis.dilation
+        rank = np.minimum(np.arange(self.tiles * self.tile), last)
+        position = (rank * axis.dilation + group).reshape(-1, self.tiles, self.tile, 1)
+        rank = rank.reshape(position.shape)
+        step = self._known_keys()[:, None] - first[position] // axis.dilation
+        entry = self._known_keys()[:, None] - rank + axis.kernel_size - 1
+        seen = (step >= 0) & (step < count[position])
+        return np.where(seen, entry, 2 * axis.kernel_size - 1).reshape(-1, self.tile, self.box)
+
 
 def _arranged(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
     """Return ``[B, cells, heads, tokens, dim]`` of a map whose axes are each (tiles, tokens in tile, groups)."""
@@ -92,9 +118,8 @@ def _arranged(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
 def _restored(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
     """Return the map ``[B, *spatial, heads, dim]`` of which `_arranged` made ``x``."""
     rank, heads, dim = len(shape), x.shape[2], x.shape[-1]
-    x = x.reshape(
-        x.shape[0], *(side for axis in shape for side in (axis[2], axis[0])), heads, *(a[1] for a in shape), dim
-    )
+    cells, tokens = (side for axis in shape for side in (axis[2], axis[0])), (axis[1] for axis in shape)
+    x = x.reshape(x.shape[0], *cells, heads, *tokens, dim)
     order = [0, *(i for place in range(rank) for i in (2 * place + 2, 2 * rank + 2 + place, 2 * place + 1))]
     x = x.permute(*order, 2 * rank + 1, 3 * rank + 2)
     return x.reshape(x.shape[0], *(math.prod(axis) for axis in shape), heads, dim)
@@ -103,6 +128,8 @@ def _restored(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
 def _padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Pad the spatial axes of ``[B, *spatial, heads, dim]`` with zeros to ``lengths``."""
     more = [length - have for length, have in zip(lengths, x.shape[1:-2], strict=True)]
+    if all(isinstance(n, int) and n == 0 for n in more):
+        return x
     return F.pad(x, [0, 0, 0, 0, *(n for axis in reversed(more) for n in (0, axis))])
 
 
@@ -132,11 +159,14 @@ def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
     of_queries = [(cut.tiles, cut.tile, cut.axis.dilation) for cut in cuts]
     of_keys = [(cut.tiles, cut.box, cut.axis.dilation) for cut in cuts]
 
+    key_index = [cut.keys() for cut in cuts]
+
     def boxes(x: Tensor) -> Tensor:
         x = _padded(x, [cut.ranks * cut.axis.dilation for cut in cuts])
-        for place, cut in enumerate(cuts):
-            x = x.unflatten(place + 1, (cut.ranks, cut.axis.dilation))
-            x = x.index_select(place + 1, cut.keys()).flatten(place + 1, place + 2)
+        # Ranks and groups apart: a key's number is that of its rank.
+        x = x.reshape(x.shape[0], *(n for cut in cuts for n in (cut.ranks, cut.axis.dilation)), *x.shape[-2:])
+        for place, index in enumerate(key_index):
+            x = x.index_select(2 * place + 1, index)
         return _arranged(x, of_keys)
 
     query = _arranged(_padded(query, [math.prod(axis) for axis in of_queries]), of_queries) * scale

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...zoo.library_errors import cause_of
+from ...zoo.library_errors import cause_of, untranslated
 from .. import TaskError
 from .metadata import plain_metadata
 
@@ -60,8 +60,11 @@ def write_onnx(
                 custom_translation_table=_translations(),
             )
     except Exception as error:
-        raise TaskError(f"torch.onnx can't write this model: {cause_of(error)}") from error
+        reason = untranslated(error) or cause_of(error)
+        raise TaskError(f"torch.onnx can't write this model: {reason}; .pt2 holds all that torch has") from error
     model = written.model
+    if opset < 18:
+        _lower(model)
     _strip(model)
     model.metadata_props.update(plain_metadata(card))
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -83,6 +86,39 @@ def _translations() -> dict[Any, Callable]:
         return op.Greater(op.ScatterND(op.Mul(scores, 0.0), place, ones), 0.5)
 
     return {torch.ops.foveate.suppress.default: suppress}
+
+
+# What opset 18 can do and 17 can't; and the reductions, whose axes became an input.
+_NEW_IN_18 = ("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CenterCropPad", "Col2Im", "GroupNormalization")
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
+_DROPPED = {"Resize": ("antialias", "keep_aspect_ratio_policy"), "Split": ("num_outputs",)}
+
+
+def _lower(model: Any) -> None:
+    """Write a model of opset 18 in the operators of opset 17.
+
+    Raises:
+        TaskError: If it needs an operator that 17 lacks.
+    """
+    from onnx_ir import AttrInt64s
+
+    for node in model.graph.all_nodes():
+        kind = node.op_type
+        atomic = node.attributes.get("reduction")
+        newer = kind in _NEW_IN_18 or (atomic is not None and atomic.as_string() in ("max", "min"))
+        if newer or (kind == "Pad" and len(node.inputs) > 3 and node.inputs[3] is not None):
+            raise TaskError(f"opset 17 has no such {kind} as this model needs; --opset 18 has")
+        if kind.startswith("Reduce") and kind[6:] in _REDUCTIONS and len(node.inputs) > 1:
+            axes = node.inputs[1]
+            if axes is not None:
+                if axes.const_value is None:
+                    raise TaskError(f"opset 17 has no {kind} with axes that are computed; --opset 18 has")
+                node.attributes["axes"] = AttrInt64s("axes", axes.const_value.numpy().tolist())
+            node.resize_inputs(1)
+            node.attributes.pop("noop_with_empty_axes", None)
+        for name in _DROPPED.get(kind, ()):
+            node.attributes.pop(name, None)
+    model.graph.opset_imports[""] = 17
 
 
 def _strip(model: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...zoo.library_errors import cause_of
+from ...zoo.library_errors import cause_of, fixed_size
 from .. import TaskError
 from .check import as_list
 from .metadata import plain_metadata
@@ -39,12 +39,14 @@ def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: 
             warnings.simplefilter("ignore")
             return torch.export.export(copy.deepcopy(model), (inputs,), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        advice = ""
+        what = type(getattr(model, "model", model)).__name__
         if dynamic_size:
-            advice = "; it may go without --dynamic-size"
-        elif dynamic_batch:
-            advice = "; it may go without --dynamic-batch"
-        raise TaskError(f"torch.export can't follow {type(model).__name__}: {cause_of(error)}{advice}") from error
+            reason = fixed_size(error) or cause_of(error)
+            raise TaskError(
+                f"{what} can't be exported for images of any size: {reason}; export it for one, without --dynamic-size"
+            ) from error
+        advice = "; it may go without --dynamic-batch" if dynamic_batch else ""
+        raise TaskError(f"torch.export can't follow {what}: {cause_of(error)}{advice}") from error
 
 
 def others(program: torch.export.ExportedProgram) -> list[str]:

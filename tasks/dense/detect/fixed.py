@@ -64,10 +64,17 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Where N is known only when the graph is run, there are always ``count``; those that aren't there have score -1.
     """
     if isinstance(scores.shape[1], int):
-        return scores.topk(min(count, scores.shape[1]))
-    padded = F.pad(scores, (0, count), value=NONE)
-    values, index = padded.topk(count)
+        return top_k(scores, min(count, scores.shape[1]))
+    values, index = top_k(F.pad(scores, (0, count), value=NONE), count)
     return values, torch.minimum(index, torch.full_like(index, 1) * (scores.shape[1] - 1))
+
+
+def top_k(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` best of scores ``[B, N]`` and their indices; of equal ones the first, as ONNX's TopK."""
+    if exporting() and graph().onnx:
+        return scores.topk(count)
+    values, index = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], index[:, :count]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
