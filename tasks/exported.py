@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from ..zoo.checkpoint import CheckpointError
@@ -63,7 +64,7 @@ class OnnxModel(nn.Module):
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the images; None if they may have any."""
-        height, width = self.shape[2:]
+        height, width = self.shape[2:] if self.card.get("layout") != "hwc" else self.shape[1:3]
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -209,7 +210,13 @@ def _classify(network: OnnxModel, rule: dict[str, Any], classes: list[str], whit
     predictor = Predictor(_Classifier(network), rule, classes, "cpu", **white)
     if network.dtype == torch.uint8:
         # The file resizes and normalises by itself.
-        predictor.transform = lambda image: torch.from_numpy(np.array(image)).view(*image.size[::-1], -1)
+        chw = network.card["layout"] == "chw"
+
+        def pixels(image: Image.Image) -> Tensor:
+            x = torch.from_numpy(np.array(image)).view(*image.size[::-1], -1)
+            return x.permute(2, 0, 1) if chw else x
+
+        predictor.transform = pixels
     return predictor
 
 

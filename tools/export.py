@@ -14,6 +14,7 @@ of pixels 0..1.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 
@@ -42,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid-sample",
         action="store_true",
         help="read points of maps by GridSample, which some runtimes compute wrongly, and not by gathers",
+    )
+    parser.add_argument(
+        "--preprocess",
+        choices=("hwc", "chw"),
+        help="of classifiers: take images as they are, uint8 [1, H, W, C] or [1, C, H, W] of any size, and resize, crop and "
+        "normalise them in the graph",
     )
     parser.add_argument(
         "--tolerance",
@@ -87,9 +94,13 @@ def run(args: argparse.Namespace) -> None:
     elif args.answer:
         card["output"] = args.answer
     shape = [args.batch, channels, height, width]
+    example = example_images(*shape[1:], args.batch)
+    if args.preprocess:
+        model, example, options = _with_preprocessing(args, model, card, predictor, options)
+        shape = list(example.shape)
     card |= {"shape": shape, "dynamic_batch": args.dynamic_batch, "dynamic_size": args.dynamic_size}
     try:
-        facts = export_model(model, example_images(*shape[1:], args.batch), args.output, card, options)
+        facts = export_model(model, example, args.output, card, options)
     except (AssertionError, RuntimeError) as error:
         # The model itself refused the example.
         reason = first_line(error)
@@ -101,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(model.state_dict())} tensors, read again and equal")
         return
     batch = "any number" if args.dynamic_batch else args.batch
-    size = "any size" if args.dynamic_size else f"{height}x{width}"
+    size = "any size" if options.dynamic_size else f"{height}x{width}"
     outputs = ", ".join(f"{name} {shape}" for name, shape in facts["outputs"].items())
     print(f"input: {batch} x {channels} x {size}; outputs: {outputs}")
     difference = f"{facts['difference']:.1e} standard deviations"
@@ -111,8 +122,26 @@ def run(args: argparse.Namespace) -> None:
         print(f"needs {packages} where it is loaded, for operators that torch lacks")
 
 
+def _with_preprocessing(args: argparse.Namespace, model, card: dict, predictor, options):
+    """Return the module that takes images as they are, an image, and the options of its export."""
+    from ..tasks import TaskError
+    from ..tasks.export.preprocess import FromImages
+
+    if card["task"] != "classify" or args.features:
+        raise TaskError("--preprocess is for classifiers' answers; the metadata of other files say how to resize")
+    for option, given in (("--batch", args.batch > 1), ("--size", args.size), ("--dynamic-size", args.dynamic_size)):
+        if given:
+            raise TaskError(f"{option} and --preprocess exclude each other: the file takes single images of any size")
+    if args.output.suffix == ".safetensors":
+        raise TaskError("--preprocess: .safetensors holds weights alone; .onnx and .pt2 hold a graph")
+    model = FromImages(model, predictor.rule, args.preprocess).eval()
+    card["layout"] = args.preprocess
+    size = predictor.rule.size
+    return model, model.example(size + 9, size + 4), dataclasses.replace(options, dynamic_size=True)
+
+
 def _open(source: str, checkpoint: Path | None, untrained: bool):
-    """Return the predictor of a checkpoint or a name, its card, and the shape ``(channels, height, width)`` of an image."""
+    """Return the predictor of a checkpoint or a name, its card, and an image's ``(channels, height, width)``."""
     from ..tasks import TaskError
     from ..tasks.classify import Predictor, create_classifier
     from ..tasks.export.metadata import license_of, preprocessing_of

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--model",
         metavar="NAME",
-        help="a timm model or a detector or segmenter with published weights; or a file, also one that export wrote as .onnx",
+        help="a timm model or a detector or segmenter with published weights; or a file, .onnx too",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
     parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")

@@ -133,7 +133,8 @@ def export_model(
 
 def _answers(model: nn.Module, example: Tensor, options: Options) -> list[tuple[Tensor, list[Tensor]]]:
     with torch.no_grad():
-        inputs = check_inputs(example, options.dynamic_batch, options.dynamic_size)
+        own = getattr(model, "check_inputs", None)
+        inputs = own() if own else check_inputs(example, options.dynamic_batch, options.dynamic_size)
         return [(images, as_list(model(images))) for images in inputs]
 
 

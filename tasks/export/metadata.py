@@ -20,7 +20,7 @@ def preprocessing_of(predictor: Any) -> dict[str, Any]:
 
     Returns:
         ``mean`` and ``std`` of pixels of 0 to 1, in the order ``channel_order``; ``channels``; ``resize``, a sentence;
-        and ``rule``, the numbers behind it: a classifier's or segmenter's ``InputRule``, or what `DetectorTransform` takes.
+        and ``rule``, the numbers behind it: a classifier's or segmenter's ``InputRule``, or `DetectorTransform`'s options.
     """
     transform = getattr(predictor.model, "transform", None)
     if getattr(predictor, "rule", None) is None:
@@ -76,7 +76,7 @@ def license_of(name: str, model: nn.Module | None = None) -> str | None:
 
 
 def plain_metadata(card: dict[str, Any]) -> dict[str, str]:
-    """Return what a file's metadata hold: the card as JSON under ``foveate``, and the simplest of it in keys of its own.
+    """Return what a file's metadata hold: the card as JSON under ``foveate``, and the simplest of it in own keys.
 
     Lists are JSON; what isn't known has no key.
     """

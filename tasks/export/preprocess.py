@@ -5,7 +5,7 @@ crop are made, so that the sizes of the product don't depend on the image's. Pil
 to whole grey levels, and then down the columns, and so does this.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,26 @@ class FromImages(nn.Module):
             )
         if rule.crop_mode == "border":
             raise TaskError(
-                "--preprocess: images that are fitted by their longer side, crop_mode border, can't be written into the "
-                "graph; without --preprocess the metadata say how to resize"
+                "--preprocess: images that are fitted by their longer side (border) can't be written into the graph; "
+                "without --preprocess the metadata say how to resize"
             )
         self.model, self.rule, self.layout = model, rule, layout
+        self.size_axes = (1, 2) if layout == "hwc" else (2, 3)
         self.register_buffer("mean", torch.tensor(rule.mean)[:, None, None] * 255, persistent=False)
         self.register_buffer("std", torch.tensor(rule.std)[:, None, None] * 255, persistent=False)
+
+    def example(self, height: int, width: int) -> Tensor:
+        """Return a smooth image of a size, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(1, self.rule.channels, height // 8 + 2, width // 8 + 2, generator=generator)
+        image = (nn.functional.interpolate(noise, size=(height, width), mode="bilinear") * 255).to(torch.uint8)
+        return image.permute(0, 2, 3, 1).contiguous() if self.layout == "hwc" else image
+
+    def check_inputs(self) -> Iterator[Tensor]:
+        """Yield the images that the exported model is tried on: larger and smaller ones, upright and lying."""
+        size = self.rule.size
+        for height, width in ((size, size), (2 * size + 1, size + 7), (size // 2 + 1, size - 3)):
+            yield self.example(height, width)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return the resized crop ``[1, C, size, size]`` in whole grey levels, float32."""
@@ -103,13 +117,3 @@ class FromImages(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the model's answer; see the class."""
         return self.model((self.pixels(images) - self.mean) / self.std)
-
-
-def example_bytes(layout: str, sizes: Sequence[tuple[int, int]], channels: int) -> list[Tensor]:
-    """Return smooth images ``[1, H, W, C]`` or ``[1, C, H, W]``, uint8, of each size, to try such a file on."""
-    images = []
-    for seed, (height, width) in enumerate(sizes):
-        noise = torch.rand(1, channels, height // 8 + 2, width // 8 + 2, generator=torch.Generator().manual_seed(seed))
-        image = (nn.functional.interpolate(noise, size=(height, width), mode="bilinear") * 255).to(torch.uint8)
-        images.append(image.permute(0, 2, 3, 1).contiguous() if layout == "hwc" else image)
-    return images

@@ -31,7 +31,7 @@ def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: 
         # One image would be taken for a constant of 1.
         inputs = example if example.shape[0] > 1 else torch.cat([example, example])
     if dynamic_size:
-        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        axes |= dict.fromkeys(getattr(model, "size_axes", (2, 3)), torch.export.Dim.DYNAMIC)
     if axes:
         shapes = (axes,)
     try:
