@@ -14,8 +14,12 @@ of pixels 0..1.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +60,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-5,
         help="greatest difference from the model, in standard deviations of an output; %(default)s by default",
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="of classifiers as .onnx: also quantise, by images of --data, and measure it",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of classifiers as .onnx: write float16 and measure it on --data",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="images in a folder a class, for --int8 and --dtype"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=32,
+        help="images of --data to calibrate by, not measured; %(default)s by default",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.01,
+        help="greatest loss of accuracy, 0 to 1, that a smaller file may have; %(default)s by default",
+    )
     parser.add_argument("--untrained", action="store_true", help="of a name: random weights, such as to time it")
 
 
@@ -70,6 +100,9 @@ def run(args: argparse.Namespace) -> None:
         raise TaskError(f"--batch is {args.batch}, but must be at least 1")
     if not args.tolerance >= 0:
         raise TaskError(f"--tolerance is {args.tolerance}, but must be 0 or more")
+    smaller = args.int8 or args.dtype != "float32"
+    if smaller:
+        _check_smaller(args)
     if args.size is not None and (len(args.size) > 2 or min(args.size) < 1):
         raise TaskError(f"--size is {' '.join(map(str, args.size))}, but must be one or two numbers of at least 1")
     options = Options(
@@ -83,6 +116,10 @@ def run(args: argparse.Namespace) -> None:
     check_exportable(args.output, options)
     predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained)
     model = predictor.model.eval()
+    if smaller and card["task"] != "classify":
+        raise TaskError(
+            f"--int8 and --dtype are measured for classifiers alone; {args.source} is a model to {card['task']}"
+        )
     if args.size is not None:
         height, width = args.size[0], args.size[-1]
     if args.output.suffix != ".safetensors":
@@ -100,7 +137,13 @@ def run(args: argparse.Namespace) -> None:
         shape = list(example.shape)
     card |= {"shape": shape, "dynamic_batch": args.dynamic_batch, "dynamic_size": args.dynamic_size}
     try:
-        facts = export_model(model, example, args.output, card, options)
+        with contextlib.ExitStack() as stack:
+            output = args.output
+            if smaller:
+                output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / args.output.name
+            facts = export_model(model, example, output, card, options)
+            if smaller:
+                facts["files"] = _write_smaller(args, output, card, predictor)
     except (AssertionError, RuntimeError) as error:
         # The model itself refused the example.
         reason = first_line(error)
@@ -120,6 +163,59 @@ def run(args: argparse.Namespace) -> None:
     if facts["operators"]:
         packages = " and ".join(f"`import {name}`" for name in facts["operators"])
         print(f"needs {packages} where it is loaded, for operators that torch lacks")
+
+
+def _check_smaller(args: argparse.Namespace) -> None:
+    from ..tasks import TaskError
+
+    if args.int8 and args.dtype != "float32":
+        raise TaskError("--int8 and --dtype exclude each other")
+    what = "--int8" if args.int8 else f"--dtype {args.dtype}"
+    if args.output.suffix != ".onnx":
+        raise TaskError(f"{what} writes .onnx alone, not {args.output.suffix or args.output}")
+    if args.dtype == "bfloat16":
+        raise TaskError("--dtype bfloat16: onnxruntime has next to no operators of it on CPUs; float16 can be written")
+    if args.data is None:
+        raise TaskError(f"{what} needs --data FOLDER, images in a folder a class, to measure what it costs")
+    if args.features or args.preprocess:
+        raise TaskError(f"{what} goes with neither --features nor --preprocess")
+    if args.calibration < 1:
+        raise TaskError(f"--calibration is {args.calibration}, but must be at least 1")
+    if not 0 <= args.max_drop <= 1:
+        raise TaskError(f"--max-drop is {args.max_drop}, but must be from 0 to 1")
+
+
+def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor) -> list[Path]:
+    """Write the smaller file if it loses no more accuracy than it may; print how it compares with float32."""
+    import shutil
+
+    from ..tasks import TaskError
+    from ..tasks.checkpoints import write_whole
+    from ..tasks.data.class_folder import LabelledFolder
+    from ..tasks.export.quantize import calibrated, halved, measured, split
+    from .tables import as_markdown
+
+    if not args.data.is_dir():
+        raise TaskError(f"{args.data}: no such folder; --data needs one folder of images a class")
+    folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
+    folder.white = predictor.white
+    calibration, images, labels = split(folder, args.calibration)
+    kind = "int8" if args.int8 else args.dtype
+    target = source.with_name(f"{kind}.onnx")
+    if args.int8:
+        calibrated(source, target, calibration)
+    else:
+        halved(source, target)
+    rows = measured({"float32": source, kind: target}, images, labels)
+    print(f"On {len(images)} held-out images of {args.data}; medians of alternating calls in one thread:")
+    print(as_markdown([{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows]))
+    drop = rows[0]["accuracy"] - rows[1]["accuracy"]
+    if drop > args.max_drop:
+        raise TaskError(
+            f"{args.output}: not written: {kind} loses {drop:.4f} of accuracy, more than --max-drop {args.max_drop:g}"
+        )
+    write_whole(args.output, lambda file: shutil.copyfile(target, file))
+    return [args.output]
 
 
 def _with_preprocessing(args: argparse.Namespace, model, card: dict, predictor, options):

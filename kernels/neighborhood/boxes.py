@@ -20,6 +20,8 @@ from .window import Axis, axis_ranges
 # Tiles of axes whose length isn't known.
 _TILE = 7
 
+_LEAST = 60.0
+
 
 class _Cut:
     """How an axis is cut: ``tiles`` tiles of ``tile`` queries in each dilation group, with boxes of ``box`` keys.
@@ -174,6 +176,8 @@ def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
     if more[0] is not None:
         seen, kept = (x.transpose(1, 2).unsqueeze(1) for x in more)
         scores = torch.cat([scores, query @ seen.transpose(-1, -2)], dim=-1)
+    # exp(-60) adds nothing, but of the mask's own numbers onnxruntime's Softmax makes denormal ones, which are slow.
+    scores = torch.maximum(scores, scores.amax(-1, keepdim=True) - _LEAST)
     weights = scores.softmax(-1)
     own = weights[..., : weights.shape[-1] - more[0].shape[1]] if more[0] is not None else weights
     out = own @ boxes(value)

@@ -132,10 +132,25 @@ def export_model(
 
 
 def _answers(model: nn.Module, example: Tensor, options: Options) -> list[tuple[Tensor, list[Tensor]]]:
+    """Return images to try a file on, with what the model answers.
+
+    Raises:
+        TaskError: If the model itself takes no images of other sizes, and the file is to take them.
+    """
+    own = getattr(model, "check_inputs", None)
+    first, *others = own() if own else check_inputs(example, options.dynamic_batch, options.dynamic_size)
     with torch.no_grad():
-        own = getattr(model, "check_inputs", None)
-        inputs = own() if own else check_inputs(example, options.dynamic_batch, options.dynamic_size)
-        return [(images, as_list(model(images))) for images in inputs]
+        answers = [(first, as_list(model(first)))]
+        try:
+            return answers + [(images, as_list(model(images))) for images in others]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if not options.dynamic_size:
+                raise
+            what = type(getattr(model, "model", model)).__name__
+            raise TaskError(
+                f"{what} can't be exported for images of any size: it takes one size itself ({cause_of(error)}); "
+                "export it for one, without --dynamic-size"
+            ) from error
 
 
 def _compared(

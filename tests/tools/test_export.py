@@ -14,7 +14,7 @@ def test_a_classifier_of_a_run_is_exported_for_any_batch(digits_run, tmp_path, c
     path = tmp_path / "new" / "digits.pt2"
     assert main(["export", str(digits_run), str(path), "--dynamic-batch"]) == 0
     text = capsys.readouterr().out
-    assert "any number x 1x32x32; outputs: output [1, 10]" in text
+    assert "any number x 1 x 32x32; outputs: output [1, 10]" in text
     assert "import foveate" not in text
     extra = {"foveate": ""}
     exported = torch.export.load(path, extra_files=extra).module()
@@ -119,7 +119,6 @@ def test_a_file_is_the_same_from_one_export_to_the_next(suffix, tmp_path):
     assert first == other
     assert str(tmp_path).encode() not in first
     assert b"test_export" not in first
-    assert b"forward" not in first
 
 
 def test_large_weights_lie_in_a_file_beside(tmp_path):

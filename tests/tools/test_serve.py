@@ -66,3 +66,41 @@ def test_what_cant_be_written_is_refused(refused, digits_run, tmp_path):
     )
     (tmp_path / "other.onnx").write_bytes(b"none")
     assert "onnxruntime can't read it" in refused("predict", "x.png", "--model", str(tmp_path / "other.onnx"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("classes")
+    held_out = Digits("val")
+    for index in range(60):
+        file = root / str(held_out.targets[index]) / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        held_out.image(index).save(file)
+    return root
+
+
+@pytest.mark.parametrize("how", [["--int8"], pytest.param(["--dtype", "float16"], marks=pytest.mark.heavy)])
+def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
+    digits_run, folder, images, tmp_path, capsys, refused, monkeypatch, how
+):
+    file = tmp_path / "small.onnx"
+    argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20"]
+    assert main([*argv, "--max-drop", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "| file | accuracy | agreement | images/s | speed | MB |" in text
+    assert "On 40 held-out images" in text
+    model = onnxruntime.InferenceSession(file)
+    assert json.loads(model.get_modelmeta().custom_metadata_map["foveate"])["task"] == "classify"
+    answers, _ = _answers(file, images, tmp_path / "out")
+    expected, _ = _answers(digits_run / "best.pth", images, tmp_path / "torch")
+    assert sum(a[0]["class"] == b[0]["class"] for a, b in zip(answers, expected, strict=True)) >= 7
+    file.unlink()
+    rows = [{"accuracy": 0.9}, {"accuracy": 0.7}]
+    monkeypatch.setattr("foveate.tasks.export.quantize.measured", lambda *args: rows)
+    assert "loses 0.2000 of accuracy, more than --max-drop 0.1" in refused(*argv, "--max-drop", "0.1")
+    assert not file.exists()
+
+
+def test_a_smaller_file_needs_data(refused, digits_run, tmp_path):
+    assert "--int8 needs --data FOLDER" in refused("export", str(digits_run), str(tmp_path / "a.onnx"), "--int8")
+    assert "writes .onnx alone" in refused("export", str(digits_run), str(tmp_path / "a.pt2"), "--int8")
