@@ -20,7 +20,7 @@ def preprocessing_of(predictor: Any) -> dict[str, Any]:
 
     Returns:
         ``mean`` and ``std`` of pixels of 0 to 1, in the order ``channel_order``; ``channels``; ``resize``, a sentence;
-        and ``rule``, the numbers behind it: a classifier's or segmenter's ``InputRule``, or `DetectorTransform`'s options.
+        and ``rule``, the numbers behind it: an ``InputRule``'s, or `DetectorTransform`'s options.
     """
     transform = getattr(predictor.model, "transform", None)
     if getattr(predictor, "rule", None) is None:

@@ -44,7 +44,8 @@ class FromImages(nn.Module):
         layout: ``"hwc"`` for ``[1, H, W, C]``, as decoders give it, or ``"chw"``.
 
     Shape:
-        uint8 in ``layout`` to what the model returns. Its inputs are within one grey level of ``rule``'s; but
+        uint8 in ``layout`` to what the model returns. Its inputs are within one grey level of ``rule``'s (of noise, one
+        pixel in thousands within two, where both roundings fall between levels); but
         for ``"squash"``: of images that shrink more in height than in width, Pillow 13 takes the columns first, which
         shows where the filter overshoots black or white.
 

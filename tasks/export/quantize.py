@@ -137,8 +137,8 @@ def split(dataset: Any, calibration: int) -> tuple[list[Tensor], list[Tensor], l
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     if len(order) < 2 * calibration:
         raise TaskError(
-            f"--data holds {len(order)} images, but {calibration} to calibrate by and as many to measure by are needed; "
-            "lower --calibration"
+            f"--data holds {len(order)} images, but {calibration} to calibrate by and as many to measure by are "
+            "needed; lower --calibration"
         )
     held_out = [dataset[index] for index in order[calibration:]]
     return (

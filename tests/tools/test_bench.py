@@ -76,3 +76,12 @@ def test_plot_of_the_sweep_is_written(tmp_path):
 def test_unknown_models_are_answered_with_the_nearest(capsys):
     assert main(["bench", "models", "nat_tinny"]) == 2
     assert "did you mean 'nat_tiny'" in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+def test_exports_are_timed_against_eager(tmp_path):
+    argv = ["bench", "exports", "nat_atto", "--batch", "1", "--size", "64", "--rounds", "1", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    rows = list(csv.DictReader((tmp_path / "exports.csv").open()))
+    assert [row["runtime"] for row in rows][:4] == ["torch eager", "torch.compile", "onnxruntime", "onnxruntime int8"]
+    assert float(rows[0]["times eager"]) == 1.0

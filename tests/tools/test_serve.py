@@ -57,7 +57,10 @@ def test_resize_in_the_graph_is_pillows(interpolation, size):
     image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = rule.transform()(Image.fromarray(image[0].numpy()))
     got = FromImages(torch.nn.Identity(), rule)(image)[0]
-    assert (got - expected).abs().max() < 1.01
+    difference = (got - expected).abs()
+    # Sums that lie halfway between two levels are rounded twice.
+    assert difference.max() < 2.01
+    assert (difference > 1.01).float().mean() < 1e-3
 
 
 def test_what_cant_be_written_is_refused(refused, digits_run, tmp_path):

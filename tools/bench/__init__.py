@@ -8,7 +8,8 @@ one image. ``dino`` times DINO by parts, and its encoder in training against the
 ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward, against
 the usual formulation with grid_sample. ``depthwise`` times the dilated, strip and wide depthwise convolutions of VAN,
 MSCAN and OverLoCK against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the same
-augmentation. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
+augmentation. ``exports`` times classifiers in torch, compiled, and exported to onnxruntime and, if it is installed,
+OpenVINO, in float32 and in int8. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import importlib
 from pathlib import Path
 
 # What can be timed. Each is a module of that name, with measure(args), which returns the rows of a table.
-KINDS = ("kernels", "models", "detectors", "dino", "deformable", "depthwise", "loader")
+KINDS = ("kernels", "models", "detectors", "dino", "deformable", "depthwise", "loader", "exports")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
