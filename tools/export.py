@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preprocess",
         choices=("hwc", "chw"),
-        help="of classifiers: take images as they are, uint8 [1, H, W, C] or [1, C, H, W] of any size, and resize, crop "
-        "and normalise them in the graph",
+        help="of classifiers: take images as they are, uint8 [1, H, W, C] or [1, C, H, W] of any size, and resize, "
+        "crop and normalise them in the graph",
     )
     parser.add_argument(
         "--tolerance",

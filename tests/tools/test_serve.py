@@ -31,7 +31,7 @@ def _answers(model, images, output, **options):
     return [entry["classes"] for entry in entries], pictures
 
 
-@pytest.mark.parametrize("preprocess", [None, "hwc", "chw"])
+@pytest.mark.parametrize("preprocess", [None, "hwc", pytest.param("chw", marks=pytest.mark.heavy)])
 def test_an_onnx_file_answers_as_the_checkpoint(digits_run, images, tmp_path, preprocess):
     file = tmp_path / "digits.onnx"
     assert main(["export", str(digits_run), str(file), *(("--preprocess", preprocess) if preprocess else ())]) == 0

@@ -9,7 +9,8 @@ one image. ``dino`` times DINO by parts, and its encoder in training against the
 the usual formulation with grid_sample. ``depthwise`` times the dilated, strip and wide depthwise convolutions of VAN,
 MSCAN and OverLoCK against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the same
 augmentation. ``exports`` times classifiers in torch, compiled, and exported to onnxruntime and, if it is installed,
-OpenVINO, in float32 and in int8. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
+OpenVINO, in float32 and in int8. Tables are printed and written as markdown and csv; kernels also as a plot of time
+against size.
 """
 
 import argparse
