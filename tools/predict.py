@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
                     batch.append((path, read_image(path, predictor.channels, predictor.white)))
                 except TaskError as error:
                     unreadable.append(str(error))
-            found = predictor([image for _, image in batch]) if batch else []
-            for (path, image), result in zip(batch, found, strict=True):
+            answers = predictor([image for _, image in batch]) if batch else []
+            for (path, image), result in zip(batch, answers, strict=True):
                 picture = args.output / names[path]
                 beside = predictor.draw(image, result, picture)
                 results.append({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})

@@ -129,7 +129,7 @@ def _probe(name: str, probes: list[str], args: argparse.Namespace, device, tell:
         "linear": lambda: LinearProbe(dim, classes),
         "attentive": lambda: EfficientProbe(channels, classes, queries, args.d_out),
     }
-    found = {probe: [] for probe in trained}
+    accuracies = {probe: [] for probe in trained}
     began = time.monotonic()
     for seed in range(args.seeds):
         heads = {}
@@ -140,10 +140,10 @@ def _probe(name: str, probes: list[str], args: argparse.Namespace, device, tell:
         train_probes(heads, batches, steps, recipe)
         for probe, head in heads.items():
             scores = _scores(head, features[1].pooled if probe == "linear" else features[1].tokens, device)
-            found[probe].append(100 * accuracy(scores, labels[1]))
-        shown = ", ".join(f"{probe} {values[-1]:.1f}" for probe, values in found.items())
+            accuracies[probe].append(100 * accuracy(scores, labels[1]))
+        shown = ", ".join(f"{probe} {values[-1]:.1f}" for probe, values in accuracies.items())
         print(f"{name}: seed {seed}: {shown}", flush=True)
-    for probe, values in found.items():
+    for probe, values in accuracies.items():
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         row[probe] = f"{statistics.mean(values):.1f}{spread}"
     row["seconds to train"] = round(time.monotonic() - began)
@@ -225,11 +225,11 @@ def _training(encoder, images, features, seed: int, rule, args: argparse.Namespa
         order = torch.randperm(count, generator=generator)
         for indices in order[: steps * size].split(size):
             indices = indices.sort().values
-            kept = {"linear": features.pooled, "attentive": features.tokens}
+            inputs = {"linear": features.pooled, "attentive": features.tokens}
             yield (
                 {
                     name: torch.from_numpy(part[indices.numpy()]).to(device)
-                    for name, part in kept.items()
+                    for name, part in inputs.items()
                     if part is not None
                 },
                 features.labels[indices].to(device),
@@ -241,8 +241,8 @@ def _training(encoder, images, features, seed: int, rule, args: argparse.Namespa
         random.transform = _published_transform(images, rule)
         done, parts = 0, []
         for batch in read_batches(random, order, min(args.batch_size, size), args.workers):
-            found = encoder(torch.stack([image for image, _ in batch]).to(device))
-            parts.append((*found, torch.tensor([label for _, label in batch], device=device)))
+            encoded = encoder(torch.stack([image for image, _ in batch]).to(device))
+            parts.append((*encoded, torch.tensor([label for _, label in batch], device=device)))
             done += len(batch)
             if done >= size:
                 linear, tokens, labels = (torch.cat(part) for part in zip(*parts, strict=True))

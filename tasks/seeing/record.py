@@ -57,7 +57,7 @@ class Record(Mapping[str, AttentionCall]):
 
     def add(self, name: str, call: Callable[[str], AttentionCall]) -> None:
         """Keep a call under its module's name, or ``name#2`` and so on."""
-        count = 1 + sum(kept.partition("#")[0] == name for kept in self._calls)
+        count = 1 + sum(other.partition("#")[0] == name for other in self._calls)
         name = name if count == 1 else f"{name}#{count}"
         self._calls[name] = call(name)
 
