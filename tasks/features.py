@@ -160,13 +160,13 @@ def keep_features(
             weights, input and files.
         folder: Holds a folder for each set of facts.
         device: Where to run.
-        with_tokens: Whether the tokens are kept, which take most of the room.
+        with_tokens: Whether the tokens are kept, which take most of the space.
         batch_size: Images at once.
         workers: Threads that read images.
         progress: Called with the number of images done and of all of them.
 
     Raises:
-        TaskError: If an image can't be read, a feature is no number, or there is no room.
+        TaskError: If an image can't be read, a feature is no number, or the disk has no space.
     """
     text = json.dumps({**facts, "foveate": version("foveate"), "timm": version("timm")}, indent=1, sort_keys=True)
     place = folder / hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -1,4 +1,4 @@
-"""Compare the attentions of the house on equal terms: same host, same recipe, only the attention differs.
+"""Compare the attentions of foveate on equal terms: same host, same recipe, only the attention differs.
 
 Each trains foveate_host_atto on the bundled digits and is measured on the held-out ones; then inference of the host is
 timed, all attentions alternating in one process, and its peak memory taken in a fresh process for each. The table is

@@ -122,7 +122,7 @@ def _write_images(held_out, output: Path) -> list[Path]:
 def _draw_gallery(
     held_out, images: list, rankings: list, wrong: list[int], right: list[int], accuracy: float, path: Path
 ) -> None:
-    """Draw every mistake, as far as there is room, and digits that were right."""
+    """Draw every mistake, as far as there is space, and digits that were right."""
     from ..tasks.pictures.classes import draw_gallery
 
     shown = wrong[: SHOWN // 2]

@@ -1,4 +1,4 @@
-"""Say all about a model, ours or timm's: parameters, cost, inputs, feature maps, weights, recipes."""
+"""Describe a model, ours or timm's: parameters, cost, inputs, feature maps, weights, recipes."""
 
 import argparse
 

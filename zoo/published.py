@@ -365,14 +365,14 @@ def tests_of(layout: Layout, origin: Origin) -> dict[str, Any]:
     return options | {"short": short, "long": 2048 if short == 1024 else 4 * large}
 
 
-def refuse_homeless(state: Mapping[str, Tensor], path: str | Path) -> None:
+def refuse_unknown_backbone(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a CheckpointError that names a file's backbone, if timm has none such."""
-    for mark, family in _HOMELESS:
+    for mark, family in _UNKNOWN_BACKBONES:
         if any(mark.match(key) for key in state):
             raise CheckpointError(f"{path}: its backbone is {family}, which timm has not")
 
 
-_HOMELESS = (
+_UNKNOWN_BACKBONES = (
     (re.compile(r"backbone\.layers\.0\.1\.\d+\.pos_embed"), "a PVT of the first version"),
     (re.compile(r"backbone\.stages\.\d\.\d\.\d\.conv\d\.conv\."), "an HRNet or another of mm's own"),
     (
@@ -650,7 +650,7 @@ def build_filled(
     layout, origin = layout_of(published), origin_of(checkpoint)
     if layout is None or origin is None:
         if origin is not None:
-            refuse_homeless(published, path)
+            refuse_unknown_backbone(published, path)
         return None
     backbone = create(**form_of(layout, origin, published, name, options) | dict(options))
     state, constants = without_constants(published)

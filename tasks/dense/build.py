@@ -22,7 +22,7 @@ from ...zoo.published import (
     layout_of,
     likely_model,
     origin_of,
-    refuse_homeless,
+    refuse_unknown_backbone,
     without_constants,
 )
 from ...zoo.weights import locate
@@ -93,7 +93,7 @@ class DenseFile:
         translates = isinstance(backbone, str) and is_model(backbone) and is_foreign(backbone)
         if self.origin is None or not translates:
             return None
-        refuse_homeless(self.state, self.path)
+        refuse_unknown_backbone(self.state, self.path)
         layout = layout_of(self.state)
         self.likely = None if layout is None else likely_model(layout, self.state)
         return layout

@@ -375,7 +375,7 @@ def rollout(
     of a class: see `relevance`.
 
     Args:
-        model: A classifier or backbone of the house, or of timm's that `record_attention` reads. It is run in
+        model: A classifier or backbone of foveate, or of timm's that `record_attention` reads. It is run in
             evaluation mode and left as it was.
         x: Images ``[B, C, H, W]``, normalised.
         fuse: ``"mean"`` of the heads; ``"min"`` and ``"max"`` are brought to rows of 1 after the identity is added.
