@@ -21,6 +21,7 @@ format. The classifier is that of --checkpoint, or a timm name with weights. Ima
 import argparse
 from pathlib import Path
 
+from .arguments import at_least
 from .pattern import names_in
 
 HOST = "foveate_host_atto"
@@ -43,11 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="a classifier of `foveate train`")
     parser.add_argument("--methods", metavar="A,B", help="all by default")
     parser.add_argument(
-        "--images", dest="most", type=int, default=128, help="at most so many are measured; %(default)s by default"
+        "--images",
+        dest="most",
+        type=at_least(1),
+        default=128,
+        help="at most so many are measured; %(default)s by default",
     )
-    parser.add_argument("--epochs", type=int, help="of the bundled classifiers; 20 (digits) and 12 (nuclei) by default")
+    parser.add_argument(
+        "--epochs", type=at_least(1), help="of the bundled classifiers; 20 (digits) and 12 (nuclei) by default"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of their training; %(default)s by default")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once; %(default)s by default")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="images at once; %(default)s by default")
     parser.add_argument("--output", type=Path, default=Path("runs/attend"), help="folder; %(default)s by default")
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
@@ -232,10 +239,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..tasks.seeing.evaluate import METHODS
     from ..zoo.backbone import check_name
 
-    for option in ("most", "batch_size"):
-        if getattr(args, option) < 1:
-            name = {"most": "images", "batch_size": "batch-size"}[option]
-            raise TaskError(f"--{name} is {getattr(args, option)}, but must be at least 1")
     names = names_in(args.methods) or list(METHODS)
     for name in names:
         if name not in METHODS:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from .arguments import at_least
+
 RECIPE = "classify/nat_atto_digits"
 SHOWN = 40
 PICTURES = {
@@ -23,7 +25,7 @@ PICTURES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder; %(default)s by default")
-    parser.add_argument("--epochs", type=int, help="passes over the 1400 digits; the recipe's by default")
+    parser.add_argument("--epochs", type=at_least(1), help="passes over the 1400 digits; the recipe's by default")
     parser.add_argument("--seed", type=int, default=0, help="of the training; %(default)s by default")
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"

@@ -13,6 +13,8 @@ k-NN has none: the same features have the same neighbors.
 import argparse
 from pathlib import Path
 
+from .arguments import at_least
+
 PROBES = ("knn", "linear", "attentive")
 
 
@@ -23,21 +25,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--untrained", action="store_true", help="of names: random weights, as a baseline")
     parser.add_argument("--probes", default=",".join(PROBES), metavar="P,Q", help="%(default)s by default")
-    parser.add_argument("--size", type=int, help="side of the input, in pixels; each model's own by default")
-    parser.add_argument("--k", type=int, default=20, help="neighbors that vote; %(default)s by default")
+    parser.add_argument("--size", type=at_least(1), help="side of the input, in pixels; each model's own by default")
+    parser.add_argument("--k", type=at_least(1), default=20, help="neighbors that vote; %(default)s by default")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes; %(default)s by default")
-    parser.add_argument("--queries", type=int, help="of the attentive probe; by default the most up to 32 that fit")
-    parser.add_argument("--d-out", type=int, default=1, help="by which its values are narrower; %(default)s by default")
+    parser.add_argument(
+        "--queries", type=at_least(1), help="of the attentive probe; by default the most up to 32 that fit"
+    )
+    parser.add_argument(
+        "--d-out", type=at_least(1), default=1, help="by which its values are narrower; %(default)s by default"
+    )
     parser.add_argument("--all-tokens", action="store_true", help="attend to class tokens and registers too")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each probe; %(default)s by default")
-    parser.add_argument("--epochs", type=int, help="of the probes; 100 by default, 90 with --published")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="trainings of each probe; %(default)s by default")
+    parser.add_argument("--epochs", type=at_least(1), help="of the probes; 100 by default, 90 with --published")
     parser.add_argument("--lr", type=float, help="learning rate; 0.003 by default, with --published 0.1 for 256 images")
-    parser.add_argument("--batch", type=int, help="images of a step; 256 by default, 4096 with --published")
+    parser.add_argument("--batch", type=at_least(1), help="images of a step; 256 by default, 4096 with --published")
     parser.add_argument("--published", action="store_true", help="train as Efficient Probing's authors do, see above")
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="images in the model at once; %(default)s by default"
+        "--batch-size", type=at_least(1), default=32, help="images in the model at once; %(default)s by default"
     )
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images; %(default)s by default")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=4, help="threads that read images; %(default)s by default"
+    )
     parser.add_argument("--cache", type=Path, help="folder of the features; OUTPUT/features by default")
     parser.add_argument("--output", type=Path, default=Path("runs/probe"), help="folder; %(default)s by default")
     parser.add_argument(
@@ -61,10 +69,8 @@ def run(args: argparse.Namespace) -> None:
     for name in probes:
         if name not in PROBES:
             raise TaskError(f"unknown probe {name!r}{nearest(name, PROBES)}")
-    for option in ("k", "seeds", "d_out", "batch_size", "workers", "size", "queries", "epochs", "batch", "lr"):
-        value = getattr(args, option)
-        if value is not None and not value >= (1 if option != "lr" else 0):
-            raise TaskError(f"--{option.replace('_', '-')} is {value}, but must be at least 1")
+    if args.lr is not None and not args.lr >= 0:
+        raise TaskError(f"--lr is {args.lr}, but must be 0 or more")
     if not args.temperature > 0:
         raise TaskError(f"--temperature is {args.temperature}, but must be greater than 0")
     device = choose_device(args.device)
