@@ -142,7 +142,8 @@ def _draw(args: argparse.Namespace) -> None:
         write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
         print(f"{path}: {stem}.png, .npz and .json")
         if args.animate is not None:
-            pictures = list(attention.frames(predictor.model, x, places, args.animate, args.layers))
+            record = observed if args.method == "query" else None
+            pictures = list(attention.frames(predictor.model, x, places, args.animate, args.layers, observed=record))
             write_whole(
                 stem.with_suffix(".gif"),
                 lambda file, pictures=pictures: pictures[0].save(

@@ -445,6 +445,7 @@ def frames(
     count: int = 24,
     layers: str | Sequence[str] | None = None,
     image: Image.Image | None = None,
+    observed: Record | None = None,
 ) -> Iterator[Image.Image]:
     """Yield pictures of a query that moves along a path, of one recorded forward pass.
 
@@ -455,10 +456,12 @@ def frames(
         count: Pictures.
         layers: Attentions.
         image: What ``x`` shows.
+        observed: A record of the same, where there is one already.
     """
     if len(path) < 2:
         raise TaskError("a path has two places at least; name more with --at")
-    base, calls = _base(model, x, image), drawable(record_once(model, x, layers), layers)
+    base = _base(model, x, image)
+    calls = drawable(record_once(model, x, layers) if observed is None else observed, layers)
     corners = np.array(path, dtype=float)
     lengths = np.concatenate([[0], np.hypot(*np.diff(corners, axis=0).T).cumsum()])
     for length in np.linspace(0, lengths[-1], count):

@@ -140,6 +140,7 @@ class DinoHead(nn.Module):
         self,
         channels: int,
         num_classes: int,
+        *,
         num_levels: int = 4,
         num_queries: int = 900,
         encoder_layers: int = 6,

@@ -83,17 +83,17 @@ class DINO(Detector):
         self.head = DinoHead(
             channels,
             num_classes,
-            num_levels,
-            num_queries,
-            encoder_layers,
-            decoder_layers,
-            hidden,
-            num_heads,
-            num_points,
-            temperature,
-            offset,
-            denoising_queries,
-            max_detections,
+            num_levels=num_levels,
+            num_queries=num_queries,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            hidden=hidden,
+            num_heads=num_heads,
+            num_points=num_points,
+            temperature=temperature,
+            offset=offset,
+            denoising_queries=denoising_queries,
+            max_detections=max_detections,
         )
         self.criterion = DinoCriterion(cls_weight)
 
