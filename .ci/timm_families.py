@@ -111,6 +111,8 @@ def check_maps(model) -> None:
     backbone = model.backbone
     # Where unpadded convolutions leave out the border, little is left of a small map.
     size = tuple(2 * side - 1 for side in SIZE) if backbone.borderless else SIZE
+    if backbone.size is not None:
+        size = tuple(map(min, size, backbone.size))
     image = torch.randn(1, 3, *size, requires_grad=True)
     levels = list(zip(backbone(image), backbone.channels, backbone.reductions, strict=True))
     if len(set(backbone.reductions)) == 1:
