@@ -19,6 +19,8 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
+from .arguments import at_least
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -34,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", action="store_true", help="export the feature maps instead of the answer")
     parser.add_argument(
         "--size",
-        type=int,
+        type=at_least(1),
         nargs="+",
         metavar="PIXELS",
         help="side, or height and width, of the images, in pixels; the model's own by default",
     )
-    parser.add_argument("--batch", type=int, default=1, help="images at once; %(default)s by default")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="images at once; %(default)s by default")
     parser.add_argument("--dynamic-batch", action="store_true", help="take any number of images at once")
     parser.add_argument("--dynamic-size", action="store_true", help="take images of any height and width")
     parser.add_argument("--opset", type=int, default=18, help="of ONNX's operators; %(default)s by default")
@@ -96,15 +98,13 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.export import FORMATS, Options, Pyramid, check_exportable, example_images, export_model, whole_model
     from ..zoo.library_errors import first_line
 
-    if args.batch < 1:
-        raise TaskError(f"--batch is {args.batch}, but must be at least 1")
     if not args.tolerance >= 0:
         raise TaskError(f"--tolerance is {args.tolerance}, but must be 0 or more")
     smaller = args.int8 or args.dtype != "float32"
     if smaller:
         _check_smaller(args)
-    if args.size is not None and (len(args.size) > 2 or min(args.size) < 1):
-        raise TaskError(f"--size is {' '.join(map(str, args.size))}, but must be one or two numbers of at least 1")
+    if args.size is not None and len(args.size) > 2:
+        raise TaskError(f"--size is {' '.join(map(str, args.size))}, but must be one or two numbers")
     options = Options(
         dynamic_batch=args.dynamic_batch,
         dynamic_size=args.dynamic_size,
@@ -179,8 +179,6 @@ def _check_smaller(args: argparse.Namespace) -> None:
         raise TaskError(f"{what} needs --data FOLDER, images in a folder a class, to measure what it costs")
     if args.features or args.preprocess:
         raise TaskError(f"{what} goes with neither --features nor --preprocess")
-    if args.calibration < 1:
-        raise TaskError(f"--calibration is {args.calibration}, but must be at least 1")
     if not 0 <= args.max_drop <= 1:
         raise TaskError(f"--max-drop is {args.max_drop}, but must be from 0 to 1")
 

@@ -83,17 +83,17 @@ class DINO(Detector):
         self.head = DinoHead(
             channels,
             num_classes,
-            num_levels,
-            num_queries,
-            encoder_layers,
-            decoder_layers,
-            hidden,
-            num_heads,
-            num_points,
-            temperature,
-            offset,
-            denoising_queries,
-            max_detections,
+            num_levels=num_levels,
+            num_queries=num_queries,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            hidden=hidden,
+            num_heads=num_heads,
+            num_points=num_points,
+            temperature=temperature,
+            offset=offset,
+            denoising_queries=denoising_queries,
+            max_detections=max_detections,
         )
         self.criterion = DinoCriterion(cls_weight)
 
@@ -105,13 +105,15 @@ class DINO(Detector):
         original_sizes: Sequence[Size] | None = None,
         soft_masks: bool = False,
     ) -> list[dict[str, Tensor]]:
-        found = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
-        return self.head.detect(found.logits[-1], found.boxes[-1], image_sizes, original_sizes or image_sizes)
+        predictions = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
+        return self.head.detect(
+            predictions.logits[-1], predictions.boxes[-1], image_sizes, original_sizes or image_sizes
+        )
 
     def find(self, batch: Tensor) -> dict[str, Tensor]:
         size = tuple(batch.shape[-2:])
-        found = self.head(self.neck(self.backbone(batch)), [size], size)
-        boxes, labels, scores = self.head.best(found.logits[-1], found.boxes[-1])
+        predictions = self.head(self.neck(self.backbone(batch)), [size], size)
+        boxes, labels, scores = self.head.best(predictions.logits[-1], predictions.boxes[-1])
         count = torch.full_like(labels[:, 0], labels.shape[1])
         return {"boxes": in_pixels(boxes, size), "scores": scores, "labels": labels, "count": count}
 
@@ -125,5 +127,5 @@ class DINO(Detector):
             for target, (height, width) in zip(targets, image_sizes, strict=True)
         ]
         canvas = self.transform.canvas(image_sizes)
-        found = self.head(self.neck(features), image_sizes, canvas, (labels, boxes))
-        return self.criterion(found, labels, boxes, image_sizes)
+        predictions = self.head(self.neck(features), image_sizes, canvas, (labels, boxes))
+        return self.criterion(predictions, labels, boxes, image_sizes)
