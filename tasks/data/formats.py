@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import TaskError, nearest
-from . import ade20k, cityscapes, coco, mask_folder, voc
+from . import ade20k, cityscapes, coco, coco_stuff, mask_folder, voc
 from .annotations import Faults
 from .augment import IGNORE, Augment
 from .class_folder import LabelledFolder
@@ -53,6 +53,7 @@ MAPS: dict[str, MapFormat] = {
     "cityscapes": MapFormat(LabelMaps, cityscapes.find_maps, ("semantic",)),
     "coco": MapFormat(InstanceMaps, coco.find_instances, ("instance",)),
     "coco_panoptic": MapFormat(PanopticMaps, coco.find_segments, ("panoptic", "semantic")),
+    "coco_stuff": MapFormat(LabelMaps, coco_stuff.find_maps, ("semantic",)),
     "folder": MapFormat(LabelMaps, mask_folder.find_maps, ("semantic",)),
     "voc": MapFormat(LabelMaps, voc.find_maps, ("semantic",)),
 }

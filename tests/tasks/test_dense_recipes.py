@@ -24,6 +24,7 @@ FEW = [
     "segment/semantic_fpn_quadtree_b0_160k_ade20k",
     "segment/upernet_agent_swin_tiny_160k_ade20k",
     "segment/light_ham_mscan_t_160k_ade20k",
+    "segment/light_ham_van_b0_512_160k_ade20k",
 ]
 DATA = [
     *FEW,
@@ -32,6 +33,7 @@ DATA = [
     "segment/mask2former_dinat_large_160k_ade20k_panoptic",
     "segment/mask2former_dinat_large_90k_cityscapes_semantic",
     "segment/light_ham_mscan_t_160k_cityscapes",
+    "segment/light_ham_mscan_l_80k_coco_stuff",
 ]
 
 
@@ -53,6 +55,7 @@ def root(tmp_path_factory):
         save(root / "annotations" / f"panoptic_{split}2017" / "a.png", picture)
         save(root / "images" / part / "a.jpg", image)
         save(root / "annotations" / part / "a.png", ids)
+        save(root / "stuffthingmaps" / f"{split}2017" / "a.png", ids)
         save(root / f"ade20k_panoptic_{split}" / "a.png", picture)
         save(root / "leftImg8bit" / split / "ulm" / "ulm_0_1_leftImg8bit.png", image)
         save(root / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_labelIds.png", 7 + ids)

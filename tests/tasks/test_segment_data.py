@@ -105,6 +105,33 @@ def test_cityscapes_has_19_of_34_ids(tmp_path):
     assert row[0] == row[29] == IGNORE
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_coco_stuff_has_171_of_182_ids(tmp_path, converted):
+    """mmseg's converter numbers the classes anew; 11 ids of things are in no map of the release."""
+    missing = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+    values = range(171) if converted else [value for value in range(182) if value not in missing]
+    maps, suffix = ("annotations", "_labelTrainIds") if converted else ("stuffthingmaps", "")
+    image = np.zeros((4, 172, 3))
+    for part in ("train2017", "val2017"):
+        write(tmp_path / ("images" if converted else ".") / part / "000000000139.jpg", image)
+        write(tmp_path / maps / part / f"000000000139{suffix}.png", labels_of([*values, 255], (4, 172)))
+    data = DATA | {"name": "coco_stuff", "root": str(tmp_path), "augment": {"crop": 16}}
+    _, val = open_maps(data, RULE)
+    assert (len(val.classes), val.classes[79], val.classes[80], val.classes[170]) == (
+        171,
+        "toothbrush",
+        "banner",
+        "wood",
+    )
+    assert val[0][1][0].tolist() == [*range(171), IGNORE]
+    write(tmp_path / maps / "val2017" / f"000000000139{suffix}.png", labels_of([200 if converted else 11], (4, 172)))
+    with pytest.raises(TaskError, match="1 label map with unknown values"):
+        open_maps(data, RULE)
+    (tmp_path / maps).rename(tmp_path / "elsewhere")
+    with pytest.raises(TaskError, match="neither annotations/train2017 nor stuffthingmaps/train2017"):
+        open_maps(data, RULE)
+
+
 def test_what_is_measured_may_stand_for_what_is_trained_on(tmp_path):
     write(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_0_1_leftImg8bit.png", np.zeros((21, 34, 3)))
     write(tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of(range(34)))
