@@ -23,6 +23,7 @@ from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
 from .quadtree import QuadTreeAttention2d
+from .quadtree_cross import QuadTreeCrossAttention2d
 from .routing import BiLevelRoutingAttention2d, LePEAttention2d, RoutedRegions
 from .shift import Shift2d
 from .triplet import TripletAttention
@@ -61,6 +62,7 @@ __all__ = [
     "NeighborhoodAttention3d",
     "PolarizedAttention",
     "QuadTreeAttention2d",
+    "QuadTreeCrossAttention2d",
     "RoutedRegions",
     "Shift2d",
     "StripGate",
