@@ -91,6 +91,8 @@ def test_every_variant_tells_what_it_did(name, golden_module):
     torch.manual_seed(0)
     if name.startswith(WITHOUT):
         pytest.skip("it has no attention")
+    if name in ("foveate_davit_huge", "foveate_davit_giant"):
+        pytest.skip("of 0.3 and 1.4 G parameters; its attention is that of the smaller ones")
     model = fill(timm.create_model(name, num_classes=5), golden_module)
     size = model.default_cfg["input_size"][1:] if name.startswith(FIXED) else (135, 97)
     if name.endswith("AAAA") or "transnext" in name:
