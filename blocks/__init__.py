@@ -1,6 +1,6 @@
 """Attention modules, each usable alone on maps."""
 
-from .agent import AgentAttention2d, AgentTokenAttention
+from .agent import AgentAttention2d, AgentTokenAttention, agent_attention_untrained, attend_untrained
 from .aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from .cbam import CBAM
 from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
@@ -26,6 +26,8 @@ from .quadtree import QuadTreeAttention2d
 from .quadtree_cross import QuadTreeCrossAttention2d
 from .routing import BiLevelRoutingAttention2d, LePEAttention2d, RoutedRegions
 from .shift import Shift2d
+from .subspace import SubspaceAttention
+from .token_merging import TokenMatching, match_tokens
 from .triplet import TripletAttention
 from .window import WindowAttention2d
 
@@ -66,12 +68,17 @@ __all__ = [
     "RoutedRegions",
     "Shift2d",
     "StripGate",
+    "SubspaceAttention",
+    "TokenMatching",
     "TripletAttention",
     "UnitGlobalAttention2d",
     "WindowAttention2d",
+    "agent_attention_untrained",
+    "attend_untrained",
     "collect_losses",
     "create_attention",
     "list_attentions",
+    "match_tokens",
     "report_logits",
     "report_loss",
 ]

@@ -109,14 +109,19 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     starts fresh, with a warning.
     """
     state = _from_authors(state) if any(key.startswith("features.") for key in state) else dict(state)
+    return with_fresh_attention(state, model)
+
+
+def with_fresh_attention(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
+    """Leave out ``model``'s attention, with a warning, where the entries are those of its host network alone."""
     attention = [key for key in model.state_dict() if ".se." in key]
     if not any(key in state for key in attention):
         _logger.warning(
             "the checkpoint holds the host network's weights only; the attention (%d tensors) starts fresh, train it",
             len(attention),
         )
-        state |= dict.fromkeys(attention)
-    return state
+        return {**state, **dict.fromkeys(attention)}
+    return dict(state)
 
 
 def _host(cls: type[nn.Module], name: str, pretrained: bool, options: dict, config: dict) -> nn.Module:
