@@ -683,6 +683,26 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         ),
     ),
     (
+        "segment/mask2former_*_ade20k_instance",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_ade20k"],
+            data=dict(
+                name="coco",
+                train=dict(annotations="ade20k_instance_train.json", images="images/training"),
+                val=dict(annotations="ade20k_instance_val.json", images="images/validation"),
+                num_classes=100,
+            ),
+            note="The annotations are those of Mask2Former's prepare_ade20k_ins_seg.py.",
+        ),
+    ),
+    (
+        "segment/mask2former_*_cityscapes_instance",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_cityscapes"],
+            data=dict(name="cityscapes_instance", num_classes=8),
+        ),
+    ),
+    (
         "segment/mask2former_*_cityscapes_semantic",
         dict(_base_=["_base_/mask2former_dinat_large", "_base_/mask2former_cityscapes"], data=dict(name="cityscapes")),
     ),

@@ -51,6 +51,7 @@ OBJECTS: dict[str, Callable[..., tuple[list[coco.Record], list[str]]]] = {
 MAPS: dict[str, MapFormat] = {
     "ade20k": MapFormat(LabelMaps, ade20k.find_maps, ("semantic",)),
     "cityscapes": MapFormat(LabelMaps, cityscapes.find_maps, ("semantic",)),
+    "cityscapes_instance": MapFormat(InstanceMaps, cityscapes.find_instances, ("instance",)),
     "coco": MapFormat(InstanceMaps, coco.find_instances, ("instance",)),
     "coco_panoptic": MapFormat(PanopticMaps, coco.find_segments, ("panoptic", "semantic")),
     "coco_stuff": MapFormat(LabelMaps, coco_stuff.find_maps, ("semantic",)),
