@@ -525,9 +525,27 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         for family in ("nat", "dinat", "dat_pp")
     ),
     ("detect/dino_dat_pp_*", _drop_path(0.0)),
+    # ELA's hosts, of which nothing was published: what is usual of ResNet, but for the fresh attention in every stage.
+    (
+        "detect/mask_rcnn_ela_*",
+        dict(
+            _base_=["_base_/coco_single_scale", "_base_/schedule_1x"],
+            model=dict(pretrained=True, norm_eval=True),
+            optimizer=dict(name="sgd", lr=0.02, weight_decay=1e-4, no_decay=()),
+            note="The weights to begin with are the host's; no stage is frozen, because the attention starts fresh.",
+        ),
+    ),
     # Semantic segmentation of ADE20K.
     ("segment/upernet_*", dict(_base_=["_base_/ade20k", "_base_/schedule_160k"], model=dict(pretrained=True))),
     ("segment/semantic_fpn_*", dict(_base_=["_base_/ade20k", "_base_/schedule_40k"], model=dict(pretrained=True))),
+    (
+        "segment/*_ela_*",
+        dict(
+            optimizer=dict(name="sgd", lr=0.01, weight_decay=5e-4, no_decay=()),
+            schedule=dict(power=0.9, warmup_iterations=0, final_factor=1e-2),
+            note="The weights to begin with are the host's; the attention starts fresh.",
+        ),
+    ),
     ("segment/upernet_*nat_*", dict(optimizer=dict(no_decay=_BIASES), precision="float16")),
     ("segment/upernet_dinat_large_*", dict(precision="float32")),
     ("segment/upernet_agent_swin_*", dict(optimizer=dict(no_decay=_AGENT_BIASES))),

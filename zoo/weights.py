@@ -98,7 +98,7 @@ class Weights:
 
     Attributes:
         name: ``model.tag``.
-        task: ``classify``, ``detect`` or ``segment``.
+        task: ``classify``, ``detect`` or ``segment``; ``other`` is of a model that isn't here, which its note tells of.
         data: Data set of the training.
         sources: Where it is, in the order of trust.
         page: Page to visit when all else fails.

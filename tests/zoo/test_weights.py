@@ -30,8 +30,8 @@ NAME = "nat_atto.somebody_in1k"
 def test_entries_are_well_formed(name):
     entry = weights.table()[name]
     assert name.count(".") == 1
-    assert is_model(entry.model)
-    assert entry.task in ("classify", "detect", "segment")
+    assert is_model(entry.model) == (entry.task != "other")
+    assert entry.task in ("classify", "detect", "segment", "other")
     assert (entry.head is None) == (entry.task == "classify")
     assert entry.license in ("mit", "apache-2.0", "cc-by-sa-3.0", "cc-by-nc-4.0", None)
     assert entry.page.startswith("https://")
