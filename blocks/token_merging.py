@@ -32,15 +32,15 @@ class TokenMatching(NamedTuple):
         index = self.ranked.unsqueeze(2).expand(-1, -1, channels)
         others = x.gather(1, index)
         into = self.target[:, :count].unsqueeze(2).expand(-1, -1, channels)
-        kept = x[:, self.stays].scatter_reduce(1, into, others[:, :count], "mean")
-        return torch.cat([others[:, count:], kept], 1)
+        destinations = x[:, self.stays].scatter_reduce(1, into, others[:, :count], "mean")
+        return torch.cat([others[:, count:], destinations], 1)
 
     def unmerge(self, x: Tensor, count: int) -> Tensor:
         """Return ``[B, N, C]``: what became of each token in ``x`` ``[B, N - count, C]``, in `merge`'s order."""
         batch, _, channels = x.shape
-        rest, kept = x.split([self.ranked.shape[1] - count, len(self.stays)], 1)
+        rest, destinations = x.split([self.ranked.shape[1] - count, len(self.stays)], 1)
         into = self.target[:, :count].unsqueeze(2).expand(-1, -1, channels)
-        values = torch.cat([kept.gather(1, into), rest, kept], 1)
+        values = torch.cat([destinations.gather(1, into), rest, destinations], 1)
         places = torch.cat([self.ranked, self.stays.expand(batch, -1)], 1)
         return torch.zeros_like(values).scatter(1, places.unsqueeze(2).expand(-1, -1, channels), values)
 

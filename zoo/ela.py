@@ -156,8 +156,7 @@ def _mobilenetv2(name: str, pretrained: bool, options: dict, variant: str) -> Ef
     return _host(EfficientNet, name, pretrained, options, config)
 
 
-# Dense settings of our own, for `create_backbone(name, setting=...)`: the authors have one of DeepLabV3 alone. The hosts'
-# maps are taken as they are.
+# Dense settings of our own, for `create_backbone(name, setting=...)`: the authors have one of DeepLabV3 alone.
 dense_settings: dict[str, dict[str, dict]] = {
     f"ela_{variant}_{host}": {"detection": {}, "segmentation": {}, "deeplabv3": {"output_stride": 16}}
     for host, variants in (("resnet18", "tbsl"), ("resnet50", "tbsl"), ("mobilenetv2", "bsl"))

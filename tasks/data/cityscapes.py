@@ -65,14 +65,14 @@ def find_instances(
         else:
             faults.add("pair", image)
     read = in_threads(_read_objects, pairs)
-    found = [record for record in read if isinstance(record, Record)]
+    present = [record for record in read if isinstance(record, Record)]
     for (_, path), record in zip(pairs, read, strict=True):
         if isinstance(record, DamagedImageError):
             faults.add("damaged", record)
         elif not isinstance(record, Record):
             faults.add("value", f"{path.name} has ids that stand for no class: {record}")
-    fits = faults.check_pictures([(record.file, record.size) for record in found], skip_damaged)
-    records = [record for record, fit in zip(found, fits, strict=True) if fit]
+    fits = faults.check_pictures([(record.file, record.size) for record in present], skip_damaged)
+    records = [record for record, fit in zip(present, fits, strict=True) if fit]
     faults.settle(data["broken"], "correct or complete them", len(records))
     if not records:
         raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")

@@ -37,7 +37,7 @@ def test_is_trained_and_recorded(name, config_file, tmp_path):
     with torch.no_grad():
         expected = model(x)
     if kinds is None:
-        with pytest.raises(TaskError, match="^nothing to record in .*(no reader for|no attention)"):
+        with pytest.raises(TaskError, match=r"^nothing to record in .*(no reader for|no attention)"):
             record_of(model, x)
         return
     record, out = record_of(model, x)
