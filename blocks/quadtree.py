@@ -85,6 +85,30 @@ def pool(x: Tensor) -> Tensor:
     return (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) * 0.25
 
 
+def topk_of_levels(
+    owner: str, channels: tuple[int, int], levels: int, topk: int | Sequence[int], kind: str
+) -> list[int]:
+    """Return how many tokens are handed down from each level, coarse to fine, or refuse for ``owner`` what can't be.
+
+    ``channels`` are all, and the heads that must divide them.
+    """
+    dim, num_heads = channels
+    if dim % num_heads:
+        raise ValueError(f"{owner} needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+    if levels < 1:
+        raise ValueError(f"{owner} needs at least 1 level; got {levels}")
+    if kind not in ("A", "B"):
+        raise ValueError(f"{owner} has the kinds 'A' and 'B'; got {kind!r}")
+    # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
+    needed = max(1, levels - 1) if kind == "A" else levels - 1
+    numbers = [topk] * needed if isinstance(topk, int) else list(topk)[:needed]
+    if len(numbers) < needed or min(numbers, default=1) < 1:
+        raise ValueError(
+            f"topk must be a positive number, or {needed} of them for a pyramid of {levels} levels; got {topk!r}"
+        )
+    return numbers
+
+
 class QuadTreeAttention2d(nn.Module):
     """Multi-head self-attention that looks closely only where the coarser view was worth it.
 
@@ -151,21 +175,9 @@ class QuadTreeAttention2d(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if dim % num_heads:
-            raise ValueError(f"QuadTreeAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
-        if levels < 1:
-            raise ValueError(f"QuadTreeAttention2d needs at least 1 level; got {levels}")
-        if kind not in ("A", "B"):
-            raise ValueError(f"QuadTreeAttention2d has the kinds 'A' and 'B'; got {kind!r}")
         if value_act not in _ACTIVATIONS:
             raise ValueError(f"value_act is one of {', '.join(map(repr, _ACTIVATIONS))}; got {value_act!r}")
-        # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
-        needed = max(1, levels - 1) if kind == "A" else levels - 1
-        self.topk = [topk] * needed if isinstance(topk, int) else list(topk)[:needed]
-        if len(self.topk) < needed or min(self.topk, default=1) < 1:
-            raise ValueError(
-                f"topk must be a positive number, or {needed} of them for a pyramid of {levels} levels; got {topk!r}"
-            )
+        self.topk = topk_of_levels(type(self).__name__, (dim, num_heads), levels, topk, kind)
         self.num_heads = num_heads
         self.levels = levels
         self.kind = kind

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype
-from .quadtree import Routes, from_tree, message, routes_of, to_tree
+from .quadtree import Routes, from_tree, message, routes_of, to_tree, topk_of_levels
 
 
 class QuadTreeCrossAttention2d(nn.Module):
@@ -76,21 +76,7 @@ class QuadTreeCrossAttention2d(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if dim % num_heads:
-            raise ValueError(
-                f"QuadTreeCrossAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}"
-            )
-        if levels < 1:
-            raise ValueError(f"QuadTreeCrossAttention2d needs at least 1 level; got {levels}")
-        if kind not in ("A", "B"):
-            raise ValueError(f"QuadTreeCrossAttention2d has the kinds 'A' and 'B'; got {kind!r}")
-        # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
-        needed = max(1, levels - 1) if kind == "A" else levels - 1
-        self.topk = [topk] * needed if isinstance(topk, int) else list(topk)[:needed]
-        if len(self.topk) < needed or min(self.topk, default=1) < 1:
-            raise ValueError(
-                f"topk must be a positive number, or {needed} of them for pyramids of {levels} levels; got {topk!r}"
-            )
+        self.topk = topk_of_levels(type(self).__name__, (dim, num_heads), levels, topk, kind)
         self.num_heads = num_heads
         self.levels = levels
         self.kind = kind

@@ -65,7 +65,10 @@ class SubspaceAttention(nn.Module):
 
     def _gate(self, x: Tensor) -> Tensor:
         groups = x.chunk(len(self.subspaces), 1)
-        gates = [space(group).expand_as(group) for space, group in zip(self.subspaces, groups, strict=True)]
+        gates = []
+        # TorchScript and fx take neither zip nor a loop over the groups.
+        for index, space in enumerate(self.subspaces):
+            gates.append(space(groups[index]).expand_as(groups[index]))
         return torch.cat(gates, 1) + 1
 
     @torch.jit.ignore

@@ -109,6 +109,8 @@ def test_a_subspace_is_its_definition():
         weights = out.exp() / out.exp().sum((2, 3), keepdim=True)
         parts.append(weights * group + group)
     torch.testing.assert_close(block(x), torch.cat(parts, 1))
+    torch.testing.assert_close(torch.jit.script(block)(x), block(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x))
     with pytest.raises(ValueError, match="num_splits must divide the channels; got 12 channels, 5 splits"):
         SubspaceAttention(12, num_splits=5)
 
