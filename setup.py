@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # an old setuptools, outside of pip's builds: it makes no wheel, but libraries in place
+    bdist_wheel = object
 
 
 class BuildLibrary(build_ext):
