@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels.bilinear import neighbors
+from ..kernels.bilinear import neighbors, sample_aligned
 from .layout import channels_last
 from .plain import is_plain
 from .record import Landing, Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
@@ -88,8 +88,7 @@ def zero_offsets(q: Tensor, groups: int, kernel_size: int, stride: int, padding:
 @register_notrace_function
 def sample(x: Tensor, points: Tensor) -> Tensor:
     """Read ``x`` ``[N, C, H, W]`` at ``points`` ``[N, h, w, 2]``, (y, x), bilinear, zero outside: ``[N, C, h, w]``."""
-    values = F.grid_sample(x.to(points.dtype), points.flip(-1), mode="bilinear", align_corners=True)
-    return values.to(x.dtype)
+    return sample_aligned(x.to(points.dtype), points.flip(-1)).to(x.dtype)
 
 
 @register_notrace_function
@@ -114,7 +113,7 @@ def position_bias(table: Tensor, points: Tensor, height: int, width: int, groups
     displacement = queries[:, None] - (points.flatten(1, 2)[:, None] * 0.5).flip(-1)
     batch = points.shape[0] // groups
     tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    bias = F.grid_sample(tables, displacement, mode="bilinear", align_corners=True)
+    bias = sample_aligned(tables, displacement)
     return bias.unflatten(0, (batch, groups)).flatten(1, 2)
 
 

@@ -3,8 +3,10 @@
 An operator's table stands in its own file, in order of preference, and a new backend is one row of it.
 """
 
+import contextlib
+import contextvars
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +72,32 @@ def is_exporting() -> bool:
 def exporting() -> bool:
     """Return whether a graph is made for other runtimes, which must consist of torch's own operators."""
     return is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+class Graph(NamedTuple):
+    """What a graph that is made for other runtimes may consist of."""
+
+    onnx: bool = False  # whether it becomes ONNX, which has operators that torch lacks
+    grid_sample: bool = False  # whether points of maps are read by GridSample, and not by gathers
+
+
+_PLAIN = Graph()
+_graph: contextvars.ContextVar[Graph] = contextvars.ContextVar("graph", default=_PLAIN)
+
+
+@contextlib.contextmanager
+def exporting_to(graph: Graph) -> Iterator[None]:
+    """Say what the graphs that are made inside of the context may consist of."""
+    token = _graph.set(graph)
+    try:
+        yield
+    finally:
+        _graph.reset(token)
+
+
+def graph() -> Graph:
+    """Return what the graph that is being made may consist of."""
+    return _graph.get()
 
 
 def export_obstacle() -> str | None:

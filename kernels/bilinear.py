@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, exporting, report
+from .backends import Backend, choose, exporting, graph, report
 
 
 class Problem(NamedTuple):
@@ -81,6 +81,26 @@ def gather_bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             index = (row.long() * width + column.long()).unsqueeze(2).expand(-1, -1, dim)
             out = out + torch.gather(pixels, 1, index) * (row_share * column_share).unsqueeze(2)
     return out.to(x.dtype)
+
+
+def sample_aligned(x: Tensor, points: Tensor) -> Tensor:
+    """Do what `torch.nn.functional.grid_sample` does with aligned corners; in exported graphs by gathers, unless asked.
+
+    Not every runtime computes GridSample as torch does.
+
+    Args:
+        x: Maps ``[B, C, H, W]``.
+        points: ``[B, h, w, 2]``, (x, y), from -1, the centre of the first column or row, to 1, that of the last.
+
+    Returns:
+        ``[B, C, h, w]``.
+    """
+    if not exporting() or graph().grid_sample:
+        return F.grid_sample(x, points, mode="bilinear", align_corners=True)
+    height, width = x.shape[-2:]
+    columns, rows = points.flatten(1, 2).unbind(-1)
+    values = gather_bilinear(x.permute(0, 2, 3, 1), (rows + 1) * ((height - 1) / 2), (columns + 1) * ((width - 1) / 2))
+    return values.transpose(1, 2).unflatten(2, points.shape[1:3])
 
 
 def _bags(problem: Problem) -> Tensor:

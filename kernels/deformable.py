@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, export_obstacle, exporting, report
+from .backends import Backend, choose, export_obstacle, exporting, graph, report
 from .bilinear import gather_bilinear, neighbors
 from .deformable_native import deformable_native, obstacle
 
@@ -177,10 +177,14 @@ def _bags_obstacle(problem: Problem) -> str | None:
     return None if problem.value.device.type == "cpu" else f"it is for CPU tensors; value is on {problem.value.device}"
 
 
+def _reference_drawback(problem: Problem) -> str | None:
+    return "runtimes differ on GridSample" if exporting() and not graph().grid_sample else None
+
+
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(lambda problem: deformable_native(*problem), lambda problem: obstacle(problem.value)),
     "bags": Backend(_bags, _bags_obstacle, lambda problem: export_obstacle()),
-    "reference": Backend(_reference, drawback=lambda problem: "runtimes differ on GridSample" if exporting() else None),
+    "reference": Backend(_reference, drawback=_reference_drawback),
     "gathers": Backend(_gathers),
 }

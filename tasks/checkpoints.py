@@ -58,6 +58,30 @@ def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = 
             os.unlink(temporary)
 
 
+def write_together(folder: str | Path, name: str, write: Callable[[Path], list[Path]]) -> list[Path]:
+    """Let ``write`` fill an empty folder, and move the files that it returns into ``folder``; on any error, none.
+
+    Args:
+        folder: Where the files are to be; it is made if there is none.
+        name: Of the first of them.
+        write: Gets the empty folder and returns its files, of which the first, which names the others, is moved last.
+
+    Raises:
+        TaskError: If the folder can't be written to, or the disk is full; what was there before is intact.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{_PARTIAL}{Path(name).stem}-") as temporary:
+            files = write(Path(temporary))
+            for file in reversed(files):
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        kept = "; the file that was there before is intact" if (folder / name).exists() else ""
+        raise TaskError(f"{folder / name}: can't be written: {_reason(error, folder)}{kept}") from error
+    return [folder / file.name for file in files]
+
+
 def _flush(path: str | Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

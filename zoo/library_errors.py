@@ -22,6 +22,36 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
+def cause_of(error: BaseException) -> str:
+    """Return the first line of the first error in a chain: the later ones only say where it happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return next((line.strip()[:300] for line in plain.splitlines() if line.strip()), type(error).__name__)
+
+
+def untranslated(error: BaseException | None) -> str | None:
+    """Return which operator of torch's torch.onnx knows no translation of; None if the error is another."""
+    while error is not None:
+        if named := re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(error)):
+            return f"ONNX has no {named[1]}"
+        error = error.__cause__
+    return None
+
+
+def fixed_size(error: BaseException) -> str | None:
+    """Return what torch.export says of a size that was to be any and that the model's code makes a constant."""
+    text = ""
+    while error is not None:
+        text, error = f"{text} {error}", error.__cause__
+    text = " ".join(text.split())
+    constant = re.search(r"(?:inferred to be a constant|specialized (?:it )?to be a constant) \((\d+)\)", text)
+    divisible = re.search(r"(?:Eq|Ne)\((Mod\([^)]*\)[^)]*), 0\)", text)
+    if constant:
+        return f"its code makes a side, or a product of sides, the constant {constant[1]}"
+    return f"its code asks whether a side is a multiple of a number ({divisible[1]})" if divisible else None
+
+
 def load_fault(error: BaseException) -> str:
     """Return why a state dict could not be loaded: torch's message has a headline of its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -5,9 +5,9 @@ import os
 import torch
 from torch import Tensor
 
-from ..backends import Backend, check_name, choose, report
+from ..backends import Backend, check_name, choose, exporting, report
 from ..triton_launch import off_gpu
-from . import flex, native, natten_peer, tiled, triton_ops, triton_products
+from . import boxes, flex, native, natten_peer, tiled, triton_ops, triton_products
 from .problem import AXIS_NAMES, make_problem
 from .reference import neighborhood_reference
 
@@ -15,6 +15,10 @@ from .reference import neighborhood_reference
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(native.neighborhood_native, native.obstacle),
     "triton": Backend(triton_ops.neighborhood_triton, triton_ops.obstacle, lambda problem: off_gpu(problem.query)),
+    "boxes": Backend(
+        boxes.neighborhood_boxes,
+        drawback=lambda problem: None if exporting() else "tiled is faster, except where it makes a large graph",
+    ),
     "tiled": Backend(tiled.neighborhood_tiled),
     "flex": Backend(
         flex.neighborhood_flex,
@@ -100,9 +104,10 @@ def na2d(
             belongs to the query's own position, the last ones to keys below and to the right. In float32 or in the
             dtype of ``query``; not defined with stride or on a causal axis.
         backend: A path by name, obeyed or refused with the reason: ``"native"`` (C, on CPUs), ``"triton"`` (on GPUs),
-            ``"tiled"`` (plain torch), ``"flex"`` (torch's FlexAttention, compiled for every shape; on CPUs without
-            gradients), ``"natten"`` (an installed NATTEN of 0.20 or later, without bias) or ``"reference"``. By default
-            the fastest that can run; the last three run on request only.
+            ``"tiled"`` (plain torch), ``"boxes"`` (the same as one batch, for exported graphs), ``"flex"`` (torch's
+            FlexAttention, compiled for every shape; on CPUs without gradients), ``"natten"`` (an installed NATTEN of
+            0.20 or later, without bias) or ``"reference"``. By default the fastest that can run; the last three run on
+            request only.
         return_lse: Whether to return the log-sum-exp of the scores too.
 
     Returns:

@@ -71,7 +71,7 @@ def make_axes(
                 f"{operator}'s neighborhood does not fit the {name}: kernel_size {kernel} x dilation {distance} = "
                 f"{kernel * distance} > {length}; pad the input or lower one of them"
             )
-        axes.append(Axis(int(length), kernel, step, distance, causal))
+        axes.append(Axis(length if isinstance(length, torch.SymInt) else int(length), kernel, step, distance, causal))
     return tuple(axes)
 
 

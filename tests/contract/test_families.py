@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from foveate.tasks.export import export_model
+from foveate.tasks.export import Options, export_model
 
 pytestmark = pytest.mark.versions
 
@@ -41,7 +41,8 @@ def test_onnxruntime_computes_the_same(model, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path = tmp_path / "model.onnx"
-    facts = export_model(model.eval(), images, path, {})
+    # A family that is right to the last bits of float32 may differ by more in units of so small a model's logits.
+    facts = export_model(model.eval(), images, path, {}, Options(tolerance=1e-4))
     assert facts["operators"] == []
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     others = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))

@@ -1,18 +1,20 @@
 """The neighborhood operator against its fixtures, its specification, and bad arguments."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
 from foveate.kernels import na1d, na2d, na3d, neighborhood_backends, set_neighborhood_backend
+from foveate.kernels.neighborhood.boxes import _Cut
 from foveate.kernels.neighborhood.window import Axis, axis_offsets, axis_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.versions
 
-BACKENDS = ("reference", "tiled")
+BACKENDS = ("reference", "tiled", "boxes")
 
 
 def tensors(shape, kernel_size, rpb=True, dtype=torch.float32, seed=0, value_dim=None):
@@ -114,8 +116,21 @@ def test_tiled_equals_reference(problem, return_lse):
         outputs = outputs if return_lse else (outputs,)
         loss = sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs)
         results.append((*outputs, *torch.autograd.grad(loss, list(inputs.values()))))
-    for reference, tiled in zip(*results, strict=True):
-        torch.testing.assert_close(tiled, reference)
+    for reference, *others in zip(*results, strict=True):
+        for actual in others:
+            torch.testing.assert_close(actual, reference)
+
+
+def test_boxes_are_cut_alike_where_the_length_is_unknown(monkeypatch):
+    draw = random.Random(0)
+    for _ in range(200):
+        kernel, dilation = draw.choice([2, 3, 5, 7]), draw.choice([1, 1, 2, 3])
+        stride, length = draw.choice([1, 1, 2, kernel]), kernel * dilation + draw.randrange(30)
+        known = _Cut(Axis(length, kernel, stride, dilation, draw.random() < 0.3), torch.device("cpu"))
+        keys, entries = known.keys(), known.entries()
+        monkeypatch.setattr(known, "_known", False)
+        assert torch.equal(known.keys(), keys)
+        assert torch.equal(known.entries(), entries)
 
 
 @pytest.mark.parametrize("dilation", [1, (2, 3)])

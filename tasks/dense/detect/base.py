@@ -162,6 +162,19 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def find(self, batch: Tensor) -> dict[str, Tensor]:
+        """Return the detections of images of one size in tensors that are as large for all images, as for export.
+
+        Args:
+            batch: Normalised images ``[B, C, H, W]``, resized as the transform does it, but not padded.
+
+        Returns:
+            ``boxes`` ``[B, D, 4]`` in pixels of the batch, ``scores`` and ``labels`` ``[B, D]``, with a mask head
+            ``masks`` ``[B, D, H, W]`` (bool), best first; and their number ``count`` ``[B]``, beyond which boxes,
+            scores and masks are 0 and labels -1.
+        """
+        raise NotImplementedError
+
     def losses_from_features(
         self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
     ) -> dict[str, Tensor]:

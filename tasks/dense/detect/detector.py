@@ -20,6 +20,7 @@ from .anchors import AnchorGrid
 from .base import Detector, Size
 from .checkpoint import head_of, load_detector, read_detector, rules_of, variant_of
 from .dino_detector import DINO
+from .fixed import NONE
 from .retinanet import RetinaHead
 from .roi_heads import CASCADE_STAGES, DETECTRON_STAGES, MASK_RCNN_STAGES, RoIHeads, Stage
 from .rpn import RegionProposalNetwork
@@ -110,6 +111,11 @@ class RetinaNet(Detector):
     ) -> list[dict[str, Tensor]]:
         logits, offsets = self.head(self.neck(features))
         return self.head.detect(logits, offsets, image_sizes, original_sizes or image_sizes)
+
+    def find(self, batch: Tensor) -> dict[str, Tensor]:
+        logits, offsets = self.head(self.neck(self.backbone(self.transform.padded(batch))))
+        found = self.head.find(logits, offsets, tuple(batch.shape[-2:]))
+        return dict(zip(("boxes", "scores", "labels", "count"), found, strict=True))
 
     def losses_from_features(
         self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]
@@ -227,6 +233,12 @@ class MaskRCNN(Detector):
         proposals = self.rpn.propose(*self.rpn(pyramid), image_sizes)
         regions = [boxes for boxes, _ in proposals]
         return self.roi_heads(pyramid, regions, image_sizes, original_sizes or image_sizes, soft_masks)
+
+    def find(self, batch: Tensor) -> dict[str, Tensor]:
+        size = tuple(batch.shape[-2:])
+        pyramid = self.neck(self.backbone(self.transform.padded(batch)))
+        proposals, scores = self.rpn.find(*self.rpn(pyramid), size)
+        return self.roi_heads.find(pyramid, proposals, scores > NONE, size)
 
     def losses_from_features(
         self,

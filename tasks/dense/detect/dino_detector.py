@@ -110,20 +110,12 @@ class DINO(Detector):
             predictions.logits[-1], predictions.boxes[-1], image_sizes, original_sizes or image_sizes
         )
 
-    @torch.no_grad()
-    def find(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the detections of a batch of images of one size, in tensors, as for export.
-
-        Args:
-            batch: Normalised images ``[B, C, H, W]``, as the transform makes them.
-
-        Returns:
-            Boxes ``[B, D, 4]`` in pixels of the batch, scores ``[B, D]`` and labels ``[B, D]``, best first.
-        """
+    def find(self, batch: Tensor) -> dict[str, Tensor]:
         size = tuple(batch.shape[-2:])
         predictions = self.head(self.neck(self.backbone(batch)), [size], size)
         boxes, labels, scores = self.head.best(predictions.logits[-1], predictions.boxes[-1])
-        return in_pixels(boxes, size), scores, labels
+        count = torch.full_like(labels[:, 0], labels.shape[1])
+        return {"boxes": in_pixels(boxes, size), "scores": scores, "labels": labels, "count": count}
 
     def losses_from_features(
         self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]

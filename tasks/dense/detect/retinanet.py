@@ -10,6 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ... import TaskError
+from . import fixed
 from .anchors import AnchorGrid
 from .assign import BACKGROUND, IGNORED, Matcher
 from .boxes import BoxCoder, scale_of
@@ -155,3 +156,42 @@ class RetinaHead(nn.Module):
                 boxes, labels, scores = choose_anchors(levels, self.coder, limits, scale, image_size)
             detections.append({"boxes": boxes, "labels": labels, "scores": scores})
         return detections
+
+    def find(
+        self, logits: Sequence[Tensor], offsets: Sequence[Tensor], image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `detect` finds in images of one size, as `fixed.finished` does.
+
+        Args:
+            logits: As `forward` returns them.
+            offsets: As `forward` returns them.
+            image_size: ``(height, width)`` of the images, without padding.
+        """
+        boxes, scores, labels = [], [], []
+        for grid, logit, offset in zip(self.anchors(logits), logits, offsets, strict=True):
+            score, offset = flatten_map(logit, self.num_classes).sigmoid(), flatten_map(offset, 4)
+            if self.selection == "anchors":
+                _, index = fixed.best(score.amax(dim=2), self.per_level)
+                grid, offset, score = grid[index], fixed.take(offset, index), fixed.take(score, index)
+                boxes.append(self.coder.decode(grid, offset, image_size))
+                scores.append(score)
+                continue
+            score, pairs = fixed.pairs_above(score, self.score_threshold, self.per_level)
+            cells = torch.div(pairs, self.num_classes, rounding_mode="floor")
+            size = None if self.clips_last else image_size
+            boxes.append(self.coder.decode(grid[cells], fixed.take(offset, cells), size))
+            scores.append(score)
+            labels.append(pairs % self.num_classes)
+        boxes, scores = torch.cat(boxes, 1), torch.cat(scores, 1)
+        if self.selection == "anchors":
+            most = fixed.most_pairs(scores.shape[1], self.num_classes, self.score_threshold, exclusive=False)
+            scores, pairs = fixed.pairs_above(scores, self.score_threshold, most)
+            boxes = fixed.take(boxes, torch.div(pairs, self.num_classes, rounding_mode="floor"))
+            labels = pairs % self.num_classes
+        else:
+            labels = torch.cat(labels, 1)
+            scores = torch.where(fixed.has_area(boxes), scores, fixed.NONE)
+        detections = fixed.choose(boxes, scores, labels, self.nms_threshold, self.max_detections)
+        if self.clips_last:
+            detections = fixed.clipped_last(*detections, image_size)
+        return fixed.finished(*detections)

@@ -13,6 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import roi_align
 
+from . import fixed
 from .assign import Matcher, Sampler
 from .boxes import BoxCoder, giou_loss, scale_of
 from .masks import crop_masks
@@ -79,6 +80,20 @@ class RoIExtractor:
             for level, stride, group in zip(pyramid, self.strides, rois[order].split(counts), strict=False)
         ]
         return torch.cat(maps)[order.argsort()].to(pyramid[0].dtype)
+
+    def fixed(self, pyramid: Sequence[Tensor], boxes: Tensor, size: int) -> Tensor:
+        """Return the maps ``[B * P, C, size, size]`` of as many boxes ``[B, P, 4]`` in every image.
+
+        Every level cuts all boxes: those of other levels without extent, which costs nothing and gives zeros.
+        """
+        image = torch.arange(boxes.shape[0], dtype=boxes.dtype, device=boxes.device)[:, None, None]
+        rois = torch.cat([image.expand(-1, boxes.shape[1], -1), boxes], dim=-1).flatten(0, 1)
+        levels = self.levels(rois[:, 1:])
+        maps = 0
+        for index, (level, stride) in enumerate(zip(pyramid, self.strides, strict=False)):
+            own = torch.cat([rois[:, :1], rois[:, 1:] * (levels == index)[:, None]], dim=1)
+            maps = maps + roi_align(level.float(), own, size, 1 / stride, sampling_ratio=-1, aligned=True)
+        return maps.to(pyramid[0].dtype)
 
 
 class BoxHead(nn.Module):
@@ -379,6 +394,62 @@ class RoIHeads(nn.Module):
             )
             results.append((best_boxes, best_scores, candidates % self.num_classes))
         return results
+
+    def find(
+        self, pyramid: Sequence[Tensor], proposals: Tensor, found: Tensor, image_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Return what `forward` finds in images of one size, in tensors that are as large for all images.
+
+        Args:
+            pyramid: Maps ``[B, C, H_i, W_i]``.
+            proposals: Regions ``[B, P, 4]``.
+            found: Which of them there are, ``[B, P]``.
+            image_size: ``(height, width)`` of the images, without padding.
+        """
+        rois, sums, last = proposals, 0, len(self.box_heads) - 1
+        batch, count = rois.shape[:2]
+        for index, head in enumerate(self.box_heads):
+            logits, offsets = (x.unflatten(0, (batch, count)) for x in head(self.extract.fixed(pyramid, rois, 7)))
+            sums = sums + (logits.softmax(dim=-1) if self.averages_probabilities else logits)
+            if index < last:
+                labels = logits[..., :-1].argmax(dim=-1)
+                offset = self._of_class(offsets, labels)
+                rois = self.coders[index].decode(rois, offset, image_size) * found[..., None]
+        means = sums / len(self.box_heads)
+        scores = (means if self.averages_probabilities else means.softmax(dim=-1))[..., :-1]
+        scores = torch.where(found[..., None], scores, fixed.NONE)
+        most = fixed.most_pairs(count, self.num_classes, self.score_threshold, exclusive=True)
+        scores, pairs = fixed.pairs_above(scores, self.score_threshold, most)
+        regions, labels = torch.div(pairs, self.num_classes, rounding_mode="floor"), pairs % self.num_classes
+        slots = offsets.shape[2]
+        places = pairs if slots > 1 else regions
+        offsets = fixed.take(offsets.flatten(1, 2), places)
+        boxes = self.coders[-1].decode(fixed.take(rois, regions), offsets, image_size)
+        boxes, scores, labels, number = fixed.finished(
+            *fixed.choose(boxes, scores, labels, self.nms_threshold, self.max_detections)
+        )
+        found = {"boxes": boxes, "scores": scores, "labels": labels}
+        if len(self.mask_heads):
+            found["masks"] = self._laid(pyramid, boxes, labels, image_size)
+        return found | {"count": number}
+
+    @staticmethod
+    def _of_class(offsets: Tensor, labels: Tensor) -> Tensor:
+        """Return the offsets ``[B, P, 4]`` of labels ``[B, P]`` out of ``[B, P, K or 1, 4]``."""
+        if offsets.shape[2] == 1:
+            return offsets.squeeze(2)
+        return offsets.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+
+    def _laid(self, pyramid: Sequence[Tensor], boxes: Tensor, labels: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Return masks ``[B, D, height, width]``, bool; of labels below 0 there are none."""
+        regions = self.extract.fixed(pyramid, boxes, 14)
+        label = labels.flatten().clamp(min=0)[:, None, None, None]
+        masks = 0
+        for head in self.mask_heads:
+            maps = head(regions)
+            masks = masks + maps.gather(1, label.expand(-1, 1, *maps.shape[2:])).squeeze(1).float().sigmoid()
+        masks = (masks / len(self.mask_heads)).unflatten(0, boxes.shape[:2])
+        return (fixed.laid_masks(masks, boxes, image_size) >= 0.5) & (labels >= 0)[..., None, None]
 
     def _masks(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Tensor]:
         """Return the probabilities ``[D, 28, 28]`` of the masks of each image's detections."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
+from . import fixed
 from .anchors import AnchorGrid
 from .assign import Matcher, Sampler
 from .boxes import BoxCoder, has_area
@@ -109,6 +110,15 @@ class RegionProposalNetwork(nn.Module):
             index = grouped_nms(boxes, best, groups, self.nms_threshold)[:most]
             proposals.append((boxes[index], best[index]))
         return proposals
+
+    def find(
+        self, logits: Sequence[Tensor], offsets: Sequence[Tensor], image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `propose` finds in images of one size: proposals ``[B, P, 4]`` and their scores, -1 for none."""
+        scores = [flatten_map(level, 1).squeeze(-1).sigmoid() for level in logits]
+        offsets = [flatten_map(level, 4) for level in offsets]
+        limits = self.per_level[0], self.most[0], self.nms_threshold
+        return fixed.propose(self.anchors(logits), scores, offsets, self.coder, image_size, *limits)
 
     def loss(
         self,

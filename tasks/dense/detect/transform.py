@@ -116,6 +116,10 @@ class DetectorTransform(nn.Module):
         """Return the ``(height, width)`` of a batch of images of such ``sizes``."""
         return tuple(-(-max(sides) // self.divisor) * self.divisor for sides in zip(*sizes, strict=True))
 
+    def padded(self, batch: Tensor) -> Tensor:
+        """Return images ``[B, C, H, W]``, normalised and of one size, padded as those of a batch are."""
+        return F.pad(batch, (0, -batch.shape[-1] % self.divisor, 0, -batch.shape[-2] % self.divisor))
+
     def _check_shape(self, image: Tensor) -> None:
         if image.dim() != 3 or len(image) != len(self.mean) or 0 in image.shape:
             raise TaskError(

@@ -292,7 +292,7 @@ class Mask2Former(BaseSegmenter):
         """
         x, sizes = self.prepare_batch(images, normalized)
         self._check(targets, sizes)
-        padded = self._pad(x)
+        padded = self.padded(x)
         # Masks cover what the predictions cover: the padded images.
         canvas = padded.shape[-2:]
         targets = [target | {"masks": pad_to(target["masks"].float(), canvas)} for target in targets]
@@ -403,7 +403,7 @@ class Mask2Former(BaseSegmenter):
         return result
 
     def _results(self, x: Tensor, output: str, image_size: Sequence[int], output_size: Sequence[int]) -> list:
-        padded = self._pad(x)
+        padded = self.padded(x)
         logits, masks = self.head.predictions(self.features(padded), output)[-1]
         logits = logits.float()
         return [
@@ -411,5 +411,6 @@ class Mask2Former(BaseSegmenter):
             for pair in zip(logits, resize_to(masks.float(), padded.shape[-2:]), strict=True)
         ]
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def padded(self, x: Tensor) -> Tensor:
+        """Return normalised images ``[B, C, H, W]``, padded as the network takes them."""
         return F.pad(x, (0, -x.shape[-1] % self.divisor, 0, -x.shape[-2] % self.divisor))

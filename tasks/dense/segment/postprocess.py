@@ -57,14 +57,14 @@ def instance_masks(
 
 def boxes_around(masks: Tensor) -> Tensor:
     """Return the boxes ``[N, 4]``, x1 y1 x2 y2 at the pixels' outer edges, of masks ``[N, H, W]``; empty: zeros."""
-    boxes = masks.new_zeros(len(masks), 4, dtype=torch.float32)
-    for offset, any_along in ((0, masks.any(1)), (1, masks.any(2))):
+    sides = []
+    for any_along in (masks.any(1), masks.any(2)):
         some = any_along.any(1)
         first = any_along.int().argmax(1)
         last = any_along.shape[1] - any_along.flip(1).int().argmax(1)
-        boxes[:, offset] = torch.where(some, first, 0).float()
-        boxes[:, offset + 2] = torch.where(some, last, 0).float()
-    return boxes
+        sides.append((torch.where(some, first, 0), torch.where(some, last, 0)))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], dim=1).float()
 
 
 def panoptic_segments(

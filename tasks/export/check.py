@@ -1,0 +1,98 @@
+"""Whether what was written computes what the model computes: other images, other sizes, ties allowed to swap."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from .. import TaskError
+from .modules import example_images
+
+# Share of the elements of labels and masks that may fall on the other side of an edge, where two scores all but agree.
+EDGE = 1e-4
+
+
+def check_inputs(example: Tensor, dynamic_batch: bool, dynamic_size: bool) -> Iterator[Tensor]:
+    """Yield the images that an exported model is tried on: those of its example, others, other sizes, other batches.
+
+    Args:
+        example: Images ``[B, C, H, W]``.
+        dynamic_batch: Whether it takes any number of images.
+        dynamic_size: Whether it takes images of any size; then three are tried, two of them of odd sides.
+    """
+    batch, channels, height, width = example.shape
+    # A second input finds what was taken for a constant.
+    yield example
+    shapes = [(height, width)]
+    if dynamic_size:
+        shapes = [(height + height // 5 | 1, width + width // 3 | 1), (height + height // 3 | 1, max(width - 7, 1) | 1)]
+    for index, (rows, columns) in enumerate(shapes):
+        count = batch + 2 if dynamic_batch and index == 0 else batch
+        yield example_images(channels, rows, columns, count, seed=index + 1)
+
+
+def as_list(output: object) -> list[Tensor]:
+    """Return what a model returned as a list of tensors.
+
+    Raises:
+        TaskError: If it isn't tensors.
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, tuple | list) and all(isinstance(value, Tensor) for value in output):
+        return list(output)
+    raise TaskError(f"the model returns {type(output).__name__}, not tensors; --features exports its feature maps")
+
+
+def differences(model: nn.Module, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> list[float]:
+    """Return how far each output is from what was expected, in units of its standard deviation.
+
+    Of labels, masks and counts it is 0 if they agree, but for `EDGE` of large ones, and else infinite. Detections, the
+    outputs of a model that names ``scores`` and ``count`` among its ``OUTPUTS``, are compared by the order of scores.
+
+    Args:
+        model: Has perhaps ``OUTPUTS``.
+        got: Outputs.
+        expected: Outputs.
+        tolerance: Detections whose scores differ by less, in units of the highest, may swap.
+    """
+    names = list(getattr(model, "OUTPUTS", ()))
+    if "boxes" in names:
+        got = list(aligned(dict(zip(names, got, strict=True)), dict(zip(names, expected, strict=True)), tolerance))
+    return [_difference(one, other) for one, other in zip(got, expected, strict=True)]
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        wrong = int((got != expected).sum())
+        return 0.0 if wrong <= EDGE * expected.numel() else float("inf")
+    spread = expected.std().item() if expected.numel() > 1 else 0.0
+    # Of what is all but alike, float32 has no more digits than this share of its size.
+    spread = max(spread, 0.05 * expected.abs().max().item()) or 1.0
+    # NaN is no agreement.
+    difference = (got - expected).abs().max().item() / spread
+    return difference if difference == difference else float("inf")
+
+
+def aligned(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Iterator[Tensor]:
+    """Yield what was found in the order of what was expected: detections of all but equal scores may swap.
+
+    Args:
+        got: ``boxes`` ``[B, D, 4]``, ``scores``, ``labels`` ``[B, D]``, and others, whose second axis is D.
+        expected: The same.
+        tolerance: Most difference of scores that may swap, as a share of the highest.
+    """
+    near = (got["scores"][:, None] - expected["scores"][:, :, None]).abs() <= tolerance * expected["scores"].max()
+    apart = (got["boxes"][:, None] - expected["boxes"][:, :, None]).abs().amax(-1)
+    apart = apart / expected["boxes"].abs().max().clamp(min=1e-12)
+    apart = apart + (got["labels"][:, None] != expected["labels"][:, :, None])
+    place = apart.masked_fill(~near, float("inf")).argmin(-1)
+    for value in got.values():
+        if value.ndim == 1:
+            yield value
+        else:
+            index = place.view(*place.shape, *(1,) * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
+            yield value.gather(1, index)

@@ -1,0 +1,149 @@
+"""ONNX files: written by torch.onnx, stripped of where they were made, checked, run by onnxruntime."""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...zoo.library_errors import cause_of, untranslated
+from .. import TaskError
+
+OPSETS = range(17, 24)
+_NAMES = ("torch.onnx", "onnxscript", "onnx_ir")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _NAMES]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    names: Sequence[str],
+    card: dict,
+    file: Path,
+    opset: int,
+    external_from: int,
+) -> list[Path]:
+    """Write a program as ONNX; return the file, and the one of its weights if there is one.
+
+    Raises:
+        TaskError: If it can't be.
+    """
+    try:
+        # With gradients, torch 2.14 can't decompose a program whose parameters are reshaped.
+        with _silent(), torch.no_grad():
+            written = torch.onnx.export(
+                program,
+                (),
+                input_names=["images"],
+                output_names=list(names),
+                opset_version=max(opset, 18),
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=_translations(),
+            )
+    except Exception as error:
+        reason = untranslated(error) or cause_of(error)
+        raise TaskError(f"torch.onnx can't write this model: {reason}; .pt2 holds all that torch has") from error
+    model = written.model
+    if opset < 18:
+        _lower(model)
+    _strip(model)
+    model.metadata_props["foveate"] = json.dumps(card)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = weights >= external_from
+    written.save(str(file), external_data=external)
+    beside = file.with_name(file.name + ".data")
+    return [file, beside] if external else [file]
+
+
+def _translations() -> dict[Any, Callable]:
+    """Return how operators of ours are written in ONNX's."""
+    from onnxscript import opset18 as op
+
+    def suppress(boxes, scores, threshold: float):
+        most = op.Constant(value_ints=[2**62])
+        chosen = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, [1]), most, threshold, -0.5)
+        place = op.Gather(chosen, [0, 2], axis=1)
+        ones = op.CastLike(op.Squeeze(op.Slice(op.Add(op.Mul(place, [0]), [1]), [0], [1], [1]), [1]), scores)
+        return op.Greater(op.ScatterND(op.Mul(scores, 0.0), place, ones), 0.5)
+
+    return {torch.ops.foveate.suppress.default: suppress}
+
+
+# What opset 18 can do and 17 can't; and the reductions, whose axes became an input.
+_NEW_IN_18 = ("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CenterCropPad", "Col2Im", "GroupNormalization")
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
+_DROPPED = {"Resize": ("antialias", "keep_aspect_ratio_policy"), "Split": ("num_outputs",)}
+
+
+def _lower(model: Any) -> None:
+    """Write a model of opset 18 in the operators of opset 17.
+
+    Raises:
+        TaskError: If it needs an operator that 17 lacks.
+    """
+    from onnx_ir import AttrInt64s
+
+    for node in model.graph.all_nodes():
+        kind = node.op_type
+        atomic = node.attributes.get("reduction")
+        newer = kind in _NEW_IN_18 or (atomic is not None and atomic.as_string() in ("max", "min"))
+        if newer or (kind == "Pad" and len(node.inputs) > 3 and node.inputs[3] is not None):
+            raise TaskError(f"opset 17 has no such {kind} as this model needs; --opset 18 has")
+        if kind.startswith("Reduce") and kind[6:] in _REDUCTIONS and len(node.inputs) > 1:
+            axes = node.inputs[1]
+            if axes is not None:
+                if axes.const_value is None:
+                    raise TaskError(f"opset 17 has no {kind} with axes that are computed; --opset 18 has")
+                node.attributes["axes"] = AttrInt64s("axes", axes.const_value.numpy().tolist())
+            node.resize_inputs(1)
+            node.attributes.pop("noop_with_empty_axes", None)
+        for name in _DROPPED.get(kind, ()):
+            node.attributes.pop(name, None)
+    model.graph.opset_imports[""] = 17
+
+
+def _strip(model: Any) -> None:
+    """Remove what tells where and how a graph was made."""
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for value in (*graph.inputs, *graph.outputs):
+            value.metadata_props.clear()
+        for node in graph.all_nodes() if hasattr(graph, "all_nodes") else graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in getattr(graph, "initializers", {}).values():
+            value.metadata_props.clear()
+
+
+def run_onnx(file: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Open a file by onnxruntime; return what maps images to its outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(value) for value in session.run(None, {name: images.numpy()})]

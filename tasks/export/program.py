@@ -1,0 +1,83 @@
+"""torch.export's files (.pt2): the same bytes for the same model, and nothing in them to execute."""
+
+import copy
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...zoo.library_errors import cause_of, fixed_size
+from .. import TaskError
+from .check import as_list
+
+# Of a node, what says where in the source it came from.
+_ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: bool) -> torch.export.ExportedProgram:
+    """Follow a model with ``example``; with dynamic sizes, whatever the number of images, their height and width.
+
+    Raises:
+        TaskError: If it can't be followed.
+    """
+    shapes, inputs = None, example
+    axes = {}
+    if dynamic_batch:
+        axes[0] = torch.export.Dim.DYNAMIC
+        # One image would be taken for a constant of 1.
+        inputs = example if example.shape[0] > 1 else torch.cat([example, example])
+    if dynamic_size:
+        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    if axes:
+        shapes = (axes,)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(copy.deepcopy(model), (inputs,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        what = type(getattr(model, "model", model)).__name__
+        if dynamic_size:
+            reason = fixed_size(error) or cause_of(error)
+            raise TaskError(
+                f"{what} can't be exported for images of any size: {reason}; export it for one, without --dynamic-size"
+            ) from error
+        advice = "; it may go without --dynamic-batch" if dynamic_batch else ""
+        raise TaskError(f"torch.export can't follow {what}: {cause_of(error)}{advice}") from error
+
+
+def others(program: torch.export.ExportedProgram) -> list[str]:
+    """Return the packages that have a program's operators, other than torch."""
+    spaces = {
+        str(node.target).split(".")[0]
+        for node in program.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    }
+    return sorted(spaces - {"aten", "prims"})
+
+
+def write_program(program: torch.export.ExportedProgram, card: dict, file: Path) -> list[Path]:
+    """Write a program and its card, without what tells where it was made."""
+    for node in program.graph.nodes:
+        for key in _ORIGINS:
+            node.meta.pop(key, None)
+    program._example_inputs = None
+    # Of a file by name, the archive would hold the name.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"foveate": json.dumps(card)})
+    file.write_bytes(buffer.getbuffer())
+    return [file]
+
+
+def run_program(file: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Read a program; return what maps images to its outputs."""
+    module = torch.export.load(file).module()
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return as_list(module(images))
+
+    return run
