@@ -7,7 +7,7 @@ from . import TaskError
 
 _EXTRAS = {
     **dict.fromkeys(("albumentations", "cv2", "faster_coco_eval", "matplotlib", "mmengine", "scipy"), "all"),
-    "torchmetrics": "all",
+    **dict.fromkeys(("torchmetrics", "yaml"), "all"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
 }
 

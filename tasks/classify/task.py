@@ -96,6 +96,8 @@ class Classify:
             "train": None,
             "val": None,
             "num_classes": None,
+            "holdout": 0.2,
+            "holdout_seed": 0,
             "size": 224,
             "channels": 3,
             "white": None,
@@ -126,16 +128,18 @@ class Classify:
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
-        from ..data.formats import open_classes
+        from ..data.formats import open_classes, resolve
 
-        data, loss = config["data"], config["loss"]
+        loss = config["loss"]
+        data, self._said = resolve(config["data"], "classes")
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
         self.rule = InputRule(
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
         try:
-            self.train_set, self.val_set = open_classes(data, self.rule)
+            holds_out = config["data"]["name"] == "auto" and data["val"] is None
+            self.train_set, self.val_set = open_classes(data, self.rule, holds_out)
         except TypeError as error:
             raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)
@@ -161,7 +165,7 @@ class Classify:
             raise TaskError(
                 f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart"
             )
-        lines = []
+        lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
             lines += check_classes(part, ([target] for target in samples.targets), self.classes, self._source, "image")
         return lines

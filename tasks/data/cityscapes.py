@@ -41,3 +41,9 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
         files.append((image, root / "gtFine" / part / image.parent.name / name))
     values = dict.fromkeys((*range(34), 255), IGNORE)
     return files, list(CLASS_OF_ID.values()), class_of_values(values | {v: k for k, v in enumerate(CLASS_OF_ID)})
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it looks like Cityscapes; else None."""
+    there = (root / "leftImg8bit" / "train").is_dir() and (root / "gtFine" / "train").is_dir()
+    return {"train": {"split": "train"}, "val": {"split": "val"}} if there else None

@@ -1,6 +1,11 @@
 """What every key of a config means, in a line each: `format_config` prints them beside the values."""
 
+_HOLDOUT = {
+    "data.holdout": "with data.name=auto, the share of the training images that is held out where no others are",
+    "data.holdout_seed": "of the draw of those",
+}
 _MODEL = {
+    **_HOLDOUT,
     "model.pretrained": "start from published weights",
     "model.checkpoint": "start from the weights of the whole model: a file, an address or model.tag",
 }
@@ -16,7 +21,7 @@ _DENSE = {
     "data.root": "folder that holds images and annotations",
     "data.train.annotations": "file in root, of COCO's formats",
     "data.train.images": "folder in root",
-    "data.train.split": "of VOC, the list of images",
+    "data.train.split": "of VOC, the list of images; of YOLO, the key in data.yaml",
     "data.val.annotations": "the same of the held-out images",
     "data.val.images": "the same of the held-out images",
     "data.val.split": "the same of the held-out images",
@@ -72,7 +77,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         **_MODEL,
         "model.name": "a timm name",
         "model.kwargs": "options of the model, such as drop_path_rate",
-        "data.name": '"folder", "csv" (lists with the columns path and label) or "digits" (the bundled ones)',
+        "data.name": '"auto", "folder", "csv" (lists with the columns path and label) or "digits" (the bundled ones)',
         "data.root": "of a folder: holds train/CLASS/* and val/CLASS/*; of lists: paths count from here",
         "data.train": "folder or list in root, or elsewhere; train or train.csv if None",
         "data.val": "the same of the held-out images",
@@ -92,9 +97,10 @@ KEYS: dict[str | None, dict[str, str]] = {
     },
     "detect": {
         **_DENSE,
-        "model.head": '"mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet" or "dino"',
+        "model.head": '"mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "dino"; "auto": the first where '
+        "there are masks, else faster_rcnn",
         "model.kwargs": "options of create_detector, such as min_size and max_size",
-        "data.name": '"coco", "voc" or "nuclei" (the bundled ones)',
+        "data.name": '"auto" (which of them the folder looks like), "coco", "voc", "yolo", or "nuclei" (the bundled)',
         "data.keep_empty": "train on images without objects too",
         "data.augment": "keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale",
     },
@@ -103,7 +109,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "model.head": '"upernet", "semantic_fpn", "deeplabv3", "mask2former" or "oneformer"',
         "model.output": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
         "model.kwargs": "options of create_segmenter, such as channels or loss_mean",
-        "data.name": '"ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei" or "voc"',
+        "data.name": '"auto", "ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei", "voc" or "yolo"',
         "data.train.maps": "folder in root of coco_panoptic's pictures; beside the annotations if None",
         "data.val.maps": "the same of the held-out images",
         "data.classes": "names in the order of the labels, of voc without the background; if None those of the file",

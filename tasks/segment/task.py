@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.formats import open_maps
+from ..data.formats import open_maps, resolve
 from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
@@ -59,6 +59,8 @@ class Segment:
             "num_classes": None,
             "broken": "refuse",
             "repeat": 1,
+            "holdout": 0.2,
+            "holdout_seed": 0,
             "tile": None,
             "short": 512,
             "long": 2048,
@@ -97,7 +99,7 @@ class Segment:
     }
 
     def __init__(self, config: dict):
-        data = config["data"]
+        data, self._said = resolve(config["data"], "maps")
         self.model, self.test = dict(config["model"]), dict(config["test"])
         head, self.output = self.model["head"], self.model["output"]
         self._frozen: list[nn.Module] = []
@@ -142,7 +144,7 @@ class Segment:
             TaskError: If nothing is labelled, or for label maps held-out pixels are all of one class.
         """
         what = {"semantic": "labelled pixel", "instance": "object", "panoptic": "segment"}[self.output]
-        lines = []
+        lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
             needed = 2 if self.output == "semantic" and part == "validation" else 1
             hint = partial(self._hint, samples)
