@@ -274,8 +274,8 @@ def open_maps(
         white = white or train.white
     else:
         root = _find_root(data)
-        train = _open_part(root, data, "train", skip_damaged, shared | to_train)
-        val = _open_part(root, data, "train" if data["val"] is None else "val", skip_damaged, shared)
+        train = open_part(root, data, "train", skip_damaged, shared | to_train)
+        val = open_part(root, data, "train" if data["val"] is None else "val", skip_damaged, shared)
         if data["val"] is None:
             for part, kept in zip((train, val), hold_out(train.images, data), strict=True):
                 part.keep(kept)
@@ -319,7 +319,19 @@ def _find_root(
     return root
 
 
-def _open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: dict) -> SegmentationSet:
+def open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: dict) -> SegmentationSet:
+    """Return a split of a segmenter's data.
+
+    Args:
+        root: The folder.
+        data: As in `Segment.DEFAULTS`.
+        split: ``"train"`` or ``"val"``.
+        skip_damaged: Whether images that can't be read are left to the loader.
+        settings: Of the set.
+
+    Raises:
+        TaskError: If its files are missing or broken.
+    """
     samples, find, _, _ = MAPS[data["name"]]
     if samples is not LabelMaps:
         records, classes, things = find(root, data, split, skip_damaged)
