@@ -21,6 +21,7 @@ from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
 from ..data.occurrence import check_classes
+from ..dense.build import normalization_of
 
 # Images of a gallery.
 SHOWN = 30
@@ -98,6 +99,7 @@ class Classify:
             "num_classes": None,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "normalization": None,
             "size": 224,
             "channels": 3,
             "white": None,
@@ -123,6 +125,7 @@ class Classify:
         "data.val": str,
         "data.num_classes": int,
         "data.white": int,
+        "data.normalization": str,
     }
     metric = "accuracy"
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
@@ -131,9 +134,10 @@ class Classify:
         from ..data.formats import open_classes, resolve
 
         loss = config["loss"]
-        data, self._said = resolve(config["data"], "classes")
+        data, self._said = resolve(dict(config["data"]), "classes")
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
+        data |= normalization_of(data["normalization"], config["model"]["name"])
         self.rule = InputRule(
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )

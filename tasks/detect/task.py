@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..data.formats import open_objects, resolve
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
+from ..dense.build import (
+    build_described,
+    describe_model,
+    freeze_stages,
+    freeze_statistics,
+    normalization_of,
+    with_told,
+)
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
@@ -53,6 +60,7 @@ class Detect:
             "repeat": 1,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "normalization": None,
             "augment": {},
         },
     }
@@ -66,6 +74,7 @@ class Detect:
         "data.classes": tuple,
         "data.num_classes": int,
         "data.white": int,
+        "data.normalization": str,
     }
 
     def __init__(self, config: dict):
@@ -73,6 +82,8 @@ class Detect:
         self.model = dict(config["model"])
         if self.model["backbone"] is None:
             raise TaskError("model.backbone is not set; `foveate list` shows what there is")
+        told = normalization_of(data["normalization"], self.model["backbone"])
+        self.model["kwargs"] = told | dict(self.model["kwargs"])
         if self.model["head"] not in (*DETECTORS, "auto"):
             raise TaskError(f"model.head is {self.model['head']!r}, but must be auto or one of {', '.join(DETECTORS)}")
         chooses = self.model["head"] == "auto"

@@ -71,6 +71,7 @@ FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
 # Types of what may be None.
 OPTIONAL = {
     "iterations": int,
+    "workers": int,
     "checkpoint.interval": int,
     "optimizer.no_decay": tuple,
     "optimizer.layer_decay": float,
@@ -270,7 +271,7 @@ def _check_values(config: dict) -> None:
     checks = (
         ("precision", config["precision"], config["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         ("batch_size", config["batch_size"], config["batch_size"] > 0, "at least 1"),
-        ("workers", config["workers"], config["workers"] >= 0, "at least 0"),
+        ("workers", config["workers"], config["workers"] is None or config["workers"] >= 0, "at least 0, or None"),
         ("epochs", config["epochs"], config["epochs"] > 0, "at least 1"),
         ("iterations", config["iterations"], config["iterations"] is None or config["iterations"] > 0, "at least 1"),
         ("val_interval", config["val_interval"], config["val_interval"] > 0, "at least 1"),

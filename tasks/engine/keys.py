@@ -1,11 +1,12 @@
 """What every key of a config means, in a line each: `format_config` prints them beside the values."""
 
-_HOLDOUT = {
+_OF_ANY_FOLDER = {
+    "data.normalization": '"backbone": mean and std are those that its weights were trained with; None: as set here',
     "data.holdout": "with data.name=auto, the share of the training images that is held out where no others are",
     "data.holdout_seed": "of the draw of those",
 }
 _MODEL = {
-    **_HOLDOUT,
+    **_OF_ANY_FOLDER,
     "model.pretrained": "start from published weights",
     "model.checkpoint": "start from the weights of the whole model: a file, an address or model.tag",
 }
@@ -41,9 +42,9 @@ KEYS: dict[str | None, dict[str, str]] = {
         "device": '"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "mps"',
         "precision": '"float32", or by autocast "bfloat16", "float16"',
         "batch_size": "of each process",
-        "workers": "processes that load data, for each process that trains",
+        "workers": "processes that load data, for each process that trains; None: by the cores, 8 at most",
         "epochs": "passes over the training data",
-        "iterations": "instead of epochs: batches to train on, rounded up to whole epochs",
+        "iterations": "instead of epochs: batches to train on; the last epoch ends with them",
         "val_interval": "epochs between validations; the last epoch always has one",
         "sync_batchnorm": "batch norm over the images of all processes, on CUDA",
         "grad_checkpointing": "compute activations twice instead of keeping them",

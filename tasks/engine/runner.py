@@ -283,15 +283,14 @@ class TaskRunner(Runner):
             begun: What the epoch that isn't complete has measured so far.
             complete: Whether to add what a continuation needs.
         """
-        batches = len(self.train_dataloader)
+        epoch = history[-1]["epoch"] if history else 0
         self.average_statistics()
         gradients = self._pending_gradients() if complete else {}
         checkpoint = {
-            "card": self._task.card()
-            | {"epoch": iteration // batches, "metrics": history[-1] if history else {"epoch": 0}},
+            "card": self._task.card() | {"epoch": epoch, "metrics": history[-1] if history else {"epoch": 0}},
             "config": plain(self._config),
             "meta": {
-                "epoch": iteration // batches,
+                "epoch": epoch,
                 "iter": iteration,
                 "processes": self.world_size,
                 "samples": len(self.train_dataloader.dataset),
@@ -359,7 +358,17 @@ def _first_batch(loader: DataLoader, count: int) -> Any:
 
 
 class TrainLoop(EpochBasedTrainLoop):
-    """Epochs that may begin in the middle, with a seed of their own for every batch."""
+    """Epochs that may begin in the middle, with a seed of their own for every batch.
+
+    Args:
+        iterations: Batches after which the last epoch ends, whole or not.
+        *args: mmengine's.
+        **kwargs: mmengine's.
+    """
+
+    def __init__(self, *args, iterations: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._max_iters = iterations
 
     def run_epoch(self) -> None:
         """Train on the rest of an epoch."""
@@ -370,6 +379,8 @@ class TrainLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         for batch_index, batch in enumerate(self.dataloader, done):
             self.run_iter(batch_index, batch)
+            if self._iter == self._max_iters:
+                break
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 

@@ -23,7 +23,9 @@ from .loading import build_loader
 from .resume import check_resumable, rebuild_config
 from .run_folder import RunFolder
 from .runner import TaskRunner, TrainLoop
-from .schedule import build_schedulers, count_epochs
+from .schedule import build_schedulers, count_epochs, count_iterations
+
+_MOST_WORKERS = 8
 
 
 def is_main_process() -> bool:
@@ -84,7 +86,12 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
             scratch,
             distributed,
             train_dataloader=loader,
-            train_cfg={"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"]},
+            train_cfg={
+                "type": TrainLoop,
+                "max_epochs": epochs,
+                "val_interval": config["val_interval"],
+                "iterations": count_iterations(config, epochs, len(loader)),
+            },
             optim_wrapper={"type": "OptimWrapper"},
             param_scheduler=build_schedulers(config, epochs, len(loader)),
             val_dataloader=val_loader,
@@ -219,13 +226,18 @@ def _without_worker_traceback(run):
 
 def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> DataLoader:
     """Return this process's loader, for training with ``seed``, for evaluation without."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = config["workers"]
+    if workers is None:
+        # One core for the process itself, of those that it may use.
+        workers = min(_MOST_WORKERS, max(0, len(os.sched_getaffinity(0)) // processes - 1))
     return build_loader(
         dataset,
         config["batch_size"],
-        config["workers"],
+        workers,
         seed,
         rank=int(os.environ.get("RANK", "0")),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=processes,
         skip_damaged=config["damaged_images"] == "skip",
         pin_memory=device.type == "cuda",
     )

@@ -14,7 +14,14 @@ from .. import TaskError
 from ..data.formats import open_maps, resolve
 from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
-from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
+from ..dense.build import (
+    build_described,
+    describe_model,
+    freeze_stages,
+    freeze_statistics,
+    normalization_of,
+    with_told,
+)
 from ..dense.segment.postprocess import OUTPUTS
 from ..dense.segment.segmenter import HEADS, MASK_HEADS, create_segmenter
 from ..detections import to_plain
@@ -61,6 +68,7 @@ class Segment:
             "repeat": 1,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "normalization": None,
             "tile": None,
             "short": 512,
             "long": 2048,
@@ -94,12 +102,13 @@ class Segment:
         "data.tile": int,
         "data.short": int,
         "data.white": int,
+        "data.normalization": str,
         "test.crop_size": int,
         "test.stride": int,
     }
 
     def __init__(self, config: dict):
-        data, self._said = resolve(config["data"], "maps")
+        data, self._said = resolve(dict(config["data"]), "maps")
         self.model, self.test = dict(config["model"]), dict(config["test"])
         head, self.output = self.model["head"], self.model["output"]
         self._frozen: list[nn.Module] = []
@@ -114,6 +123,7 @@ class Segment:
             raise TaskError(f"{head} labels pixels; {self.output} segmentation needs {' or '.join(MASK_HEADS)}")
         if data["augment"].get("crop") is None:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
+        data |= normalization_of(data["normalization"], self.model["backbone"])
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
