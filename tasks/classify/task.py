@@ -73,6 +73,13 @@ def create_classifier(
         raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
+def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run started from, as in `Classify.DEFAULTS`, with the classes that its card names."""
+    options = {key: model[key] for key in ("pretrained", "checkpoint")}
+    rule = InputRule(**card["input"])
+    return create_classifier(model["name"], len(card["classes"]), rule, **options, **dict(model["kwargs"]))
+
+
 class Classify:
     """Image classification, described by a config.
 

@@ -206,6 +206,11 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 
 
+def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run started from, as in `Detect.DEFAULTS`, with what its card tells of it."""
+    return build_detector({**model, **{key: card[key] for key in ("head", "kwargs")}}, len(card["classes"]))
+
+
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:
     """Return a detector's answer for an image ``[3, H, W]``, by itself: sharing a batch would move its last bits."""
     return to_plain(model([image])[0])

@@ -72,6 +72,11 @@ KEYS: dict[str | None, dict[str, str]] = {
         "schedule.steps": "of step: epochs after which the learning rate is multiplied by gamma",
         "schedule.gamma": "of step",
         "custom_hooks": "of mmengine, or registered there: dict(type='EarlyStoppingHook', monitor='val/accuracy'), ...",
+        "freeze": 'does not learn: stages from 0, the first with what precedes it, or names, such as ("head", 0, 1)',
+        "lora.rank": "of LoRA's adapters, which learn alone with what is new; None: no adapters; lora=True: 4",
+        "lora.alpha": "adapters are scaled by alpha / rank",
+        "lora.dropout": "before the adapters",
+        "lora.targets": "last names of the layers that get one; qkv is also q, k, v, kv and qk",
         "ema": "weight of the newest parameters in their running average, such as 2e-4",
     },
     "classify": {

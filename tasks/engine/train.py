@@ -130,7 +130,7 @@ def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
         raise TaskError(f"{last.parent}: already holds a run; continue it with --resume, or choose another --output")
     if resume and not last.exists():
         raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
-    return read_checkpoint(last, task) if resume else None
+    return read_checkpoint(last, task, merged=False) if resume else None
 
 
 def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float]:
@@ -158,6 +158,8 @@ def evaluate(
     """
     opened = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
     checkpoint = None if opened is None else read_checkpoint(opened, config["task"])
+    # What is measured is whole.
+    config = config | {"freeze": (), "lora": {**config["lora"], "rank": None}}
     device, distributed = _launch(config["device"])
     task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, opened))
     if checkpoint is not None:

@@ -307,6 +307,12 @@ def build_segmenter(model: dict[str, Any], things: list[bool], rule: InputRule) 
     return built
 
 
+def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run started from, as in `Segment.DEFAULTS`, with what its card tells of it."""
+    told = {key: card[key] for key in ("head", "kwargs")}
+    return build_segmenter({**model, **told}, card["things"], InputRule(**card["input"]))
+
+
 def segment_image(
     model: nn.Module, image: Tensor, size: tuple[int, int], output: str, test: dict[str, Any], classes: int
 ) -> Any:
