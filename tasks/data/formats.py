@@ -220,11 +220,13 @@ def open_objects(data: dict, with_masks: bool | None, skip_damaged: bool = False
         records, classes = find(root, data, "train", with_masks, skip_damaged)
         if data["val"] is None:
             kept, held = hold_out(len(records), data)
-            records, held_out, found = [records[i] for i in kept], [records[i] for i in held], classes
+            records, held_out, val_classes = [records[i] for i in kept], [records[i] for i in held], classes
         else:
-            held_out, found = find(root, data, "val", with_masks, skip_damaged)
-        if not coco.order_by_name(held_out, found, classes):
-            raise TaskError(f"training and validation annotations have different classes: {_differing(classes, found)}")
+            held_out, val_classes = find(root, data, "val", with_masks, skip_damaged)
+        if not coco.order_by_name(held_out, val_classes, classes):
+            raise TaskError(
+                f"training and validation annotations have different classes: {_differing(classes, val_classes)}"
+            )
         if with_masks is None:
             _masks_of_all_or_none([*records, *held_out])
         if not data["keep_empty"]:
@@ -346,12 +348,12 @@ def open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: 
             faults.add("pair", image)
         else:
             pairs.append((image, path))
-    found = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
-    found.check(faults)
-    faults.settle(data["broken"], "correct or complete them", len(found.files))
-    if not found.files:
+    maps = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
+    maps.check(faults)
+    faults.settle(data["broken"], "correct or complete them", len(maps.files))
+    if not maps.files:
         raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
-    return found
+    return maps
 
 
 def _masks_of_all_or_none(records: Sequence[coco.Record]) -> None:
@@ -378,17 +380,17 @@ def _order_classes(train: SegmentationSet, val: SegmentationSet, data: dict) -> 
     given = None if data["classes"] is None or name in ("voc", "folder") else list(data["classes"])
     expected = list(train.classes) if given is None else given
     for part in (train, val):
-        found = part.classes
+        names = part.classes
         # Only files of COCO's formats number classes as they like.
-        fits = part.order(expected) if isinstance(part, CocoMaps) else found == expected
+        fits = part.order(expected) if isinstance(part, CocoMaps) else names == expected
         if not fits and given is not None:
-            raise TaskError(f"data.classes is {given}, but {name} has {found}")
+            raise TaskError(f"data.classes is {given}, but {name} has {names}")
         if not fits:
             raise TaskError(
-                f"training and validation annotations have different classes: {_differing(expected, found)}"
+                f"training and validation annotations have different classes: {_differing(expected, names)}"
             )
-        if found != expected:
-            part.things = [part.things[found.index(label)] for label in expected]
+        if names != expected:
+            part.things = [part.things[names.index(label)] for label in expected]
             part.classes = list(expected)
     differing = [label for label, *kinds in zip(expected, train.things, val.things, strict=True) if len({*kinds}) > 1]
     if differing:
