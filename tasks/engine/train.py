@@ -86,12 +86,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
             scratch,
             distributed,
             train_dataloader=loader,
-            train_cfg={
-                "type": TrainLoop,
-                "max_epochs": epochs,
-                "val_interval": config["val_interval"],
-                "iterations": count_iterations(config, epochs, len(loader)),
-            },
+            train_cfg=_loop(config, epochs, len(loader)),
             optim_wrapper={"type": "OptimWrapper"},
             param_scheduler=build_schedulers(config, epochs, len(loader)),
             val_dataloader=val_loader,
@@ -122,6 +117,12 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         "last": last,
         "pictures": pictures,
     }
+
+
+def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
+    """Return the loop that trains, as mmengine asks for it."""
+    iterations = count_iterations(config, epochs, batches)
+    return {"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"], "iterations": iterations}
 
 
 def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
