@@ -12,6 +12,7 @@ import torch
 
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from . import TaskError
+from .adapters import open_merged
 from .data.images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
@@ -186,12 +187,13 @@ def keep_copy(path: Path, copy: Path) -> None:
         os.replace(temporary, copy)
 
 
-def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None) -> dict:
+def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None, merged: bool = True) -> dict:
     """Read a file that foveate wrote, by train, export or weights convert, without executing what it pickles.
 
     Args:
         path: Its file, or what `open_checkpoint` read of it.
         task: The task it must be of, if given.
+        merged: Whether adapters are merged into the weights that they are of; else they are what there is.
 
     Returns:
         A dict with at least ``card``, a dict that says what the model is, and ``state_dict``, its weights.
@@ -199,7 +201,7 @@ def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None) -> d
     Raises:
         CheckpointError: If the file can't be read, or is no such checkpoint.
     """
-    opened = open_checkpoint(path)
+    opened = open_merged(path) if merged else open_checkpoint(path)
     card, content = opened.card, opened.content
     if card is None:
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
@@ -243,5 +245,5 @@ def rebuilt_from(model: Mapping[str, Any], checkpoint: str | Path | Checkpoint) 
     """Return a config's or a card's ``model`` such that all of it is read from a file that a run of it wrote."""
     options = {key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs") if key in model}
     nothing = {"backbone_checkpoint": None} if "backbone_checkpoint" in model else {}
-    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    checkpoint = open_merged(checkpoint) if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     return {**model, **options, **nothing, "pretrained": False, "checkpoint": checkpoint}

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "measure a checkpoint on held-out data",
     "predict": "find what is in images: classes, objects, regions; with pictures and JSON",
     "curves": "draw and compare the learning curves of runs",
+    "data": "check a data set before it is trained on, or convert it: COCO, YOLO",
     "browse": "look at the training data as the model sees it, after augmentation",
     "recipes": "list the recipes: model, data, what they were run on, result",
     "config": "print a recipe with every setting, overrides applied",

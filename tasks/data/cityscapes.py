@@ -97,3 +97,9 @@ def _read_objects(pair: tuple[Path, Path]) -> Record | DamagedImageError | int:
             box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
             objects.append((box, mask.sum(), number < 1000, encode_mask(mask), THINGS.index(kind)))
     return Record(image, ids.shape, image.stem, Instances.gather(objects, True))
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it looks like Cityscapes; else None."""
+    there = (root / "leftImg8bit" / "train").is_dir() and (root / "gtFine" / "train").is_dir()
+    return {"train": {"split": "train"}, "val": {"split": "val"}} if there else None

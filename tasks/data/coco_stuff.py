@@ -55,3 +55,10 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     # Ids that the release leaves out are in none of its maps.
     known = class_of_values({255: IGNORE, **{value: label for label, value in enumerate(values)}})
     return [(file, maps / f"{file.stem}{suffix}") for file in files], list(class_of_ids().values()), known
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it looks like COCO-Stuff; else None."""
+    converted = (root / "annotations" / "train2017").is_dir()
+    there = converted or (root / "stuffthingmaps" / "train2017").is_dir()
+    return {"train": {"split": "train"}, "val": {"split": "val"}} if there else None

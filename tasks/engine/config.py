@@ -18,6 +18,7 @@ from timm.optim import list_optimizers
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
 from ...zoo.library_errors import first_line
 from .. import TASKS, TaskError, nearest
+from ..adapters import DEFAULT_RANK
 from ..checkpoints import renamed
 from .keys import meaning
 
@@ -64,6 +65,13 @@ DEFAULTS = {
         "steps": (),
         "gamma": 0.1,
     },
+    "freeze": (),
+    "lora": {
+        "rank": None,
+        "alpha": 16.0,
+        "dropout": 0.0,
+        "targets": ("qkv", "proj", "fc1", "fc2"),
+    },
     "ema": None,
     "custom_hooks": (),
 }
@@ -71,11 +79,13 @@ FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
 # Types of what may be None.
 OPTIONAL = {
     "iterations": int,
+    "workers": int,
     "checkpoint.interval": int,
     "optimizer.no_decay": tuple,
     "optimizer.layer_decay": float,
     "optimizer.clip_grad": float,
     "ema": float,
+    "lora.rank": int,
 }
 FINETUNE = "classify/nat_tiny_finetune"  # the recipe for any model
 SCHEDULES = ("cosine", "poly", "step")
@@ -119,12 +129,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     free = FREE + tuple(task_class.FREE)
     optional = OPTIONAL | {"task": str} | task_class.OPTIONAL
     config = copy.deepcopy(defaults)
+    if given.get("lora") is True:
+        given["lora"] = {"rank": DEFAULT_RANK}
     for key, value in leaves(given, free):
         _assign(config, defaults, free, optional, key, value, str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise TaskError(f"{override!r}: an override is key=value, such as optimizer.lr=1e-3")
+        if key == "lora" and _parse(text) is True:
+            key, text = "lora.rank", str(DEFAULT_RANK)
         if key == "task":
             raise TaskError(f"{override}: a config is about its task, which is {task!r}; take another config")
         _assign(config, defaults, free, optional, key, _parse(text), override)
@@ -267,10 +281,11 @@ def _assign(
 
 def _check_values(config: dict) -> None:
     optimizer, schedule, saving = config["optimizer"], config["schedule"], config["checkpoint"]
+    lora = config["lora"]
     checks = (
         ("precision", config["precision"], config["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         ("batch_size", config["batch_size"], config["batch_size"] > 0, "at least 1"),
-        ("workers", config["workers"], config["workers"] >= 0, "at least 0"),
+        ("workers", config["workers"], config["workers"] is None or config["workers"] >= 0, "at least 0, or None"),
         ("epochs", config["epochs"], config["epochs"] > 0, "at least 1"),
         ("iterations", config["iterations"], config["iterations"] is None or config["iterations"] > 0, "at least 1"),
         ("val_interval", config["val_interval"], config["val_interval"] > 0, "at least 1"),
@@ -288,6 +303,8 @@ def _check_values(config: dict) -> None:
             "at least 1, or None",
         ),
         ("checkpoint.keep", saving["keep"], saving["keep"] >= 0, "at least 0"),
+        ("lora.rank", lora["rank"], lora["rank"] is None or lora["rank"] > 0, "at least 1, or None"),
+        ("lora.dropout", lora["dropout"], 0 <= lora["dropout"] < 1, "from 0 to less than 1"),
         ("optimizer.accumulate", optimizer["accumulate"], optimizer["accumulate"] > 0, "at least 1"),
         (
             "schedule.warmup_epochs",

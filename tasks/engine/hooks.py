@@ -205,7 +205,7 @@ class RunHook(Hook):
             entry |= self._count_damaged(runner, bool(metrics))
         entry["seconds"] = round(time.monotonic() - self._epoch_began, 2)
         self._history.append(plain(entry))
-        done = entry["epoch"] * len(runner.train_dataloader)
+        done = min(entry["epoch"] * len(runner.train_dataloader), runner.max_iters)
         if metrics.get(key, -math.inf) > best:
             self._shown = (entry["epoch"], *self._metric.collected, self._metric.indices)
             runner.save_checkpoint(self.output / "best.pth", self._history, done, complete=False)

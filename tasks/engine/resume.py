@@ -21,6 +21,9 @@ def rebuild_config(config: dict, checkpoint: dict, path: str | Path | Checkpoint
         raise TaskError(
             f"{path}: was trained with data.white={white}, not {config['data']['white']}; leave data.white out"
         )
+    if checkpoint["card"].get("lora"):
+        # It holds adapters, of weights that the run starts from again.
+        return config | {"data": config["data"] | {"white": white}}
     return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
 
 

@@ -23,7 +23,9 @@ from .loading import build_loader
 from .resume import check_resumable, rebuild_config
 from .run_folder import RunFolder
 from .runner import TaskRunner, TrainLoop
-from .schedule import build_schedulers, count_epochs
+from .schedule import build_schedulers, count_epochs, count_iterations
+
+_MOST_WORKERS = 8
 
 
 def is_main_process() -> bool:
@@ -84,7 +86,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
             scratch,
             distributed,
             train_dataloader=loader,
-            train_cfg={"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"]},
+            train_cfg=_loop(config, epochs, len(loader)),
             optim_wrapper={"type": "OptimWrapper"},
             param_scheduler=build_schedulers(config, epochs, len(loader)),
             val_dataloader=val_loader,
@@ -117,13 +119,19 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     }
 
 
+def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
+    """Return the loop that trains, as mmengine asks for it."""
+    iterations = count_iterations(config, epochs, batches)
+    return {"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"], "iterations": iterations}
+
+
 def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
     """Return the checkpoint to continue from; None to begin."""
     if last.exists() and not resume:
         raise TaskError(f"{last.parent}: already holds a run; continue it with --resume, or choose another --output")
     if resume and not last.exists():
         raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
-    return read_checkpoint(last, task) if resume else None
+    return read_checkpoint(last, task, merged=False) if resume else None
 
 
 def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float]:
@@ -151,6 +159,8 @@ def evaluate(
     """
     opened = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
     checkpoint = None if opened is None else read_checkpoint(opened, config["task"])
+    # What is measured is whole.
+    config = config | {"freeze": (), "lora": {**config["lora"], "rank": None}}
     device, distributed = _launch(config["device"])
     task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, opened))
     if checkpoint is not None:
@@ -219,13 +229,18 @@ def _without_worker_traceback(run):
 
 def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> DataLoader:
     """Return this process's loader, for training with ``seed``, for evaluation without."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = config["workers"]
+    if workers is None:
+        # One core for the process itself, of those that it may use.
+        workers = min(_MOST_WORKERS, max(0, len(os.sched_getaffinity(0)) // processes - 1))
     return build_loader(
         dataset,
         config["batch_size"],
-        config["workers"],
+        workers,
         seed,
         rank=int(os.environ.get("RANK", "0")),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=processes,
         skip_damaged=config["damaged_images"] == "skip",
         pin_memory=device.type == "cuda",
     )
