@@ -61,7 +61,7 @@ def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str 
             f"and {key.dtype} {list(key.shape)}"
         )
     with full_precision(key):
-        return _BACKENDS[choose("quadtree_scores", _BACKENDS, key, backend)].run[0](query, key, chosen)
+        return _BACKENDS[_chosen_backend("quadtree_scores", backend, key, query, chosen)].run[0](query, key, chosen)
 
 
 def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
@@ -92,7 +92,13 @@ def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: 
             f"got {weights.shape[4]}"
         )
     with full_precision(value):
-        return _BACKENDS[choose("quadtree_values", _BACKENDS, value, backend)].run[1](weights, value, chosen)
+        return _BACKENDS[_chosen_backend("quadtree_values", backend, value, chosen)].run[1](weights, value, chosen)
+
+
+def _chosen_backend(op: str, requested: str | None, children: Tensor, *others: Tensor) -> str:
+    name = choose(op, _BACKENDS, children, requested)
+    # Of nothing there is nothing to cut into chunks.
+    return "reference" if any(0 in x.shape for x in (children, *others)) else name
 
 
 def quadtree_backends(children: Tensor, *, backend: str | None = None) -> dict[str, str]:
