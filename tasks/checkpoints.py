@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from ..zoo.library_errors import first_line
 from . import TaskError
 from .data.images import FULL_WHITE
 
@@ -50,6 +51,8 @@ def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = 
         temporary = None
         if durable:
             _flush(path.parent)
+    except ValueError as error:  # of names, such as a NUL
+        raise TaskError(f"{path.parent}: is no name of a folder ({first_line(error)}); choose another") from error
     except OSError as error:
         kept = "; the file that was there before is intact" if path.exists() else ""
         raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{kept}") from error
@@ -118,13 +121,21 @@ def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
             watched = _Watched(file)
             try:
                 torch.save(checkpoint, watched)
-            except RuntimeError:
-                # torch reports its own failure after that of the file, which is the cause.
-                if watched.error is None:
+            except RuntimeError as error:
+                # torch reports its own failure after that of the file, or after Ctrl-C, which is the cause.
+                cause = watched.error or _interruption(error)
+                if cause is None:
                     raise
-                raise watched.error from None
+                raise cause from None
 
     write_whole(path, write, durable=True)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C during whose handling an error came up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _Watched:
@@ -137,7 +148,7 @@ class _Watched:
         """Write, or keep the error and raise it."""
         try:
             return self._file.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = self.error or error
             raise
 
@@ -145,7 +156,7 @@ class _Watched:
         """Hand over what is buffered."""
         try:
             self._file.flush()
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = self.error or error
             raise
 

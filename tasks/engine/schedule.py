@@ -16,7 +16,11 @@ def count_epochs(config: dict, batches: int) -> int:
     schedule = config["schedule"]
     warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
     if warmup >= epochs * batches:
-        raise TaskError(f"the warmup of {warmup} batches must be shorter than the run, which has {epochs * batches}")
+        key = "schedule.warmup_iterations" if schedule["warmup_iterations"] else "schedule.warmup_epochs"
+        raise TaskError(
+            f"the warmup of {warmup} batches ({key}={schedule[key.partition('.')[2]]}) must be shorter than the run, "
+            f"which has {epochs * batches}; lower it, or raise epochs (now {epochs})"
+        )
     return epochs
 
 
