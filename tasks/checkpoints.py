@@ -16,7 +16,12 @@ from . import TaskError
 from .data.images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
-_OF_THE_START = ("reset_classifier", "pretrained", "pretrained_cfg_overlay", "checkpoint_path")
+_OF_THE_START = (
+    *("reset_classifier", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_backbone"),
+    *("checkpoint_path", "checkpoint", "backbone_checkpoint", "weights", "weights_backbone", "cache_dir"),
+)
+# How timm is told to fetch a model's description from elsewhere.
+_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 # Keys of cards, and of configs' models, that were called otherwise before.
 _RENAMED = {"recipe": "setting", "segments": "output"}
 _RENAMED_IN_MODEL = {"recipe": "setting", "task": "output"}
@@ -192,6 +197,10 @@ def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None) -> d
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
     if task is not None and card.get("task") != task:
         raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
+    model = card.get("model", card.get("backbone"))
+    for name in model.values() if isinstance(model, Mapping) else (model,):
+        if isinstance(name, str) and name.startswith(_SCHEMES):
+            raise CheckpointError(f"{path}: names a model elsewhere, {name[:80]!r}; what it holds alone is opened")
     if not isinstance(content.get("state_dict"), dict):
         content = {"state_dict": opened.state}
     if isinstance(config := content.get("config"), dict):
@@ -222,8 +231,12 @@ def _kind_of(card: dict) -> str:
 
 
 def without_start(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a model but those that say what it starts from."""
-    return {name: value for name, value in options.items() if name not in _OF_THE_START}
+    """Return the options of a model but those that say what it starts from: a file's may name no other file."""
+    return {
+        name: without_start(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _OF_THE_START
+    }
 
 
 def rebuilt_from(model: Mapping[str, Any], checkpoint: str | Path | Checkpoint) -> dict[str, Any]:
