@@ -59,8 +59,8 @@ def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = 
     except ValueError as error:  # of names, such as a NUL
         raise TaskError(f"{path.parent}: is no name of a folder ({first_line(error)}); choose another") from error
     except OSError as error:
-        kept = "; the file that was there before is intact" if path.exists() else ""
-        raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{kept}") from error
+        remark = "; the file that was there before is intact" if path.exists() else ""
+        raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{remark}") from error
     finally:
         if temporary is not None:
             os.unlink(temporary)

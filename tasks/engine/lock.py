@@ -41,9 +41,9 @@ def hold_folder(folder: Path) -> Iterator[str | None]:
         remark = f"{folder} can't be locked ({error}): let no second run write there"
     try:
         if remark is None:
-            held = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+            record = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
             with contextlib.suppress(OSError):  # the check of the folder says what is wrong with it
-                holder.write_text(json.dumps(held))
+                holder.write_text(json.dumps(record))
         yield remark
     finally:
         if remark is None:
@@ -55,7 +55,7 @@ def hold_folder(folder: Path) -> Iterator[str | None]:
 
 def _describe(holder: Path) -> str:
     try:
-        held = json.loads(holder.read_text())
-        return f"process {held['process']} on {held['host']} has been writing a run there since {held['since']}"
+        record = json.loads(holder.read_text())
+        return f"process {record['process']} on {record['host']} has been writing a run there since {record['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process is writing a run there"

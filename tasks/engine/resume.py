@@ -70,9 +70,9 @@ def restore(output: Path, checkpoint: dict, keep: int) -> None:
     if not history:
         return
     write_history(output, history)
-    kept = output / f"epoch_{history[-1]['epoch']:04d}.pth"
-    if keep and checkpoint["begun"] is None and not kept.exists():
-        keep_copy(output / "last.pth", kept)
+    epoch_file = output / f"epoch_{history[-1]['epoch']:04d}.pth"
+    if keep and checkpoint["begun"] is None and not epoch_file.exists():
+        keep_copy(output / "last.pth", epoch_file)
 
 
 def _names_data(key: str) -> bool:

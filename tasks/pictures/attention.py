@@ -225,13 +225,13 @@ def _draw_routes(axes: Axes, call: AttentionCall, place: Place, legend: Legend) 
     step_y, step_x = call.pixel_steps()
     token = call.token_at(place)
     row, column = token // call.map_size[1], token % call.map_size[1]
-    chosen = regions.index[0, row // high * columns + column // wide].tolist()
-    for rank, region in enumerate(chosen, 1):
+    routed = regions.index[0, row // high * columns + column // wide].tolist()
+    for rank, region in enumerate(routed, 1):
         corner = region % columns * wide * step_x, region // columns * high * step_y
         size = wide * step_x, high * step_y
         axes.add_patch(Rectangle(corner, *size, fill=False, ec="white", lw=2.8, zorder=4))
         axes.add_patch(Rectangle(corner, *size, fill=False, ec=ORANGE, lw=1.5, zorder=5))
-        if len(chosen) <= 16:
+        if len(routed) <= 16:
             box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
             axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, rank, fontsize=7, ha="center", va="center",
                       bbox=box, zorder=6, clip_on=True)  # fmt: skip
@@ -420,16 +420,16 @@ def explain_image(
 
 
 def _draw_map(observed: tuple[Tensor, str], method: str, base: np.ndarray) -> Figure:
-    found, words = observed
+    values, words = observed
     figure = new_figure(6.4, 6.4 / 2 * base.shape[0] / base.shape[1] + 1.2)
     photo, axes = figure.subplots(1, 2)
     _show(photo, base)
     _show(axes, base)
     height, width = base.shape
     extent = (0, width, height, 0)
-    largest = max(found.max().item(), 1e-12)
+    largest = max(values.max().item(), 1e-12)
     shades = axes.imshow(
-        found.cpu().numpy(), cmap="viridis", alpha=0.75, vmin=0, vmax=largest, extent=extent, interpolation="nearest"
+        values.cpu().numpy(), cmap="viridis", alpha=0.75, vmin=0, vmax=largest, extent=extent, interpolation="nearest"
     )
     figure.suptitle(words, fontsize=9)
     bar = figure.colorbar(shades, ax=[photo, axes], location="bottom", shrink=0.6, aspect=40)
@@ -445,6 +445,7 @@ def frames(
     count: int = 24,
     layers: str | Sequence[str] | None = None,
     image: Image.Image | None = None,
+    observed: Record | None = None,
 ) -> Iterator[Image.Image]:
     """Yield pictures of a query that moves along a path, of one recorded forward pass.
 
@@ -455,10 +456,12 @@ def frames(
         count: Pictures.
         layers: Attentions.
         image: What ``x`` shows.
+        observed: A record of the same, where there is one already.
     """
     if len(path) < 2:
         raise TaskError("a path has two places at least; name more with --at")
-    base, calls = _base(model, x, image), drawable(record_once(model, x, layers), layers)
+    base = _base(model, x, image)
+    calls = drawable(record_once(model, x, layers) if observed is None else observed, layers)
     corners = np.array(path, dtype=float)
     lengths = np.concatenate([[0], np.hypot(*np.diff(corners, axis=0).T).cumsum()])
     for length in np.linspace(0, lengths[-1], count):

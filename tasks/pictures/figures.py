@@ -48,10 +48,10 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tuple[str, str | None]]:
     """Return a colour and a pattern of stripes, or None, for each class that a picture shows; background has none."""
-    found = sorted(label for label in set(labels) if label < len(classes) and classes[label] != "background")
+    shown = sorted(label for label in set(labels) if label < len(classes) and classes[label] != "background")
     return {
         label: (PALETTE[place % len(PALETTE)], STRIPES[place // len(PALETTE) % len(STRIPES)])
-        for place, label in enumerate(found)
+        for place, label in enumerate(shown)
     }
 
 
@@ -187,13 +187,14 @@ def draw_neighborhoods(
     Raises:
         TaskError: If the model has no neighborhood attention.
     """
-    found = find_neighborhoods(model, inputs)
-    if not found:
+    attentions = find_neighborhoods(model, inputs)
+    if not attentions:
         raise TaskError(f"{type(model).__name__} has no neighborhood attention to draw")
     order = sorted(
-        range(len(found)), key=lambda i: any(np.less(found[i][2].shape[:2], found[i][1].least)) * len(found) + i
+        range(len(attentions)),
+        key=lambda i: any(np.less(attentions[i][2].shape[:2], attentions[i][1].least)) * len(attentions) + i,
     )
-    drawn = [found[i] for i in order[:blocks]]
+    drawn = [attentions[i] for i in order[:blocks]]
     figure = new_figure(3.3 * (len(drawn) + 1), 3.9 * len(queries))
     rows = figure.subplots(len(queries), len(drawn) + 1, squeeze=False)
     frame = {"extent": (0, 1, 1, 0), "aspect": image.height / image.width, "interpolation": "nearest"}
