@@ -168,16 +168,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             disable=None,
         )
         with open(part, "ab" if start else "wb") as file, bar:
-            since, arrived = time.monotonic(), 0
             try:
-                while chunk := response.read1(_CHUNK):
-                    _append(file, chunk, part)
-                    bar.update(len(chunk))
-                    arrived += len(chunk)
-                    if time.monotonic() - since >= PATIENCE:
-                        if arrived < SLOWEST * PATIENCE:
-                            raise DownloadError(f"the host sends {arrived / PATIENCE:.0f} bytes a second: given up")
-                        since, arrived = time.monotonic(), 0
+                _receive(response, file, bar, part)
             except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 raise _Interrupted(_reason(error)) from error
     if total is not None and _size_of(part) < total:
@@ -187,6 +179,19 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         part.unlink(missing_ok=True)
         _notes(part).unlink(missing_ok=True)
         raise DownloadError(f"the host sends {arrived} bytes of a file that it says has {total}")
+
+
+def _receive(response: http.client.HTTPResponse, file: BinaryIO, bar: tqdm, part: Path) -> None:
+    """Write what arrives, unless it hardly does."""
+    since, arrived = time.monotonic(), 0
+    while chunk := response.read1(_CHUNK):
+        _append(file, chunk, part)
+        bar.update(len(chunk))
+        arrived += len(chunk)
+        if time.monotonic() - since >= PATIENCE:
+            if arrived < SLOWEST * PATIENCE:
+                raise DownloadError(f"the host sends {arrived / PATIENCE:.0f} bytes a second: given up")
+            since, arrived = time.monotonic(), 0
 
 
 def _read_notes(part: Path) -> dict:
