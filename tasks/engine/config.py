@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import math
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -284,10 +285,6 @@ def _check_values(config: dict) -> None:
     lora = config["lora"]
     checks = (
         ("precision", config["precision"], config["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-        ("batch_size", config["batch_size"], config["batch_size"] > 0, "at least 1"),
-        ("workers", config["workers"], config["workers"] is None or config["workers"] >= 0, "at least 0, or None"),
-        ("epochs", config["epochs"], config["epochs"] > 0, "at least 1"),
-        ("iterations", config["iterations"], config["iterations"] is None or config["iterations"] > 0, "at least 1"),
         ("val_interval", config["val_interval"], config["val_interval"] > 0, "at least 1"),
         (
             "damaged_images",
@@ -306,6 +303,10 @@ def _check_values(config: dict) -> None:
         ("lora.rank", lora["rank"], lora["rank"] is None or lora["rank"] > 0, "at least 1, or None"),
         ("lora.dropout", lora["dropout"], 0 <= lora["dropout"] < 1, "from 0 to less than 1"),
         ("optimizer.accumulate", optimizer["accumulate"], optimizer["accumulate"] > 0, "at least 1"),
+        *(
+            (key, value, value is None or (least < value <= most if open_ else least <= value <= most), rule)
+            for key, value, least, most, open_, rule in _ranges(config)
+        ),
         (
             "schedule.warmup_epochs",
             schedule["warmup_epochs"],
@@ -333,6 +334,29 @@ def _check_values(config: dict) -> None:
         raise TaskError(
             f"optimizer.name: unknown optimizer {optimizer['name']!r}{nearest(optimizer['name'], list_optimizers())}"
         )
+
+
+def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
+    """Yield key, value, least and greatest value, whether the least itself is left out, and the rule in words."""
+    optimizer, schedule, losses = config["optimizer"], config["schedule"], config.get("loss", {})
+    largest = sys.float_info.max
+    yield "seed", config["seed"], 0, 2**32 - 1, False, "from 0 to 2**32 - 1"
+    yield "batch_size", config["batch_size"], 1, 10**6, False, "from 1 to 1000000"
+    yield "workers", config["workers"], 0, 1000, False, "from 0 to 1000"
+    for key in ("epochs", "iterations"):
+        yield key, config[key], 1, 10**9, False, "from 1 to 10**9"
+    yield "ema", config["ema"], 0, 1, True, "more than 0 and at most 1, or None"
+    yield "optimizer.lr", optimizer["lr"], 0, largest, False, "at least 0"
+    yield "optimizer.weight_decay", optimizer["weight_decay"], 0, largest, False, "at least 0"
+    yield "optimizer.clip_grad", optimizer["clip_grad"], 0, largest, True, "more than 0, or None"
+    yield "optimizer.layer_decay", optimizer["layer_decay"], 0, largest, True, "more than 0, or None"
+    yield "schedule.warmup_factor", schedule["warmup_factor"], 0, 1, True, "more than 0 and at most 1"
+    yield "schedule.final_factor", schedule["final_factor"], 0, 1, False, "from 0 to 1"
+    for key in ("power", "gamma"):
+        yield f"schedule.{key}", schedule[key], 0, largest, True, "more than 0"
+    for key in ("mixup", "cutmix"):
+        yield f"loss.{key}", losses.get(key), 0, largest, False, "at least 0"
+    yield "loss.label_smoothing", losses.get("label_smoothing"), 0, 1, False, "from 0 to 1"
 
 
 def plain(value: Any) -> Any:

@@ -115,8 +115,8 @@ KEYS: dict[str | None, dict[str, str]] = {
         "model.head": '"upernet", "semantic_fpn", "deeplabv3", "mask2former" or "oneformer"',
         "model.output": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
         "model.kwargs": "options of create_segmenter, such as channels or loss_mean",
-        "data.name": '"auto", "ade20k", "cityscapes", "cityscapes_instance", "coco", "coco_panoptic", "coco_stuff", "folder", '
-        '"nuclei", "voc" or "yolo"',
+        "data.name": '"auto", "ade20k", "cityscapes", "cityscapes_instance", "coco", "coco_panoptic", "coco_stuff", '
+        '"folder", "nuclei", "voc" or "yolo"',
         "data.train.maps": "folder in root of coco_panoptic's pictures; beside the annotations if None",
         "data.val.maps": "the same of the held-out images",
         "data.classes": "names in the order of the labels, of voc without the background; if None those of the file",

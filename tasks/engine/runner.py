@@ -262,6 +262,16 @@ class TaskRunner(Runner):
         self.tried = f"a batch of {count} forward and backward in {time.monotonic() - began:.1f} s"
         return unused
 
+    def has_loss(self, batch: Any) -> bool:
+        """Return whether a batch that was trained on has a loss that is a number; the model stays as it is."""
+        model = getattr(self.model, "module", self.model)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            loss, _ = model.parse_losses(model(*model.data_preprocessor(batch, training=True), mode="loss"))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        return bool(torch.isfinite(loss))
+
     def estimate_space(self) -> int:
         """Return about how many bytes the checkpoints of the run will need."""
         weights = sum(value.nbytes for value in self.net.state_dict().values())

@@ -17,7 +17,11 @@ def count_epochs(config: dict, batches: int) -> int:
     warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
     total = count_iterations(config, epochs, batches)
     if warmup >= total:
-        raise TaskError(f"the warmup of {warmup} batches must be shorter than the run, which has {total}")
+        key = "schedule.warmup_iterations" if schedule["warmup_iterations"] else "schedule.warmup_epochs"
+        raise TaskError(
+            f"the warmup of {warmup} batches ({key}={schedule[key.partition('.')[2]]}) must be shorter than the run, "
+            f"which has {total}; lower it, or raise epochs (now {epochs})"
+        )
     return epochs
 
 

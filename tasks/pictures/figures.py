@@ -9,12 +9,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor, nn
 
 from ...blocks import NeighborhoodAttention2d
 from ...kernels.neighborhood.window import axis_windows
-from .. import TaskError
+from .. import TaskError, printable
 from ..checkpoints import write_whole
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -34,7 +35,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG; names in it are shown as they are, not as markup."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_majorticklabels()]
+        if any(label != printable(label) for label in labels):  # else they are made anew as the figure is drawn
+            axis.set_ticks(axis.get_majorticklocs(), labels=map(printable, labels))
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 

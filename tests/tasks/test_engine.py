@@ -218,7 +218,7 @@ def test_bad_checkpoints_are_refused_with_the_reason(config_file, tmp_path):
         ("optimizer=1", r"set one of its own keys: optimizer\.name"),
         ("epochs", "an override is key=value"),
         ("epochs=many", "epochs takes a whole number, such as 10, not 'many'"),
-        ("epochs=0", "epochs is 0, but must be at least 1"),
+        ("epochs=0", "epochs is 0, but must be from 1"),
         ("deterministic=1", "takes True or False"),
         ("ema=high", "ema takes a number or None"),
         ("precision=half", "one of float32, bfloat16, float16"),
@@ -226,7 +226,7 @@ def test_bad_checkpoints_are_refused_with_the_reason(config_file, tmp_path):
         ("schedule.warmup_epochs=4", "less than epochs"),
         ("schedule.name=stairs", "one of cosine, poly, step"),
         ("schedule.steps=(3,2)", "must be ascending epochs"),
-        ("iterations=0", "at least 1"),
+        ("iterations=0", "from 1"),
         ("task=cook", "a config is about its task, which is 'classify'"),
     ],
 )
