@@ -1,4 +1,4 @@
-"""What `foveate attend IMAGE` draws and writes: the queries of a photo, of a classifier's, detector's or segmenter's."""
+"""What `foveate attend IMAGE` draws and writes, of classifiers, detectors and segmenters."""
 
 import argparse
 from collections.abc import Sequence

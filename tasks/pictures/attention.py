@@ -36,7 +36,6 @@ from .attention_marks import (
     draw_seen,
     gate_on_map,
     mark_query,
-    name_of,
     queries_of,
     symmetric,
 )
@@ -177,20 +176,36 @@ def drawable(record: Record, layers: str | Sequence[str] | None = None) -> list[
 
 
 class _Photo(NamedTuple):
-    """What is drawn below everything: pixels ``[h, w, 3]`` of 0 to 1, where its edges are, and the input's size."""
+    """What is drawn below everything.
+
+    Attributes:
+        pixels: ``[h, w, 3]``, 0 to 1.
+        extent: Where its edges are, in pixels of the input.
+        size: Height and width of the input.
+        own: Width and height of the photo, before it was made smaller to be drawn.
+    """
 
     pixels: np.ndarray
-    extent: tuple[float, float, float, float]
+    extent: Extent
     size: tuple[int, int]
+    own: tuple[int, int]
+
+    def name(self, query: Query) -> str:
+        """Return a query's title, a place in pixels of the photo."""
+        if isinstance(query, Region):
+            return query.name
+        left, right, bottom, top = self.extent
+        x, y = (query[0] - left) * self.own[0] / (right - left), (query[1] - top) * self.own[1] / (bottom - top)
+        return f"query at {x:.4g}, {y:.4g}"
 
 
 def _photo(model: nn.Module, x: Tensor, image: Image.Image | None, extent: Extent | None) -> _Photo:
     height, width = x.shape[2:]
     if image is not None:
-        image = image.convert("RGB")
+        image, own = image.convert("RGB"), image.size
         image.thumbnail((_SIDE, _SIDE))
         left, right, bottom, top = extent or (0, width, height, 0)
-        return _Photo(np.asarray(image) / 255, (left, right, bottom, top), (height, width))
+        return _Photo(np.asarray(image) / 255, (left, right, bottom, top), (height, width), own)
     config = getattr(model, "pretrained_cfg", None) or {}
     channels = x.shape[1]
     mean, std = (
@@ -200,7 +215,7 @@ def _photo(model: nn.Module, x: Tensor, image: Image.Image | None, extent: Exten
     pixels = (x[0].detach().float().cpu() * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
     if channels != 3:
         pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
-    return _Photo(pixels.permute(1, 2, 0).numpy(), (0, width, height, 0), (height, width))
+    return _Photo(pixels.permute(1, 2, 0).numpy(), (0, width, height, 0), (height, width), (width, height))
 
 
 def _show(axes: Axes, photo: _Photo) -> None:
@@ -250,7 +265,7 @@ def _panels(call: AttentionCall, query: Query, photo: _Photo) -> list[_Panel]:
 def _draw_place(query: Query, photo: _Photo, figure: Figure, axes: Axes, legend: Legend) -> None:
     _show(axes, photo)
     mark_query(axes, None, query, legend)
-    axes.set_title(name_of(query), fontsize=8)
+    axes.set_title(photo.name(query), fontsize=8)
     # A bar that isn't seen keeps the panels on one line.
     unseen = figure.colorbar(ScalarMappable(), ax=axes, location="bottom", shrink=0.85, pad=0.03, aspect=24)
     unseen.set_label(" ", fontsize=7.5)

@@ -65,11 +65,6 @@ def queries_of(call: AttentionCall, query: Query) -> list[int]:
     return [call.prefix + int(token) for token in tokens]
 
 
-def name_of(query: Query) -> str:
-    """Return a query's title."""
-    return query.name if isinstance(query, Region) else f"query at {query[0]:g}, {query[1]:g}"
-
-
 def draw_heat(
     axes: Axes, call: AttentionCall, weights: np.ndarray, seen: np.ndarray | None, limits: tuple[float, float]
 ) -> ScalarMappable:
