@@ -288,8 +288,16 @@ def _numbers(observed: Any, told: list[dict], queries: list, args: argparse.Name
             array, facts = _facts(call, query)
             arrays[f"{number}.{call.name}"] = array
             shared = {"layer": call.name, "kind": call.kind, "map": list(call.map_size)}
-            rows.append({**plain, **shared, **facts, "check": call.check(), "note": call.note})
+            rows.append({**plain, **shared, **facts, "check": _check(call), "note": call.note})
     return arrays, {"queries": rows, "skipped": observed.skipped}
+
+
+def _check(call: Any) -> float | None:
+    """Return what `AttentionCall.check` does; None where the network wrote over what the attention returned."""
+    try:
+        return call.check()
+    except ValueError:
+        return None
 
 
 def _facts(call: Any, query: Any) -> tuple[Any, dict[str, Any]]:
