@@ -320,7 +320,7 @@ def _draw_channels(call: AttentionCall, figure: Figure, axes: Axes, legend: Lege
     axes.set_xlabel("channel that is read", fontsize=7.5)
     axes.set_ylabel("channel that reads", fontsize=7.5)
     axes.set_title(_titles(call), fontsize=8)
-    _add_bar(figure, axes, shades, "weight of a channel, mean of groups (line: equal)", 1 / len(matrix))
+    _add_bar(figure, axes, shades, "weight of a channel (line: equal)", 1 / len(matrix))
 
 
 def _draw_queries(calls: Sequence[AttentionCall], queries: Sequence[Query], photo: _Photo) -> Figure:

@@ -121,7 +121,7 @@ def test_a_region_is_the_mean_of_its_queries(golden_module):
     golden_module.fill(model.eval())
     x = torch.randn(1, 3, 70, 100)
     mask = np.zeros((70, 100), bool)
-    mask[9:30, 41:77] = True
+    mask[7:33, 39:77] = True
     region = foveate.explain.Region(mask, "box 1: cat")
     call = attention.drawable(attention.record_once(model, x), None)[0]
     queries = queries_of(call, region)
