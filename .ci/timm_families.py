@@ -94,8 +94,8 @@ def walk(name: str) -> dict[str, str]:
         target = {"boxes": torch.tensor([[10.0, 20.0, 90.0, 80.0]]), "labels": torch.tensor([1])}
         target["masks"] = torch.ones(1, *SIZE, dtype=torch.bool)
         check_training(detector, detector.train().loss([torch.rand(3, *SIZE)] * 2, [target] * 2))
-        found = detector.eval().predict([torch.rand(3, *SIZE)])[0]["boxes"]
-        if not bool(torch.isfinite(found).all()):
+        boxes = detector.eval().predict([torch.rand(3, *SIZE)])[0]["boxes"]
+        if not bool(torch.isfinite(boxes).all()):
             raise AssertionError("detections are not finite")
     except AssertionError as error:
         return row | {"result": f"wrong: {error}"}
@@ -111,6 +111,8 @@ def check_maps(model) -> None:
     backbone = model.backbone
     # Where unpadded convolutions leave out the border, little is left of a small map.
     size = tuple(2 * side - 1 for side in SIZE) if backbone.borderless else SIZE
+    if backbone.size is not None:
+        size = tuple(map(min, size, backbone.size))
     image = torch.randn(1, 3, *size, requires_grad=True)
     levels = list(zip(backbone(image), backbone.channels, backbone.reductions, strict=True))
     if len(set(backbone.reductions)) == 1:
@@ -119,12 +121,12 @@ def check_maps(model) -> None:
     if model.neck is not None and type(model.neck).__name__ != "MultiLevelNeck":
         levels += list(zip(model.features(image), model.neck.channels, model.neck.reductions, strict=True))
     for index, (level, channels, stride) in enumerate(levels):
-        found = tuple(level.shape)
-        if found[:2] != (1, channels):
-            raise AssertionError(f"map {index} has shape {found}, not {channels} channels")
-        if any(abs(cells - side / stride) > 1 + 1e-6 for cells, side in zip(found[2:], size, strict=True)):
-            raise AssertionError(f"map {index} of {size[0]}x{size[1]} pixels has shape {found}, at stride {stride}")
-        rows, columns = found[2:]
+        shape = tuple(level.shape)
+        if shape[:2] != (1, channels):
+            raise AssertionError(f"map {index} has shape {shape}, not {channels} channels")
+        if any(abs(cells - side / stride) > 1 + 1e-6 for cells, side in zip(shape[2:], size, strict=True)):
+            raise AssertionError(f"map {index} of {size[0]}x{size[1]} pixels has shape {shape}, at stride {stride}")
+        rows, columns = shape[2:]
         if min(rows, columns) < 3:
             continue
         # Two corners off the diagonal show maps that are shuffled, turned or transposed.
@@ -180,14 +182,14 @@ def check_training(model, losses) -> None:
         raise AssertionError(f"{type(model).__name__}: the backbone's gradients are not finite")
 
 
-def main(chosen: list[str]) -> None:
+def main(names: list[str]) -> None:
     """Walk the chosen families or models, or all, and exit with 1 if any is wrong or too many refuse."""
     rows = read_rows()
     known = {name for row in rows for name in (row["family"], row["model"])}
-    if unknown := [name for name in chosen if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         sys.exit(f"{TABLE.name} has no {unknown[0]}")
     for row in rows:
-        if chosen and row["family"] not in chosen and row["model"] not in chosen:
+        if names and row["family"] not in names and row["model"] not in names:
             continue
         row |= walk(row["model"])
         print(f"{row['family']}: {row['model']}: {re.sub(chr(10), ' ', row['result'])}", flush=True)

@@ -44,8 +44,8 @@ def render(rows: list[dict[str, str]]) -> str:
     lines = ["| torch | torchvision | timm | " + " | ".join(f"Python {name}" for name in pythons) + " |"]
     lines.append("| " + " | ".join(["---"] * (3 + len(pythons))) + " |")
     for key in dict.fromkeys((row["torch"], row["torchvision"], row["timm"]) for row in rows):
-        found = {row["python"]: row for row in rows if (row["torch"], row["torchvision"], row["timm"]) == key}
-        lines.append("| " + " | ".join([*key, *(_outcome(found.get(name)) for name in pythons)]) + " |")
+        by_python = {row["python"]: row for row in rows if (row["torch"], row["torchvision"], row["timm"]) == key}
+        lines.append("| " + " | ".join([*key, *(_outcome(by_python.get(name)) for name in pythons)]) + " |")
     return "\n".join(lines)
 
 
@@ -65,8 +65,8 @@ def _outcome(row: dict[str, str] | None) -> str:
 def find_python(name: str) -> str:
     """Return an interpreter, from the path or from pyenv's folder."""
     folder = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
-    found = sorted(glob.glob(f"{folder}/versions/{name}.*/bin/python"), key=version)
-    candidates = [*found[::-1], shutil.which(f"python{name}")]
+    installed = sorted(glob.glob(f"{folder}/versions/{name}.*/bin/python"), key=version)
+    candidates = [*installed[::-1], shutil.which(f"python{name}")]
     for candidate in filter(None, candidates):
         if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
             return candidate
@@ -92,12 +92,12 @@ def measure(row: dict[str, str], work: Path) -> None:
     row |= {"date": datetime.date.today().isoformat()}
 
 
-def main(work: Path, chosen: list[str]) -> None:
+def main(work: Path, choices: list[str]) -> None:
     """Measure the chosen rows, or all, and exit with 1 if any test failed."""
     rows = read_rows()
-    if unknown := [choice for choice in chosen if not any(_matches(row, choice) for row in rows)]:
+    if unknown := [choice for choice in choices if not any(_matches(row, choice) for row in rows)]:
         sys.exit(f"no row of {TABLE.name} is {unknown[0]}")
-    measured = [row for row in rows if not chosen or any(_matches(row, choice) for choice in chosen)]
+    measured = [row for row in rows if not choices or any(_matches(row, choice) for choice in choices)]
     for row in measured:
         print(f"Python {row['python']}, torch {row['torch']}, timm {row['timm']}", flush=True)
         measure(row, work)

@@ -69,12 +69,12 @@ def gate_of(module: CbamModule, x: Tensor) -> Tensor:
 
 def _from_authors(module: CBAM, state: dict[str, Tensor], prefix: str, *_) -> None:
     """Rename, in place, what the authors' CBAM has under ``prefix``."""
-    for theirs, ours in _AUTHORS_NAMES.items():
-        for key in [key for key in state if key.startswith(prefix + theirs)]:
+    for published, name in _AUTHORS_NAMES.items():
+        for key in [key for key in state if key.startswith(prefix + published)]:
             value = state.pop(key)
-            key = prefix + ours + key.removeprefix(prefix + theirs)
-            if ours.startswith("channel.") and key.endswith(".weight"):
+            key = prefix + name + key.removeprefix(prefix + published)
+            if name.startswith("channel.") and key.endswith(".weight"):
                 value = value[:, :, None, None]
-            elif ours == "spatial.conv.conv.":
+            elif name == "spatial.conv.conv.":
                 value = torch.flip(value, dims=(1,))
             state[key] = value

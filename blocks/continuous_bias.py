@@ -79,8 +79,8 @@ def axis_table(queries: int, keys: int, trained_queries: int, trained_keys: int)
     return AxisTable(*map(torch.tensor, _axis_arrays(*map(int, (queries, keys, trained_queries, trained_keys)))))
 
 
-def _same(kept: Tensor, weight: Tensor) -> bool:
-    return kept.dtype == weight.dtype and kept.device == weight.device and torch.equal(kept, weight)
+def _same(cached: Tensor, weight: Tensor) -> bool:
+    return cached.dtype == weight.dtype and cached.device == weight.device and torch.equal(cached, weight)
 
 
 class ContinuousBias(nn.Module):

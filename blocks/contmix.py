@@ -127,8 +127,8 @@ class ContextMixing(nn.Module):
             logits = exact(self._logits(query[:, :, queries], key)).split([kernel**2 for kernel in kernels], -1)
             keys, weights = [], []
             for part, table, kernel in zip(logits, tables, kernels, strict=True):
-                found = neighbors([Axis(length, kernel) for length in inner], queries.cpu().numpy())
-                tokens, entries = (torch.from_numpy(array).to(value.device) for array in found)
+                arrays = neighbors([Axis(length, kernel) for length in inner], queries.cpu().numpy())
+                tokens, entries = (torch.from_numpy(array).to(value.device) for array in arrays)
                 missing = kernels[1] ** 2 - kernel**2
                 keys.append(F.pad(tokens, (0, missing), value=-1).expand(1, self.groups, -1, -1))
                 weights.append(F.pad((part + table[:, entries]).softmax(-1), (0, missing)))

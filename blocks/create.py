@@ -1,4 +1,4 @@
-"""Every spatial attention of the house by name, under one signature."""
+"""Every spatial attention of foveate by name, under one signature."""
 
 import difflib
 from collections.abc import Callable, Mapping

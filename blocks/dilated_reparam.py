@@ -128,8 +128,8 @@ def rename_branches(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict whose branches have, instead of the names that tell size and dilation, their numbers."""
     renamed = {}
     for key, value in state.items():
-        if found := re.match(r"(.*\.)?dil_(conv|bn)_k(\d+)_(\d+)\.(.*)", key):
-            prefix, kind, size, dilation, leaf = found.groups()
+        if match := re.match(r"(.*\.)?dil_(conv|bn)_k(\d+)_(\d+)\.(.*)", key):
+            prefix, kind, size, dilation, leaf = match.groups()
             prefix = prefix or ""
             pairs = BRANCHES.get(state[f"{prefix}lk_origin.weight"].shape[-1], ())
             pair = (int(size), int(dilation))

@@ -162,11 +162,11 @@ class HiLoAttention2d(nn.Module):
             return torch.cat(outs, -1)
 
         values = exact(torch.cat(values, 1))
-        held = sum(operator.held for operator in operators) + 2 * values.shape[1] * values.shape[2]
+        row_size = sum(operator.row_size for operator in operators) + 2 * values.shape[1] * values.shape[2]
         return Recorded(
             "window" if high else "global",
             size,
-            Given(rows, values.shape[1], count, values.shape[2], held, x.device),
+            Given(rows, values.shape[1], count, values.shape[2], row_size, x.device),
             values,
             project,
             note=f"the first {high} of {values.shape[1]} heads are within windows, the others see means of windows"

@@ -103,9 +103,9 @@ def _weigh(
     if gates is None:
         return shared.to(x.dtype), None
     gates = gates.softmax(-1)
-    kept = torch.zeros_like(gates).scatter(-1, gates.topk(routed_heads, dim=-1).indices, 1.0)
-    loss = gates.shape[-1] * (gates.flatten(0, -2).mean(0) * kept.flatten(0, -2).mean(0)).sum()
-    routed = gates * kept
+    mask = torch.zeros_like(gates).scatter(-1, gates.topk(routed_heads, dim=-1).indices, 1.0)
+    loss = gates.shape[-1] * (gates.flatten(0, -2).mean(0) * mask.flatten(0, -2).mean(0)).sum()
+    routed = gates * mask
     least = torch.finfo(gates.dtype).eps
     routed = routed / routed.sum(-1, keepdim=True).clamp(min=least) * routed_heads
     if parts is None:
@@ -232,4 +232,4 @@ def _weigh_rows(operator: Operator, gates: Tensor) -> Given:
         keys, weights = operator.rows(queries)
         return Rows(keys, weights * gates[:, :, queries, None])
 
-    return Given(rows, operator.heads, operator.queries, operator.keys, operator.held, operator.device)
+    return Given(rows, operator.heads, operator.queries, operator.keys, operator.row_size, operator.device)

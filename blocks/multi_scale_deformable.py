@@ -162,13 +162,13 @@ class MultiScaleDeformableAttention(nn.Module):
         keys = F.pad(keys, (0, 1), value=start)
         shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1)
         values = self._project(value, padding).transpose(1, 2)
-        queries, held = query.shape[1], 2 * self.num_heads * keys.shape[-1]
+        queries, row_size = query.shape[1], 2 * self.num_heads * keys.shape[-1]
         operator = Given(
             lambda rows: Rows(keys[:, :, rows], shares[:, :, rows]),
             self.num_heads,
             queries,
             start + 1,
-            held,
+            row_size,
             query.device,
         )
         return Recorded(

@@ -21,7 +21,7 @@ _OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 @torch.jit.ignore
 def pad_to_fit(x: Tensor, least: list[int]) -> Tensor:
     """Zero-pad ``x`` ``[B, *spatial, C]`` at the end of its spatial axes to the least sizes."""
-    more = [max(0, wanted - length) for wanted, length in zip(least, x.shape[1:-1], strict=True)]
+    more = [max(0, minimum - length) for minimum, length in zip(least, x.shape[1:-1], strict=True)]
     return F.pad(x, [0, 0] + [n for axis in reversed(more) for n in (0, axis)]) if any(more) else x
 
 

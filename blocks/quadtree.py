@@ -335,12 +335,12 @@ class QuadTreeAttention2d(nn.Module):
         def local() -> Tensor:
             return map_to_heads(self._call_lepe(values)[:, : size[0], : size[1]], self.num_heads)
 
-        held = 3 * self.num_heads * sum(route.tokens.shape[-1] for route in routes)
+        row_size = 3 * self.num_heads * sum(route.tokens.shape[-1] for route in routes)
         alone = self.kind == "A" and self.levels == 1
         return Recorded(
             "quadtree",
             size,
-            Given(rows, self.num_heads, size[0] * size[1], starts[-1], held, x.device),
+            Given(rows, self.num_heads, size[0] * size[1], starts[-1], row_size, x.device),
             exact(map_to_heads(mixed, self.num_heads)),
             lambda heads: self.proj(heads_to_map(heads, size)),
             None if self.kind == "A" else local,
@@ -468,11 +468,11 @@ def _message(
     if levels == 1 and shares is not None and recorded is None:
         # The share of a single level is 1, but has a gradient: zero.
         return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
-    total, chosen, handed = _coarsest(queries.pop(0), keys.pop(0), values.pop(0), topk, shares is None, recorded)
+    total, token_index, handed = _coarsest(queries.pop(0), keys.pop(0), values.pop(0), topk, shares is None, recorded)
     if shares is not None:
         total = total * shares[0]
     for level in range(1, levels):
-        candidates = chosen
+        candidates = token_index
         query, key = (part.pop(0).unflatten(2, (-1, 4)) for part in (queries, keys))
         scores = quadtree_scores(query, key, candidates, backend=backend)
         del query, key
@@ -483,8 +483,10 @@ def _message(
             weights = scores.softmax(-1)
         if level < levels - 1:
             weights, position, handed = _hand_down(scores, weights, topk[level], shares is None)
-            chosen = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (position & 3)
-            chosen = chosen.flatten(2, 3)
+            token_index = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (
+                position & 3
+            )
+            token_index = token_index.flatten(2, 3)
             handed = None if handed is None else handed.flatten(2, 3)
         message = quadtree_values(weights, values.pop(0).unflatten(2, (-1, 4)), candidates, backend=backend)
         # A token's message goes to its four children as well.

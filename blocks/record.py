@@ -50,13 +50,13 @@ class Operator:
         heads: Heads, or groups.
         queries: Queries N.
         keys: Values M.
-        held: About how many numbers a row takes while it is made, for one image.
+        row_size: About how many numbers a row takes while it is made, for one image.
     """
 
     heads: int
     queries: int
     keys: int
-    held: int
+    row_size: int
     device: torch.device
 
     def rows(self, queries: Tensor) -> Rows:
@@ -71,7 +71,7 @@ class Operator:
             width: Of the matrix whose rows they are spread to, if they are; see `spread_rows`.
             first: Query to begin with.
         """
-        step = max(1, _CHUNK // max(1, batch * max(self.held, self.heads * width)))
+        step = max(1, _CHUNK // max(1, batch * max(self.row_size, self.heads * width)))
         for queries in torch.arange(first, self.queries, device=self.device).split(step):
             yield queries, self.rows(queries)
 
@@ -101,7 +101,7 @@ class Softmax(Operator):
         self.heads, self.queries, self.keys = query.shape[1], query.shape[2], key.shape[2]
         self.device = query.device
         some = self.keys if support is None else support(torch.zeros(1, dtype=torch.long, device=query.device)).shape[3]
-        self.held = self.heads * some * (2 if support is None else 1 + query.shape[3])
+        self.row_size = self.heads * some * (2 if support is None else 1 + query.shape[3])
 
     def rows(self, queries: Tensor) -> Rows:
         query, keys = self.query[:, :, queries], None
@@ -130,7 +130,7 @@ class Given(Operator):
         heads: As in `Operator`, like the others.
         queries: Queries.
         keys: Values.
-        held: Numbers that a row takes.
+        row_size: Numbers that a row takes.
         device: Where they are.
     """
 
@@ -140,11 +140,11 @@ class Given(Operator):
         heads: int,
         queries: int,
         keys: int,
-        held: int,
+        row_size: int,
         device: torch.device,
     ):
         self._rows = rows
-        self.heads, self.queries, self.keys, self.held, self.device = heads, queries, keys, held, device
+        self.heads, self.queries, self.keys, self.row_size, self.device = heads, queries, keys, row_size, device
 
     def rows(self, queries: Tensor) -> Rows:
         return self._rows(queries)
@@ -195,7 +195,7 @@ class Through(Operator):
         if windows is not None:
             read, gathered = (part.unflatten(0, (-1, windows.tokens.shape[0])) for part in (read, gathered))
         self.read, self.gathered, self.windows = read, gathered, windows
-        self.held = self.heads * gathered.shape[-1] * (2 if windows is None else 2 + gathered.shape[-2])
+        self.row_size = self.heads * gathered.shape[-1] * (2 if windows is None else 2 + gathered.shape[-2])
 
     def rows(self, queries: Tensor) -> Rows:
         if self.windows is None:

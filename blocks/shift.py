@@ -69,8 +69,8 @@ def write_shifted(x: Tensor, group: int, channels_first: bool) -> Tensor:
     for index, (axis, step) in enumerate(_MOVES):
         target, source = (y.narrow(channels, index * group, group) for y in (out, x))
         length = x.shape[top + axis]
-        kept = max(length - 1, 0)
-        target.narrow(top + axis, max(step, 0), kept).copy_(source.narrow(top + axis, max(-step, 0), kept))
+        moved = max(length - 1, 0)
+        target.narrow(top + axis, max(step, 0), moved).copy_(source.narrow(top + axis, max(-step, 0), moved))
         target.select(top + axis, 0 if step > 0 else length - 1).zero_()
     rest = x.shape[channels] - 4 * group
     out.narrow(channels, 4 * group, rest).copy_(x.narrow(channels, 4 * group, rest))

@@ -38,13 +38,15 @@ def read_published(task: str) -> list[dict[str, str]]:
 @functools.cache
 def _rows() -> tuple[Mapping[str, str], ...]:
     text = files(__package__).joinpath("published.csv").read_text(encoding="utf-8")
-    ours = {row["name"]: {key: cell for key, cell in row.items() if cell} for row in csv.DictReader(text.splitlines())}
+    table_rows = {
+        row["name"]: {key: cell for key, cell in row.items() if cell} for row in csv.DictReader(text.splitlines())
+    }
     rows = {name: _of_weights(entry) for name, entry in table().items() if entry.task in SETTINGS}
-    rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in ours.items()}
+    rows |= {name: rows.get(name, {"state": "none", "metrics": ""}) | row for name, row in table_rows.items()}
     for name, row in rows.items():
         row["backbone"] = name.partition(".")[0]
-        ours = not is_foreign(row["backbone"])
-        if ours:
+        is_own = not is_foreign(row["backbone"])
+        if is_own:
             row.setdefault("setting", SETTINGS[row["task"]])
         elif row["head"] in _MASK_HEADS:
             row.setdefault("setting", f"{row['data']}_{row['schedule'].split()[0]}")
@@ -59,8 +61,8 @@ def _rows() -> tuple[Mapping[str, str], ...]:
             head = "_".join([head, *form])
         recipe = f"{row['task']}/{head}_{row['backbone']}_{schedule}_{data}{_SUFFIXES.get(row['setting'], '')}"
         # timm's own were trained by the recipes of their zoos, of which only that of DINO is here.
-        ours = ours or row["head"] == "dino"
-        row["config"] = recipe if ours and "_base_" in settings_of(recipe) else ""
+        has_recipe = is_own or row["head"] == "dino"
+        row["config"] = recipe if has_recipe and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
 
 

@@ -49,8 +49,8 @@ def choose(operator: str, backends: Mapping[str, Backend], problem: Any, request
 
 def report(operator: str, backends: Mapping[str, Backend], problem: Any, requested: str | None) -> dict[str, str]:
     """Return every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it."""
-    chosen = choose(operator, backends, problem, requested)
-    return {name: backend.obstacle(problem) or "can run" for name, backend in backends.items()} | {chosen: "chosen"}
+    preferred = choose(operator, backends, problem, requested)
+    return {name: backend.obstacle(problem) or "can run" for name, backend in backends.items()} | {preferred: "chosen"}
 
 
 def check_name(operator: str, backends: Mapping[str, Backend], name: str) -> None:

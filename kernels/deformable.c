@@ -20,6 +20,12 @@
 #define CLONES
 #endif
 
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* One call, as deformable_native.py packs it: eight bytes a field. */
@@ -159,7 +165,7 @@ static void work(void *data) {
 }
 
 /* `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */
-__attribute__((visibility("default"))) void foveate_deformable(const call *a) {
+EXPORT void foveate_deformable(const call *a) {
     int64_t pieces = a->grad_out ? 1 : (a->queries + PIECE - 1) / PIECE;
     job j = {a, 0, a->batch * a->heads * pieces, pieces};
     int64_t threads = a->threads < j.tasks ? a->threads : j.tasks;

@@ -51,8 +51,8 @@ def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = 
         if durable:
             _flush(path.parent)
     except OSError as error:
-        kept = "; the file that was there before is intact" if path.exists() else ""
-        raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{kept}") from error
+        remark = "; the file that was there before is intact" if path.exists() else ""
+        raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{remark}") from error
     finally:
         if temporary is not None:
             os.unlink(temporary)

@@ -8,27 +8,27 @@ from torch import Tensor
 from .data.coco import encode_mask
 
 
-def to_plain(found: dict[str, Tensor]) -> dict[str, Any]:
+def to_plain(detections: dict[str, Tensor]) -> dict[str, Any]:
     """Return a detector's answer for an image on the CPU, its masks as run lengths."""
-    plain = {key: found[key].detach().float().cpu() for key in ("boxes", "scores")}
-    plain["labels"] = found["labels"].cpu()
-    if "masks" in found:
-        plain["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
+    plain = {key: detections[key].detach().float().cpu() for key in ("boxes", "scores")}
+    plain["labels"] = detections["labels"].cpu()
+    if "masks" in detections:
+        plain["masks"] = [encode_mask(mask) for mask in detections["masks"].cpu().numpy()]
     return plain
 
 
-def keep_likely(found: Mapping[str, Any], threshold: float) -> dict[str, Any]:
+def keep_likely(detections: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """Return the objects whose score is at least ``threshold``."""
-    keep = found["scores"] >= threshold
-    kept = {key: found[key][keep] for key in ("boxes", "labels", "scores")}
-    if "masks" in found:
-        kept["masks"] = [found["masks"][index] for index in keep.nonzero()[:, 0].tolist()]
-    return kept
+    keep = detections["scores"] >= threshold
+    likely = {key: detections[key][keep] for key in ("boxes", "labels", "scores")}
+    if "masks" in detections:
+        likely["masks"] = [detections["masks"][index] for index in keep.nonzero()[:, 0].tolist()]
+    return likely
 
 
-def describe_objects(found: Mapping[str, Any], classes: Sequence[str], threshold: float) -> dict[str, Any]:
+def describe_objects(detections: Mapping[str, Any], classes: Sequence[str], threshold: float) -> dict[str, Any]:
     """Return, in plain types, the objects whose score is at least ``threshold``: masks as COCO's run lengths."""
-    likely = keep_likely(found, threshold)
+    likely = keep_likely(detections, threshold)
     objects = []
     for index, (box, label, score) in enumerate(
         zip(likely["boxes"].tolist(), likely["labels"].tolist(), likely["scores"].tolist(), strict=True)
@@ -41,9 +41,9 @@ def describe_objects(found: Mapping[str, Any], classes: Sequence[str], threshold
     return {"objects": objects}
 
 
-def count_objects(found: Mapping[str, Any], classes: Sequence[str], threshold: float) -> str:
+def count_objects(detections: Mapping[str, Any], classes: Sequence[str], threshold: float) -> str:
     """Return how many objects of which classes have at least the score ``threshold``, in a few words."""
-    labels = keep_likely(found, threshold)["labels"].tolist()
+    labels = keep_likely(detections, threshold)["labels"].tolist()
     counts = {classes[label]: labels.count(label) for label in sorted(set(labels), key=labels.index)}
     listed = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:5])
     return listed + (", ..." if len(counts) > 5 else "") or f"nothing with a score of {threshold:g} or more"

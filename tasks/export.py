@@ -67,12 +67,12 @@ class Detections(nn.Module):
         return self.model.find(x)
 
     @staticmethod
-    def aligned(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> list[Tensor]:
-        """Return what was found in the order of what was wanted: detections of all but equal scores may swap."""
-        boxes, scores, labels = found
-        apart = (boxes[:, None] - wanted[0][:, :, None]).abs().amax(-1) / wanted[0].abs().max().clamp(min=1e-12)
-        apart = apart + (labels[:, None] != wanted[2][:, :, None])
-        near = (scores[:, None] - wanted[1][:, :, None]).abs() <= tolerance * wanted[1].max()
+    def aligned(outputs: list[Tensor], expected: list[Tensor], tolerance: float) -> list[Tensor]:
+        """Return detections in the order of the expected ones: those of all but equal scores may swap."""
+        boxes, scores, labels = outputs
+        apart = (boxes[:, None] - expected[0][:, :, None]).abs().amax(-1) / expected[0].abs().max().clamp(min=1e-12)
+        apart = apart + (labels[:, None] != expected[2][:, :, None])
+        near = (scores[:, None] - expected[1][:, :, None]).abs() <= tolerance * expected[1].max()
         place = apart.masked_fill(~near, float("inf")).argmin(-1)
         return [boxes.gather(1, place[..., None].expand(-1, -1, 4)), scores.gather(1, place), labels.gather(1, place)]
 
@@ -156,14 +156,14 @@ def export_model(
 
     def write(file: str) -> None:
         run = writer(program, names, card, file)
-        for images, wanted in checks:
+        for images, references in checks:
             outputs = run(images)
             if isinstance(model, Detections):
-                outputs = model.aligned(outputs, wanted, tolerance)
-            for got, value in zip(outputs, wanted, strict=True):
+                outputs = model.aligned(outputs, references, tolerance)
+            for output, value in zip(outputs, references, strict=True):
                 largest = max(value.abs().max().item(), 1e-12)
                 # Not `max`, which passes over NaN.
-                difference = (got - value).abs().max().item() / largest
+                difference = (output - value).abs().max().item() / largest
                 if not difference <= tolerance:
                     raise TaskError(
                         f"{path}: not written: its outputs differ from the model's by {difference:.1e} of the largest, "

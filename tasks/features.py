@@ -160,13 +160,13 @@ def keep_features(
             weights, input and files.
         folder: Holds a folder for each set of facts.
         device: Where to run.
-        with_tokens: Whether the tokens are kept, which take most of the room.
+        with_tokens: Whether the tokens are kept, which take most of the space.
         batch_size: Images at once.
         workers: Threads that read images.
         progress: Called with the number of images done and of all of them.
 
     Raises:
-        TaskError: If an image can't be read, a feature is no number, or there is no room.
+        TaskError: If an image can't be read, a feature is no number, or the disk has no space.
     """
     text = json.dumps({**facts, "foveate": version("foveate"), "timm": version("timm")}, indent=1, sort_keys=True)
     place = folder / hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -177,13 +177,13 @@ def keep_features(
     with FileLock(place / "lock"):
         write_whole(place / "facts.json", lambda file: Path(file).write_text(text))
         # Whatever has the tokens has the pooled features too.
-        for kept in (_Kept(place / "with_tokens", 2), _Kept(place / "pooled", 1)):
-            if len(kept.labels) == len(samples) or kept.count == 1 + with_tokens:
-                _fill(kept, encoder.to(device), samples, device, batch_size, workers, progress)
-                return kept.load()
+        for store in (_Store(place / "with_tokens", 2), _Store(place / "pooled", 1)):
+            if len(store.labels) == len(samples) or store.count == 1 + with_tokens:
+                _fill(store, encoder.to(device), samples, device, batch_size, workers, progress)
+                return store.load()
 
 
-class _Kept:
+class _Store:
     """Features in a folder, and how far they have come: pooled ones, and with a count of 2 the tokens."""
 
     def __init__(self, folder: Path, count: int):
@@ -193,10 +193,10 @@ class _Kept:
         self.labels: list[int] = json.loads(self.noted.read_text()) if self.noted.exists() else []
         self.arrays = [np.lib.format.open_memmap(file, "r+") for file in self.files] if self.labels else []
 
-    def add(self, found: Sequence[Tensor], labels: Sequence[int], total: int) -> None:
+    def add(self, features: Sequence[Tensor], labels: Sequence[int], total: int) -> None:
         if not self.arrays:
             self.folder.mkdir(exist_ok=True)
-            needed, free = sum(part[0].numel() for part in found) * 4 * total, shutil.disk_usage(self.folder).free
+            needed, free = sum(part[0].numel() for part in features) * 4 * total, shutil.disk_usage(self.folder).free
             if free < needed:
                 raise TaskError(
                     f"{self.folder}: {free / 1e9:.1f} GB are free, but features need {needed / 1e9:.1f} GB; free space "
@@ -204,10 +204,10 @@ class _Kept:
                 )
             self.arrays = [
                 np.lib.format.open_memmap(file, "w+", np.float32, (total, *part.shape[1:]))
-                for file, part in zip(self.files, found, strict=True)
+                for file, part in zip(self.files, features, strict=True)
             ]
         done = len(self.labels)
-        for array, part in zip(self.arrays, found, strict=True):
+        for array, part in zip(self.arrays, features, strict=True):
             array[done : done + len(part)] = part.cpu().numpy()
         self.labels += labels
 
@@ -222,7 +222,7 @@ class _Kept:
 
 
 def _fill(
-    kept: _Kept,
+    store: _Store,
     encoder: Encoder,
     samples: Dataset,
     device: torch.device,
@@ -231,15 +231,15 @@ def _fill(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     total = len(samples)
-    rest = range(len(kept.labels), total)
+    rest = range(len(store.labels), total)
     if not rest:
         return
     for step, batch in enumerate(read_batches(samples, rest, batch_size, workers)):
-        found = encoder(torch.stack([image for image, _ in batch]).to(device))[: kept.count]
-        if not all(part.isfinite().all() for part in found):
+        features = encoder(torch.stack([image for image, _ in batch]).to(device))[: store.count]
+        if not all(part.isfinite().all() for part in features):
             raise TaskError(f"{encoder.name}: features hold values that are no numbers; are its weights right?")
-        kept.add(found, [int(label) for _, label in batch], total)
+        store.add(features, [int(label) for _, label in batch], total)
         if progress is not None:
-            progress(len(kept.labels), total)
-        if len(kept.labels) == total or step % _NOTED == _NOTED - 1:
-            kept.note()
+            progress(len(store.labels), total)
+        if len(store.labels) == total or step % _NOTED == _NOTED - 1:
+            store.note()

@@ -66,8 +66,8 @@ def dense_head_of(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
     if not any(key.startswith("backbone.") for key in checkpoint.state):
         return None
-    held = (("detect", held_detector(checkpoint)), ("segment", held_segmenter(checkpoint)))
-    return next(((task, head) for task, head in held if head is not None), None)
+    heads = (("detect", held_detector(checkpoint)), ("segment", held_segmenter(checkpoint)))
+    return next(((task, head) for task, head in heads if head is not None), None)
 
 
 def is_file(source: str) -> bool:
@@ -182,5 +182,5 @@ def load_dense(
 
 def _classes_of(model: nn.Module, data: str) -> list[str]:
     """Return the names of a dense model's classes: those of its file, if it has them, else those of the data."""
-    count, held = model.num_classes, list(getattr(model, "classes", ()))
-    return held if len(held) == count else class_names(data, count)
+    count, names = model.num_classes, list(getattr(model, "classes", ()))
+    return names if len(names) == count else class_names(data, count)

@@ -66,9 +66,9 @@ def _rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: obj
     """Give the entries of the published code our names."""
     for key in [key for key in state if key.startswith(prefix)]:
         own = key.removeprefix(prefix)
-        for published, ours in _PUBLISHED.items():
+        for published, name in _PUBLISHED.items():
             if own.startswith(published):
-                state[prefix + ours + own.removeprefix(published)] = state.pop(key)
+                state[prefix + name + own.removeprefix(published)] = state.pop(key)
 
 
 class LinearProbe(nn.Module):

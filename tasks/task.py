@@ -1,4 +1,4 @@
-"""What the engine asks of a task and of its data: the map of this wing.
+"""What the engine asks of a task and of its data; a guide to this package.
 
 `classify`, `detect` and `segment` each have a ``Task`` of this form. It is made of a complete config, or refuses it.
 """

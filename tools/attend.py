@@ -26,6 +26,7 @@ format. The classifier is that of --checkpoint, or a timm name with weights. Ima
 import argparse
 from pathlib import Path
 
+from .arguments import at_least
 from .pattern import names_in
 
 HOST = "foveate_host_atto"
@@ -59,11 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="a classifier of `foveate train`")
     parser.add_argument("--methods", metavar="A,B", help="all by default")
     parser.add_argument(
-        "--images", dest="most", type=int, default=128, help="at most so many are measured; %(default)s by default"
+        "--images",
+        dest="most",
+        type=at_least(1),
+        default=128,
+        help="at most so many are measured; %(default)s by default",
     )
-    parser.add_argument("--epochs", type=int, help="of the bundled classifiers; 20 (digits) and 12 (nuclei) by default")
+    parser.add_argument(
+        "--epochs", type=at_least(1), help="of the bundled classifiers; 20 (digits) and 12 (nuclei) by default"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of their training; %(default)s by default")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once; %(default)s by default")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="images at once; %(default)s by default")
     parser.add_argument("--output", type=Path, default=Path("runs/attend"), help="folder; %(default)s by default")
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
@@ -149,15 +156,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..tasks.seeing.evaluate import METHODS
     from ..zoo.backbone import check_name
 
-    for option in ("most", "batch_size"):
-        if getattr(args, option) < 1:
-            name = {"most": "images", "batch_size": "batch-size"}[option]
-            raise TaskError(f"--{name} is {getattr(args, option)}, but must be at least 1")
-    chosen = names_in(args.methods) or list(METHODS)
-    for name in chosen:
+    names = names_in(args.methods) or list(METHODS)
+    for name in names:
         if name not in METHODS:
             raise TaskError(f"unknown method {name!r}{nearest(name, METHODS)}")
-    methods = {name: METHODS[name] for name in chosen}
+    methods = {name: METHODS[name] for name in names}
     device = choose_device(args.device)
     if args.evaluate != BUNDLED:
         if args.attention or (args.checkpoint is None) == (args.model is None):
@@ -177,17 +180,17 @@ def _evaluate(args: argparse.Namespace) -> None:
         _report([data(label, *model, methods, args, device) for label, model in models.items()], args)
 
 
-def _report(found: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
+def _report(reports: list[tuple[str, str, list[dict]]], args: argparse.Namespace) -> None:
     """Print and write one table: of what data, and for each model its rows."""
     from .tables import as_markdown, save_table
 
-    data = found[0][0]
-    columns = dict.fromkeys(column for _, _, rows in found for row in rows for column in row)
+    data = reports[0][0]
+    columns = dict.fromkeys(column for _, _, rows in reports for row in rows for column in row)
     # Notes last.
     columns = [column for column in columns if column != "note"] + ["note"] * ("note" in columns)
     table = [
         {"model": label} | {column: _shown(column, row.get(column, "")) for column in columns}
-        for _, label, rows in found
+        for _, label, rows in reports
         for row in rows
     ]
     stem = f"evaluate_{data.partition(' ')[0].rstrip(':')}"
@@ -285,15 +288,15 @@ def _of_folder(source: str, methods: dict, args: argparse.Namespace, device):
     from ..tasks.seeing.judge import boxes_of_masks
 
     root = Path(args.evaluate).expanduser()
-    found = _find_objects(root)
+    files = _find_objects(root)
     if is_file(source):
         predictor = load_classifier(source, "explanations are", device)
     else:
         predictor = Predictor.from_name(source, device)
-    white = predictor.white if is_file(source) else choose_white([path for path, _ in found])
+    white = predictor.white if is_file(source) else choose_white([path for path, _ in files])
     transform, geometry = predictor.rule.transform(), _geometry(predictor.rule)
     images, masks, boxes = [], [], []
-    for path, objects in found:
+    for path, objects in files:
         image = read_image(path, predictor.channels, white)
         # One picture for each object, or one of all.
         shown = torch.cat([geometry(picture) for picture in objects(image.size)] or [torch.zeros(1, 1, 1)]) > 0.5
@@ -331,15 +334,15 @@ def _find_objects(root: Path) -> list:
         for path, mask in files:
             if not mask.is_file():
                 raise TaskError(f"{path}: has no mask {mask}")
-        found = [(path, partial(_mask, mask)) for path, mask in files]
+        pictures = [(path, partial(_mask, mask)) for path, mask in files]
     elif listing.is_file():
         records, _, _ = read_instances(listing, folder, False, "refuse", False)
-        found = [(record.file, partial(_rectangles, record.instances)) for record in records]
+        pictures = [(record.file, partial(_rectangles, record.instances)) for record in records]
     else:
         raise TaskError(f"{root}: holds neither masks/ nor annotations.json, so that there is nothing to judge by")
-    if not found:
+    if not pictures:
         raise TaskError(f"{folder}: holds no image")
-    return found
+    return pictures
 
 
 def _mask(path: Path, size: tuple[int, int]) -> list:

@@ -67,6 +67,7 @@ def draw(args: argparse.Namespace) -> None:
         write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
         print(f"{path}: {stem}.png, .npz and .json")
         if args.animate is not None:
+            frame["observed"] = observed if args.method == "query" else None
             pictures = list(attention.frames(given.network, given.x, queries, args.animate, **frame))
             write_whole(stem.with_suffix(".gif"), lambda file, pictures=pictures: _save_gif(pictures, file))
             print(f"{path}: {stem}.gif")
@@ -275,8 +276,8 @@ def _numbers(observed: Any, told: list[dict], queries: list, args: argparse.Name
     from ..tasks.pictures import attention
 
     if args.method != "query":
-        found, words = observed
-        return {"map": found.cpu().numpy()}, {"map": words}
+        values, words = observed
+        return {"map": values.cpu().numpy()}, {"map": words}
     arrays, rows = {}, []
     for number, (one, query) in enumerate(zip(told, queries, strict=True)):
         if "mask" in one:

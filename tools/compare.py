@@ -1,4 +1,4 @@
-"""Compare the attentions of the house on equal terms: same host, same recipe, only the attention differs.
+"""Compare the attentions of foveate on equal terms: same host, same recipe, only the attention differs.
 
 Each trains foveate_host_atto on the bundled digits and is measured on the held-out ones; then inference of the host is
 timed, all attentions alternating in one process, and its peak memory taken in a fresh process for each. The table is
@@ -9,24 +9,31 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from .arguments import at_least
+
 HOST = "foveate_host_atto"
 RECIPE = "classify/host_atto_digits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("attentions", nargs="*", metavar="ATTENTION", help="all by default")
-    parser.add_argument("--epochs", type=int, help="the recipe's by default; 0 compares the cost alone")
+    parser.add_argument("--epochs", type=at_least(0), help="the recipe's by default; 0 compares the cost alone")
     parser.add_argument("--seed", type=int, default=0, help="of the training; %(default)s by default")
     parser.add_argument(
         "--sizes",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[224, 512],
         help="sides of the images for the cost, in pixels; 224 512 by default",
     )
-    parser.add_argument("--batch", type=int, default=4, help="images at once, for the cost; %(default)s by default")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="times are medians over so many alternating calls; %(default)s by default"
+        "--batch", type=at_least(1), default=4, help="images at once, for the cost; %(default)s by default"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=at_least(1),
+        default=5,
+        help="times are medians over so many alternating calls; %(default)s by default",
     )
     parser.add_argument("--device", default="cpu", help="where to train and time; %(default)s by default")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder; %(default)s by default")
@@ -47,9 +54,6 @@ def run(args: argparse.Namespace) -> None:
     for name in names:
         if name not in list_attentions():
             raise TaskError(f"unknown attention {name!r}{nearest(name, list_attentions())}")
-    for option in ("batch", "rounds"):
-        if getattr(args, option) < 1:
-            raise TaskError(f"--{option} is {getattr(args, option)}, but must be at least 1")
 
     rows = {name: {"attention": name} for name in names}
     if args.epochs != 0:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from .arguments import at_least
+
 RECIPE = "classify/nat_atto_digits"
 SHOWN = 40
 PICTURES = {
@@ -23,7 +25,7 @@ PICTURES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder; %(default)s by default")
-    parser.add_argument("--epochs", type=int, help="passes over the 1400 digits; the recipe's by default")
+    parser.add_argument("--epochs", type=at_least(1), help="passes over the 1400 digits; the recipe's by default")
     parser.add_argument("--seed", type=int, default=0, help="of the training; %(default)s by default")
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
@@ -122,7 +124,7 @@ def _write_images(held_out, output: Path) -> list[Path]:
 def _draw_gallery(
     held_out, images: list, rankings: list, wrong: list[int], right: list[int], accuracy: float, path: Path
 ) -> None:
-    """Draw every mistake, as far as there is room, and digits that were right."""
+    """Draw every mistake, as far as there is space, and digits that were right."""
     from ..tasks.pictures.classes import draw_gallery
 
     shown = wrong[: SHOWN // 2]

@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .arguments import at_least
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="images, in folders below it too")
@@ -18,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="file.npz or file.parquet")
     parser.add_argument("--untrained", action="store_true", help="of a name: random weights")
-    parser.add_argument("--size", type=int, help="side of the input, in pixels; the model's own by default")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once; %(default)s by default")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images; %(default)s by default")
+    parser.add_argument("--size", type=at_least(1), help="side of the input, in pixels; the model's own by default")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="images at once; %(default)s by default")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=4, help="threads that read images; %(default)s by default"
+    )
     parser.add_argument(
         "--white", type=int, help="value of 16-bit pixels that is white; as in training if known, else by the images"
     )
@@ -43,9 +47,6 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.devices import choose_device
     from ..tasks.features import open_encoder, read_batches
 
-    for option in ("size", "batch_size", "workers"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise TaskError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but must be at least 1")
     writers = {".npz": _write_npz, ".parquet": _write_parquet}
     if args.output.suffix not in writers:
         raise TaskError(f"{args.output}: its ending says what is written: .npz or .parquet")

@@ -14,6 +14,8 @@ the classes, and the mean and std of pixels 0..1.
 import argparse
 from pathlib import Path
 
+from .arguments import at_least
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -25,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", action="store_true", help="export the feature maps instead of the answer")
     parser.add_argument(
         "--size",
-        type=int,
+        type=at_least(1),
         nargs="+",
         metavar="PIXELS",
         help="side, or height and width, of the images, in pixels; the model's own by default",
     )
-    parser.add_argument("--batch", type=int, default=1, help="images at once; %(default)s by default")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="images at once; %(default)s by default")
     parser.add_argument("--dynamic-batch", action="store_true", help="take any number of images at once")
     parser.add_argument(
         "--tolerance",
@@ -49,12 +51,10 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks.export import FORMATS, Detections, Pyramid, check_exportable, export_model, finds_a_fixed_number
     from ..zoo.library_errors import first_line
 
-    if args.batch < 1:
-        raise TaskError(f"--batch is {args.batch}, but must be at least 1")
     if not args.tolerance >= 0:
         raise TaskError(f"--tolerance is {args.tolerance}, but must be 0 or more")
-    if args.size is not None and (len(args.size) > 2 or min(args.size) < 1):
-        raise TaskError(f"--size is {' '.join(map(str, args.size))}, but must be one or two numbers of at least 1")
+    if args.size is not None and len(args.size) > 2:
+        raise TaskError(f"--size is {' '.join(map(str, args.size))}, but must be one or two numbers")
     model, card, (channels, height, width) = _open(args.source, args.untrained)
     if args.size is not None:
         height, width = args.size[0], args.size[-1]

@@ -1,6 +1,8 @@
-"""Say all about a model, ours or timm's: parameters, cost, inputs, feature maps, weights, recipes."""
+"""Describe a model, ours or timm's: parameters, cost, inputs, feature maps, weights, recipes."""
 
 import argparse
+
+from .arguments import at_least
 
 # By timm's name of how an image that isn't square is fitted.
 _CROPS = {"squash": "to a square whatever the shape, central crop", "border": "padded, central crop"}
@@ -9,7 +11,7 @@ _CROPS = {"squash": "to a square whatever the shape, central crop", "border": "p
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="such as nat_tiny, or with a tag nat_tiny.shi_in1k")
     parser.add_argument(
-        "--size", type=int, help="side of the image for the cost, in pixels; the model's own by default"
+        "--size", type=at_least(1), help="side of the image for the cost, in pixels; the model's own by default"
     )
 
 
@@ -43,8 +45,6 @@ def _of_the_model(args: argparse.Namespace, cfg) -> list[tuple[str, str]]:
     from ..tasks import TaskError
     from ..tasks.cost import count_macs
 
-    if args.size is not None and args.size < 1:
-        raise TaskError(f"--size is {args.size}, but must be at least 1")
     channels, height, width = cfg.input_size
     if args.size is not None:
         if cfg.fixed_input_size and (args.size, args.size) != (height, width):

@@ -33,22 +33,22 @@ def run(args: argparse.Namespace) -> None:
     if args.detectors or args.segmenters:
         _print_published("detect" if args.detectors else "segment", pattern)
         return
-    ours = list_models(pattern)
-    theirs = sorted(set(timm.list_models(pattern)) - set(ours)) if args.timm else []
-    if not ours and not theirs:
+    names = list_models(pattern)
+    timm_names = sorted(set(timm.list_models(pattern)) - set(names)) if args.timm else []
+    if not names and not timm_names:
         where = "foveate or timm" if args.timm else "foveate; --timm searches timm too"
         raise TaskError(
             f"no model matches {args.pattern!r} in {where}{nearest(args.pattern.strip('*'), list_models())}"
         )
     if args.markdown:
-        print(markdown(ours))
+        print(markdown(names))
         return
-    if ours:
-        width = max(map(len, ours))
+    if names:
+        width = max(map(len, names))
         print(f"{'model':<{width}}  params (M)  input  top-1  weights")
-    for name, parameters, size, top1, tag in facts(ours):
+    for name, parameters, size, top1, tag in facts(names):
         print(f"{name:<{width}}  {parameters:>10}  {size:>5}  {top1:>5}  {tag}", flush=True)
-    for name in theirs:
+    for name in timm_names:
         print(name)
 
 
@@ -60,14 +60,14 @@ def _print_published(task: str, pattern: str) -> None:
     from ..tasks import TaskError, nearest
 
     rows = read_published(task)
-    found = [row for row in rows if fnmatch.fnmatchcase(row["name"], pattern)]
-    if not found:
+    matches = [row for row in rows if fnmatch.fnmatchcase(row["name"], pattern)]
+    if not matches:
         raise TaskError(
             f"no published model matches {pattern!r}{nearest(pattern.strip('*'), [r['name'] for r in rows])}"
         )
     columns = ("name", "head", "backbone", "data", "schedule", "metrics", "license", "state", "source")
     titles = dict(zip(columns, columns, strict=True)) | {"metrics": "authors' metrics", "state": "weights"}
-    print_table([[row[column] for column in columns] for row in (titles, *found)])
+    print_table([[row[column] for column in columns] for row in (titles, *matches)])
 
 
 def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from .arguments import at_least
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help="a timm model or a detector or segmenter with published weights; or a file"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder; %(default)s by default")
-    parser.add_argument("--top", type=int, default=5, help="classes to name; %(default)s by default")
+    parser.add_argument("--top", type=at_least(1), default=5, help="classes to name; %(default)s by default")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="least score of objects, 0 to 1; %(default)s by default"
     )
@@ -31,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--white", type=int, help="value of 16-bit pixels that is white; as in training by default, else 65535"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="images read at once; %(default)s by default")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, help="images read at once; %(default)s by default"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,9 +49,6 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.devices import choose_device
     from ..tasks.predictors import is_file, is_published, load_predictor, load_published
 
-    for option, value in (("--top", args.top), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise TaskError(f"{option} is {value}, but must be at least 1")
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
     if args.white is not None and not 1 <= args.white <= FULL_WHITE:
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
                     batch.append((path, read_image(path, predictor.channels, predictor.white)))
                 except TaskError as error:
                     unreadable.append(str(error))
-            found = predictor([image for _, image in batch]) if batch else []
-            for (path, image), result in zip(batch, found, strict=True):
+            answers = predictor([image for _, image in batch]) if batch else []
+            for (path, image), result in zip(batch, answers, strict=True):
                 picture = args.output / names[path]
                 beside = predictor.draw(image, result, picture)
                 results.append({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})

@@ -13,6 +13,8 @@ k-NN has none: the same features have the same neighbors.
 import argparse
 from pathlib import Path
 
+from .arguments import at_least
+
 PROBES = ("knn", "linear", "attentive")
 
 
@@ -23,21 +25,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--untrained", action="store_true", help="of names: random weights, as a baseline")
     parser.add_argument("--probes", default=",".join(PROBES), metavar="P,Q", help="%(default)s by default")
-    parser.add_argument("--size", type=int, help="side of the input, in pixels; each model's own by default")
-    parser.add_argument("--k", type=int, default=20, help="neighbors that vote; %(default)s by default")
+    parser.add_argument("--size", type=at_least(1), help="side of the input, in pixels; each model's own by default")
+    parser.add_argument("--k", type=at_least(1), default=20, help="neighbors that vote; %(default)s by default")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes; %(default)s by default")
-    parser.add_argument("--queries", type=int, help="of the attentive probe; by default the most up to 32 that fit")
-    parser.add_argument("--d-out", type=int, default=1, help="by which its values are narrower; %(default)s by default")
+    parser.add_argument(
+        "--queries", type=at_least(1), help="of the attentive probe; by default the most up to 32 that fit"
+    )
+    parser.add_argument(
+        "--d-out", type=at_least(1), default=1, help="by which its values are narrower; %(default)s by default"
+    )
     parser.add_argument("--all-tokens", action="store_true", help="attend to class tokens and registers too")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each probe; %(default)s by default")
-    parser.add_argument("--epochs", type=int, help="of the probes; 100 by default, 90 with --published")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="trainings of each probe; %(default)s by default")
+    parser.add_argument("--epochs", type=at_least(1), help="of the probes; 100 by default, 90 with --published")
     parser.add_argument("--lr", type=float, help="learning rate; 0.003 by default, with --published 0.1 for 256 images")
-    parser.add_argument("--batch", type=int, help="images of a step; 256 by default, 4096 with --published")
+    parser.add_argument("--batch", type=at_least(1), help="images of a step; 256 by default, 4096 with --published")
     parser.add_argument("--published", action="store_true", help="train as Efficient Probing's authors do, see above")
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="images in the model at once; %(default)s by default"
+        "--batch-size", type=at_least(1), default=32, help="images in the model at once; %(default)s by default"
     )
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images; %(default)s by default")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=4, help="threads that read images; %(default)s by default"
+    )
     parser.add_argument("--cache", type=Path, help="folder of the features; OUTPUT/features by default")
     parser.add_argument("--output", type=Path, default=Path("runs/probe"), help="folder; %(default)s by default")
     parser.add_argument(
@@ -61,10 +69,8 @@ def run(args: argparse.Namespace) -> None:
     for name in probes:
         if name not in PROBES:
             raise TaskError(f"unknown probe {name!r}{nearest(name, PROBES)}")
-    for option in ("k", "seeds", "d_out", "batch_size", "workers", "size", "queries", "epochs", "batch", "lr"):
-        value = getattr(args, option)
-        if value is not None and not value >= (1 if option != "lr" else 0):
-            raise TaskError(f"--{option.replace('_', '-')} is {value}, but must be at least 1")
+    if args.lr is not None and not args.lr >= 0:
+        raise TaskError(f"--lr is {args.lr}, but must be 0 or more")
     if not args.temperature > 0:
         raise TaskError(f"--temperature is {args.temperature}, but must be greater than 0")
     device = choose_device(args.device)
@@ -129,7 +135,7 @@ def _probe(name: str, probes: list[str], args: argparse.Namespace, device, tell:
         "linear": lambda: LinearProbe(dim, classes),
         "attentive": lambda: EfficientProbe(channels, classes, queries, args.d_out),
     }
-    found = {probe: [] for probe in trained}
+    accuracies = {probe: [] for probe in trained}
     began = time.monotonic()
     for seed in range(args.seeds):
         heads = {}
@@ -140,10 +146,10 @@ def _probe(name: str, probes: list[str], args: argparse.Namespace, device, tell:
         train_probes(heads, batches, steps, recipe)
         for probe, head in heads.items():
             scores = _scores(head, features[1].pooled if probe == "linear" else features[1].tokens, device)
-            found[probe].append(100 * accuracy(scores, labels[1]))
-        shown = ", ".join(f"{probe} {values[-1]:.1f}" for probe, values in found.items())
+            accuracies[probe].append(100 * accuracy(scores, labels[1]))
+        shown = ", ".join(f"{probe} {values[-1]:.1f}" for probe, values in accuracies.items())
         print(f"{name}: seed {seed}: {shown}", flush=True)
-    for probe, values in found.items():
+    for probe, values in accuracies.items():
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         row[probe] = f"{statistics.mean(values):.1f}{spread}"
     row["seconds to train"] = round(time.monotonic() - began)
@@ -225,11 +231,11 @@ def _training(encoder, images, features, seed: int, rule, args: argparse.Namespa
         order = torch.randperm(count, generator=generator)
         for indices in order[: steps * size].split(size):
             indices = indices.sort().values
-            kept = {"linear": features.pooled, "attentive": features.tokens}
+            inputs = {"linear": features.pooled, "attentive": features.tokens}
             yield (
                 {
                     name: torch.from_numpy(part[indices.numpy()]).to(device)
-                    for name, part in kept.items()
+                    for name, part in inputs.items()
                     if part is not None
                 },
                 features.labels[indices].to(device),
@@ -241,8 +247,8 @@ def _training(encoder, images, features, seed: int, rule, args: argparse.Namespa
         random.transform = _published_transform(images, rule)
         done, parts = 0, []
         for batch in read_batches(random, order, min(args.batch_size, size), args.workers):
-            found = encoder(torch.stack([image for image, _ in batch]).to(device))
-            parts.append((*found, torch.tensor([label for _, label in batch], device=device)))
+            encoded = encoder(torch.stack([image for image, _ in batch]).to(device))
+            parts.append((*encoded, torch.tensor([label for _, label in batch], device=device)))
             done += len(batch)
             if done >= size:
                 linear, tokens, labels = (torch.cat(part) for part in zip(*parts, strict=True))

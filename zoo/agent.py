@@ -253,14 +253,14 @@ _SPATIAL_DIMS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 
 def _renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return a published state dict under ``model``'s names and in its layouts, whatever the image size."""
-    wanted = model.state_dict()
+    model_state = model.state_dict()
     renamed = {}
     for key, value in published_names(state, model).items():
         key = re.sub(*_CSWIN_BIASES, key)
         if key.endswith(("lepe.0.weight", "lepe.0.bias")):
             # In CSWin's agent blocks the same name stands for the convolution of the values.
             convolution = key.replace("lepe.0", "dwc")
-            key = convolution if convolution in wanted else key
+            key = convolution if convolution in model_state else key
         renamed[key] = value
     return renamed
 

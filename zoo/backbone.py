@@ -73,7 +73,7 @@ class Backbone(nn.Module):
             maps = [_with_border(level, stride, x) for level, stride in zip(maps, self._strides, strict=True)]
         if self.reductions != self._strides:
             grids = zip(maps, self._strides, self.reductions, strict=True)
-            maps = [_resampled(level, stride, wanted) for level, stride, wanted in grids]
+            maps = [_resampled(level, stride, target) for level, stride, target in grids]
         elif self.size is None and self.multiple == 1:
             return maps
         return crop_maps(maps, self.reductions, size)
@@ -116,13 +116,13 @@ def _with_border(level: Tensor, stride: int, x: Tensor) -> Tensor:
     return F.pad(level, (left, max(lost[1], 0) - left, top, max(lost[0], 0) - top), mode="replicate")
 
 
-def _resampled(level: Tensor, stride: int, wanted: int) -> Tensor:
+def _resampled(level: Tensor, stride: int, target: int) -> Tensor:
     """Return a map ``[B, C, h, w]`` on the grid of another stride, which begins at the same corner of the image."""
-    if stride == wanted:
+    if stride == target:
         return level
     # The whole of what the map sees, and a little more: the last cell of the other grid may reach beyond.
     level = F.pad(level, (0, 2, 0, 2), mode="replicate")
-    return F.interpolate(level, scale_factor=stride / wanted, mode="bilinear", recompute_scale_factor=False)
+    return F.interpolate(level, scale_factor=stride / target, mode="bilinear", recompute_scale_factor=False)
 
 
 def dense_settings_of(name: str) -> dict[str, dict]:

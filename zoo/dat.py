@@ -374,8 +374,8 @@ def _rename(key: str) -> str:
     key = re.sub(r"^cls_head", "head.fc", key)
     key = re.sub(r"^norms\.(\d)\.norm", r"out_norms.\1", key)
     if match := re.match(r"stages\.\d\.", key):
-        for pattern, ours in _BLOCK_NAMES:
-            renamed, count = re.subn("^" + pattern, ours, key[match.end() :])
+        for pattern, replacement in _BLOCK_NAMES:
+            renamed, count = re.subn("^" + pattern, replacement, key[match.end() :])
             if count:
                 return match[0] + renamed
     return key

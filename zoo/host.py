@@ -1,4 +1,4 @@
-"""A neutral host: one network of four stages for every spatial attention of the house, to compare them on equal terms.
+"""A neutral host: one network of four stages for every spatial attention here, to compare them on equal terms.
 
 Ours, after NAT's layout (arXiv 2204.07143): overlapping convolutions as stem and between stages, pre-norm blocks. Only
 the attention differs, named for all stages or for each, as in `blocks.create_attention`. Without published weights.

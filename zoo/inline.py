@@ -153,15 +153,15 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     """
     if any(key.startswith("stem.") for key in state):
         return dict(state)
-    wanted = model.state_dict()
-    return {_block_name(key, wanted): value for key, value in published_names(state, model).items()}
+    model_state = model.state_dict()
+    return {_block_name(key, model_state): value for key, value in published_names(state, model).items()}
 
 
-def _block_name(key: str, wanted: dict[str, Tensor]) -> str:
+def _block_name(key: str, model_state: dict[str, Tensor]) -> str:
     """Return a name of CSWin's InLine blocks, which have one branch, as ours; other names as they are."""
     key = re.sub(r"\.attns\.0\.(residual\.\d\.)", r".attn.\1", key)
     branch = key.replace(".lepe.0.", ".lepe.")
-    return branch if branch in wanted else key
+    return branch if branch in model_state else key
 
 
 _DEIT_TINY = dict(embed_dim=192, num_heads=6, drop_path_rate=0.1)

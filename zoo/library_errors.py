@@ -8,8 +8,8 @@ import re
 
 def unknown_option(error: TypeError) -> str | None:
     """Return the keyword that a function was called with but doesn't have; None if the error is another."""
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    return found and found[1]
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return match and match[1]
 
 
 def call_fault(error: TypeError) -> str:

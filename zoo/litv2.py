@@ -230,7 +230,8 @@ class LITv2(Pyramid):
             blocks = [block(i, drop_path) for drop_path in drop_paths[i]]
             stages.append(Stage(nn.Identity() if i == 0 else Downsample(dim // 2, **dd), blocks))
         norms = out_norms and [
-            norm_layer(dim, **dd) if chosen else nn.Identity() for dim, chosen in zip(channels, out_norms, strict=True)
+            norm_layer(dim, **dd) if has_norm else nn.Identity()
+            for dim, has_norm in zip(channels, out_norms, strict=True)
         ]
         super().__init__(
             PatchEmbed(
@@ -282,8 +283,8 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     """
     converted, names = {}, () if any(key.startswith("stem.") for key in state) else _NAMES
     for key, value in state.items():
-        for pattern, ours in names:
-            key = re.sub(pattern, ours, key)
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
         converted[key] = value
     return converted
 

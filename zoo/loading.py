@@ -98,27 +98,27 @@ def _from_file(name: str, checkpoint: Checkpoint, overlay: dict, options: dict) 
     options = {key: value for key, value in options.items() if key != "pretrained"}
     features = bool(options.get("features_only"))
     whole = _whole(name, {key: value for key, value in options.items() if key not in _OF_FEATURES})
-    wanted, classes, chosen = whole.state_dict(), getattr(whole, "num_classes", None), "num_classes" in options
+    whole_state, classes, explicit = whole.state_dict(), getattr(whole, "num_classes", None), "num_classes" in options
     _refuse_published(name, checkpoint)
-    state = _under_own_names(backbone_of(checkpoint.state), wanted)
-    classifier, held = _classifier_of(name, state)
+    state = _under_own_names(backbone_of(checkpoint.state), whole_state)
+    classifier, file_classes = _classifier_of(name, state)
     if not features and classes is not None:
         options["num_classes"] = classes
     # A classifier of other classes is not the file's to give.
-    fresh = classifier if not features and held != classes else set()
-    own = {key for key, value in state.items() if key in wanted and value.shape == wanted[key].shape} - fresh
-    strange = _strange(state, wanted, classifier)
+    fresh = classifier if not features and file_classes != classes else set()
+    own = {key for key, value in state.items() if key in whole_state and value.shape == whole_state[key].shape} - fresh
+    strange = _strange(state, whole_state, classifier)
 
     model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
-    inner = _inner_names(model, wanted)
+    inner = _inner_names(model, whole_state)
     missing = [key for key in inner if inner[key] not in own]
     needed = _needed(model, missing, inner, fresh)
     if not strange and not needed:
         given = {key: state[inner[key]] for key in inner if inner[key] in own}
-        load(model, given, checkpoint.path, kept=missing, refusal=_refusal(name))
+        load(model, given, checkpoint.path, initial=missing, refusal=_refusal(name))
     else:
         # Of an older format, another size or number of channels: timm knows how to convert it.
-        loaded = {"state_dict": dict(state), "source": None, "num_classes": held or int(features)}
+        loaded = {"state_dict": dict(state), "source": None, "num_classes": file_classes or int(features)}
         converted = _converted(name, pretrained_cfg_overlay=overlay | loaded, **options)
         if isinstance(converted, Exception):
             _refuse(name, model, needed, strange)
@@ -126,21 +126,21 @@ def _from_file(name: str, checkpoint: Checkpoint, overlay: dict, options: dict) 
         model, watched = converted
         missing = watched.missing_in(model)
         # What the conversion made up counts as learned.
-        strange = _strange({key: state.get(key, torch.empty(0)) for key in watched.unexpected}, wanted, classifier)
+        strange = _strange({key: state.get(key, torch.empty(0)) for key in watched.unexpected}, whole_state, classifier)
         _refuse(name, model, _needed(model, missing, inner, fresh), strange)
         for module in (model, getattr(model, "model", None), getattr(model, "body", None)):
             if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
                 cfg.pop("state_dict", None)
-                cfg["num_classes"] = held or get_pretrained_cfg(name).num_classes
+                cfg["num_classes"] = file_classes or get_pretrained_cfg(name).num_classes
     if not features:
-        check_classes(name, held, classes, chosen)
+        check_classes(name, file_classes, classes, explicit)
     arrived = {inner[key] for key in inner.keys() - set(missing)}
     reshaped = [
-        (key, tuple(state[of].shape), tuple(wanted[of].shape), "timm's rule")
+        (key, tuple(state[of].shape), tuple(whole_state[of].shape), "timm's rule")
         for key, of in inner.items()
-        if of in arrived & state.keys() and state[of].shape != wanted[of].shape
+        if of in arrived & state.keys() and state[of].shape != whole_state[of].shape
     ]
-    unused = sorted(key for key in state if key in classifier | wanted.keys() and key not in arrived)
+    unused = sorted(key for key in state if key in classifier | whole_state.keys() and key not in arrived)
     model.load_report = LoadReport(len(arrived), tuple(missing), tuple(unused), tuple(reshaped))
     return model
 
@@ -171,16 +171,16 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _inner_names(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, str]:
+def _inner_names(model: nn.Module, whole_state: dict[str, Tensor]) -> dict[str, str]:
     """Return the names of a model's entries in the whole model that it was cut from."""
-    known = {_flat(name): name for name in wanted}
+    known = {_flat(name): name for name in whole_state}
     prefix = next((f"{part}." for part in ("model", "body") if set(dict(model.named_children())) == {part}), "")
     return {key: known.get(_flat(key.removeprefix(prefix)), key) for key in model.state_dict()}
 
 
-def _under_own_names(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def _under_own_names(state: dict[str, Tensor], whole_state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict without the traces of a wrapper of features, if it has any."""
-    known = {_flat(name): name for name in wanted}
+    known = {_flat(name): name for name in whole_state}
     prefixes = [prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)]
     best = max(prefixes, key=lambda prefix: sum(_flat(key.removeprefix(prefix)) in known for key in state))
     stripped = {key.removeprefix(best): value for key, value in state.items()}
@@ -191,9 +191,9 @@ def _classifier_of(name: str, state: dict[str, Tensor]) -> tuple[set[str], int |
     """Return the names of a model's and of a file's classifier, and how many classes the file has, if it has one."""
     layers = get_pretrained_cfg(name).classifier or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
-    found = next((layer for layer in (*layers, *_CLASSIFIERS) if f"{layer}.weight" in state), None)
-    names = {f"{layer}.{leaf}" for layer in (*layers, *filter(None, [found])) for leaf in ("weight", "bias")}
-    return names, None if found is None else len(state[f"{found}.weight"])
+    classifier = next((layer for layer in (*layers, *_CLASSIFIERS) if f"{layer}.weight" in state), None)
+    names = {f"{layer}.{leaf}" for layer in (*layers, *filter(None, [classifier])) for leaf in ("weight", "bias")}
+    return names, None if classifier is None else len(state[f"{classifier}.weight"])
 
 
 def classes_of(name: str, checkpoint: Checkpoint) -> int | None:
@@ -207,9 +207,9 @@ def _needed(model: nn.Module, missing: list[str], inner: dict[str, str], fresh: 
     return [key for key in missing if entries[key].is_floating_point() and inner.get(key, key) not in fresh]
 
 
-def _strange(state: dict[str, Tensor], wanted: dict[str, Tensor], classifier: set[str]) -> list[str]:
+def _strange(state: dict[str, Tensor], whole_state: dict[str, Tensor], classifier: set[str]) -> list[str]:
     """Return the learned entries of a file that are of no part of the model."""
-    return [key for key in state if key not in wanted and key not in classifier and state[key].is_floating_point()]
+    return [key for key in state if key not in whole_state and key not in classifier and state[key].is_floating_point()]
 
 
 def _refuse(name: str, model: nn.Module, missing: list[str], strange: list[str]) -> None:

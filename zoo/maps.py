@@ -70,30 +70,30 @@ class Maps(NamedTuple):
         )
 
 
-def sources_of(strides: Sequence[int], wanted: Sequence[int]) -> list[int]:
+def sources_of(strides: Sequence[int], targets: Sequence[int]) -> list[int]:
     """Return for each wanted stride the map to make its own of: the deepest of that stride, or else of the nearest."""
     return [
         min(
             range(len(strides)),
             key=lambda place: (abs(math.log2(strides[place] / stride)), strides[place], -place),
         )
-        for stride in wanted
+        for stride in targets
     ]
 
 
-def dense_indices(maps: Maps, wanted: Sequence[int] = (4, 8, 16, 32)) -> list[int]:
+def dense_indices(maps: Maps, targets: Sequence[int] = (4, 8, 16, 32)) -> list[int]:
     """Return the indices of the maps that dense heads take.
 
     Of stages whose last four begin at stride 4, these four, dilated or not; of blocks on one map, four at even
     distances (mmseg's 2, 5, 8, 11 of 12); of all others those whose strides are nearest to the wanted ones.
     """
     count, strides = len(maps.strides), maps.strides
-    if count >= 4 and strides[-4] == wanted[0] and strides[-1] <= wanted[-1]:
+    if count >= 4 and strides[-4] == targets[0] and strides[-1] <= targets[-1]:
         places = list(range(count - 4, count))
     elif len(set(strides)) == 1:
         places = sorted({(place + 1) * count // 4 - 1 for place in range(4)} - {-1})
     else:
-        places = sorted(set(sources_of(strides, wanted)))
+        places = sorted(set(sources_of(strides, targets)))
     return [maps.indices[place] for place in places]
 
 
@@ -171,10 +171,10 @@ def _build(name: str, options: Mapping[str, Any], device: str) -> tuple[dict[str
 
 
 def _create(name: str, options: Mapping[str, Any], indices: tuple[int, ...] | None, device: str) -> nn.Module:
-    chosen = {} if indices is None else {"out_indices": indices}
+    selection = {} if indices is None else {"out_indices": indices}
     try:
         with torch.device(device):
-            return timm.create_model(name, features_only=True, **chosen, **options)
+            return timm.create_model(name, features_only=True, **selection, **options)
     except (IndexError, AssertionError):
         if indices is not None:
             raise
@@ -193,12 +193,12 @@ def _measure(name: str, options: Mapping[str, Any], features: nn.Module, indices
         """Return the sizes of the maps of an image, and whether they are NHWC; None if it isn't taken."""
         try:
             with torch.no_grad():
-                found = features(torch.zeros(1, in_chans, *size, device=device))
+                outputs = features(torch.zeros(1, in_chans, *size, device=device))
         except Exception as error:  # any error says that the model doesn't take this size
             if device == "meta" and needs_values(error):
                 raise NotImplementedError(str(error)) from error
             return None
-        return _layout(found, channels)
+        return _layout(outputs, channels)
 
     before = None
     for multiple in _MULTIPLES:

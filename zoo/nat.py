@@ -255,8 +255,8 @@ def _from_hub(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         key = key.removeprefix("nat.").removeprefix("dinat.")
-        for hub, ours in _HUB_NAMES:
-            key = key.replace(hub, ours)
+        for hub, replacement in _HUB_NAMES:
+            key = key.replace(hub, replacement)
         if key.startswith("layernorm."):
             key = key.replace("layernorm.", "norm.")
         elif key.startswith("classifier."):

@@ -144,9 +144,9 @@ def statistics_from(origin: Origin, state: Mapping[str, Tensor], style: str | No
         state: Its entries, the backbone's as published.
         style: Of its ResNet; None if it has none.
     """
-    held = _normalization(origin)
-    if held is not None:
-        mean, std, order = held
+    stated = _normalization(origin)
+    if stated is not None:
+        mean, std, order = stated
     elif _groups_of(state) == (256, 8):
         (mean, std), order = _CAFFE_SCALED, "bgr"
     elif style == "caffe":
@@ -161,11 +161,11 @@ def _normalization(origin: Origin) -> tuple[Sequence[float], Sequence[float], st
     """Return mean, standard deviation and order of the channels of a file's own settings, if it says them."""
     places = (origin.model.get("data_preprocessor"), *(origin.settings.get(name) for name in _NORMALIZATIONS))
     for place in (*places, _normalize_of(origin.settings)):
-        found = _dict(place)
-        mean, std = found.get("mean"), found.get("std")
+        entry = _dict(place)
+        mean, std = entry.get("mean"), entry.get("std")
         if all(isinstance(values, list) and len(values) == 3 and all(values) for values in (mean, std)):
             # Both libraries read images as BGR.
-            return mean, std, "rgb" if found.get("to_rgb", found.get("bgr_to_rgb", False)) else "bgr"
+            return mean, std, "rgb" if entry.get("to_rgb", entry.get("bgr_to_rgb", False)) else "bgr"
     return None
 
 
@@ -353,26 +353,26 @@ def tests_of(layout: Layout, origin: Origin) -> dict[str, Any]:
     """
     large = 640 if origin.says("640x640") else 512
     slides = layout.family.endswith("ConvNeXt")
-    found = {"mode": "slide", "crop_size": (large, large), "stride": (large * 2 // 3,) * 2} if slides else {}
+    options = {"mode": "slide", "crop_size": (large, large), "stride": (large * 2 // 3,) * 2} if slides else {}
     test = origin.test
     if test.get("mode") == "whole":
-        found = {}
+        options = {}
     elif test.get("mode") == "slide":
         sides = [test.get(name) for name in ("crop_size", "stride")]
         if all(isinstance(side, list) and [type(value) for value in side] == [int, int] for side in sides):
-            found = {"mode": "slide", "crop_size": tuple(sides[0]), "stride": tuple(sides[1])}
+            options = {"mode": "slide", "crop_size": tuple(sides[0]), "stride": tuple(sides[1])}
     short = 1024 if origin.says("cityscapes") else large
-    return found | {"short": short, "long": 2048 if short == 1024 else 4 * large}
+    return options | {"short": short, "long": 2048 if short == 1024 else 4 * large}
 
 
-def refuse_homeless(state: Mapping[str, Tensor], path: str | Path) -> None:
+def refuse_unknown_backbone(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a CheckpointError that names a file's backbone, if timm has none such."""
-    for mark, family in _HOMELESS:
+    for mark, family in _UNKNOWN_BACKBONES:
         if any(mark.match(key) for key in state):
             raise CheckpointError(f"{path}: its backbone is {family}, which timm has not")
 
 
-_HOMELESS = (
+_UNKNOWN_BACKBONES = (
     (re.compile(r"backbone\.layers\.0\.1\.\d+\.pos_embed"), "a PVT of the first version"),
     (re.compile(r"backbone\.stages\.\d\.\d\.\d\.conv\d\.conv\."), "an HRNet or another of mm's own"),
     (
@@ -395,12 +395,12 @@ def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _renamed(layout: Layout, name: str) -> str:
-    for pattern, ours in layout.rules:
+    for pattern, replacement in layout.rules:
         if match := re.match(pattern, name):
             groups = match.groups()
-            ours = ours.replace("{+1}", str(int(groups[0]) + 1) if groups else "")
-            ours = ours.replace("{-1}", str(int(groups[0]) - 1) if groups and groups[0].isdigit() else "")
-            return ours.format(*groups) + name[match.end() :]
+            replacement = replacement.replace("{+1}", str(int(groups[0]) + 1) if groups else "")
+            replacement = replacement.replace("{-1}", str(int(groups[0]) - 1) if groups and groups[0].isdigit() else "")
+            return replacement.format(*groups) + name[match.end() :]
     return name
 
 
@@ -446,13 +446,13 @@ def form_of(
         raise CheckpointError(f"{path}: its Swin Transformer has absolute positions (absolute_pos_embed), timm's none")
     form: dict[str, Any] = {"dense": True}
     if layout.out_norms:
-        held = {int(match[1]) for key in state if (match := re.match(rf"{re.escape(layout.prefix)}norm(\d)\.", key))}
+        levels = {int(match[1]) for key in state if (match := re.match(rf"{re.escape(layout.prefix)}norm(\d)\.", key))}
         # RetinaNet has no use for the finest map, nor has DINO of four scales.
         spares = origin.parts & {"bbox_head.retina_cls", "query_embedding.weight"}
-        if held not in ({0, 1, 2, 3}, *([{1, 2, 3}] if spares else [])):
-            missing = ", ".join(f"{layout.prefix}norm{index}" for index in sorted({0, 1, 2, 3} - held))
+        if levels not in ({0, 1, 2, 3}, *([{1, 2, 3}] if spares else [])):
+            missing = ", ".join(f"{layout.prefix}norm{index}" for index in sorted({0, 1, 2, 3} - levels))
             raise CheckpointError(f"{path}: lacks norms of the backbone's maps: {missing}")
-        form["out_norms"] = tuple(sorted(held))
+        form["out_norms"] = tuple(sorted(levels))
     if layout.family.endswith("ViT"):
         # Patches of 16 pixels; the class token has a position too.
         side = 16 * math.isqrt(_held(state, f"{layout.prefix}pos_embed", path).shape[1] - 1)
@@ -480,8 +480,8 @@ def _held(state: Mapping[str, Tensor], key: str, path: Path) -> Tensor:
 def _groups_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Return the channels of a ResNet's first 3x3 convolution, and those of a group of it."""
     keys = (f"{prefix}{stem}.0.conv2.weight" for prefix in ("backbone.", "backbone.bottom_up.") for stem in _FIRST)
-    found = next((state[key] for key in keys if key in state), None)
-    return None if found is None else tuple(found.shape[:2])
+    weight = next((state[key] for key in keys if key in state), None)
+    return None if weight is None else tuple(weight.shape[:2])
 
 
 _FIRST = ("layer1", "res2")
@@ -494,11 +494,11 @@ def _style_of(layout: Layout, origin: Origin, state: Mapping[str, Tensor], given
     first = [f"{layout.prefix}{stem}.0.conv3.weight" for stem in _FIRST]
     if not any(key in state for key in first):
         return "pytorch"  # blocks of two 3x3 convolutions, of which the first strides always
-    held = origin.backbone.get("style")
-    if held in STYLES:
-        if given not in (None, held):
-            raise CheckpointError(f"{origin.path}: says itself that it is of style {held!r}; leave style out")
-        return held
+    stated = origin.backbone.get("style")
+    if stated in STYLES:
+        if given not in (None, stated):
+            raise CheckpointError(f"{origin.path}: says itself that it is of style {stated!r}; leave style out")
+        return stated
     if given is not None:
         return given
     groups = _groups_of(state)
@@ -576,8 +576,8 @@ def translated(layout: Layout, state: Mapping[str, Tensor], backbone: nn.Module,
         name = _renamed(layout, key.removeprefix(layout.prefix))
         for part, values in (layout.change(name, value) if layout.change else {name: value}).items():
             # A name that the model hasn't stays as the file has it, so that the error can tell.
-            ours = names.get(_flat(part))
-            target = key if ours is None else f"backbone.{ours}"
+            own = names.get(_flat(part))
+            target = key if own is None else f"backbone.{own}"
             if target in result:
                 raise CheckpointError(f"{path}: {key} and another entry are both {target}")
             result[target] = values
@@ -621,7 +621,7 @@ def likely_model(layout: Layout, state: Mapping[str, Tensor]) -> str | None:
     if "ConvNeXt" in layout.family:
         deep = depth(r"stages\.2\.(\d+)\.") > 9
         size = {96: "small" if deep else "tiny", 128: "base", 192: "large", 256: "xlarge"}
-        return (found := size.get(width("downsample_layers.0.0.weight"))) and f"convnext_{found}"
+        return (variant := size.get(width("downsample_layers.0.0.weight"))) and f"convnext_{variant}"
     if "ViT" in layout.family:
         plain = {384: "deit_small_patch16_224", 768: "vit_base_patch16_224"}
         sam = {768: "samvit_base_patch16", 1024: "samvit_large_patch16", 1280: "samvit_huge_patch16"}
@@ -650,7 +650,7 @@ def build_filled(
     layout, origin = layout_of(published), origin_of(checkpoint)
     if layout is None or origin is None:
         if origin is not None:
-            refuse_homeless(published, path)
+            refuse_unknown_backbone(published, path)
         return None
     backbone = create(**form_of(layout, origin, published, name, options) | dict(options))
     state, constants = without_constants(published)

@@ -234,8 +234,8 @@ class TransNeXt(Pyramid):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that optimizers should not decay: temperatures, embeddings, what makes biases."""
-        kept = ("query_embedding", "relative_pos_bias_local", ".cpb.", "temperature")
-        return {name for name, _ in self.named_parameters() if any(part in name for part in kept)}
+        parts = ("query_embedding", "relative_pos_bias_local", ".cpb.", "temperature")
+        return {name for name, _ in self.named_parameters() if any(part in name for part in parts)}
 
 
 def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

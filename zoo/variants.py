@@ -47,8 +47,8 @@ def variants_of(checkpoint: Checkpoint, names: list[str]) -> list[Variant]:
     with silence(__package__):
         for name in names:
             # Heads, renamed parts and tables of another size leave most shapes as they are.
-            ours = _shapes(name)
-            if 2 * (ours & shapes).total() < max(ours.total(), shapes.total()):
+            own_shapes = _shapes(name)
+            if 2 * (own_shapes & shapes).total() < max(own_shapes.total(), shapes.total()):
                 continue
             for dense in (False, True):
                 try:

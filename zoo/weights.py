@@ -221,8 +221,8 @@ def _located(text: str, cache_dir: str | Path | None) -> Path | Checkpoint:
     raise WeightsError(f"{text}: no such file" + (f"; did you mean the weights {near[0]!r}?" if near else ""))
 
 
-def _path_of(found: Path | Checkpoint) -> Path:
-    return found.path if isinstance(found, Checkpoint) else found
+def _path_of(file: Path | Checkpoint) -> Path:
+    return file.path if isinstance(file, Checkpoint) else file
 
 
 def entry_of(address: str) -> Weights:
@@ -292,9 +292,9 @@ def _fetched(weights: Weights, cache_dir: str | Path | None = None, renew: bool 
         for source, address in addresses:
             try:
                 pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
-                found = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
-                _pinned(weights, source, found.path, cache_dir, address, renew)
-                return found
+                fetched = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
+                _pinned(weights, source, fetched.path, cache_dir, address, renew)
+                return fetched
             except DownloadError as error:
                 failures.append(f"{address}: {error}")
     raise _failure(weights, folder, failures)

@@ -38,20 +38,20 @@ class _Finder:
     The modules themselves are in `sys.modules`, so Python asks for those only that are missing.
     """
 
-    def __init__(self, root: ModuleType, wanted: str):
-        self.root, self.wanted, self.rows = root, wanted, table()
+    def __init__(self, root: ModuleType, version: str):
+        self.root, self.version, self.rows = root, version, table()
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name == "natten":  # someone took it out of `sys.modules`
             return self.root.__spec__
         if name.startswith("natten."):
             # An ImportError of another kind would be taken for an absent module, and lose its text.
-            raise ImportError(why_not(self.wanted, name, self.rows), name=name)
+            raise ImportError(why_not(self.version, name, self.rows), name=name)
         return hub.spec_with_repair(name, path, self)
 
     def find_distributions(self, context=None) -> Iterator[importlib.metadata.Distribution]:
-        wanted = getattr(context, "name", None)
-        if wanted is None or wanted.lower() == "natten":
+        distribution = getattr(context, "name", None)
+        if distribution is None or distribution.lower() == "natten":
             yield _Metadata(self.root.__version__)
 
 
@@ -70,7 +70,7 @@ def _submodules(module: ModuleType) -> Iterator[ModuleType]:
             yield from _submodules(each)
 
 
-def _refuse_to_shadow(wanted: str, root: ModuleType) -> None:
+def _refuse_to_shadow(release: str, root: ModuleType) -> None:
     """Raise an ImportError that says which natten is there, and what it lacks."""
     try:
         version = importlib.metadata.version("natten")
@@ -85,7 +85,7 @@ def _refuse_to_shadow(wanted: str, root: ModuleType) -> None:
         state = f"it lacks {', '.join(lacking)} of natten.functional" if lacking else "it has every function of that"
     raise ImportError(
         f"natten {version} is installed, and {state}; to take its place nevertheless, call "
-        f"foveate.natten.install(release={wanted!r}, replace=True)"
+        f"foveate.natten.install(release={release!r}, replace=True)"
     )
 
 

@@ -212,16 +212,16 @@ def release(version: str = "0.17") -> ModuleType:
     """
     first, last = map(_key, _span(version))
     rows = table()
-    held = [row for row in rows if _key(row[1]) <= last and first <= _key(row[2])]
+    release_rows = [row for row in rows if _key(row[1]) <= last and first <= _key(row[2])]
     root = _module("natten", version, rows, f"NATTEN {version}'s names, served by foveate.")
     root.__version__ = _span(version)[1]
     modules = {"": root}
-    for path in sorted({row[0] for row in held} - {""}):
+    for path in sorted({row[0] for row in release_rows} - {""}):
         module = _module(f"natten.{path}", version, rows, f"natten.{path} of {version}, served by foveate.")
         modules[path] = module
         parent, _, leaf = path.rpartition(".")
         setattr(modules[parent], leaf, module)
-    for path, _, _, names in held:
+    for path, _, _, names in release_rows:
         for name, value in names.items():
             setattr(modules[path], name, value)
     root.__all__ = sorted(name for name in vars(root) if not name.startswith("_"))

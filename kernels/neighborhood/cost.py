@@ -80,9 +80,9 @@ def neighborhood_cost(
         raise ValueError(f"neighborhood_cost takes a shape of one to three axes; got {list(shape)}")
     axes = make_axes("neighborhood_cost", rank, shape, kernel_size, stride, dilation, is_causal)
     if query_tile is None or key_tile is None:
-        chosen = kernel_shape("forward", (*(Axis(1, 1),) * (3 - rank), *axes), 128, False, "half", 9)
-        query_tile = chosen.tile[3 - rank :] if query_tile is None else query_tile
-        key_tile = chosen.box[3 - rank :] if key_tile is None else key_tile
+        tiles = kernel_shape("forward", (*(Axis(1, 1),) * (3 - rank), *axes), 128, False, "half", 9)
+        query_tile = tiles.tile[3 - rank :] if query_tile is None else query_tile
+        key_tile = tiles.box[3 - rank :] if key_tile is None else key_tile
     for name, tile in (("query_tile", query_tile), ("key_tile", key_tile)):
         if len(tile) != rank or not all(type(length) is int and length > 0 for length in tile):
             raise ValueError(f"neighborhood_cost takes {name} as {rank} positive integers; got {tile!r}")

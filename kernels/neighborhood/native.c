@@ -23,6 +23,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(_WIN32)
+#include <malloc.h>
+#define free_aligned _aligned_free
+#else
+#define free_aligned free
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -128,7 +134,11 @@ static void *borrow(size_t size) {
     }
     if (memory) return memory;
     size_t *block = NULL;
+#if defined(_WIN32)
+    if (!(block = _aligned_malloc(size + 64, 64))) return NULL;
+#else
     if (posix_memalign((void **)&block, 64, size + 64)) return NULL;
+#endif
     *block = size;
     return block + 8;
 }
@@ -150,7 +160,7 @@ static void give_back(void *memory) {
         kept[slot].size = size;
         __atomic_store_n(&kept_lock, 0, __ATOMIC_RELEASE);
     }
-    if (spare) free((size_t *)spare - 8);
+    if (spare) free_aligned((size_t *)spare - 8);
 }
 
 static void work(void *argument) {

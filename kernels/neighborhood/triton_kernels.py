@@ -448,12 +448,12 @@ def backward_query_kernel(
             else:
                 row = (row_entry0 + base[0]) * (2 * KERNEL[1] - 1) + row_entry1 + base[1]
                 # Rows out of the window hold zeros, wherever they point.
-                chosen = tl.arange(0, ROWS)[:, None] == row[None, :]
+                one_hot = tl.arange(0, ROWS)[:, None] == row[None, :]
                 if QUERY_ROWS * KEY_ROWS < 16:
                     # A sum of products would be compiled to a product of matrices, in tf32, and wrong below 8 rows.
-                    table += tl.sum(tl.where(chosen[:, :, None], rows[None, :, :], 0.0), 1)
+                    table += tl.sum(tl.where(one_hot[:, :, None], rows[None, :, :], 0.0), 1)
                 else:
-                    table += tl.dot(tl.where(chosen, 1.0, 0.0), rows, input_precision="ieee")
+                    table += tl.dot(tl.where(one_hot, 1.0, 0.0), rows, input_precision="ieee")
     at = _address_in(image, head, p, groups, dilation, grad_query_strides)
     _store_rows(grad_query, at, exists, acc * scale, DIM, BLOCK_DIM)
     if BIAS_GRAD:

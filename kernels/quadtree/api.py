@@ -31,19 +31,19 @@ _BACKENDS: dict[str, Backend] = {
 }
 
 
-def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
+def quadtree_scores(query: Tensor, key: Tensor, token_index: Tensor, *, backend: str | None = None) -> Tensor:
     """Products of queries with the children of the tokens chosen for them (QuadTree attention, arXiv 2201.02767).
 
     Queries are grouped by parent: four siblings share one list of chosen tokens, and the candidates are those tokens'
-    children, ``out[b, h, n, f, 4 * k + c] = sum_d query[b, h, n, f, d] * key[b, h, chosen[b, h, n, k], c, d]``.
+    children, ``out[b, h, n, f, 4 * k + c] = sum_d query[b, h, n, f, d] * key[b, h, token_index[b, h, n, k], c, d]``.
     Nothing is scaled. Scores are summed and returned in float32, so that the next choice of tokens does not depend on
     the precision of the inputs' products.
 
     Args:
         query: ``[B, heads, N, 4, dim]``, N parents of four queries.
         key: ``[B, heads, M, 4, dim]``, M tokens of four children; same dtype as ``query``.
-        chosen: ``[B, heads, N, K]`` int64, tokens in ``[0, M)``. This is checked on the CPU, outside of compiled code;
-            on a GPU the check would make the host wait, and the Triton path skips other tokens.
+        token_index: ``[B, heads, N, K]`` int64, tokens in ``[0, M)``. This is checked on the CPU, outside of compiled
+            code; on a GPU the check would make the host wait, and the Triton path skips other tokens.
         backend: ``"triton"``, ``"chunked"`` or ``"reference"``; by default the fastest that runs, which is Triton on
             CUDA, unless ``torch.use_deterministic_algorithms`` forbids its atomic sums, and chunks elsewhere.
 
@@ -52,28 +52,28 @@ def quadtree_scores(query: Tensor, key: Tensor, chosen: Tensor, *, backend: str 
 
     Raises:
         ValueError: If shapes, dtypes, devices or backend don't fit; the message says which.
-        IndexError: If ``chosen`` names a token that does not exist.
+        IndexError: If ``token_index`` names a token that does not exist.
     """
-    _check_chosen("quadtree_scores", "query", query, "key", key, chosen)
+    _check_token_index("quadtree_scores", "query", query, "key", key, token_index)
     if query.dtype != key.dtype or query.shape[4] != key.shape[4]:
         raise ValueError(
             f"quadtree_scores needs query and key of one dtype and dim; got {query.dtype} {list(query.shape)} "
             f"and {key.dtype} {list(key.shape)}"
         )
     with full_precision(key):
-        return _BACKENDS[choose("quadtree_scores", _BACKENDS, key, backend)].run[0](query, key, chosen)
+        return _BACKENDS[choose("quadtree_scores", _BACKENDS, key, backend)].run[0](query, key, token_index)
 
 
-def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: str | None = None) -> Tensor:
+def quadtree_values(weights: Tensor, value: Tensor, token_index: Tensor, *, backend: str | None = None) -> Tensor:
     """Weighted sums of the children of the tokens chosen for each query (QuadTree attention, arXiv 2201.02767).
 
-    ``out[b, h, n, f, d] = sum_k,c weights[b, h, n, f, 4 * k + c] * value[b, h, chosen[b, h, n, k], c, d]``, summed in
-    float32.
+    ``out[b, h, n, f, d] = sum_k,c weights[b, h, n, f, 4 * k + c] * value[b, h, token_index[b, h, n, k], c, d]``,
+    summed in float32.
 
     Args:
         weights: ``[B, heads, N, 4, 4 * K]``, in float32 or in the dtype of ``value``.
         value: ``[B, heads, M, 4, dim]``, M tokens of four children.
-        chosen: ``[B, heads, N, K]`` int64, as in `quadtree_scores`.
+        token_index: ``[B, heads, N, K]`` int64, as in `quadtree_scores`.
         backend: As in `quadtree_scores`.
 
     Returns:
@@ -81,18 +81,18 @@ def quadtree_values(weights: Tensor, value: Tensor, chosen: Tensor, *, backend: 
 
     Raises:
         ValueError: If shapes, dtypes, devices or backend don't fit; the message says which.
-        IndexError: If ``chosen`` names a token that does not exist.
+        IndexError: If ``token_index`` names a token that does not exist.
     """
-    _check_chosen("quadtree_values", "weights", weights, "value", value, chosen)
+    _check_token_index("quadtree_values", "weights", weights, "value", value, token_index)
     if weights.dtype not in (torch.float32, value.dtype):
         raise ValueError(f"quadtree_values needs weights in float32 or value's {value.dtype}; got {weights.dtype}")
-    if weights.shape[4] != 4 * chosen.shape[3]:
+    if weights.shape[4] != 4 * token_index.shape[3]:
         raise ValueError(
-            f"quadtree_values needs a weight for each of the 4 children of {chosen.shape[3]} chosen tokens; "
+            f"quadtree_values needs a weight for each of the 4 children of {token_index.shape[3]} chosen tokens; "
             f"got {weights.shape[4]}"
         )
     with full_precision(value):
-        return _BACKENDS[choose("quadtree_values", _BACKENDS, value, backend)].run[1](weights, value, chosen)
+        return _BACKENDS[choose("quadtree_values", _BACKENDS, value, backend)].run[1](weights, value, token_index)
 
 
 def quadtree_backends(children: Tensor, *, backend: str | None = None) -> dict[str, str]:
@@ -108,26 +108,30 @@ def quadtree_backends(children: Tensor, *, backend: str | None = None) -> dict[s
     return report("quadtree attention", _BACKENDS, children, backend)
 
 
-def _check_chosen(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor, chosen: Tensor) -> None:
+def _check_token_index(
+    op: str, first_name: str, first: Tensor, second_name: str, second: Tensor, token_index: Tensor
+) -> None:
     for name, x in ((first_name, first), (second_name, second)):
         if x.ndim != 5 or x.shape[3] != 4:
             raise ValueError(f"{op} takes {name} as [B, heads, tokens, 4, ...]; got {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{op} needs {name} in a floating-point dtype; got {x.dtype}")
-    if chosen.dtype != torch.int64 or chosen.ndim != 4:
-        raise ValueError(f"{op} takes chosen as [B, heads, N, K] int64; got {list(chosen.shape)} {chosen.dtype}")
-    if first.shape[:3] != chosen.shape[:3] or first.shape[:2] != second.shape[:2]:
+    if token_index.dtype != torch.int64 or token_index.ndim != 4:
         raise ValueError(
-            f"{op} needs {first_name} and chosen of one [B, heads, N], and {second_name} of one [B, heads]; "
-            f"got {list(first.shape)}, {list(chosen.shape)} and {list(second.shape)}"
+            f"{op} takes token_index as [B, heads, N, K] int64; got {list(token_index.shape)} {token_index.dtype}"
         )
-    if not first.device == second.device == chosen.device:
+    if first.shape[:3] != token_index.shape[:3] or first.shape[:2] != second.shape[:2]:
         raise ValueError(
-            f"{op} needs its tensors on one device; got {first.device}, {second.device} and {chosen.device}"
+            f"{op} needs {first_name} and token_index of one [B, heads, N], and {second_name} of one [B, heads]; "
+            f"got {list(first.shape)}, {list(token_index.shape)} and {list(second.shape)}"
+        )
+    if not first.device == second.device == token_index.device:
+        raise ValueError(
+            f"{op} needs its tensors on one device; got {first.device}, {second.device} and {token_index.device}"
         )
     # Fake and functional tensors, which have no values to look at, are subclasses.
-    if chosen.device.type == "cpu" and type(chosen) is Tensor and chosen.numel() and not _traced():
-        least, most = (int(limit) for limit in chosen.aminmax())
+    if token_index.device.type == "cpu" and type(token_index) is Tensor and token_index.numel() and not _traced():
+        least, most = (int(limit) for limit in token_index.aminmax())
         if least < 0 or most >= second.shape[2]:
             raise IndexError(
                 f"{op} needs chosen tokens from 0 to {second.shape[2] - 1}, as {second_name} has them; "

@@ -39,14 +39,14 @@ def _by_chunks(product: Callable[..., Tensor], row_bytes: int, *operands: Tensor
     return out
 
 
-def _flat_index(chosen: Tensor, tokens: int) -> Tensor:
+def _flat_index(token_index: Tensor, tokens: int) -> Tensor:
     """Return chosen tokens ``[B, heads, N, K]`` as rows ``[B * heads * N, K]`` of all images' and heads' tokens."""
-    batch, heads = chosen.shape[:2]
-    first = torch.arange(batch * heads, device=chosen.device, dtype=chosen.dtype) * tokens
-    return (chosen + first.view(batch, heads, 1, 1)).flatten(0, 2)
+    batch, heads = token_index.shape[:2]
+    first = torch.arange(batch * heads, device=token_index.device, dtype=token_index.dtype) * tokens
+    return (token_index + first.view(batch, heads, 1, 1)).flatten(0, 2)
 
 
-def scores(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+def scores(query: Tensor, key: Tensor, token_index: Tensor) -> Tensor:
     """Return ``[B, heads, N, 4, 4 * K]``, products of queries ``[B, heads, N, 4, dim]`` with the children's keys."""
     dtype, dim = accumulation_dtype(query.dtype), query.shape[4]
     rows = key.reshape(-1, 4 * dim)
@@ -55,12 +55,12 @@ def scores(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
         keys = rows.index_select(0, index.flatten()).view(queries.shape[0], 4 * index.shape[1], dim)
         return torch.bmm(queries.to(dtype), keys.to(dtype).transpose(1, 2))
 
-    index = _flat_index(chosen, key.shape[2])
+    index = _flat_index(token_index, key.shape[2])
     out = _by_chunks(product, index.shape[1] * 4 * dim * dtype.itemsize, query.reshape(-1, 4, dim), index)
-    return out.view(*query.shape[:4], 4 * chosen.shape[3])
+    return out.view(*query.shape[:4], 4 * token_index.shape[3])
 
 
-def values(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+def values(weights: Tensor, value: Tensor, token_index: Tensor) -> Tensor:
     """Return ``[B, heads, N, 4, dim]``, sums of the children's values by ``weights`` ``[B, heads, N, 4, 4 * K]``."""
     dtype, dim = accumulation_dtype(value.dtype), value.shape[4]
     rows = value.reshape(-1, 4 * dim)
@@ -69,16 +69,16 @@ def values(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
         gathered = rows.index_select(0, index.flatten()).view(weights.shape[0], 4 * index.shape[1], dim)
         return torch.bmm(weights.to(dtype), gathered.to(dtype)).to(value.dtype)
 
-    index = _flat_index(chosen, value.shape[2])
+    index = _flat_index(token_index, value.shape[2])
     out = _by_chunks(product, index.shape[1] * 4 * dim * dtype.itemsize, weights.flatten(0, 2), index)
     return out.view(*weights.shape[:4], dim)
 
 
-def scatter(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+def scatter(weights: Tensor, query: Tensor, token_index: Tensor, tokens: int) -> Tensor:
     """Return ``[B, heads, tokens, 4, dim]``: every child's sum of ``query`` by the weights of those that chose it."""
     dtype, dim = accumulation_dtype(query.dtype), query.shape[4]
     total = torch.zeros(query.shape[0] * query.shape[1] * tokens, 4 * dim, dtype=dtype, device=query.device)
-    index = _flat_index(chosen, tokens)
+    index = _flat_index(token_index, tokens)
     step = max(1, CHUNK_BYTES // (index.shape[1] * 4 * dim * dtype.itemsize))
     operands = weights.flatten(0, 2), query.reshape(-1, 4, dim), index
     for part, tops, at in zip(*(operand.split(step) for operand in operands), strict=True):
@@ -107,32 +107,34 @@ class _Product(Function):
 
 class _Scores(_Product):
     @staticmethod
-    def forward(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
-        return scores(query, key, chosen)
+    def forward(query: Tensor, key: Tensor, token_index: Tensor) -> Tensor:
+        return scores(query, key, token_index)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, chosen = ctx.saved_tensors
+        query, key, token_index = ctx.saved_tensors
         with full_precision(grad):
             return (
-                _Values.apply(grad, key, chosen).to(query.dtype) if ctx.needs_input_grad[0] else None,
-                _Scatter.apply(grad, query, chosen, key.shape[2]).to(key.dtype) if ctx.needs_input_grad[1] else None,
+                _Values.apply(grad, key, token_index).to(query.dtype) if ctx.needs_input_grad[0] else None,
+                _Scatter.apply(grad, query, token_index, key.shape[2]).to(key.dtype)
+                if ctx.needs_input_grad[1]
+                else None,
                 None,
             )
 
 
 class _Values(_Product):
     @staticmethod
-    def forward(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
-        return values(weights, value, chosen)
+    def forward(weights: Tensor, value: Tensor, token_index: Tensor) -> Tensor:
+        return values(weights, value, token_index)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, value, chosen = ctx.saved_tensors
+        weights, value, token_index = ctx.saved_tensors
         with full_precision(grad):
             return (
-                _Scores.apply(grad, value, chosen).to(weights.dtype) if ctx.needs_input_grad[0] else None,
-                _Scatter.apply(weights, grad, chosen, value.shape[2]).to(value.dtype)
+                _Scores.apply(grad, value, token_index).to(weights.dtype) if ctx.needs_input_grad[0] else None,
+                _Scatter.apply(weights, grad, token_index, value.shape[2]).to(value.dtype)
                 if ctx.needs_input_grad[1]
                 else None,
                 None,
@@ -141,16 +143,16 @@ class _Values(_Product):
 
 class _Scatter(_Product):
     @staticmethod
-    def forward(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
-        return scatter(weights, query, chosen, tokens)
+    def forward(weights: Tensor, query: Tensor, token_index: Tensor, tokens: int) -> Tensor:
+        return scatter(weights, query, token_index, tokens)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, query, chosen = ctx.saved_tensors
+        weights, query, token_index = ctx.saved_tensors
         with full_precision(grad):
             return (
-                _Scores.apply(query, grad, chosen).to(weights.dtype) if ctx.needs_input_grad[0] else None,
-                _Values.apply(weights, grad, chosen).to(query.dtype) if ctx.needs_input_grad[1] else None,
+                _Scores.apply(query, grad, token_index).to(weights.dtype) if ctx.needs_input_grad[0] else None,
+                _Values.apply(weights, grad, token_index).to(query.dtype) if ctx.needs_input_grad[1] else None,
                 None,
                 None,
             )
@@ -161,11 +163,15 @@ def _differentiates(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not is_exporting()
 
 
-def scores_chunked(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+def scores_chunked(query: Tensor, key: Tensor, token_index: Tensor) -> Tensor:
     """Scores by chunks; see `foveate.kernels.quadtree_scores` for the arguments."""
-    return _Scores.apply(query, key, chosen) if _differentiates(query, key) else scores(query, key, chosen)
+    return _Scores.apply(query, key, token_index) if _differentiates(query, key) else scores(query, key, token_index)
 
 
-def values_chunked(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+def values_chunked(weights: Tensor, value: Tensor, token_index: Tensor) -> Tensor:
     """Aggregation by chunks; see `foveate.kernels.quadtree_values` for the arguments."""
-    return _Values.apply(weights, value, chosen) if _differentiates(weights, value) else values(weights, value, chosen)
+    return (
+        _Values.apply(weights, value, token_index)
+        if _differentiates(weights, value)
+        else values(weights, value, token_index)
+    )

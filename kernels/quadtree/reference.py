@@ -13,9 +13,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def children(chosen: Tensor) -> Tensor:
+def children(token_index: Tensor) -> Tensor:
     """Return the children ``[..., 4 * K]`` of chosen tokens ``[..., K]``; child ``c`` of ``t`` is token ``4 t + c``."""
-    return (chosen.unsqueeze(-1) * 4 + torch.arange(4, device=chosen.device)).flatten(-2)
+    return (token_index.unsqueeze(-1) * 4 + torch.arange(4, device=token_index.device)).flatten(-2)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -25,16 +25,16 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x[batch, head, index]
 
 
-def scores_reference(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+def scores_reference(query: Tensor, key: Tensor, token_index: Tensor) -> Tensor:
     """Scores by gathering; see `foveate.kernels.quadtree_scores` for the arguments."""
     dtype = accumulation_dtype(query.dtype)
-    keys = _gather(key.flatten(2, 3), children(chosen)).to(dtype)
+    keys = _gather(key.flatten(2, 3), children(token_index)).to(dtype)
     return torch.einsum("bhnfd,bhnkd->bhnfk", query.to(dtype), keys)
 
 
-def values_reference(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+def values_reference(weights: Tensor, value: Tensor, token_index: Tensor) -> Tensor:
     """Aggregation by gathering; see `foveate.kernels.quadtree_values` for the arguments."""
     dtype = accumulation_dtype(value.dtype)
-    index = children(chosen).unsqueeze(3).expand(*weights.shape)
+    index = children(token_index).unsqueeze(3).expand(*weights.shape)
     values = _gather(value.flatten(2, 3), index).to(dtype)
     return torch.einsum("bhnfk,bhnfkd->bhnfd", weights.to(dtype), values).to(value.dtype)

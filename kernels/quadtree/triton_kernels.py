@@ -22,11 +22,11 @@ SIZES = [
 
 
 @triton.jit
-def _candidates(chosen_ptr, parent, start, K: tl.constexpr, tokens, BLOCK: tl.constexpr):
+def _candidates(token_index_ptr, parent, start, K: tl.constexpr, tokens, BLOCK: tl.constexpr):
     """Return the flat child tokens of a block of candidates, and which of them exist."""
     slot = start + tl.arange(0, BLOCK)
-    chosen = tl.load(chosen_ptr + parent * K + slot // 4, mask=slot < 4 * K, other=-1).to(tl.int64)
-    return slot, chosen * 4 + slot % 4, (chosen >= 0) & (chosen < tokens)
+    token = tl.load(token_index_ptr + parent * K + slot // 4, mask=slot < 4 * K, other=-1).to(tl.int64)
+    return slot, token * 4 + slot % 4, (token >= 0) & (token < tokens)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _weights(pointer, parent, slot, K: tl.constexpr):
 def scores_kernel(
     query_ptr,
     key_ptr,
-    chosen_ptr,
+    token_index_ptr,
     out_ptr,
     parents,
     tokens,
@@ -68,7 +68,7 @@ def scores_kernel(
     sibling = tl.arange(0, 4)
     query = _rows(query_ptr, parent * 4 + tl.arange(0, 4), D, BLOCK_D)
     for start in range(0, 4 * K, BLOCK):
-        slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
+        slot, token, exists = _candidates(token_index_ptr, parent, start, K, tokens, BLOCK)
         key = _rows_that_exist(key_ptr, token, exists, D, BLOCK_D)
         product = tl.sum(query[:, None, :] * key[None, :, :], axis=2)
         tl.store(
@@ -80,7 +80,7 @@ def scores_kernel(
 def values_kernel(
     weights_ptr,
     value_ptr,
-    chosen_ptr,
+    token_index_ptr,
     out_ptr,
     parents,
     tokens,
@@ -95,7 +95,7 @@ def values_kernel(
     sibling, column = tl.arange(0, 4), tl.arange(0, BLOCK_D)
     total = tl.zeros((4, BLOCK_D), dtype=tl.float32)
     for start in range(0, 4 * K, BLOCK):
-        slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
+        slot, token, exists = _candidates(token_index_ptr, parent, start, K, tokens, BLOCK)
         value = _rows_that_exist(value_ptr, token, exists, D, BLOCK_D)
         weights = _weights(weights_ptr, parent, slot, K)
         total += tl.sum(weights[:, :, None] * value[None, :, :], axis=1)
@@ -110,7 +110,7 @@ def values_kernel(
 def scatter_kernel(
     weights_ptr,
     query_ptr,
-    chosen_ptr,
+    token_index_ptr,
     out_ptr,
     parents,
     tokens,
@@ -125,7 +125,7 @@ def scatter_kernel(
     column = tl.arange(0, BLOCK_D)
     query = _rows(query_ptr, parent * 4 + tl.arange(0, 4), D, BLOCK_D)
     for start in range(0, 4 * K, BLOCK):
-        slot, token, exists = _candidates(chosen_ptr, parent, start, K, tokens, BLOCK)
+        slot, token, exists = _candidates(token_index_ptr, parent, start, K, tokens, BLOCK)
         weights = _weights(weights_ptr, parent, slot, K)
         share = tl.sum(weights[:, :, None] * query[:, None, :], axis=0)
         tl.atomic_add(
@@ -136,14 +136,14 @@ def scatter_kernel(
         )
 
 
-def launch_options(dim: int, chosen: int) -> dict[str, int]:
-    """Return the constants of a launch for ``chosen`` tokens a parent, its warps and stages."""
+def launch_options(dim: int, count: int) -> dict[str, int]:
+    """Return the constants of a launch for ``count`` tokens a parent, its warps and stages."""
     block_d = power_of_two(dim)
     size = size_for(SIZES, 4 * block_d)
     return {
-        "K": chosen,
+        "K": count,
         "D": dim,
-        "BLOCK": min(size.walked, power_of_two(4 * chosen, least=4)),
+        "BLOCK": min(size.walked, power_of_two(4 * count, least=4)),
         "BLOCK_D": block_d,
         "num_warps": size.warps,
         "num_stages": size.stages,

@@ -6,40 +6,44 @@ from torch import Tensor
 from ..triton_launch import launch
 
 
-def _launch(kernel: str, first: Tensor, second: Tensor, chosen: Tensor, out: Tensor, tokens: int, dim: int) -> Tensor:
+def _launch(
+    kernel: str, first: Tensor, second: Tensor, token_index: Tensor, out: Tensor, tokens: int, dim: int
+) -> Tensor:
     from . import triton_kernels
 
-    parents, count = chosen.shape[2:]
-    programs = chosen.shape[0] * chosen.shape[1] * parents
+    parents, count = token_index.shape[2:]
+    programs = token_index.shape[0] * token_index.shape[1] * parents
     if programs:
-        tensors = (x.contiguous() for x in (first, second, chosen))
+        tensors = (x.contiguous() for x in (first, second, token_index))
         options = triton_kernels.launch_options(dim, count)
         launch(getattr(triton_kernels, kernel), (programs,), out.device, *tensors, out, parents, tokens, **options)
     return out
 
 
 @torch.library.custom_op("foveate::quadtree_scores", mutates_args=())
-def scores_triton(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+def scores_triton(query: Tensor, key: Tensor, token_index: Tensor) -> Tensor:
     """Scores by Triton; see `foveate.kernels.quadtree_scores` for the arguments."""
-    return _launch("scores_kernel", query, key, chosen, _empty_scores(query, chosen), key.shape[2], key.shape[4])
+    return _launch(
+        "scores_kernel", query, key, token_index, _empty_scores(query, token_index), key.shape[2], key.shape[4]
+    )
 
 
 @torch.library.custom_op("foveate::quadtree_values", mutates_args=())
-def values_triton(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+def values_triton(weights: Tensor, value: Tensor, token_index: Tensor) -> Tensor:
     """Aggregation by Triton; see `foveate.kernels.quadtree_values` for the arguments."""
     out = _empty_values(weights, value)
-    return _launch("values_kernel", weights, value, chosen, out, value.shape[2], value.shape[4])
+    return _launch("values_kernel", weights, value, token_index, out, value.shape[2], value.shape[4])
 
 
 @torch.library.custom_op("foveate::quadtree_scatter", mutates_args=())
-def scatter_triton(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+def scatter_triton(weights: Tensor, query: Tensor, token_index: Tensor, tokens: int) -> Tensor:
     """The transpose of the aggregation by Triton; see `chunked.scatter` for the arguments."""
     total = torch.zeros(*query.shape[:2], tokens, *query.shape[3:], dtype=torch.float32, device=query.device)
-    return _launch("scatter_kernel", weights, query, chosen, total, tokens, query.shape[4]).to(query.dtype)
+    return _launch("scatter_kernel", weights, query, token_index, total, tokens, query.shape[4]).to(query.dtype)
 
 
-def _empty_scores(query: Tensor, chosen: Tensor) -> Tensor:
-    return query.new_empty(*query.shape[:4], 4 * chosen.shape[3], dtype=torch.float32)
+def _empty_scores(query: Tensor, token_index: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:4], 4 * token_index.shape[3], dtype=torch.float32)
 
 
 def _empty_values(weights: Tensor, value: Tensor) -> Tensor:
@@ -47,17 +51,17 @@ def _empty_values(weights: Tensor, value: Tensor) -> Tensor:
 
 
 @scores_triton.register_fake
-def _(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
-    return _empty_scores(query, chosen)
+def _(query: Tensor, key: Tensor, token_index: Tensor) -> Tensor:
+    return _empty_scores(query, token_index)
 
 
 @values_triton.register_fake
-def _(weights: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+def _(weights: Tensor, value: Tensor, token_index: Tensor) -> Tensor:
     return _empty_values(weights, value)
 
 
 @scatter_triton.register_fake
-def _(weights: Tensor, query: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+def _(weights: Tensor, query: Tensor, token_index: Tensor, tokens: int) -> Tensor:
     return query.new_empty(*query.shape[:2], tokens, *query.shape[3:])
 
 
@@ -66,28 +70,28 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _scores_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, chosen = ctx.saved_tensors
+    query, key, token_index = ctx.saved_tensors
     return (
-        values_triton(grad, key, chosen) if ctx.needs_input_grad[0] else None,
-        scatter_triton(grad, query, chosen, key.shape[2]) if ctx.needs_input_grad[1] else None,
+        values_triton(grad, key, token_index) if ctx.needs_input_grad[0] else None,
+        scatter_triton(grad, query, token_index, key.shape[2]) if ctx.needs_input_grad[1] else None,
         None,
     )
 
 
 def _values_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, value, chosen = ctx.saved_tensors
+    weights, value, token_index = ctx.saved_tensors
     return (
-        scores_triton(grad, value, chosen).to(weights.dtype) if ctx.needs_input_grad[0] else None,
-        scatter_triton(weights, grad, chosen, value.shape[2]) if ctx.needs_input_grad[1] else None,
+        scores_triton(grad, value, token_index).to(weights.dtype) if ctx.needs_input_grad[0] else None,
+        scatter_triton(weights, grad, token_index, value.shape[2]) if ctx.needs_input_grad[1] else None,
         None,
     )
 
 
 def _scatter_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, query, chosen = ctx.saved_tensors
+    weights, query, token_index = ctx.saved_tensors
     return (
-        scores_triton(query, grad, chosen).to(weights.dtype) if ctx.needs_input_grad[0] else None,
-        values_triton(weights, grad, chosen) if ctx.needs_input_grad[1] else None,
+        scores_triton(query, grad, token_index).to(weights.dtype) if ctx.needs_input_grad[0] else None,
+        values_triton(weights, grad, token_index) if ctx.needs_input_grad[1] else None,
         None,
         None,
     )

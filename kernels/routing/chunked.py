@@ -100,9 +100,9 @@ def _attend(
     queries, outs = _rows(query, height), _rows(out, height)
     gathered = routes.shape[2] * (keys[:1].numel() + values[:1].numel())
     for chunk in _chunks(len(routes), routes.shape[1], gathered):
-        chosen = routes[chunk].flatten(0, 1)
+        region_index = routes[chunk].flatten(0, 1)
         x = F.scaled_dot_product_attention(
-            _cut(queries, chunk, width), _gather(keys, chosen), _gather(values, chosen), scale=scale
+            _cut(queries, chunk, width), _gather(keys, region_index), _gather(values, region_index), scale=scale
         )
         _put(outs, chunk, width, x)
 
@@ -132,8 +132,8 @@ def chunked_backward(
     # A region whose scores alone are too many is taken a few of its queries at a time.
     step = max(1, min(tokens, _CHUNK // max(1, heads * keys_of_region)))
     for chunk in _chunks(len(routes), columns, max(gathered, heads * step * keys_of_region)):
-        chosen = routes[chunk].flatten(0, 1)
-        k, v = _gather(keys, chosen).to(exact), _gather(values, chosen).to(exact)
+        region_index = routes[chunk].flatten(0, 1)
+        k, v = _gather(keys, region_index).to(exact), _gather(values, region_index).to(exact)
         all_q, all_g = _cut(queries, chunk, width).to(exact), _cut(grads, chunk, width).to(exact)
         grad_q, grad_k, grad_v = [], 0, 0
         for q, g in zip(all_q.split(step, 2), all_g.split(step, 2), strict=True):
@@ -148,7 +148,7 @@ def chunked_backward(
         _put(grad_queries, chunk, width, torch.cat(grad_q, 2))
         for total, part in ((grad_keys, grad_k), (grad_values, grad_v)):
             part = part.transpose(1, 2).reshape(-1, *total.shape[1:])
-            total.index_add_(0, chosen.flatten(), part)
+            total.index_add_(0, region_index.flatten(), part)
 
     grad_key, grad_value = (
         merge_regions(x.unflatten(0, (len(query), -1)), region_size, query.shape[2]).to(like.dtype)

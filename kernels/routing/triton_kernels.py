@@ -80,7 +80,7 @@ def forward_kernel(
     at = _offsets(region, m, grid, query_strides, BLOCK_DIM)
     q = tl.load(_rows(query, image, head, query_strides) + at, mask=here, other=0.0)
 
-    chosen = routes + (image * regions + region) * topk
+    region_routes = routes + (image * regions + region) * topk
     keys = _rows(key, image, head, key_strides)
     values = _rows(value, image, head, value_strides)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -89,7 +89,7 @@ def forward_kernel(
     for start in range(0, topk * tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < topk * tokens
-        source = tl.load(chosen + n // tokens, mask=inside, other=0)
+        source = tl.load(region_routes + n // tokens, mask=inside, other=0)
         there = _mask(inside, DIM, BLOCK_DIM)
         k = tl.load(keys + _offsets(source, n % tokens, grid, key_strides, BLOCK_DIM), mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
@@ -152,14 +152,14 @@ def backward_query_kernel(
     mean = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     tl.store(delta + row, mean, mask=m < tokens)
 
-    chosen = routes + (image * regions + region) * topk
+    region_routes = routes + (image * regions + region) * topk
     keys = _rows(key, image, head, key_strides)
     values = _rows(value, image, head, value_strides)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     for start in range(0, topk * tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < topk * tokens
-        source = tl.load(chosen + n // tokens, mask=inside, other=0)
+        source = tl.load(region_routes + n // tokens, mask=inside, other=0)
         there = _mask(inside, DIM, BLOCK_DIM)
         k = tl.load(keys + _offsets(source, n % tokens, grid, key_strides, BLOCK_DIM), mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
@@ -299,9 +299,9 @@ def inverse_routes(routes: Tensor) -> tuple[Tensor, Tensor]:
     Region ``r`` of image ``b`` was chosen by ``choosers[starts[i]:starts[i + 1]]`` with ``i = b * regions + r``.
     """
     batch, regions, topk = routes.shape
-    chosen = (routes + torch.arange(batch, device=routes.device)[:, None, None] * regions).flatten()
-    chosen, order = chosen.sort(stable=True)
-    starts = torch.searchsorted(chosen, torch.arange(batch * regions + 1, device=routes.device))
+    flat_routes = (routes + torch.arange(batch, device=routes.device)[:, None, None] * regions).flatten()
+    flat_routes, order = flat_routes.sort(stable=True)
+    starts = torch.searchsorted(flat_routes, torch.arange(batch * regions + 1, device=routes.device))
     return order // topk % regions, starts
 
 

@@ -222,7 +222,7 @@ class Classify:
                 " + ".join(
                     f"{self.classes[label]} {value:.0%}" for value, label in zip(*row, strict=True) if value > 0.05
                 )
-                for row in zip(*(found.tolist() for found in shares.topk(2)), strict=True)
+                for row in zip(*(part.tolist() for part in shares.topk(2)), strict=True)
             ]
         else:
             names = [self.classes[label] for label in labels.tolist()]
@@ -248,11 +248,11 @@ class Classify:
         labels = torch.as_tensor(targets)
         order = shares[torch.arange(len(labels)), labels].argsort(stable=True).tolist()
         pictures = []
-        for name, share, chosen in (("worst", "least", order[:SHOWN]), ("best", "greatest", order[::-1][:SHOWN])):
-            ranked = [shares[i].topk(1) for i in chosen]
+        for name, share, positions in (("worst", "least", order[:SHOWN]), ("best", "greatest", order[::-1][:SHOWN])):
+            ranked = [shares[i].topk(1) for i in positions]
             draw_gallery(
-                [self.val_set.image(indices[i]) for i in chosen],
-                [self.classes[targets[i]] for i in chosen],
+                [self.val_set.image(indices[i]) for i in positions],
+                [self.classes[targets[i]] for i in positions],
                 [[(self.classes[top.indices.item()], top.values.item())] for top in ranked],
                 folder / f"{name}.png",
                 f"held-out images whose class got the {share} probability, epoch {epoch}",

@@ -48,19 +48,19 @@ class Faults:
 
     def __init__(self, source: str | Path):
         self.source = source
-        self.found: dict[str, list[str]] = {}
+        self.places: dict[str, list[str]] = {}
 
     def add(self, kind: str, where: object) -> None:
         """Note a fault of a kind of `KINDS` at a place, such as ``"annotation 7"`` or a file's name."""
-        self.found.setdefault(kind, []).append(" ".join(str(where).split()))
+        self.places.setdefault(kind, []).append(" ".join(str(where).split()))
 
     def __len__(self) -> int:
-        return sum(map(len, self.found.values()))
+        return sum(map(len, self.places.values()))
 
     def __str__(self) -> str:
         listed = []
         for kind in KINDS:
-            places = self.found.get(kind, [])
+            places = self.places.get(kind, [])
             if places:
                 shown = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
                 listed.append(f"{len(places)} {KINDS[kind][len(places) > 1]} ({shown})")
@@ -77,7 +77,7 @@ class Faults:
         Raises:
             TaskError: See ``broken``; also if nothing is left.
         """
-        if not self.found:
+        if not self.places:
             return
         if broken != "drop":
             raise TaskError(f"{self}; {cure}, or leave them out with data.broken=drop")
@@ -95,8 +95,8 @@ class Faults:
         Returns:
             For each whether it is as annotated.
         """
-        found = in_threads(_size_or_error, [file for file, _ in pictures])
-        for (file, size), read in zip(pictures, found, strict=True):
+        readings = in_threads(_size_or_error, [file for file, _ in pictures])
+        for (file, size), read in zip(pictures, readings, strict=True):
             if isinstance(read, DamagedImageError):
                 if not skip_damaged:
                     self.add("damaged", read)
@@ -106,7 +106,7 @@ class Faults:
                 self.add(kind, f"{file} is {height}x{width}, annotated {size[0]}x{size[1]}")
         return [
             skip_damaged if isinstance(read, DamagedImageError) else read[0] == tuple(size)
-            for (_, size), read in zip(pictures, found, strict=True)
+            for (_, size), read in zip(pictures, readings, strict=True)
         ]
 
 
@@ -146,9 +146,9 @@ def count_values(values: np.ndarray) -> dict[int, int]:
     """Return how often each value is in a map; of each run of equal ones only one is sorted."""
     flat = values.ravel()
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
-    found, run_values = np.unique(flat[starts], return_inverse=True)
+    unique, run_values = np.unique(flat[starts], return_inverse=True)
     counts = np.bincount(run_values, np.diff(starts, append=flat.size))
-    return {int(value): int(count) for value, count in zip(found, counts, strict=True)}
+    return {int(value): int(count) for value, count in zip(unique, counts, strict=True)}
 
 
 def check_names(names: Sequence[Any], source: object) -> list[str]:

@@ -280,29 +280,29 @@ class Augment:
         for key in settings:
             if key not in SETTINGS:
                 raise TaskError(f"data.augment: unknown key {key!r}{nearest(key, SETTINGS)}")
-        chosen = SETTINGS | settings
+        options = SETTINGS | settings
         steps: list[albumentations.BasicTransform] = []
         try:
-            if chosen["crop_policy"]:
+            if options["crop_policy"]:
                 # Resize to 400 .. 600 and cut 384 .. 600 pixels: DETR's second policy, with Swin's long side.
-                before = [ResizeWithin((400, 500, 600), chosen["long"]), RandomWindow((384, 384), (600, 600))]
+                before = [ResizeWithin((400, 500, 600), options["long"]), RandomWindow((384, 384), (600, 600))]
                 steps.append(albumentations.Sequential(before, p=0.5))
-            if chosen["shorts"] is not None:
-                steps.append(ResizeWithin(tuple(chosen["shorts"]), chosen["long"], chosen["ratio"]))
-            if chosen["crop"] is not None:
-                crop = chosen["crop"]
+            if options["shorts"] is not None:
+                steps.append(ResizeWithin(tuple(options["shorts"]), options["long"], options["ratio"]))
+            if options["crop"] is not None:
+                crop = options["crop"]
                 crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
-                steps.append(RandomWindow(crop, crop, chosen["max_share"]))
+                steps.append(RandomWindow(crop, crop, options["max_share"]))
             for key, transform in (
                 ("flip", albumentations.HorizontalFlip),
                 ("flip_vertical", albumentations.VerticalFlip),
                 ("rotate", albumentations.RandomRotate90),
             ):
-                if chosen[key]:
-                    steps.append(transform(p=chosen[key]))
-            if chosen["distortion"]:
+                if options[key]:
+                    steps.append(transform(p=options[key]))
+            if options["distortion"]:
                 steps.append(PhotometricDistortion())
-            steps += build_transforms(chosen["transforms"])
+            steps += build_transforms(options["transforms"])
         except (TypeError, ValueError) as error:
             raise TaskError(f"data.augment: {' '.join(str(error).split())}") from error
         boxes = albumentations.BboxParams("pascal_voc", label_fields=["index"], clip=True, filter_invalid_bboxes=True)

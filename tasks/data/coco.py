@@ -100,19 +100,19 @@ def read_picture(record: "Record | PanopticRecord", white: int = FULL_WHITE) -> 
     return image
 
 
-def order_by_name(records: "Sequence[Record | PanopticRecord]", found: Sequence[str], expected: Sequence[str]) -> bool:
+def order_by_name(records: "Sequence[Record | PanopticRecord]", names: Sequence[str], expected: Sequence[str]) -> bool:
     """Number the classes of records as ``expected`` does, by their names; return whether both name the same ones.
 
     Args:
         records: Changed in place, if so.
-        found: Names of their classes, in the order of the labels.
+        names: Names of their classes, in the order of the labels.
         expected: Names in the order that they shall have.
     """
-    if list(found) == list(expected):
+    if list(names) == list(expected):
         return True
-    if sorted(found) != sorted(expected) or len(set(found)) < len(found):
+    if sorted(names) != sorted(expected) or len(set(names)) < len(names):
         return False
-    labels = np.array([list(expected).index(name) for name in found], np.int64)
+    labels = np.array([list(expected).index(name) for name in names], np.int64)
     for record in records:
         objects = record.instances if isinstance(record, Record) else record
         objects.labels = labels[objects.labels]
@@ -278,8 +278,8 @@ def _read_images(content: dict, faults: Faults) -> dict[Any, dict | None]:
 
 
 def _refuse_nothing(images: dict, categories: dict, faults: Faults) -> None:
-    for what, found in (("images", images), ("categories", categories)):
-        if not any(found.values()):
+    for what, entries in (("images", images), ("categories", categories)):
+        if not any(entries.values()):
             faults.settle("refuse", "correct the file", 0)
             raise TaskError(f"{faults.source}: holds no {what}")
 
@@ -478,17 +478,18 @@ def read_panoptic(
             faults.add("pair", images[key]["file_name"])
     checked = []
     for record, fault in zip(records, in_threads(_compare_segments, records), strict=True):
-        kind, found = fault
+        kind, detail = fault
         if kind == "segment":
-            for number in np.setdiff1d(found, [*record.ids, *record.left_out, 0]):
+            picture_ids = detail
+            for number in np.setdiff1d(picture_ids, [*record.ids, *record.left_out, 0]):
                 faults.add("segment", f"{record.map}: {number} isn't in the file")
-            for number in np.setdiff1d(record.ids, found):
+            for number in np.setdiff1d(record.ids, picture_ids):
                 faults.add("segment", f"{record.map}: {number} has no pixel")
-            there = np.isin(record.ids, found)
+            there = np.isin(record.ids, picture_ids)
             arrays = {key: getattr(record, key)[there] for key in ("ids", "labels", "crowd")}
             checked.append(dataclasses.replace(record, **arrays))
         else:
-            faults.add(kind, found)
+            faults.add(kind, detail)
     faults.settle(broken, "correct the file or the pictures", len(checked))
     things = [bool(category.get("isthing", 1)) for category in categories.values()]
     return checked, [category["name"] for category in categories.values()], things
@@ -551,10 +552,10 @@ def find_objects(
 ) -> tuple[list[Record], list[str]]:
     """Return the images of a split with their objects, and the classes."""
     path, images = _place(root, data, split)
-    records, found, _ = read_instances(path, images, with_masks, data["broken"], skip_damaged)
-    classes = found if data["classes"] is None else list(data["classes"])
-    if not order_by_name(records, found, classes):
-        raise TaskError(f"data.classes is {classes}, but {path} has {found}")
+    records, names, _ = read_instances(path, images, with_masks, data["broken"], skip_damaged)
+    classes = names if data["classes"] is None else list(data["classes"])
+    if not order_by_name(records, names, classes):
+        raise TaskError(f"data.classes is {classes}, but {path} has {names}")
     return records, classes
 
 

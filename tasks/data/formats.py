@@ -111,11 +111,13 @@ def open_objects(data: dict, with_masks: bool, skip_damaged: bool = False) -> tu
     else:
         _check_name(data, {**OBJECTS, "nuclei": None})
         root = _find_root(data)
-        (records, classes), (held_out, found) = (
+        (records, classes), (held_out, val_classes) = (
             OBJECTS[data["name"]](root, data, split, with_masks, skip_damaged) for split in ("train", "val")
         )
-        if not coco.order_by_name(held_out, found, classes):
-            raise TaskError(f"training and validation annotations have different classes: {_differing(classes, found)}")
+        if not coco.order_by_name(held_out, val_classes, classes):
+            raise TaskError(
+                f"training and validation annotations have different classes: {_differing(classes, val_classes)}"
+            )
         if not data["keep_empty"]:
             records = [record for record in records if not record.instances.crowd.all()]
         train = DetectionSet(records, classes, augment, data["repeat"])
@@ -220,12 +222,12 @@ def _open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings:
             faults.add("pair", image)
         else:
             pairs.append((image, path))
-    found = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
-    found.check(faults)
-    faults.settle(data["broken"], "correct or complete them", len(found.files))
-    if not found.files:
+    maps = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
+    maps.check(faults)
+    faults.settle(data["broken"], "correct or complete them", len(maps.files))
+    if not maps.files:
         raise TaskError(f"{root}: holds no image to {'train on' if split == 'train' else 'validate by'}")
-    return found
+    return maps
 
 
 def _differing(classes: Sequence[str], others: Sequence[str]) -> list[str] | str:
@@ -243,17 +245,17 @@ def _order_classes(train: SegmentationSet, val: SegmentationSet, data: dict) -> 
     given = None if data["classes"] is None or name in ("voc", "folder") else list(data["classes"])
     expected = list(train.classes) if given is None else given
     for part in (train, val):
-        found = part.classes
+        names = part.classes
         # Only files of COCO's formats number classes as they like.
-        fits = coco.order_by_name(part.records, found, expected) if isinstance(part, CocoMaps) else found == expected
+        fits = coco.order_by_name(part.records, names, expected) if isinstance(part, CocoMaps) else names == expected
         if not fits and given is not None:
-            raise TaskError(f"data.classes is {given}, but {name} has {found}")
+            raise TaskError(f"data.classes is {given}, but {name} has {names}")
         if not fits:
             raise TaskError(
-                f"training and validation annotations have different classes: {_differing(expected, found)}"
+                f"training and validation annotations have different classes: {_differing(expected, names)}"
             )
-        if found != expected:
-            part.things = [part.things[found.index(label)] for label in expected]
+        if names != expected:
+            part.things = [part.things[names.index(label)] for label in expected]
             part.classes = list(expected)
     differing = [label for label, *kinds in zip(expected, train.things, val.things, strict=True) if len({*kinds}) > 1]
     if differing:

@@ -80,10 +80,10 @@ def _walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
         return  # a link to a folder that it lies in
     try:
         with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+            visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise TaskError(f"{folder}: can't be read as a folder ({error.strerror})") from error
-    for entry in found:
+    for entry in visible:
         if entry.is_dir():
             yield from _walk(entry.path, (*above, real))
         else:
@@ -96,7 +96,7 @@ def find_images(sources: Iterable[str | Path]) -> list[Path]:
     Raises:
         TaskError: If a source doesn't exist or holds no image.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for source in sources:
         path = Path(source)
         if path.is_dir():
@@ -111,8 +111,8 @@ def find_images(sources: Iterable[str | Path]) -> list[Path]:
                 raise TaskError(f"{source}: matches no file")
         else:
             raise TaskError(f"{source}: no such file or folder")
-        found.update(dict.fromkeys(here))
-    return list(found)
+        files.update(dict.fromkeys(here))
+    return list(files)
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -244,7 +244,7 @@ def to_pixels(
     """
     if channels not in (1, 3):
         raise TaskError(f"{name}: images are read with 1 or 3 channels, but the model takes {channels}")
-    wanted = "L" if channels == 1 else "RGB"
+    mode = "L" if channels == 1 else "RGB"
     try:
         # Before, TIFF's entry on its orientation is still there.
         image.load()
@@ -257,11 +257,11 @@ def to_pixels(
         if "A" in image.mode.replace("LAB", "") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image if image.mode == wanted else image.convert(wanted)
+        return image if image.mode == mode else image.convert(mode)
     except TaskError:
         raise
     except Exception as error:
-        raise DamagedImageError(f"{name}: can't be made {wanted} from {image.mode} ({_reason(error)})") from error
+        raise DamagedImageError(f"{name}: can't be made {mode} from {image.mode} ({_reason(error)})") from error
 
 
 def choose_white(files: Sequence[str | Path]) -> int:
@@ -270,9 +270,9 @@ def choose_white(files: Sequence[str | Path]) -> int:
     Microscopes and X-ray detectors store 8, 10, 12 or 14 bits in 16. Of up to 100 of the files, evenly spread, those of
     16 bits are looked at; the least depth that holds all their values is theirs. Without any it is 65535.
     """
-    chosen = sorted({index * len(files) // LOOKED_AT for index in range(LOOKED_AT)}) if files else []
+    indices = sorted({index * len(files) // LOOKED_AT for index in range(LOOKED_AT)}) if files else []
     greatest = -1
-    for index in chosen:
+    for index in indices:
         try:
             greatest = max(greatest, _greatest_value(files[index]))
         except DamagedImageError:

@@ -228,7 +228,7 @@ class LabelMaps(SegmentationSet):
         super().__init__(**settings)
         self.files, self.values, self._skip_damaged = list(files), values, skip_damaged
         # How many pixels of each label map have each value, once they were checked.
-        self.found: list[dict[int, int]] = []
+        self.value_counts: list[dict[int, int]] = []
 
     @property
     def images(self) -> int:
@@ -255,20 +255,20 @@ class LabelMaps(SegmentationSet):
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a mask for every class that is there."""
         labels = self.labels(index)
-        found = np.setdiff1d(np.unique(labels), [IGNORE]).astype(np.int64)
-        return (labels == found[:, None, None]).astype(np.uint8), found, np.zeros(len(found), bool)
+        present = np.setdiff1d(np.unique(labels), [IGNORE]).astype(np.int64)
+        return (labels == present[:, None, None]).astype(np.uint8), present, np.zeros(len(present), bool)
 
     def occurring(self) -> Iterator[np.ndarray]:
         """Yield the labels in every label map that was checked."""
-        for found in self.found:
-            labels = self.values[list(found)]
+        for counts in self.value_counts:
+            labels = self.values[list(counts)]
             yield labels[labels != IGNORE]
 
     def unlabelled(self) -> dict[int, float]:
         """Return the values that count as unlabelled, and their share of the pixels, of the label maps checked."""
         totals = np.zeros(256)
-        for found in self.found:
-            totals[list(found)] += list(found.values())
+        for counts in self.value_counts:
+            totals[list(counts)] += list(counts.values())
         shares = totals / max(totals.sum(), 1)
         return {int(value): float(shares[value]) for value in np.flatnonzero((self.values == IGNORE) & (totals > 0))}
 
@@ -281,13 +281,13 @@ class LabelMaps(SegmentationSet):
             return ("damaged", str(error)), {}
         if values.dtype.kind not in "biu":
             return ("damaged", f"{path}: holds numbers with fractions; a label map has 0 to 255"), {}
-        found = count_values(values)
-        return self._find_fault(image, path, values.shape, found), found
+        counts = count_values(values)
+        return self._find_fault(image, path, values.shape, counts), counts
 
     def _find_fault(
-        self, image: Path, path: Path, shape: tuple[int, ...], found: dict[int, int]
+        self, image: Path, path: Path, shape: tuple[int, ...], counts: dict[int, int]
     ) -> tuple[str, str] | None:
-        unknown = [value for value in found if not 0 <= value < 256 or self.values[value] < 0]
+        unknown = [value for value in counts if not 0 <= value < 256 or self.values[value] < 0]
         if unknown:
             listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             return "value", f"{path.name} has values that stand for no class: {listed}"
@@ -303,14 +303,14 @@ class LabelMaps(SegmentationSet):
 
     def check(self, faults: Faults) -> None:
         """Read all label maps, note what is wrong, and leave out the images of which something is."""
-        kept, self.found = [], []
-        for pair, (fault, found) in zip(self.files, in_threads(self._look_at, range(len(self.files))), strict=True):
+        pairs, self.value_counts = [], []
+        for pair, (fault, counts) in zip(self.files, in_threads(self._look_at, range(len(self.files))), strict=True):
             if fault is None:
-                kept.append(pair)
-                self.found.append(found)
+                pairs.append(pair)
+                self.value_counts.append(counts)
             else:
                 faults.add(*fault)
-        self.files = kept
+        self.files = pairs
 
 
 class CocoMaps(SegmentationSet):
@@ -337,7 +337,10 @@ class CocoMaps(SegmentationSet):
     def inventory(self) -> list[tuple[Path, list]]:
         """Return every image with its size and the labels of its objects or segments."""
         labels = (getattr(record, "instances", record).labels.tolist() for record in self.records)
-        return [(record.file, [*record.size, *found]) for record, found in zip(self.records, labels, strict=True)]
+        return [
+            (record.file, [*record.size, *record_labels])
+            for record, record_labels in zip(self.records, labels, strict=True)
+        ]
 
 
 class PanopticMaps(CocoMaps):
@@ -414,8 +417,8 @@ class Nuclei(SegmentationSet):
         if self.output == "semantic":
             masks, labels = np.stack([numbers == 0, numbers > 0]), np.arange(2)
         else:
-            found = np.unique(numbers)
-            found = found[found > 0] if self.output == "instance" else found
-            masks = numbers == found[:, None, None]
-            labels = np.minimum(found, 1) if self.output == "panoptic" else np.zeros_like(found)
+            ids = np.unique(numbers)
+            ids = ids[ids > 0] if self.output == "instance" else ids
+            masks = numbers == ids[:, None, None]
+            labels = np.minimum(ids, 1) if self.output == "panoptic" else np.zeros_like(ids)
         return masks.astype(np.uint8), labels.astype(np.int64), np.zeros(len(labels), bool)

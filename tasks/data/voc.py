@@ -53,13 +53,13 @@ class Names:
 
     def picture(self, name: str, faults: Faults) -> Path | None:
         """Return a name's picture: NAME.jpg, or the only one with another ending; None with a fault noted."""
-        usual, found = self.root / "JPEGImages" / f"{name}.jpg", self._pictures.get(name, [])
-        if not found:
+        usual, files = self.root / "JPEGImages" / f"{name}.jpg", self._pictures.get(name, [])
+        if not files:
             faults.add("image", usual)
-        elif len(found) > 1 and usual not in found:
-            faults.add("id", " and ".join(map(str, found)))
+        elif len(files) > 1 and usual not in files:
+            faults.add("id", " and ".join(map(str, files)))
         else:
-            return usual if usual in found else found[0]
+            return usual if usual in files else files[0]
         return None
 
     def listed(self, part: str, split: str) -> list[str]:
@@ -108,17 +108,17 @@ def read_voc(
     """
     root = Path(root)
     names, faults = Names(root), Faults(root)
-    found = []
+    parsed = []
     for name in names.listed("Segmentation" if with_masks else "Main", split):
         file = names.picture(name, faults)
         tree = None if file is None else _read_tree(root, name, faults)
         if tree is not None:
             size = _read_size(tree, file, faults, name)
             if size is not None:
-                found.append((name, file, tree, size))
-    fits = faults.check_pictures([(file, size) for _, file, _, size in found], skip_damaged)
+                parsed.append((name, file, tree, size))
+    fits = faults.check_pictures([(file, size) for _, file, _, size in parsed], skip_damaged)
     records, unknown = [], {}
-    for (name, file, tree, size), good in zip(found, fits, strict=True):
+    for (name, file, tree, size), good in zip(parsed, fits, strict=True):
         numbers = _read_numbers(root / "SegmentationObject" / f"{name}.png", size, faults) if with_masks else None
         if not good or (with_masks and numbers is None):
             continue
@@ -149,21 +149,21 @@ def check_classes(names: Names, listed: Sequence[str], classes: Sequence[str], g
     Raises:
         TaskError: If there are objects of other classes.
     """
-    found: dict[str, None] = {}
+    object_names: dict[str, None] = {}
     for name in listed:
         if (names.root / "Annotations" / f"{name}.xml").is_file():
             tree = _read_tree(names.root, name, Faults(names.root))
-            found |= (
+            object_names |= (
                 {} if tree is None else {(node.findtext("name") or "").strip(): None for node in tree.iter("object")}
             )
-    strange = sorted(found.keys() - set(classes) - {""})
+    strange = sorted(object_names.keys() - set(classes) - {""})
     if strange:
         raise TaskError(
             f"{names.root}: Annotations name objects of other classes than {'data.classes' if given else 'Pascal'}: "
             f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}; name yours, in the order of the values "
             "from 1 and without the background, with data.classes"
         )
-    if not found and not given:
+    if not object_names and not given:
         warnings.warn(
             f"{names.root}: no Annotations tell the classes; 1 to 20 are taken for Pascal's, aeroplane to tvmonitor; "
             "name others, without the background, with data.classes",

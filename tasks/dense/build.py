@@ -22,7 +22,7 @@ from ...zoo.published import (
     layout_of,
     likely_model,
     origin_of,
-    refuse_homeless,
+    refuse_unknown_backbone,
     without_constants,
 )
 from ...zoo.weights import locate
@@ -37,16 +37,16 @@ class OtherClassesError(CheckpointError):
 
     Args:
         path: The file.
-        held: Its classes.
-        wanted: Those asked for.
+        classes: Its classes.
+        expected: Those asked for.
     """
 
-    def __init__(self, path: str | Path, held: int, wanted: int):
+    def __init__(self, path: str | Path, classes: int, expected: int):
         super().__init__(
-            f"{path}: has {held} classes, not {wanted}; leave num_classes out, or start with new classifiers: "
+            f"{path}: has {classes} classes, not {expected}; leave num_classes out, or start with new classifiers: "
             "reset_classifier=True"
         )
-        self.path, self.held = path, held
+        self.path, self.classes = path, classes
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ class DenseFile:
         translates = isinstance(backbone, str) and is_model(backbone) and is_foreign(backbone)
         if self.origin is None or not translates:
             return None
-        refuse_homeless(self.state, self.path)
+        refuse_unknown_backbone(self.state, self.path)
         layout = layout_of(self.state)
         self.likely = None if layout is None else likely_model(layout, self.state)
         return layout
@@ -189,25 +189,25 @@ def load_dense(
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
     path, state = file.path, file.state
-    given, wanted = has_backbone(state), bool(model.backbone.state_dict())
-    if wanted and not given:
+    in_file, in_model = has_backbone(state), bool(model.backbone.state_dict())
+    if in_model and not in_file:
         _logger.warning(f"{path}: holds the heads alone; the backbone keeps its weights")
-    if given and not wanted:
+    if in_file and not in_model:
         _logger.info(f"{path}: left out its backbone, since {type(model.backbone).__name__} has no weights")
-    whole = given and wanted and not backbone_loaded
+    whole = in_file and in_model and not backbone_loaded
     if not whole:
         state = {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
     # Batch counts play no part where the momentum is fixed.
     counters = set(absent_counters(state, model))
     of_backbone = {key for key in model.state_dict() if key.startswith("backbone.") and not whole}
-    kept = [key for key in model.state_dict() if key in counters or key in of_backbone or fresh(key)]
+    initial = [key for key in model.state_dict() if key in counters or key in of_backbone or fresh(key)]
     hint = "" if file.likely is None else f"; the file's backbone is {file.likely} by its widths and depths"
-    own = load(model, state, path, kept, hint=hint)
+    own = load(model, state, path, initial, hint=hint)
     body = LoadReport(0)
     if not whole and backbone_loaded:
         body = getattr(model.backbone, "load_report", None) or body
-    left = {key for key in kept if not (backbone_loaded and key.startswith("backbone."))}
+    left = {key for key in initial if not (backbone_loaded and key.startswith("backbone."))}
     report = LoadReport(
         matched=own.matched + body.matched,
         missing=(*sorted(left), *(f"backbone.features.{key}" for key in body.missing)),
@@ -309,7 +309,7 @@ def build_described(
         )
     except OtherClassesError as error:
         raise CheckpointError(
-            f"{error.path}: has {error.held} classes, the data {classes}; start with new classifiers: "
+            f"{error.path}: has {error.classes} classes, the data {classes}; start with new classifiers: "
             "model.kwargs.reset_classifier=True"
         ) from error
     except (TaskError, CheckpointError, UnknownModelError):

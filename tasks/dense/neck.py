@@ -29,8 +29,8 @@ def convert_pyramid(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     All other entries stay as they are.
     """
-    found = {key: match.groups() for key in state if (match := _PUBLISHED.fullmatch(key))}
-    levels = len({level for kind, level, _ in found.values() if kind == "lateral"})
+    groups = {key: match.groups() for key in state if (match := _PUBLISHED.fullmatch(key))}
+    levels = len({level for kind, level, _ in groups.values() if kind == "lateral"})
 
     def renamed(kind: str, level: str, leaf: str) -> str:
         if kind == "lateral":
@@ -39,7 +39,7 @@ def convert_pyramid(state: dict[str, Tensor]) -> dict[str, Tensor]:
         beyond = int(level) - levels
         return f"neck.layer_blocks.{level}.0.{leaf}" if beyond < 0 else f"neck.extra_blocks.convs.{beyond}.{leaf}"
 
-    return {renamed(*found[key]) if key in found else key: value for key, value in state.items()}
+    return {renamed(*groups[key]) if key in groups else key: value for key, value in state.items()}
 
 
 class _Pooled(ExtraFPNBlock):
@@ -149,13 +149,13 @@ class FeaturePyramid(FeaturePyramidNetwork):
         return list(super().forward({str(level): x for level, x in enumerate(maps[self.start_level :])}).values())
 
 
-def _rescaling(dim: int, stride: int, wanted: int) -> tuple[list[nn.Module], int]:
-    """Return ViTDet's layers from a map of ``stride`` to one of ``wanted``, and its channels.
+def _rescaling(dim: int, stride: int, target: int) -> tuple[list[nn.Module], int]:
+    """Return ViTDet's layers from a map of ``stride`` to one of ``target``, and its channels.
 
     Each doubling is a deconvolution that halves the channels, each halving a max pooling.
     """
     layers: list[nn.Module] = []
-    doublings = round(math.log2(stride / wanted))
+    doublings = round(math.log2(stride / target))
     for step in range(doublings):
         if step > 0:
             layers += [LayerNorm2d(dim, eps=1e-6), nn.GELU()]
@@ -220,10 +220,10 @@ class SimpleFeaturePyramid(nn.Module):
                 f"extra_convs is {extra_convs!r}; on a simple feature pyramid it can be None or 'on_output'"
             )
         self._names = []
-        for wanted in strides:
-            layers, width = _rescaling(in_channels, stride, wanted)
+        for target in strides:
+            layers, width = _rescaling(in_channels, stride, target)
             layers += [_NormedConv(width, out_channels, 1), _NormedConv(out_channels, out_channels, 3)]
-            self._names.append(f"simfp_{round(math.log2(wanted))}")
+            self._names.append(f"simfp_{round(math.log2(target))}")
             self.add_module(self._names[-1], nn.Sequential(*layers))
         self.extra_blocks = None
         if num_extra and extra_convs is None:
@@ -261,8 +261,8 @@ class ScaledMaps(nn.Module):
         super().__init__()
         self.sources = sources_of(in_strides, strides)
         self.reductions, self.channels, self.levels = list(strides), [], nn.ModuleList()
-        for place, wanted in zip(self.sources, strides, strict=True):
-            layers, width = _rescaling(in_channels[place], in_strides[place], wanted)
+        for place, target in zip(self.sources, strides, strict=True):
+            layers, width = _rescaling(in_channels[place], in_strides[place], target)
             self.levels.append(nn.Sequential(*layers))
             self.channels.append(width)
 
@@ -379,7 +379,7 @@ class MultiLevelNeck(nn.Module):
         if len(in_channels) != len(STRIDES):
             raise TaskError(f"MultiLevelNeck takes {len(STRIDES)} maps, the backbone gives {len(in_channels)}")
         width = in_channels[0] if out_channels is None else out_channels
-        self.scales = [stride / wanted for wanted in STRIDES]
+        self.scales = [stride / target for target in STRIDES]
         self.lateral_convs = nn.ModuleList(_Conv(channels, width, 1) for channels in in_channels)
         self.convs = nn.ModuleList(_Conv(width, width, 3) for _ in STRIDES)
         self.channels, self.reductions = [width] * len(STRIDES), list(STRIDES)

@@ -71,16 +71,16 @@ class Predictor:
         batch = [torch.from_numpy(image).permute(2, 0, 1).to(self.device) for image in pixels]
         return [detect_image(self.model, image) for image in batch]
 
-    def describe(self, found: dict[str, Any]) -> dict[str, Any]:
+    def describe(self, detections: dict[str, Any]) -> dict[str, Any]:
         """Return, in plain types, the objects whose score is at least ``threshold``: masks as COCO's run lengths."""
-        return describe_objects(found, self.classes, self.threshold)
+        return describe_objects(detections, self.classes, self.threshold)
 
-    def headline(self, found: dict[str, Any]) -> str:
+    def headline(self, detections: dict[str, Any]) -> str:
         """Return how many objects of which classes there are, in a few words."""
-        return count_objects(found, self.classes, self.threshold)
+        return count_objects(detections, self.classes, self.threshold)
 
-    def draw(self, image: Image.Image, found: dict[str, Any], path: Path) -> dict[str, str]:
+    def draw(self, image: Image.Image, detections: dict[str, Any], path: Path) -> dict[str, str]:
         """Draw the objects on the image; return what was written beside the picture: nothing."""
         image = to_pixels(image, self.channels, self.white)
-        draw_detections(image, found, self.classes, path, self.threshold)
+        draw_detections(image, detections, self.classes, path, self.threshold)
         return {}

@@ -180,9 +180,9 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     if model["kwargs"].get("torchvision_outputs"):
         raise TaskError("model.kwargs.torchvision_outputs: a run counts labels from 0; set it on the trained model")
     # The sizes of images are the run's own say; how they are normalised, a file that it starts from may tell.
-    held = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
+    of_file = ("mean", "std", "channel_order") if model.get("checkpoint") else ()
     parameters = inspect.signature(DetectorTransform).parameters
-    transform = {name: option.default for name, option in parameters.items() if name not in held}
+    transform = {name: option.default for name, option in parameters.items() if name not in of_file}
     transform |= DETECTORS[model["head"]].TRANSFORM
     return build_described(create_detector, model, classes, transform | model["kwargs"])
 

@@ -1,4 +1,4 @@
-"""Training and evaluation of any task; the only room that knows mmengine.
+"""Training and evaluation of any task; the only package that imports mmengine.
 
 What mmengine 0.10.7 does not do with a current torch is done here: checkpoints without pickled objects, mixed
 precision on any device, processes on CPU, resuming that is exact, between epochs and inside them, or refused.

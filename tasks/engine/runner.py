@@ -384,12 +384,12 @@ def _groups_by_name(model: nn.Module, settings: dict) -> list[dict]:
         if settings["no_decay"] is None:
             plain = parameter.ndim <= 1 or name.endswith(".bias")
         else:
-            held = [part for part in settings["no_decay"] if part in name]
-            unused -= set(held)
-            plain = bool(held)
-        held = sorted((part for part in settings["factors"] if part in name), key=len)
-        unused -= set(held)
-        decay, factor = 0.0 if plain else settings["weight_decay"], settings["factors"][held[-1]] if held else 1.0
+            exempt = [part for part in settings["no_decay"] if part in name]
+            unused -= set(exempt)
+            plain = bool(exempt)
+        matches = sorted((part for part in settings["factors"] if part in name), key=len)
+        unused -= set(matches)
+        decay, factor = 0.0 if plain else settings["weight_decay"], settings["factors"][matches[-1]] if matches else 1.0
         group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_scale": factor})
         group["params"].append(parameter)
     strange = sorted(unused & set(settings["factors"]))

@@ -38,7 +38,7 @@ def measure_ap(
     with_masks = kind == "mask"
     labels = sorted({int(label) for entry in (*predictions, *targets) for label in entry["labels"]})
     images = [{"id": i, "height": target["size"][0], "width": target["size"][1]} for i, target in enumerate(targets)]
-    truth, found = (
+    truth, predicted = (
         COCO(
             {
                 "images": images,
@@ -48,7 +48,7 @@ def measure_ap(
         )
         for entries in (targets, predictions)
     )
-    evaluation = COCOeval_faster(truth, found, "segm" if with_masks else "bbox", print_function=lambda text: None)
+    evaluation = COCOeval_faster(truth, predicted, "segm" if with_masks else "bbox", print_function=lambda text: None)
     evaluation.params.iouThrs, evaluation.params.recThrs = IOU_THRESHOLDS, RECALL_THRESHOLDS
     if not labels:
         return dict.fromkeys(NUMBERS, -1.0) | {"classes": [], "class_ap": [], "precision": np.zeros((10, 101, 0))}

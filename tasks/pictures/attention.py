@@ -403,14 +403,14 @@ def explain_image(
 
 
 def _draw_map(observed: tuple[Tensor, str], method: str, photo: _Photo) -> Figure:
-    found, words = observed
+    values, words = observed
     height, width = photo.size
     figure = new_figure(_WIDTH * 2 / 3, _WIDTH / 3 * height / width + 1.1)
     bare, axes = figure.subplots(1, 2)
     _show(bare, photo)
     _show(axes, photo)
     look = {"cmap": HEAT, "alpha": ALPHA, "extent": (0, width, height, 0), "interpolation": "nearest"}
-    shades = axes.imshow(found.cpu().numpy(), vmin=0, vmax=max(found.max().item(), 1e-12), **look)
+    shades = axes.imshow(values.cpu().numpy(), vmin=0, vmax=max(values.max().item(), 1e-12), **look)
     figure.suptitle(words, fontsize=8)
     bar = figure.colorbar(shades, ax=[bare, axes], location="bottom", shrink=0.6, aspect=40)
     bar.set_label(_UNITS[method], fontsize=7.5)

@@ -34,10 +34,10 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tuple[str, str | None]]:
     """Return a colour and a pattern of stripes, or None, for each class that a picture shows; background has none."""
-    found = sorted(label for label in set(labels) if label < len(classes) and classes[label] != "background")
+    shown = sorted(label for label in set(labels) if label < len(classes) and classes[label] != "background")
     return {
         label: (PALETTE[place % len(PALETTE)], STRIPES[place // len(PALETTE) % len(STRIPES)])
-        for place, label in enumerate(found)
+        for place, label in enumerate(shown)
     }
 
 

@@ -65,18 +65,18 @@ def draw_objects(
 
 
 def match_objects(
-    found: Mapping[str, Any], truth: Mapping[str, Any], overlap: float = 0.5
+    predicted: Mapping[str, Any], truth: Mapping[str, Any], overlap: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return which predictions are right, and which true objects are found, both bool.
 
     Predictions, best first, take the free object of their class with which their box overlaps most, if by ``overlap``.
     """
-    right, met = np.zeros(len(found["labels"]), bool), np.zeros(len(truth["labels"]), bool)
+    right, met = np.zeros(len(predicted["labels"]), bool), np.zeros(len(truth["labels"]), bool)
     if not len(right) or not len(met):
         return right, met
-    overlaps = box_iou(found["boxes"].double(), truth["boxes"].double()).numpy()
-    overlaps[found["labels"].numpy()[:, None] != truth["labels"].numpy()] = 0
-    for index in torch.argsort(found["scores"], descending=True, stable=True).tolist():
+    overlaps = box_iou(predicted["boxes"].double(), truth["boxes"].double()).numpy()
+    overlaps[predicted["labels"].numpy()[:, None] != truth["labels"].numpy()] = 0
+    for index in torch.argsort(predicted["scores"], descending=True, stable=True).tolist():
         best = int(np.where(met, -1, overlaps[index]).argmax())
         if not met[best] and overlaps[index, best] >= overlap:
             right[index] = met[best] = True
@@ -84,16 +84,16 @@ def match_objects(
 
 
 def draw_detections(
-    image: Image.Image, found: Mapping[str, Any], classes: Sequence[str], path: str | Path, threshold: float
+    image: Image.Image, objects: Mapping[str, Any], classes: Sequence[str], path: str | Path, threshold: float
 ) -> None:
     """Draw an image with the objects found in it whose score is at least ``threshold``, and a legend with counts."""
-    found = keep_likely(found, threshold)
-    styles = choose_styles(found["labels"].tolist(), classes)
+    objects = keep_likely(objects, threshold)
+    styles = choose_styles(objects["labels"].tolist(), classes)
     width = 8.0 * min(1.0, 1.2 * image.width / image.height)
     figure = new_figure(width, width * image.height / image.width + 0.9)
-    draw_objects(figure.subplots(), image, found, classes, styles)
-    figure.suptitle(f"{len(found['labels'])} objects with a score of {threshold:g} or more", fontsize=10)
-    names = [f"{classes[label]} ({int((found['labels'] == label).sum())})" for label in styles]
+    draw_objects(figure.subplots(), image, objects, classes, styles)
+    figure.suptitle(f"{len(objects['labels'])} objects with a score of {threshold:g} or more", fontsize=10)
+    names = [f"{classes[label]} ({int((objects['labels'] == label).sum())})" for label in styles]
     add_legend(figure, names, list(styles.values()))
     save_figure(figure, path)
 
@@ -114,18 +114,18 @@ def draw_comparison(
         title: What is shown.
         threshold: Least score of a prediction that is drawn.
     """
-    kept = [(image, truth, keep_likely(found, threshold)) for image, truth, found in rows]
+    shown = [(image, truth, keep_likely(predicted, threshold)) for image, truth, predicted in rows]
     styles = choose_styles(
-        (label for _, *both in kept for objects in both for label in objects["labels"].tolist()), classes
+        (label for _, *both in shown for objects in both for label in objects["labels"].tolist()), classes
     )
-    heights = [4.6 * min(image.height / image.width, 2.0) for image, *_ in kept]
-    figure = new_figure(9.6, sum(heights) + 0.5 * len(kept) + 0.9)
+    heights = [4.6 * min(image.height / image.width, 2.0) for image, *_ in shown]
+    figure = new_figure(9.6, sum(heights) + 0.5 * len(shown) + 0.9)
     figure.suptitle(f"{title}; a prediction is right if its box overlaps the true one by half (IoU)", fontsize=10)
-    panels = figure.subplots(len(kept), 2, squeeze=False, height_ratios=heights)
-    for (left, right), (image, truth, found) in zip(panels, kept, strict=True):
-        hits, met = match_objects(found, truth)
+    panels = figure.subplots(len(shown), 2, squeeze=False, height_ratios=heights)
+    for (left, right), (image, truth, predicted) in zip(panels, shown, strict=True):
+        hits, met = match_objects(predicted, truth)
         draw_objects(left, image, truth, classes, styles, ~met)
-        draw_objects(right, image, found, classes, styles, ~hits)
+        draw_objects(right, image, predicted, classes, styles, ~hits)
         left.set_title(f"truth: {len(met)} objects, {(~met).sum()} missed (dashed)", fontsize=9)
         right.set_title(
             f"predicted, score from {threshold:g}: {len(hits)}, of which {(~hits).sum()} wrong (dashed)", fontsize=9

@@ -67,18 +67,18 @@ def _borders(regions: np.ndarray) -> np.ndarray:
 
 
 def draw_segmentation(
-    image: Image.Image, found: Tensor, classes: Sequence[str], path: str | Path, things: Sequence[bool] = ()
+    image: Image.Image, segmentation: Tensor, classes: Sequence[str], path: str | Path, things: Sequence[bool] = ()
 ) -> None:
     """Draw an image under its classes, or segments, with a legend that says how much of the image each has.
 
     Args:
         image: The image.
-        found: Class of every pixel ``[H, W]``, or class and number of its segment ``[H, W, 2]``.
+        segmentation: Class of every pixel ``[H, W]``, or class and number of its segment ``[H, W, 2]``.
         classes: Names of the classes.
         path: PNG to write.
         things: For each class whether its objects are told apart, and counted in the legend.
     """
-    labels, numbers = _split(found)
+    labels, numbers = _split(segmentation)
     styles = choose_styles(np.unique(labels).tolist(), classes)
     width = 8.0 * min(1.0, 1.2 * image.width / image.height)
     figure = new_figure(width, width * image.height / image.width + 0.6 + 0.25 * (1 + len(styles) // 4))
@@ -155,21 +155,21 @@ def draw_comparison(
         title: What is shown.
         things: As for `draw_segmentation`.
     """
-    split = [(image, _split(truth), _split(found)) for image, truth, found in rows]
-    maps = [labels for _, (truth, _), (found, _) in split for labels in (truth, found)]
+    split = [(image, _split(truth), _split(predicted)) for image, truth, predicted in rows]
+    maps = [labels for _, (truth, _), (predicted, _) in split for labels in (truth, predicted)]
     styles = choose_styles((label for labels in maps for label in np.unique(labels).tolist()), classes)
     heights = [4.2 * min(image.height / image.width, 2.0) for image, *_ in split]
     figure = new_figure(12.6, sum(heights) + 0.5 * len(split) + 0.9 + 0.25 * (len(styles) // 7))
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(len(split), 3, squeeze=False, height_ratios=heights)
-    for (left, middle, right), (image, (truth, true_numbers), (found, numbers)) in zip(panels, split, strict=True):
+    for (left, middle, right), (image, (truth, true_numbers), (predicted, numbers)) in zip(panels, split, strict=True):
         void = truth >= len(classes)
         left.imshow(image, interpolation="nearest" if max(image.size) < 200 else "antialiased")
         left.set(xticks=[], yticks=[])
         left.set_title("image", fontsize=9)
         for axes, labels, parts, name in (
             (middle, truth, true_numbers, "truth"),
-            (right, found, numbers, "prediction"),
+            (right, predicted, numbers, "prediction"),
         ):
             draw_overlay(axes, image, labels, styles, parts)
             if void.any():
@@ -181,8 +181,8 @@ def draw_comparison(
     save_figure(figure, path)
 
 
-def _split(found: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-    array = found.numpy()
+def _split(segmentation: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+    array = segmentation.numpy()
     return (array, None) if array.ndim == 2 else (array[..., 0], array[..., 1])
 
 

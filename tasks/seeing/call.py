@@ -376,7 +376,7 @@ class AttentionCall:
         queries = torch.as_tensor(queries, device=operator.device).long()
         total = self.values.new_zeros(batch, operator.heads, operator.keys + 1)
         seen = torch.zeros_like(total)
-        for part in queries.split(max(1, _HELD // max(1, batch * operator.held))):
+        for part in queries.split(max(1, _HELD // max(1, batch * operator.row_size))):
             rows = operator.rows(part)
             if rows.keys is None:
                 total[..., :-1] += rows.weights.sum(2)

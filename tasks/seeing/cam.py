@@ -124,8 +124,8 @@ def cam_layer(model: nn.Module, x: Tensor, target: Target = None) -> str:
             "classifier's weights are 0; load weights, or name a layer"
         )
 
-    chosen = calls[last]
-    if not _is_norm(chosen.module):
+    source = calls[last]
+    if not _is_norm(source.module):
         # What the module read that used the map up: a pooling, or an attention around its keys and values.
         for call in calls[last + 1 :]:
             if call.given is None or not _is_map(call.given, model, x):
@@ -136,10 +136,10 @@ def cam_layer(model: nn.Module, x: Tensor, target: Target = None) -> str:
                     raise TaskError(
                         f"{_name(model)}: what {call.name} reads is no module's output; name a layer: its map is drawn"
                     )
-                chosen = made[0]
+                source = made[0]
                 break
     # Of modules that give the same tensor, as a block and its stage do, the outermost; never one that does nothing.
-    same = [call for call in calls if _same(call.output, chosen.output)]
+    same = [call for call in calls if _same(call.output, source.output)]
     same = [call for call in same if not isinstance(call.module, nn.Identity | nn.modules.dropout._DropoutNd)] or same
     return min(same, key=lambda call: call.name.count(".")).name
 
@@ -186,13 +186,13 @@ def _cam(
             f"{_name(model)}: no patch has a gradient at {name}, so that its map is blank; use {cam_layer(model, x)}"
         )
     activation, gradient = (_as_map(value.detach(), model, x).float() for value in (outputs[-1], gradient))
-    found = combine(activation, gradient)
+    cams = combine(activation, gradient)
     if raw:
-        return found
-    blank = (found <= 0).flatten(1).all(1).nonzero().flatten().tolist()
+        return cams
+    blank = (cams <= 0).flatten(1).all(1).nonzero().flatten().tolist()
     if blank:
         warnings.warn(f"{name} holds no positive evidence for the class in image {blank}; the map is 0", stacklevel=3)
-    sized = F.interpolate(_scaled(found.clamp(min=0))[:, None], x.shape[-2:], mode="bilinear", align_corners=False)
+    sized = F.interpolate(_scaled(cams.clamp(min=0))[:, None], x.shape[-2:], mode="bilinear", align_corners=False)
     return _scaled(sized[:, 0])
 
 
@@ -264,9 +264,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _gradients(score: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
-    wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    found = iter(torch.autograd.grad(score, wanted, retain_graph=True, allow_unused=True) if wanted else ())
-    return [next(found) if tensor.requires_grad else None for tensor in tensors]
+    inputs = [tensor for tensor in tensors if tensor.requires_grad]
+    gradients = iter(torch.autograd.grad(score, inputs, retain_graph=True, allow_unused=True) if inputs else ())
+    return [next(gradients) if tensor.requires_grad else None for tensor in tensors]
 
 
 def _find(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
@@ -311,14 +311,14 @@ def _fits(height: int, width: int, x: Tensor) -> bool:
 def _grid(tensor: Tensor, model: nn.Module, x: Tensor) -> tuple[str, int, int, int] | None:
     """Return how a tensor is a map of images: its layout, prefix tokens, height and width; None if it isn't one."""
     if tensor.ndim == 4 and tensor.is_floating_point() and len(tensor) == len(x):
-        found = [
+        layouts = [
             (layout, 0, height, width)
             for layout, (height, width) in (("NCHW", tensor.shape[2:]), ("NHWC", tensor.shape[1:3]))
             if _fits(height, width, x)
         ]
-        if len(found) > 1 and str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
-            found.reverse()
-        return found[0] if found else None
+        if len(layouts) > 1 and str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
+            layouts.reverse()
+        return layouts[0] if layouts else None
     if tensor.ndim == 3 and tensor.is_floating_point() and len(tensor) == len(x):
         prefix = getattr(model, "num_prefix_tokens", None)
         # A block may add the prefix tokens only at the end, or drop them.

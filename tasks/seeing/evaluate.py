@@ -119,21 +119,21 @@ def _measure(
     steps: int | None,
     batch_size: int,
 ) -> dict[str, float]:
-    found = {}
+    scores = {}
     for name, measure in (("insertion", judge.insertion), ("deletion", judge.deletion)) if steps is not None else ():
         step = math.ceil(maps[0].numel() / steps)
         parts = zip(*(part.split(batch_size) for part in (x, maps, target)), strict=True)
-        found[name] = torch.cat([measure(model, *part, step=step)[1] for part in parts]).mean().item()
+        scores[name] = torch.cat([measure(model, *part, step=step)[1] for part in parts]).mean().item()
     if masks is not None:
-        found["pixel AP"] = judge.pixel_ap(maps, masks)
+        scores["pixel AP"] = judge.pixel_ap(maps, masks)
         objects = judge.boxes_of_masks(masks)
     elif boxes is not None:
         objects = boxes
-        found["MaxBoxAccV2"] = judge.max_box_acc_v2(maps, boxes)
+        scores["MaxBoxAccV2"] = judge.max_box_acc_v2(maps, boxes)
     else:
-        return found
-    found["pointing"] = judge.pointing_game(maps, objects, 15 / 224 * max(maps.shape[1:]))
-    return found
+        return scores
+    scores["pointing"] = judge.pointing_game(maps, objects, 15 / 224 * max(maps.shape[1:]))
+    return scores
 
 
 def _similarity(maps: Tensor, others: Tensor) -> float:
@@ -163,8 +163,8 @@ def shuffled(model: nn.Module, classifier_only: bool = False, seed: int = 0) -> 
             raise TaskError(
                 f"{type(model).__name__}: has no get_classifier, so that its classifier can't be randomised"
             )
-        found = model.get_classifier()
-        modules = list(found) if isinstance(found, tuple) else [found]
+        classifier = model.get_classifier()
+        modules = list(classifier) if isinstance(classifier, tuple) else [classifier]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in (parameter for module in modules for parameter in module.parameters()):

@@ -79,8 +79,8 @@ def describe_heads(
     batches = x.split(batch_size)
     parts = [None] * len(batches) if labels is None else labels.split(batch_size)
     with evaluating(model):
-        found = [_describe(model, *batch, layers, ablate) for batch in zip(batches, parts, strict=True)]
-    return [_mean(facts, [len(batch) for batch in batches]) for facts in zip(*found, strict=True)]
+        per_batch = [_describe(model, *batch, layers, ablate) for batch in zip(batches, parts, strict=True)]
+    return [_mean(facts, [len(batch) for batch in batches]) for facts in zip(*per_batch, strict=True)]
 
 
 def _mean(facts: Sequence[HeadFacts], sizes: Sequence[int]) -> HeadFacts:
@@ -177,9 +177,9 @@ def _part_of(call: AttentionCall, head: int) -> tuple[nn.Module, int, int] | Non
 @contextlib.contextmanager
 def _silenced(layer: nn.Module, first: int, end: int) -> Iterator[None]:
     """Let a layer see nothing of some of its input channels."""
-    kept = layer.weight[:, first:end].clone()
+    weight = layer.weight[:, first:end].clone()
     layer.weight[:, first:end] = 0
     try:
         yield
     finally:
-        layer.weight[:, first:end] = kept
+        layer.weight[:, first:end] = weight

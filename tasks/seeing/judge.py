@@ -79,10 +79,10 @@ def _run(
     with evaluating(model):
         logits = model(x)
         chosen_logits(model, logits, target)  # refuses what gives no logits
-        chosen = target_indices(model, logits, target)[:, None]
+        classes = target_indices(model, logits, target)[:, None]
         for done in range(count + 1):
             logits = model(torch.where(turn < done, end, start))
-            scores.append(logits.float().softmax(1).gather(1, chosen)[:, 0])
+            scores.append(logits.float().softmax(1).gather(1, classes)[:, 0])
     scores = torch.stack(scores, 1)
     return scores, (scores.sum(1) - (scores[:, 0] + scores[:, -1]) / 2) / count
 
@@ -154,9 +154,9 @@ def box_curves(maps: Tensor, boxes: Sequence[Tensor]) -> np.ndarray:
         cuts = (_BOX_CUTS * levels.max()).astype(int)
         # Many cuts are the same level.
         distinct, place = np.unique(cuts, return_inverse=True)
-        of_cut, found = _contour_boxes(torch.from_numpy(levels[None] > distinct[:, None, None]))
+        of_cut, contours = _contour_boxes(torch.from_numpy(levels[None] > distinct[:, None, None]))
         best = torch.zeros(len(distinct), dtype=torch.float64)
-        best.scatter_reduce_(0, of_cut, _iou(found, objects).amax(1), "amax")
+        best.scatter_reduce_(0, of_cut, _iou(contours, objects).amax(1), "amax")
         # Without a contour, the box is the first pixel.
         empty = torch.bincount(of_cut, minlength=len(distinct)) == 0
         best[empty] = _iou(torch.zeros(1, 4, dtype=torch.float64), objects).max()
@@ -216,12 +216,12 @@ def _scaled(scores: Tensor) -> Tensor:
     return scores / scores.max()
 
 
-def _iou(found: Tensor, objects: Tensor) -> Tensor:
+def _iou(boxes: Tensor, objects: Tensor) -> Tensor:
     """Return the IoU ``[n, k]`` of boxes whose ends are included."""
     least, most = (torch.maximum, torch.minimum)
-    sides = most(found[:, None, 2:], objects[:, 2:]) - least(found[:, None, :2], objects[:, :2]) + 1
+    sides = most(boxes[:, None, 2:], objects[:, 2:]) - least(boxes[:, None, :2], objects[:, :2]) + 1
     shared = sides.clamp(min=0).prod(-1)
-    areas = [(part[:, 2:] - part[:, :2] + 1).prod(-1) for part in (found, objects)]
+    areas = [(part[:, 2:] - part[:, :2] + 1).prod(-1) for part in (boxes, objects)]
     return shared / (areas[0][:, None] + areas[1] - shared)
 
 

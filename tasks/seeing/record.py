@@ -57,7 +57,7 @@ class Record(Mapping[str, AttentionCall]):
 
     def add(self, name: str, call: Callable[[str], AttentionCall]) -> None:
         """Keep a call under its module's name, or ``name#2`` and so on."""
-        count = 1 + sum(kept.partition("#")[0] == name for kept in self._calls)
+        count = 1 + sum(other.partition("#")[0] == name for other in self._calls)
         name = name if count == 1 else f"{name}#{count}"
         self._calls[name] = call(name)
 
@@ -278,7 +278,7 @@ def record_attention(model: nn.Module, layers: str | Sequence[str] | None = None
     the parameters change. A compiled model runs eagerly within the context.
 
     Args:
-        model: Any model, or an attention by itself. All attentions of the house are read, and timm's of ViT (with
+        model: Any model, or an attention by itself. All of foveate's attentions are read, and timm's of ViT (with
             rotary positions too), Swin, DaViT, Twins, MaxViT and PVTv2; others are named in ``record.skipped``.
         layers: Globs of module names, such as ``"stages.3.*"``; all by default.
 
@@ -324,5 +324,5 @@ def record_attention(model: nn.Module, layers: str | Sequence[str] | None = None
 def _nothing(model: nn.Module, skipped: Mapping[str, str]) -> str:
     why = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in list(skipped.items())[:3])
     more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    read = "attentions of the house, and timm's of ViT, EVA, DINOv3, Swin, DaViT, Twins, MaxViT and PVTv2 are read"
+    read = "foveate's attentions, and timm's of ViT, EVA, DINOv3, Swin, DaViT, Twins, MaxViT and PVTv2 are read"
     return f"nothing to record in {type(model).__name__}: {why or 'it has no attention that is known'}{more} ({read})"

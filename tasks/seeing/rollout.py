@@ -196,8 +196,8 @@ def _carry(
     """Carry what the classifier reads down through a forward pass; ``step`` goes through an attention."""
     layers = [layers] if isinstance(layers, str) else layers
     names = list(path.record)
-    wanted = [name for name in names if chosen(name.partition("#")[0], layers) and _mixes(path.record[name])]
-    if not wanted:
+    selected = [name for name in names if chosen(name.partition("#")[0], layers) and _mixes(path.record[name])]
+    if not selected:
         raise TaskError(f"no attention is named {layers}; there are {', '.join(names[:4])}, ...")
     calls = {index: name for index, name in enumerate(names) if _mixes(path.record[name])}
     last = path.record[calls[max(calls)]]
@@ -211,7 +211,7 @@ def _carry(
     )
     prefix, batch = last.prefix, last.values.shape[0]
     r = _start(model, last, size, batch, read)
-    found = {}
+    maps = {}
     for place, event in enumerate(events):
         if isinstance(event, _Shrink):
             r, size = _descend(event, events[place + 1 :], r, size, prefix, path)
@@ -221,14 +221,14 @@ def _carry(
             raise TaskError(
                 f"it cannot be told how the {_by(call.map_size)} map of {event} becomes the {_by(size)} one after it"
             )
-        if event in wanted:
+        if event in selected:
             r = step(event, call, r)
-            if every_layer or event == wanted[0]:
-                found[event] = _finish(r, size, prefix, events[place + 1 :], path) if pixels else _map(r, size, prefix)
-        if event == wanted[0]:
+            if every_layer or event == selected[0]:
+                maps[event] = _finish(r, size, prefix, events[place + 1 :], path) if pixels else _map(r, size, prefix)
+        if event == selected[0]:
             break
-    found = {name: part.to(path.dtype) for name, part in found.items()}
-    return {name: found[name] for name in wanted} if every_layer else found[wanted[0]]
+    maps = {name: part.to(path.dtype) for name, part in maps.items()}
+    return {name: maps[name] for name in selected} if every_layer else maps[selected[0]]
 
 
 def _by(size: Sequence[int]) -> str:
@@ -302,7 +302,7 @@ def _roll_mean(call: AttentionCall, r: Tensor) -> Tensor:
     """Carry ``r`` ``[B, T]`` through the mean of the heads, its padding dropped, half and half with the identity."""
     operator, tokens = call.operator(softmax_only=True), r.shape[1]
     on_map = _shares_on_map(call, tokens, operator.keys)
-    out, kept = r.new_zeros(len(r), operator.keys), r.clone()
+    out, identity = r.new_zeros(len(r), operator.keys), r.clone()
     for queries, rows in operator.chunks(len(r)):
         weights = rows.weights.double() / operator.heads
         if rows.keys is None:
@@ -314,9 +314,9 @@ def _roll_mean(call: AttentionCall, r: Tensor) -> Tensor:
         # A query that sees nothing but padding keeps what it has.
         seen = total > 0
         scale = torch.where(seen, r[:, queries] / total.where(seen, 1.0), 0.0) / 2
-        kept[:, queries] -= torch.where(seen, r[:, queries], 0.0) / 2
+        identity[:, queries] -= torch.where(seen, r[:, queries], 0.0) / 2
         out += _scatter(rows, weights * scale[:, None, :, None], operator.keys)
-    return kept + land(call.recorded, out, tokens)
+    return identity + land(call.recorded, out, tokens)
 
 
 def _fused(call: AttentionCall, tokens: int, batch: int, fuse: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -375,7 +375,7 @@ def rollout(
     of a class: see `relevance`.
 
     Args:
-        model: A classifier or backbone of the house, or of timm's that `record_attention` reads. It is run in
+        model: A classifier or backbone of foveate, or of timm's that `record_attention` reads. It is run in
             evaluation mode and left as it was.
         x: Images ``[B, C, H, W]``, normalised.
         fuse: ``"mean"`` of the heads; ``"min"`` and ``"max"`` are brought to rows of 1 after the identity is added.
@@ -456,8 +456,8 @@ def relevance(
     score = chosen_logits(model, path.output, target).sum()
     names = [name for name, call in path.record.items() if _mixes(call) and call.output.requires_grad]
     outputs = [path.record[name].output for name in names]
-    found = torch.autograd.grad(score, outputs, allow_unused=True)
-    upstream = dict(zip(names, found, strict=True))
+    gradients = torch.autograd.grad(score, outputs, allow_unused=True)
+    upstream = dict(zip(names, gradients, strict=True))
 
     def step(name: str, call: AttentionCall, r: Tensor) -> Tensor:
         if upstream.get(name) is None:

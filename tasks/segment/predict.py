@@ -92,32 +92,32 @@ class Predictor:
             for image in pixels
         ]
 
-    def describe(self, found: Any) -> dict[str, Any]:
+    def describe(self, answer: Any) -> dict[str, Any]:
         """Return, in plain types, the share of the image of every class, or its objects, or its segments."""
         if self.output == "instance":
-            return describe_objects(found, self.classes, self.threshold)
+            return describe_objects(answer, self.classes, self.threshold)
         if self.output == "semantic":
-            return {"classes": [{"class": name, "share": round(share, 6)} for name, share in self._shares(found)]}
+            return {"classes": [{"class": name, "share": round(share, 6)} for name, share in self._shares(answer)]}
         segments = []
-        for label, number in torch.unique(found.reshape(-1, 2), dim=0).tolist():
+        for label, number in torch.unique(answer.reshape(-1, 2), dim=0).tolist():
             if label < len(self.classes):
-                area = int(((found[..., 0] == label) & (found[..., 1] == number)).sum())
+                area = int(((answer[..., 0] == label) & (answer[..., 1] == number)).sum())
                 entry = {"id": number, "class": self.classes[label], "thing": self.things[label], "area": area}
                 segments.append(entry)
         return {"segments": sorted(segments, key=lambda segment: segment["id"])}
 
-    def headline(self, found: Any) -> str:
+    def headline(self, answer: Any) -> str:
         """Return the largest classes and how many objects there are, in a few words."""
         if self.output == "instance":
-            return count_objects(found, self.classes, self.threshold)
-        labels = found if self.output == "semantic" else found[..., 0]
+            return count_objects(answer, self.classes, self.threshold)
+        labels = answer if self.output == "semantic" else answer[..., 0]
         text = ", ".join(f"{name} {share:.1%}" for name, share in self._shares(labels)[:3]) or "nothing"
         if self.output == "panoptic":
-            count = sum(segment["thing"] for segment in self.describe(found)["segments"])
+            count = sum(segment["thing"] for segment in self.describe(answer)["segments"])
             text += f"; {count} objects"
         return text
 
-    def draw(self, image: Image.Image, found: Any, path: Path) -> dict[str, str]:
+    def draw(self, image: Image.Image, answer: Any, path: Path) -> dict[str, str]:
         """Draw the result on the image; return what was written beside the picture.
 
         That is, but for instances, a PNG of the size of the image: of labels, 255 for none, or of the segments' ids in
@@ -125,13 +125,13 @@ class Predictor:
         """
         image = to_pixels(image, self.channels, self.white)
         if self.output == "instance":
-            draw_detections(image, found, self.classes, path, self.threshold)
+            draw_detections(image, answer, self.classes, path, self.threshold)
             return {}
-        draw_segmentation(image, found, self.classes, path, self.things)
+        draw_segmentation(image, answer, self.classes, path, self.things)
         if self.output == "semantic":
-            name, plain = "labels", Image.fromarray(found.numpy())
+            name, plain = "labels", Image.fromarray(answer.numpy())
         else:
-            numbers = np.where(found[..., 0].numpy() < len(self.classes), found[..., 1].numpy(), 0)
+            numbers = np.where(answer[..., 0].numpy() < len(self.classes), answer[..., 1].numpy(), 0)
             colours = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65536], -1)
             name, plain = "map", Image.fromarray(colours.astype(np.uint8))
         beside = path.with_name(f"{path.stem}_{name}.png")
@@ -139,7 +139,7 @@ class Predictor:
         return {name: str(beside)}
 
     def _shares(self, labels: torch.Tensor) -> list[tuple[str, float]]:
-        found, counts = torch.unique(labels, return_counts=True)
-        pairs = zip(found.tolist(), (counts / labels.numel()).tolist(), strict=True)
+        present, counts = torch.unique(labels, return_counts=True)
+        pairs = zip(present.tolist(), (counts / labels.numel()).tolist(), strict=True)
         known = [(self.classes[label], share) for label, share in pairs if label < len(self.classes)]
         return sorted(known, key=lambda pair: -pair[1])

@@ -158,7 +158,7 @@ class Segment:
         shares = ", ".join(f"{value} ({unlabelled[value]:.1%} of the pixels)" for value in most)
         cure = ""
         if self._by_values:
-            values = sorted({value for found in samples.found for value in found})
+            values = sorted({value for counts in samples.value_counts for value in counts})
             example = f"={values}".replace(" ", "") if len(values) == len(self.classes) else ""
             cure = f"; if one stands for a class, set data.values{example}"
         return f"; counted as unlabelled: {shares}{cure}"
@@ -316,13 +316,13 @@ def segment_image(
     if not hasattr(model, "things"):
         windows = {key: test[key] for key in ("mode", "crop_size", "stride")}
         return model.predict([image], **windows, **views, output_size=size)[0].to(torch.uint8).cpu()
-    found = model.predict([image], output=output, **views, output_size=size)[0]
+    answer = model.predict([image], output=output, **views, output_size=size)[0]
     if output == "semantic":
-        return found.to(torch.uint8).cpu()
+        return answer.to(torch.uint8).cpu()
     if output == "instance":
-        return to_plain(found)
-    numbers = found["segments"].cpu()
-    label_of = torch.full((len(found["segments_info"]) + 1,), classes, dtype=torch.int32)
-    for info in found["segments_info"]:
+        return to_plain(answer)
+    numbers = answer["segments"].cpu()
+    label_of = torch.full((len(answer["segments_info"]) + 1,), classes, dtype=torch.int32)
+    for info in answer["segments_info"]:
         label_of[info["id"]] = info["category_id"]
     return torch.stack([label_of[numbers.long()], numbers.int()], -1)

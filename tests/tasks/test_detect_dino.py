@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 
 import foveate
 import pytest
@@ -15,6 +14,8 @@ from foveate.tasks.dense.detect.dino_loss import DinoCriterion
 from foveate.zoo import CheckpointError
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou
+
+from .published_names import as_mm, mm_file
 
 
 class StubBackbone(nn.Module):
@@ -294,57 +295,7 @@ def test_look_forward_twice():
     assert reached == [False, True, True, False]
 
 
-# --- The front door ---------------------------------------------------------------------------------------------------
-
-
-TO_MM = tuple(
-    (re.compile(ours), mm)
-    for ours, mm in (
-        (r"backbone\.features\.layers[._](\d)\.blocks\.(\d+)\.attn\.", r"backbone.stages.\1.blocks.\2.attn.w_msa."),
-        (
-            r"backbone\.features\.layers[._](\d)\.blocks\.(\d+)\.mlp\.fc1\.",
-            r"backbone.stages.\1.blocks.\2.ffn.layers.0.0.",
-        ),
-        (
-            r"backbone\.features\.layers[._](\d)\.blocks\.(\d+)\.mlp\.fc2\.",
-            r"backbone.stages.\1.blocks.\2.ffn.layers.1.",
-        ),
-        (r"backbone\.features\.layers[._]1\.downsample\.", r"backbone.stages.0.downsample."),
-        (r"backbone\.features\.layers[._]2\.downsample\.", r"backbone.stages.1.downsample."),
-        (r"backbone\.features\.layers[._]3\.downsample\.", r"backbone.stages.2.downsample."),
-        (r"backbone\.features\.layers[._](\d)\.", r"backbone.stages.\1."),
-        (r"backbone\.features\.patch_embed\.proj\.", r"backbone.patch_embed.projection."),
-        (r"backbone\.out_norms\.(\d)\.", r"backbone.norm\1."),
-        (r"backbone\.features\.", "backbone."),
-        (r"head\.denoising\.", "dn_query_generator."),
-        (r"head\.encoder\.layers\.(\d)\.linear1\.", r"encoder.layers.\1.ffn.layers.0.0."),
-        (r"head\.encoder\.layers\.(\d)\.linear2\.", r"encoder.layers.\1.ffn.layers.1."),
-        (r"head\.encoder\.layers\.(\d)\.norm1\.", r"encoder.layers.\1.norms.0."),
-        (r"head\.encoder\.layers\.(\d)\.norm2\.", r"encoder.layers.\1.norms.1."),
-        (r"head\.decoder\.layers\.(\d)\.self_attention\.self_attn\.", r"decoder.layers.\1.self_attn.attn."),
-        (r"head\.decoder\.layers\.(\d)\.self_attention\.norm\.", r"decoder.layers.\1.norms.0."),
-        (r"head\.decoder\.layers\.(\d)\.norm\.", r"decoder.layers.\1.norms.1."),
-        (r"head\.decoder\.layers\.(\d)\.feed_forward\.linear1\.", r"decoder.layers.\1.ffn.layers.0.0."),
-        (r"head\.decoder\.layers\.(\d)\.feed_forward\.linear2\.", r"decoder.layers.\1.ffn.layers.1."),
-        (r"head\.decoder\.layers\.(\d)\.feed_forward\.norm\.", r"decoder.layers.\1.norms.2."),
-        (r"head\.cls_branches\.", "bbox_head.cls_branches."),
-        (r"head\.reg_branches\.(\d)\.layers\.0\.", r"bbox_head.reg_branches.\1.0."),
-        (r"head\.reg_branches\.(\d)\.layers\.1\.", r"bbox_head.reg_branches.\1.2."),
-        (r"head\.reg_branches\.(\d)\.layers\.2\.", r"bbox_head.reg_branches.\1.4."),
-        (r"head\.", ""),
-    )
-)
-
-
-def mm_file(model, path, config: str | None = None):
-    """Write a model as mmdet does."""
-    state = {}
-    for key, value in model.state_dict().items():
-        ours, mm = next(((ours, mm) for ours, mm in TO_MM if ours.match(key)), (re.compile("^"), ""))
-        state[ours.sub(mm, key, count=1)] = value
-    meta = {} if config is None else {"config": config}
-    torch.save({"meta": meta, "state_dict": state}, path)
-    return path
+# --- Files of mmdet ---------------------------------------------------------------------------------------------------
 
 
 SMALL = {"channels": 64, "hidden": 48, "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2}
@@ -378,7 +329,7 @@ model = dict(
 )
 def test_the_form_is_told_by_settings_or_name(name, config, options, form, on_resnet, tmp_path):
     model = foveate.create_detector(
-        "dino", "resnet26", checkpoint=mm_file(on_resnet, tmp_path / name, config), **options
+        "dino", "resnet26", checkpoint=mm_file(as_mm(on_resnet), tmp_path / name, config), **options
     ).eval()
     head = model.head
     found = (head.temperature, head.offset, model.criterion.cls_weight, head.denoising.count, head.max_detections)
@@ -393,7 +344,7 @@ def test_the_form_is_told_by_settings_or_name(name, config, options, form, on_re
 
 
 def test_a_file_that_doesnt_tell_its_form_is_asked_for(on_resnet, tmp_path):
-    path = mm_file(on_resnet, tmp_path / "mine.pth")
+    path = mm_file(as_mm(on_resnet), tmp_path / "mine.pth")
     with pytest.raises(
         CheckpointError, match=r"temperature=20, offset=0, or in mmdet's improved form temperature=10000"
     ):
@@ -401,7 +352,7 @@ def test_a_file_that_doesnt_tell_its_form_is_asked_for(on_resnet, tmp_path):
 
 
 def test_files_of_others_are_refused(on_resnet, tmp_path):
-    path = mm_file(on_resnet, tmp_path / "dino.pth")
+    path = mm_file(as_mm(on_resnet), tmp_path / "dino.pth")
     with pytest.raises(
         CheckpointError, match=r"holds a dino, not a retinanet; create_detector\('dino', ...\) reads it"
     ):
@@ -430,7 +381,7 @@ def test_swin_of_five_scales(tmp_path):
     )
     for norm in ours.backbone.out_norms.values():
         nn.init.normal_(norm.bias)
-    path = mm_file(ours, tmp_path / "dino-5scale_swin-t.pth")
+    path = mm_file(as_mm(ours), tmp_path / "dino-5scale_swin-t.pth")
     model = foveate.create_detector("dino", name, checkpoint=path, min_size=64, max_size=96).eval()
     assert model.neck.reductions == [4, 8, 16, 32, 64]
     assert model.backbone.out_norms["0"].bias.equal(ours.backbone.out_norms["0"].bias)

@@ -13,6 +13,7 @@ import pytest
 from foveate.configs import list_recipes, read_recipe
 from foveate.tasks import engine
 from foveate.tools import cli
+from foveate.tools.arguments import at_least
 from foveate.tools.cli import main
 
 TOOLS = Path(cli.__file__).parent
@@ -52,6 +53,29 @@ def test_help_states_every_default(name):
         given = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
         if given and "by default" not in (action.help or ""):
             pytest.fail(f"{name} {action.option_strings[0]}: the help does not state the default, {action.default!r}")
+
+
+# Any number may be a seed or a class; the ranges of the others depend on what they are for.
+OTHER_NUMBERS = {"--seed", "--class", "--white", "--count", "--same", "--animate"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_counts_and_sizes_are_refused_by_one_type(name):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"foveate.tools.{name}").add_arguments(parser)
+    assert {action.option_strings[0] for action in options(parser) if action.type is int} <= OTHER_NUMBERS
+
+
+@pytest.mark.parametrize(("least", "text"), [(1, "0"), (1, "-3"), (1, "2.5"), (1, "many"), (0, "-1")])
+def test_counts_and_sizes_have_a_least_value(least, text):
+    assert at_least(least)(str(least)) == least
+    with pytest.raises(argparse.ArgumentTypeError, match=f"a whole number, at least {least}; got {text}"):
+        at_least(least)(text)
+
+
+def test_a_size_that_is_too_small_is_one_line(refused):
+    message = refused("info", "nat_atto", "--size", "0")
+    assert "argument --size: must be a whole number, at least 1; got 0; see `foveate info --help`" in message
 
 
 def test_version(capsys):

@@ -197,7 +197,7 @@ def test_detections_of_equal_scores_may_swap():
         (["nat_tinny", "x.pt2"], "did you mean 'nat_tiny'?"),
         (["absent.pth", "x.pt2"], "absent.pth: no such file"),
         (["nat_atto", "x.pt2", "--untrained", "--size", "1", "2", "3"], "one or two numbers"),
-        (["nat_atto", "x.pt2", "--untrained", "--batch", "0"], "--batch is 0"),
+        (["nat_atto", "x.pt2", "--untrained", "--batch", "0"], "--batch: must be a whole number, at least 1; got 0"),
         (["vit_tiny_patch16_224", "x.pt2", "--untrained", "--size", "64"], "does not take images of 64x64 pixels"),
     ],
 )

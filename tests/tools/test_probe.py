@@ -96,7 +96,7 @@ def test_what_cannot_be_probed_is_told(folder, tmp_path, refused, monkeypatch):
     )
     assert "unknown probe 'lineer'; did you mean 'linear'?" in refused("probe", "one", *base, "--probes", "lineer")
     assert "queries that fit: 32, 64, 16" in refused("probe", str(folder), *base, "--queries", "48")
-    assert "--seeds is 0" in refused("probe", str(folder), *base, "--seeds", "0")
+    assert "--lr is -1.0, but must be 0 or more" in refused("probe", str(folder), *base, "--lr", "-1")
 
 
 def test_embeddings_are_those_of_the_model(folder, tmp_path, capsys):

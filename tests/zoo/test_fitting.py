@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(model, state, change, 
 def test_what_is_kept_stays_and_is_told_whether_or_not_the_file_has_it(model, state):
     before = model[0].bias.clone()
     del state["1.num_batches_tracked"]
-    report = load(model, state, "file.pth", kept=["0.bias", "1.num_batches_tracked"])
+    report = load(model, state, "file.pth", initial=["0.bias", "1.num_batches_tracked"])
     assert torch.equal(model[0].bias, before)
     assert (report.matched, report.missing, report.unexpected) == (5, ("0.bias", "1.num_batches_tracked"), ("0.bias",))
 

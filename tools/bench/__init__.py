@@ -15,6 +15,8 @@ import argparse
 import importlib
 from pathlib import Path
 
+from ..arguments import at_least
+
 # What can be timed. Each is a module of that name, with measure(args), which returns the rows of a table.
 KINDS = ("kernels", "models", "detectors", "dino", "deformable", "depthwise", "loader")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,23 +34,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with; %(default)s by default"
     )
-    parser.add_argument("--batch", type=int, default=4, help="images at once; %(default)s by default")
-    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels; %(default)s by default")
+    parser.add_argument("--batch", type=at_least(1), default=4, help="images at once; %(default)s by default")
+    parser.add_argument(
+        "--size", type=at_least(1), default=224, help="side of the images, in pixels; %(default)s by default"
+    )
     parser.add_argument(
         "--image",
-        type=int,
+        type=at_least(1),
         nargs=2,
         default=(800, 1344),
         metavar=("H", "W"),
         help="detectors, dino: size of the image, in pixels; 800 1344 by default",
     )
     parser.add_argument(
-        "--rounds", type=int, default=15, help="medians are over this many alternating calls; %(default)s by default"
+        "--rounds",
+        type=at_least(1),
+        default=15,
+        help="medians are over this many alternating calls; %(default)s by default",
     )
     parser.add_argument("--device", default="cpu", help="where to measure; %(default)s by default")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="kernels, models: %(default)s by default")
     parser.add_argument("--data", type=Path, help="loader: one folder of images a class; made-up JPEGs by default")
-    parser.add_argument("--workers", type=int, default=2, help="loader: processes; %(default)s by default")
+    parser.add_argument("--workers", type=at_least(0), default=2, help="loader: processes; %(default)s by default")
     parser.add_argument(
         "--backward", action="store_true", help="kernels: forward and backward; on CPUs without FlexAttention"
     )

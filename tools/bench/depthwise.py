@@ -39,11 +39,11 @@ def bench_depthwise(shapes: Sequence[tuple[int, int]], batch: int, rounds: int, 
             for layout, memory_format in formats.items():
                 x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=memory_format)
                 answers = depthwise_backends(x, weight, dilation=dilation)
-                chosen = next(name for name, answer in answers.items() if answer == "chosen")
+                fastest = next(name for name, answer in answers.items() if answer == "chosen")
                 for backward in (False, True):
                     inputs = [y.detach().requires_grad_(backward) for y in (x, weight)]
 
-                    def function(x, weight, dilation=dilation, backend=chosen):
+                    def function(x, weight, dilation=dilation, backend=fastest):
                         return depthwise_conv2d(x, weight, dilation=dilation, backend=backend)
 
                     calls = {
@@ -57,7 +57,7 @@ def bench_depthwise(shapes: Sequence[tuple[int, int]], batch: int, rounds: int, 
                             "kernel": title,
                             "layout": layout,
                             "pass": "forward+backward" if backward else "forward",
-                            "path": chosen,
+                            "path": fastest,
                             "ms": round(times["ours"] * 1e3, 2),
                             "torch ms": round(times["torch"] * 1e3, 2),
                             "times torch": round(times["torch"] / times["ours"], 2),

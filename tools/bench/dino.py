@@ -36,7 +36,7 @@ def bench_dino(names: Sequence[str], image_size: tuple[int, int], rounds: int, d
         with torch.no_grad():
             times = alternate(parts, rounds, device)
         times |= alternate(steps, rounds, device)
-        kept = {path: _kept(model, maps, scene, backend) for path, backend in training.items()}
+        memory = {path: _kept(model, maps, scene, backend) for path, backend in training.items()}
         for path, seconds in times.items():
             rows.append(
                 {
@@ -44,9 +44,9 @@ def bench_dino(names: Sequence[str], image_size: tuple[int, int], rounds: int, d
                     "image": "x".join(map(str, image_size)),
                     "part": path,
                     "ms": round(seconds * 1e3, 1),
-                    "kept MB": round(kept[path] / 1e6) if path in kept else "-",
-                    "times grid_sample's time": round(seconds / times[PEER], 3) if path in kept else "-",
-                    "times grid_sample's memory": round(kept[path] / kept[PEER], 3) if path in kept else "-",
+                    "kept MB": round(memory[path] / 1e6) if path in memory else "-",
+                    "times grid_sample's time": round(seconds / times[PEER], 3) if path in memory else "-",
+                    "times grid_sample's memory": round(memory[path] / memory[PEER], 3) if path in memory else "-",
                 }
             )
     return rows
@@ -95,15 +95,15 @@ def _step(model: DINO, maps: Sequence[Tensor], scene: Scene, backend: str | None
 
 def _kept(model: DINO, maps: Sequence[Tensor], scene: Scene, backend: str | None) -> int:
     """Return the bytes that the encoder keeps for its backward pass, without parameters."""
-    kept: dict[int, int] = {}
+    storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = _encode(model, maps, scene, backend)
     for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
     del out
-    return sum(kept.values())
+    return sum(storages.values())

@@ -40,9 +40,9 @@ def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds:
     with tempfile.TemporaryDirectory() as scratch:
         folder = data if data is not None else _draw_photos(Path(scratch), 128)
         for name, augment in settings.items():
-            ours = LabelledFolder(folder, rule.transform(augment), 3)
+            dataset = LabelledFolder(folder, rule.transform(augment), 3)
             seed = None if augment is None else 0
-            theirs = create_loader(
+            timm_loader = create_loader(
                 ImageDataset(str(folder)),
                 (3, size, size),
                 batch,
@@ -56,8 +56,8 @@ def bench_loader(data: Path | None, size: int, batch: int, workers: int, rounds:
                 persistent_workers=workers > 0,
                 **{"color_jitter": 0.4, **(augment or {})},
             )
-            keep_posterize_total(theirs.dataset.transform)
-            loaders = {"ours": build_loader(ours, batch, workers, seed), "timm": theirs}
+            keep_posterize_total(timm_loader.dataset.transform)
+            loaders = {"ours": build_loader(dataset, batch, workers, seed), "timm": timm_loader}
             calls = {who: partial(_exhaust, loader) for who, loader in loaders.items()}
             times = alternate(calls, rounds, "cpu")
             counts = {who: _exhaust(loader) for who, loader in loaders.items()}

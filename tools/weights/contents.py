@@ -121,8 +121,8 @@ class Contents:
 
     def answer(self, image) -> str:
         """Return what the model says about a photo."""
-        (found,) = self.predictor([image])
-        return self.predictor.headline(found)
+        (answer,) = self.predictor([image])
+        return self.predictor.headline(answer)
 
 
 class Classifier(Contents):
@@ -144,8 +144,10 @@ class Detector(Contents):
     task = "detect"
 
     def answer(self, image) -> str:
-        (found,) = self.predictor([image])
-        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+        (detections,) = self.predictor([image])
+        rows = zip(
+            detections["labels"].tolist(), detections["scores"].tolist(), detections["boxes"].tolist(), strict=True
+        )
         best = [
             f"{self.predictor.classes[label]} {score:.1%} at {' '.join(f'{edge:.0f}' for edge in box)}"
             for label, score, box in rows
@@ -229,10 +231,10 @@ def _load(file: File, name: str, setting: str | None) -> Contents:
         if published:
             return kind(file, name, load_published(file.entry.name, weights=file.checkpoint), head)
         return kind(file, name, load_dense(head, name, file.checkpoint), head)
-    ours = name in list_models()
-    fitting = variants_of(file.checkpoint, [name]) if ours else []
+    is_own = name in list_models()
+    fitting = variants_of(file.checkpoint, [name]) if is_own else []
     classes = fitting[0].classes if fitting else classes_of(name, file.checkpoint)
-    if (fitting and fitting[0].dense) or (not ours and not classes):
+    if (fitting and fitting[0].dense) or (not is_own and not classes):
         return Backbone(file, name, setting or next(iter(dense_settings_of(name)), None))
     # Loaded with the classifier that it has, whatever its classes.
     model = create_classifier(name, classes, checkpoint=file.checkpoint).eval()

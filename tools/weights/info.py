@@ -1,4 +1,4 @@
-"""Say all about published weights."""
+"""Describe published weights: authors' numbers, license, links, file."""
 
 import argparse
 

@@ -22,17 +22,17 @@ def run(args: argparse.Namespace) -> None:
     from ...zoo import weights
 
     pattern = as_glob(args.pattern)
-    chosen = [
+    entries = [
         entry for name, entry in weights.table().items() if fnmatch(name, pattern) and args.task in (None, entry.task)
     ]
-    if not chosen:
+    if not entries:
         raise TaskError(f"no published weights match {args.pattern!r}{nearest(args.pattern, weights.table())}")
     if args.json:
-        print(json.dumps({entry.name: dataclasses.asdict(entry) for entry in chosen}, indent=1))
+        print(json.dumps({entry.name: dataclasses.asdict(entry) for entry in entries}, indent=1))
         return
     pins = weights.pins()
     rows = [("weights", "stated by the authors", "license", "link", "reported", "last good", "here")]
-    for entry in chosen:
+    for entry in entries:
         good = [pins[key]["date"] for key in (f"{entry.name}/{source.name}" for source in entry.sources) if key in pins]
         stated = numbers(entry.stated)
         here = "yes" if file_here(entry) else "-"
@@ -42,6 +42,6 @@ def run(args: argparse.Namespace) -> None:
         )
     print_table(rows)
     print(
-        f"\n{len(chosen)} files. Links as last reported: listed by the authors; derived from a share page; browser: "
+        f"\n{len(entries)} files. Links as last reported: listed by the authors; derived from a share page; browser: "
         "for people only; dead.\nLast good: when the file was first fetched here."
     )

@@ -36,7 +36,7 @@ def measure_classifier(contents: Classifier, args: argparse.Namespace, device) -
 
     if not args.data.is_dir():
         raise TaskError(f"{args.data}: no such folder; --data needs CLASS/*.jpg")
-    batch_size = _batch_size(args, 32)
+    batch_size = args.batch_size or 32
     folder = args.data / "val" if (args.data / "val").is_dir() else args.data
     # ImageNet's folders are named after its synsets; other folders after the checkpoint's own classes.
     predictor = contents.predictor
@@ -80,7 +80,7 @@ def _test_config(contents: Contents, args: argparse.Namespace) -> dict:
     config = engine.load_config(_recipe_of(contents))
     config |= {"device": args.device, "workers": args.workers, "precision": "float32"}
     # Detectors pad the images of a batch to one size; the published numbers are of batches of one.
-    config["batch_size"] = _batch_size(args, 1)
+    config["batch_size"] = args.batch_size or 1
     config["model"] |= {"checkpoint": contents.file.checkpoint, "pretrained": False, "backbone_checkpoint": None}
     # Nothing is trained, so that the held-out part may stand for the other.
     config["data"] |= {"root": str(args.data), "train": config["data"]["val"]}
@@ -108,11 +108,3 @@ def _recipe_of(contents: Contents) -> str:
         name = file.entry.name if file.entry else " on ".join(kind)
         raise TaskError(f"no recipe tells how {name} is tested, so that --data can't measure it; leave it out")
     return recipe
-
-
-def _batch_size(args: argparse.Namespace, default: int) -> int:
-    """Return the batch size to measure with, if it and the workers can be had."""
-    size = default if args.batch_size is None else args.batch_size
-    if size < 1 or args.workers < 0:
-        raise TaskError("--batch-size must be at least 1, --workers at least 0")
-    return size

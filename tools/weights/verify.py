@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..arguments import at_least
 from .stated import numbers
 
 # What --data may be.
@@ -30,8 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...; %(default)s by default"
     )
-    parser.add_argument("--batch-size", type=int, help="of --data; 32 by default, 1 for detectors and segmenters")
-    parser.add_argument("--workers", type=int, default=4, help="of --data; %(default)s by default")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), help="of --data; 32 by default, 1 for detectors and segmenters"
+    )
+    parser.add_argument("--workers", type=at_least(0), default=4, help="of --data; %(default)s by default")
 
 
 def run(args: argparse.Namespace) -> int | None:

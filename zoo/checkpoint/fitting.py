@@ -79,7 +79,7 @@ def fit(
     state: Mapping[str, Tensor],
     model: nn.Module,
     refusal: str,
-    kept: Collection[str] = (),
+    initial: Collection[str] = (),
     unused: Collection[str] = (),
     adapted: Collection[str] = (),
     resize: Resize | None = None,
@@ -92,7 +92,7 @@ def fit(
         state: Entries of a file.
         model: What they are for; it isn't changed.
         refusal: What is said before the faults.
-        kept: Entries of which the model keeps its own, whether or not the file has them.
+        initial: Entries of which the model keeps its own, whether or not the file has them.
         unused: Entries of the file that aren't the model's and may be left out.
         adapted: Entries that may be of another shape, since somebody else adapts them.
         resize: Resamples entries that were made for another size.
@@ -102,33 +102,33 @@ def fit(
     Raises:
         CheckpointError: If other entries are missing, unexpected or of another shape.
     """
-    wanted, kept = model.state_dict(), list(dict.fromkeys(kept))
-    initial, fitted, reshaped, misshapen = set(kept), {}, [], []
+    model_state, initial = model.state_dict(), dict.fromkeys(initial)
+    fitted, reshaped, misshapen = {}, [], []
     for key, value in state.items():
-        if key in initial or key not in wanted:
+        if key in initial or key not in model_state:
             continue
-        size, rule = wanted[key].shape, "input channels adapted"
+        size, rule = model_state[key].shape, "input channels adapted"
         resized = resize(key, value, size, model) if resize is not None and value.shape != size else None
         fitted[key], rule = (value, rule) if resized is None else resized
         if fitted[key].shape != size and key not in adapted:
             misshapen.append(key)
         elif value.shape != size:
             reshaped.append((key, tuple(value.shape), tuple(size), rule))
-    missing = [key for key in wanted if key not in fitted and key not in initial]
-    unexpected = [key for key in state if key not in wanted and key not in unused]
+    missing = [key for key in model_state if key not in fitted and key not in initial]
+    unexpected = [key for key in state if key not in model_state and key not in unused]
     if missing or unexpected or misshapen:
-        matching = f"{len(fitted) - len(misshapen)} of {len(wanted)} entries match, " if counts else ""
+        matching = f"{len(fitted) - len(misshapen)} of {len(model_state)} entries match, " if counts else ""
         faults = faults_of(missing=missing, unexpected=unexpected, of_another_shape=misshapen)
         raise CheckpointError(f"{refusal}: {matching}{faults}{hint}")
-    left = sorted(key for key in state if key in initial or key not in wanted)
-    return Fitted(fitted, LoadReport(len(fitted), tuple(kept), tuple(left), tuple(sorted(reshaped))))
+    left = sorted(key for key in state if key in initial or key not in model_state)
+    return Fitted(fitted, LoadReport(len(fitted), tuple(initial), tuple(left), tuple(sorted(reshaped))))
 
 
 def load(
     model: nn.Module,
     state: Mapping[str, Tensor],
     path: str | Path,
-    kept: Collection[str] = (),
+    initial: Collection[str] = (),
     refusal: str = "the weights don't fit the model",
     hint: str = "",
 ) -> LoadReport:
@@ -138,16 +138,16 @@ def load(
         model: Where to.
         state: Entries under its names.
         path: The file, for messages.
-        kept: Entries of which the model keeps its own, whether or not the file has them.
+        initial: Entries of which the model keeps its own, whether or not the file has them.
         refusal: What is said before the faults.
         hint: What is said after the faults.
 
     Raises:
         CheckpointError: If other entries are missing, unexpected or of another shape.
     """
-    fitted, report = fit(state, model, f"{path}: {refusal}", kept, hint=hint)
+    fitted, report = fit(state, model, f"{path}: {refusal}", initial, hint=hint)
     own = model.state_dict()
-    model.load_state_dict(fitted | {key: own[key] for key in kept})
+    model.load_state_dict(fitted | {key: own[key] for key in initial})
     return report
 
 
@@ -201,52 +201,54 @@ def _fit_family(
         (entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in (cfg["classifier"], cfg["first_conv"])
     )
     classifier = {f"{layer}.{leaf}" for layer in classifiers for leaf in ("weight", "bias")}
-    wanted = model.state_dict()
-    kept = [key for key, value in state.items() if value is None]
+    model_state = model.state_dict()
+    initial = [key for key, value in state.items() if value is None]
     state = {key: value for key, value in state.items() if value is not None}
-    kept += absent_counters(state, model)
-    unused = {key for key in state if key in classifier and key not in wanted}
-    dense = any(key.startswith("out_norms.") for key in wanted)
+    initial += absent_counters(state, model)
+    unused = {key for key in state if key in classifier and key not in model_state}
+    dense = any(key.startswith("out_norms.") for key in model_state)
     optional = set(classifier)
-    if dense and not any(key.startswith("out_norms.") for key in (*state, *kept)):
+    if dense and not any(key.startswith("out_norms.") for key in (*state, *initial)):
         _logger.info(f"{name}: the checkpoint is a classifier's; the output norms keep their initial values")
-        kept = [*(key for key in wanted if key.startswith("out_norms.")), *kept]
+        initial = [*(key for key in model_state if key.startswith("out_norms.")), *initial]
         unused |= {key for key in state if key.startswith(("norm.", "head.norm."))}
-    own = {key: wanted[key] for key in kept}
+    own = {key: model_state[key] for key in initial}
     if features and not dense:
-        optional |= {key for key in wanted if key.startswith(("norm.", "head.norm."))}
-    replaced = {key for key in classifier & state.keys() & wanted.keys() if state[key].shape != wanted[key].shape}
-    kept += [key for key in wanted if key in replaced or (key in optional and key not in state)]
+        optional |= {key for key in model_state if key.startswith(("norm.", "head.norm."))}
+    replaced = {
+        key for key in classifier & state.keys() & model_state.keys() if state[key].shape != model_state[key].shape
+    }
+    initial += [key for key in model_state if key in replaced or (key in optional and key not in state)]
     first_conv = {f"{layer}.weight" for layer in first_convs}
     refusal = f"the checkpoint is not one of {name}"
-    fitted, report = fit(state, model, refusal, kept, unused, first_conv, resize, counts=True)
-    held = next((len(state[key]) for key in state if key in classifier and key.endswith(".weight")), None)
+    fitted, report = fit(state, model, refusal, initial, unused, first_conv, resize, counts=True)
+    file_classes = next((len(state[key]) for key in state if key in classifier and key.endswith(".weight")), None)
     if not (dense or features):
-        check_classes(name, held, model.num_classes, classes_chosen)
-    if held or not features:
+        check_classes(name, file_classes, model.num_classes, classes_chosen)
+    if file_classes or not features:
         # The file knows its class count; with it, timm keeps a classifier that fits, and else starts a new one.
-        cfg["num_classes"] = held or 0
+        cfg["num_classes"] = file_classes or 0
     model.load_report = report
     _logger.log(logging.WARNING if report.reshaped else logging.INFO, f"{name}: {report}")
     return fitted | own | {key: state[key] for key in classifier & state.keys()}
 
 
-def check_classes(name: str, held: int | None, classes: int | None, chosen: bool) -> None:
+def check_classes(name: str, file_classes: int | None, classes: int | None, explicit: bool) -> None:
     """Raise a CheckpointError if a classifier would start anew although nobody asked for that.
 
     Args:
         name: Of the model.
-        held: Classes of the checkpoint; None if it has no classifier.
+        file_classes: Classes of the checkpoint; None if it has no classifier.
         classes: Classes of the model.
-        chosen: Whether the caller named them.
+        explicit: Whether the caller named them.
     """
-    if chosen or not classes or held == classes:
+    if explicit or not classes or file_classes == classes:
         return
-    if held is None:
+    if file_classes is None:
         raise CheckpointError(
             f"the checkpoint has no classifier: give num_classes={classes} to start a new one of {name}"
         )
     raise CheckpointError(
-        f"the checkpoint has {held} classes, {name} has {classes}: give num_classes={held} to keep its classifier, or "
-        f"num_classes={classes} to start a new one"
+        f"the checkpoint has {file_classes} classes, {name} has {classes}: give num_classes={file_classes} to keep its "
+        f"classifier, or num_classes={classes} to start a new one"
     )

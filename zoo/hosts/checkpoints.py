@@ -62,8 +62,8 @@ def published_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
             continue
         if key.endswith("relative_position_bias_table"):
             value = from_swin_table(value)
-        for pattern, ours in names:
-            key = re.sub(pattern, ours, key)
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
         if key.endswith(".pos_embed") and value.ndim == 3:
             side = round(value.shape[1] ** 0.5)

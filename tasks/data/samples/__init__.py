@@ -65,5 +65,5 @@ def load_nuclei_patches(split: str, side: int = 32, step: int = 12) -> tuple[np.
         cut(part, (side, side))[::step, ::step].reshape(-1, side, side) for part in (image, instances > 0)
     )
     share = masks.mean((1, 2))
-    kept = (share == 0) | (share >= 0.125)
-    return patches[kept].copy(), masks[kept].copy(), (share[kept] > 0).astype(np.int64)
+    is_clear = (share == 0) | (share >= 0.125)
+    return patches[is_clear].copy(), masks[is_clear].copy(), (share[is_clear] > 0).astype(np.int64)

@@ -116,8 +116,8 @@ class Detector(nn.Module):
             TaskError: If the model is in training mode, or images are none of these.
         """
         check_evaluation(self)
-        wanted = self.torchvision_outputs if torchvision_outputs is None else torchvision_outputs
-        return self._detect(images, normalized, wanted)
+        as_torchvision = self.torchvision_outputs if torchvision_outputs is None else torchvision_outputs
+        return self._detect(images, normalized, as_torchvision)
 
     @staticmethod
     def _check_images(images: Sequence[Tensor]) -> None:
@@ -139,9 +139,9 @@ class Detector(nn.Module):
             batch, _, image_sizes = self.transform([images[index] for index in members], normalized=normalized)
             originals = [tuple(images[index].shape[-2:]) for index in members]
             features = self.backbone(batch.to(dtype_of(self)))
-            found = self.predict_from_features(features, image_sizes, originals, soft_masks=torchvision_outputs)
-            found = [_as_torchvision(one) for one in found] if torchvision_outputs else found
-            detections |= dict(zip(members, found, strict=True))
+            results = self.predict_from_features(features, image_sizes, originals, soft_masks=torchvision_outputs)
+            results = [_as_torchvision(one) for one in results] if torchvision_outputs else results
+            detections |= dict(zip(members, results, strict=True))
         return [detections[index] for index in range(len(images))]
 
     def predict_from_features(
@@ -232,7 +232,7 @@ class Detector(nn.Module):
                 raise TaskError(f"target {index} has masks of {masks.dtype}; they are bool or uint8")
 
 
-def _as_torchvision(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_torchvision(detections: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return an image's detections with labels from 1 and probabilities ``[D, 1, H, W]`` as masks."""
-    given = found | {"labels": found["labels"] + 1}
-    return given | {"masks": found["masks"][:, None]} if "masks" in found else given
+    converted = detections | {"labels": detections["labels"] + 1}
+    return converted | {"masks": detections["masks"][:, None]} if "masks" in detections else converted

@@ -40,8 +40,8 @@ _SUBNET = re.compile(r"head\.(cls|bbox)_subnet\.(\d)\.")
 _LEVEL = re.compile(r"backbone\.(?:fpn_(lateral|output)(\d)|top_block\.p(\d))\.")
 # Published prefixes and ours; the stage of a cascade is a group.
 _NAMES = tuple(
-    (re.compile(published), ours)
-    for published, ours in (
+    (re.compile(published), own)
+    for published, own in (
         (r"rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
         # Of two convolutions, in ViTDet.
         (r"proposal_generator\.rpn_head\.conv\.conv(\d)\.", "rpn.head.conv.{}.0."),
@@ -169,9 +169,9 @@ def renamed(key: str, convs: int) -> str:
         # In torchvision's tower the convolutions come first, then flattening, then layers with activations between.
         stage, layer = match.group(1) or "0", convs + 1 + 2 * int(match.group(2))
         return f"roi_heads.box_heads.{stage}.tower.{layer}." + key[match.end() :]
-    for published, ours in _NAMES:
+    for published, own in _NAMES:
         if match := published.match(key):
-            return ours.format(*("0" if group is None else group for group in match.groups())) + key[match.end() :]
+            return own.format(*("0" if group is None else group for group in match.groups())) + key[match.end() :]
     return key
 
 
@@ -246,8 +246,8 @@ def _dino_variant(state: dict[str, Tensor]) -> dict[str, Any]:
     levels, channels = state["head.level_embed"].shape
 
     def layers(part: str) -> int:
-        found = (re.match(rf"head\.{part}\.layers\.(\d+)\.", key) for key in state)
-        return len({match[1] for match in found if match})
+        matches = (re.match(rf"head\.{part}\.layers\.(\d+)\.", key) for key in state)
+        return len({match[1] for match in matches if match})
 
     return {
         "num_classes": state["head.denoising.label_embedding.weight"].shape[0],
@@ -263,21 +263,21 @@ def _dino_variant(state: dict[str, Tensor]) -> dict[str, Any]:
 def _dino_rules(file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return DINO's options that its file's settings or name tell: the position embedding, and how it was trained."""
     model = file.origin.model
-    found: dict[str, Any] = {"max_detections": file.origin.test.get("max_per_img")}
+    options: dict[str, Any] = {"max_detections": file.origin.test.get("max_per_img")}
     if position := file.origin.part("positional_encoding"):
-        found |= {"temperature": position.get("temperature", 10000), "offset": position.get("offset", 0.0)}
+        options |= {"temperature": position.get("temperature", 10000), "offset": position.get("offset", 0.0)}
         loss, group = (_part(model, *names) for names in (("bbox_head", "loss_cls"), ("dn_cfg", "group_cfg")))
-        found |= {"cls_weight": loss.get("loss_weight"), "denoising_queries": group.get("num_dn_queries")}
+        options |= {"cls_weight": loss.get("loss_weight"), "denoising_queries": group.get("num_dn_queries")}
     elif file.origin.says("improved"):
-        found |= {"temperature": 10000.0, "offset": -0.5, "cls_weight": 2.0, "denoising_queries": 300}
+        options |= {"temperature": 10000.0, "offset": -0.5, "cls_weight": 2.0, "denoising_queries": 300}
     elif file.origin.says("dino"):
-        found |= {"temperature": 20.0, "offset": 0.0}
+        options |= {"temperature": 20.0, "offset": 0.0}
     elif not {"temperature", "offset"} & given.keys():
         raise CheckpointError(
             f"{file.path}: neither settings nor a name tell its position embedding; it is temperature=20, offset=0, or "
             "in mmdet's improved form temperature=10000, offset=-0.5"
         )
-    return found
+    return options
 
 
 def _part(settings: Any, *names: str) -> Mapping[str, Any]:
@@ -299,20 +299,20 @@ def rules_of(file: DenseFile, given: Mapping[str, Any]) -> dict[str, Any]:
     if file.origin is None:
         return {}
     if "head.query_embedding.weight" in file.state:
-        found = _dino_rules(file, given)
-        return {name: value for name, value in found.items() if type(value) in (int, float)}
+        options = _dino_rules(file, given)
+        return {name: value for name, value in options.items() if type(value) in (int, float)}
     if file.origin.library == "detectron2":
         retina = "head.cls_logits.weight" in file.state
         return {"rules": "detectron2"} | ({"extra_relu": True} if retina else {})
     test = file.origin.test
     test = test.get("rcnn") or test
     nms = test.get("nms")
-    found = {
+    options = {
         "score_threshold": test.get("score_thr"),
         "nms_threshold": nms.get("iou_threshold", nms.get("iou_thr")) if isinstance(nms, dict) else None,
         "max_detections": test.get("max_per_img"),
     }
-    return {name: value for name, value in found.items() if type(value) in (int, float)}
+    return {name: value for name, value in options.items() if type(value) in (int, float)}
 
 
 def load_detector(model: nn.Module, file: DenseFile, backbone_loaded: bool, reset_classifier: bool) -> LoadReport:
@@ -327,11 +327,11 @@ def load_detector(model: nn.Module, file: DenseFile, backbone_loaded: bool, rese
     Raises:
         CheckpointError: If entries are missing, unexpected or of another shape.
     """
-    wanted, state = model.state_dict(), file.state
+    model_state, state = model.state_dict(), file.state
 
     def fresh(key: str) -> bool:
         # Offsets for all classes have four rows whatever the classes; those of a single class are one's own.
-        shared = ".bbox_pred." in key and len(wanted[key]) == len(state.get(key, ())) == 4
+        shared = ".bbox_pred." in key and len(model_state[key]) == len(state.get(key, ())) == 4
         return reset_classifier and not shared and _CLASSIFIERS.match(key) is not None
 
     return load_dense(model, file, backbone_loaded, fresh)

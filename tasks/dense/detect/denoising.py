@@ -85,9 +85,9 @@ class Denoising(nn.Module):
         return NoisyQueries(content, places, groups, most)
 
     def _noisy_labels(self, labels: Tensor) -> Tensor:
-        chosen = (torch.rand(len(labels), device=labels.device) < LABEL_NOISE).nonzero().flatten()
-        other = torch.randint(0, self.label_embedding.num_embeddings, (len(chosen),), device=labels.device)
-        return labels.scatter(0, chosen, other.to(labels.dtype))
+        index = (torch.rand(len(labels), device=labels.device) < LABEL_NOISE).nonzero().flatten()
+        other = torch.randint(0, self.label_embedding.num_embeddings, (len(index),), device=labels.device)
+        return labels.scatter(0, index, other.to(labels.dtype))
 
     @staticmethod
     def _noisy_boxes(boxes: Tensor, groups: int) -> Tensor:

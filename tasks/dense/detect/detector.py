@@ -258,8 +258,8 @@ class MaskRCNN(Detector):
         losses = {name: levels.sum() for name, levels in losses.items()}
         if proposals is None:
             proposals = [boxes for boxes, _ in self.rpn.propose(logits, offsets, image_sizes, training=True)]
-        found = self.roi_heads.loss(pyramid, proposals, targets, image_sizes)
-        return losses | {name: value for name, value in found.items() if not name.endswith("acc")}
+        roi_losses = self.roi_heads.loss(pyramid, proposals, targets, image_sizes)
+        return losses | {name: value for name, value in roi_losses.items() if not name.endswith("acc")}
 
 
 class FasterRCNN(MaskRCNN):
@@ -393,8 +393,8 @@ def create_detector(
         layout = file.layout(backbone)
         published = has_backbone(state) and not is_ours(state) and layout is None
         if is_ours(state):
-            held, held_transform, _ = split_options(file.card.get("kwargs") or {}, kind, DetectorTransform)
-            options, transform = held | variant | options, held_transform | transform
+            file_options, file_transform, _ = split_options(file.card.get("kwargs") or {}, kind, DetectorTransform)
+            options, transform = file_options | variant | options, file_transform | transform
             body_options = file.held_form() | body_options
         else:
             options = rules_of(file, options) | variant | options
@@ -434,9 +434,11 @@ def create_detector(
 
 def _variant(head: str, state: dict[str, Tensor], path: Path, num_classes: int | None, reset_classifier: bool) -> dict:
     """Return the class count and the options of the detector that a state dict is of, or say why it can't be that."""
-    held = head_of(state, path)
-    if held != head:
-        raise CheckpointError(f"{path}: holds a {held}, not a {head}; create_detector({held!r}, ...) reads it")
+    file_head = head_of(state, path)
+    if file_head != head:
+        raise CheckpointError(
+            f"{path}: holds a {file_head}, not a {head}; create_detector({file_head!r}, ...) reads it"
+        )
     try:
         variant = variant_of(head, state, path)
     except KeyError as error:

@@ -140,6 +140,7 @@ class DinoHead(nn.Module):
         self,
         channels: int,
         num_classes: int,
+        *,
         num_levels: int = 4,
         num_queries: int = 900,
         encoder_layers: int = 6,
@@ -232,11 +233,11 @@ class DinoHead(nn.Module):
         boxes = self.reg_branches[-1](memory) + anchors
         count = min(self.query_embedding.num_embeddings, logits.shape[1])
         index = logits.amax(-1).topk(count, dim=1).indices
-        chosen = index[..., None]
+        at = index[..., None]
         return Proposals(
             index,
-            logits.gather(1, chosen.expand(-1, -1, logits.shape[-1])),
-            boxes.gather(1, chosen.expand(-1, -1, 4)),
+            logits.gather(1, at.expand(-1, -1, logits.shape[-1])),
+            boxes.gather(1, at.expand(-1, -1, 4)),
         )
 
     @staticmethod
@@ -311,10 +312,10 @@ class DinoHead(nn.Module):
         Returns:
             For each image ``boxes`` ``[D, 4]``, ``labels`` ``[D]`` and ``scores`` ``[D]``.
         """
-        found = zip(*self.best(logits, boxes), image_sizes, original_sizes, strict=True)
+        per_image = zip(*self.best(logits, boxes), image_sizes, original_sizes, strict=True)
         return [
             {"boxes": in_pixels(box, size) / scale_of(box, size, original), "labels": label, "scores": score}
-            for box, label, score, size, original in found
+            for box, label, score, size, original in per_image
         ]
 
 

@@ -83,17 +83,17 @@ class DINO(Detector):
         self.head = DinoHead(
             channels,
             num_classes,
-            num_levels,
-            num_queries,
-            encoder_layers,
-            decoder_layers,
-            hidden,
-            num_heads,
-            num_points,
-            temperature,
-            offset,
-            denoising_queries,
-            max_detections,
+            num_levels=num_levels,
+            num_queries=num_queries,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            hidden=hidden,
+            num_heads=num_heads,
+            num_points=num_points,
+            temperature=temperature,
+            offset=offset,
+            denoising_queries=denoising_queries,
+            max_detections=max_detections,
         )
         self.criterion = DinoCriterion(cls_weight)
 
@@ -105,8 +105,10 @@ class DINO(Detector):
         original_sizes: Sequence[Size] | None = None,
         soft_masks: bool = False,
     ) -> list[dict[str, Tensor]]:
-        found = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
-        return self.head.detect(found.logits[-1], found.boxes[-1], image_sizes, original_sizes or image_sizes)
+        predictions = self.head(self.neck(features), image_sizes, self.transform.canvas(image_sizes))
+        return self.head.detect(
+            predictions.logits[-1], predictions.boxes[-1], image_sizes, original_sizes or image_sizes
+        )
 
     @torch.no_grad()
     def find(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,8 +121,8 @@ class DINO(Detector):
             Boxes ``[B, D, 4]`` in pixels of the batch, scores ``[B, D]`` and labels ``[B, D]``, best first.
         """
         size = tuple(batch.shape[-2:])
-        found = self.head(self.neck(self.backbone(batch)), [size], size)
-        boxes, labels, scores = self.head.best(found.logits[-1], found.boxes[-1])
+        predictions = self.head(self.neck(self.backbone(batch)), [size], size)
+        boxes, labels, scores = self.head.best(predictions.logits[-1], predictions.boxes[-1])
         return in_pixels(boxes, size), scores, labels
 
     def losses_from_features(
@@ -133,5 +135,5 @@ class DINO(Detector):
             for target, (height, width) in zip(targets, image_sizes, strict=True)
         ]
         canvas = self.transform.canvas(image_sizes)
-        found = self.head(self.neck(features), image_sizes, canvas, (labels, boxes))
-        return self.criterion(found, labels, boxes, image_sizes)
+        predictions = self.head(self.neck(features), image_sizes, canvas, (labels, boxes))
+        return self.criterion(predictions, labels, boxes, image_sizes)

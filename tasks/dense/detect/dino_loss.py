@@ -56,28 +56,28 @@ class DinoCriterion:
         noisy, losses = predictions.noisy, {}
         start = noisy.boxes.shape[1]
 
-        def of(prefix: str, logits: Tensor, found: Tensor, pairs: Pairs | None = None) -> None:
-            logits, found = logits.float(), found.float()
+        def of(prefix: str, logits: Tensor, predicted: Tensor, pairs: Pairs | None = None) -> None:
+            logits, predicted = logits.float(), predicted.float()
             if pairs is None:
-                pairs = self.match(logits, found, labels, goals, sides)
-            terms = self._losses(logits, found, pairs, labels, goals, sides)
+                pairs = self.match(logits, predicted, labels, goals, sides)
+            terms = self._losses(logits, predicted, pairs, labels, goals, sides)
             losses.update({f"{prefix}loss_{name}": value for name, value in terms.items()})
 
         proposals = predictions.proposals
         of("enc_", proposals.logits, proposals.boxes.sigmoid())
         known = _known_pairs(labels, noisy.groups, noisy.most)
         last = len(predictions.logits) - 1
-        for layer, (logits, found) in enumerate(zip(predictions.logits, predictions.boxes, strict=True)):
+        for layer, (logits, predicted) in enumerate(zip(predictions.logits, predictions.boxes, strict=True)):
             prefix = "" if layer == last else f"d{layer}."
-            of(prefix, logits[:, start:], found[:, start:])
-            of(f"{prefix}dn_", logits[:, :start], found[:, :start], known)
+            of(prefix, logits[:, start:], predicted[:, start:])
+            of(f"{prefix}dn_", logits[:, :start], predicted[:, :start], known)
         return losses
 
     @torch.no_grad()
     def match(
         self,
         logits: Tensor,
-        found: Tensor,
+        boxes: Tensor,
         labels: Sequence[Tensor],
         goals: Sequence[Tensor],
         sides: Tensor,
@@ -86,13 +86,13 @@ class DinoCriterion:
 
         Args:
             logits: Of the queries, ``[B, Q, K]``.
-            found: Their boxes ``[B, Q, 4]``, cx, cy, w, h in units of the image's sides.
+            boxes: Their boxes ``[B, Q, 4]``, cx, cy, w, h in units of the image's sides.
             labels: Classes ``[N]`` of each image's objects.
             goals: Their boxes ``[N, 4]``, likewise.
             sides: Width, height, width, height of each image, ``[B, 4]``.
         """
         pairs = []
-        for logit, box, label, goal, side in zip(logits, found, labels, goals, sides, strict=True):
+        for logit, box, label, goal, side in zip(logits, boxes, labels, goals, sides, strict=True):
             scores = logit.sigmoid()
             positive = -(scores + _EPS).log() * _ALPHA * (1 - scores) ** 2
             negative = -(1 - scores + _EPS).log() * (1 - _ALPHA) * scores**2
@@ -107,7 +107,7 @@ class DinoCriterion:
     def _losses(
         self,
         logits: Tensor,
-        found: Tensor,
+        boxes: Tensor,
         pairs: Pairs,
         labels: Sequence[Tensor],
         goals: Sequence[Tensor],
@@ -115,18 +115,18 @@ class DinoCriterion:
     ) -> dict[str, Tensor]:
         count = mean_count(sum(len(queries) for queries, _ in pairs), logits.device)
         truth = torch.zeros_like(logits)
-        boxes, wanted, scale = [], [], []
+        matched, matched_goals, scale = [], [], []
         for image, (queries, objects) in enumerate(pairs):
             truth[image, queries, labels[image][objects]] = 1.0
-            boxes.append(found[image, queries])
-            wanted.append(goals[image][objects])
+            matched.append(boxes[image, queries])
+            matched_goals.append(goals[image][objects])
             scale.append(sides[image].expand(len(queries), 4))
-        boxes, wanted, scale = (torch.cat(parts) for parts in (boxes, wanted, scale))
+        matched, matched_goals, scale = (torch.cat(parts) for parts in (matched, matched_goals, scale))
         cls = sigmoid_focal_loss(logits, truth, alpha=_ALPHA, gamma=2.0, reduction="sum")
-        iou = giou_loss(_in_pixels(boxes, scale), _in_pixels(wanted, scale)).sum()
+        iou = giou_loss(_in_pixels(matched, scale), _in_pixels(matched_goals, scale)).sum()
         return {
             "cls": self.cls_weight * cls / count,
-            "bbox": self.box_weight * (boxes - wanted).abs().sum() / count,
+            "bbox": self.box_weight * (matched - matched_goals).abs().sum() / count,
             "iou": self.iou_weight * iou / count,
         }
 

@@ -61,12 +61,12 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
         apart = boxes.device.type == "cpu" and len(boxes) > _FEW and boxes.min() >= 0
         if not apart:
             return nms(shifted, scores, threshold)
-    kept = torch.zeros_like(scores, dtype=torch.bool)
+    survives = torch.zeros_like(scores, dtype=torch.bool)
     for group in groups.unique():
         members = (groups == group).nonzero().squeeze(1)
-        kept[members[nms(shifted[members], scores[members], threshold)]] = True
-    kept = kept.nonzero().squeeze(1)
-    return kept[scores[kept].sort(descending=True, stable=True).indices]
+        survives[members[nms(shifted[members], scores[members], threshold)]] = True
+    index = survives.nonzero().squeeze(1)
+    return index[scores[index].sort(descending=True, stable=True).indices]
 
 
 def multiclass_nms(
@@ -89,8 +89,8 @@ def multiclass_nms(
     regions, labels = candidates // classes, candidates % classes
     boxes = boxes[regions] if boxes.dim() == 2 else boxes[regions, labels]
     scores = scores.flatten()[candidates]
-    kept = grouped_nms(boxes, scores, labels, nms_threshold)[:max_detections]
-    return boxes[kept], scores[kept], candidates[kept]
+    index = grouped_nms(boxes, scores, labels, nms_threshold)[:max_detections]
+    return boxes[index], scores[index], candidates[index]
 
 
 def choose_pairs(
@@ -109,8 +109,8 @@ def choose_pairs(
     boxes = boxes / scale
     valid = has_area(boxes)
     boxes, labels, scores = boxes[valid], labels[valid], scores[valid]
-    kept = grouped_nms(boxes, scores, labels, limits.nms_threshold)[: limits.max_detections]
-    return boxes[kept], labels[kept], scores[kept]
+    index = grouped_nms(boxes, scores, labels, limits.nms_threshold)[: limits.max_detections]
+    return boxes[index], labels[index], scores[index]
 
 
 def choose_clipped_last(
@@ -118,10 +118,10 @@ def choose_clipped_last(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same as `choose_pairs`, but clipped to the original image in the end, as detectron2 does."""
     boxes, labels, scores = _best_pairs(levels, coder, limits, scale, None)
-    kept = grouped_nms(boxes, scores, labels, limits.nms_threshold)[: limits.max_detections]
-    boxes = clip(boxes[kept] / scale, original)
+    index = grouped_nms(boxes, scores, labels, limits.nms_threshold)[: limits.max_detections]
+    boxes = clip(boxes[index] / scale, original)
     valid = has_area(boxes)
-    return boxes[valid], labels[kept][valid], scores[kept][valid]
+    return boxes[valid], labels[index][valid], scores[index][valid]
 
 
 def _best_pairs(
@@ -135,8 +135,8 @@ def _best_pairs(
         score = logit.flatten()[pairs].sigmoid()
         above = score > limits.score_threshold
         pairs, score = pairs[above], score[above]
-        chosen = top_k(score, limits.per_level)
-        pairs, score = pairs[chosen], score[chosen]
+        index = top_k(score, limits.per_level)
+        pairs, score = pairs[index], score[index]
         cells = pairs // logit.shape[1]
         boxes.append(coder.decode(grid[cells], offset[cells], image_size))
         labels.append(pairs % logit.shape[1])
@@ -152,8 +152,8 @@ def choose_anchors(
     for grid, logit, offset in levels:
         score = logit.sigmoid()
         if len(score) > limits.per_level:
-            chosen = top_k(score.amax(dim=1), limits.per_level)
-            grid, score, offset = grid[chosen], score[chosen], offset[chosen]
+            index = top_k(score.amax(dim=1), limits.per_level)
+            grid, score, offset = grid[index], score[index], offset[index]
         boxes.append(coder.decode(grid, offset, image_size))
         scores.append(score)
     boxes, scores = torch.cat(boxes) / scale, torch.cat(scores)

@@ -231,11 +231,11 @@ class RoIHeads(nn.Module):
             samples = [self._sample(stage, regions, target) for regions, target in zip(proposals, targets, strict=True)]
             rois = [sample.boxes for sample in samples]
             logits, offsets = self.box_heads[index](self.extract(pyramid, rois, 7))
-            found = self._box_losses(index, logits, offsets, samples)
+            stage_losses = self._box_losses(index, logits, offsets, samples)
             if index < len(self.mask_heads):
-                found["loss_mask"] = self._mask_loss(index, pyramid, samples, targets)
+                stage_losses["loss_mask"] = self._mask_loss(index, pyramid, samples, targets)
             prefix = f"s{index}." if len(self.stages) > 1 else ""
-            for name, value in found.items():
+            for name, value in stage_losses.items():
                 losses[prefix + name] = value * stage.weight if name.startswith("loss") else value
             if index + 1 < len(self.stages):
                 labels = torch.cat([sample.labels for sample in samples])
@@ -340,16 +340,16 @@ class RoIHeads(nn.Module):
             them, ``masks``
             ``[D, height, width]``, bool, or float32 if they are soft.
         """
-        found = self._boxes(pyramid, proposals, image_sizes)
+        results = self._boxes(pyramid, proposals, image_sizes)
         if not len(self.mask_heads):
             return [
                 {"boxes": boxes / scale_of(boxes, size, original), "labels": labels, "scores": scores}
-                for (boxes, scores, labels), size, original in zip(found, image_sizes, original_sizes, strict=True)
+                for (boxes, scores, labels), size, original in zip(results, image_sizes, original_sizes, strict=True)
             ]
-        masks = self._masks(pyramid, [boxes for boxes, _, _ in found], [labels for _, _, labels in found])
+        masks = self._masks(pyramid, [boxes for boxes, _, _ in results], [labels for _, _, labels in results])
         detections = []
         for (boxes, scores, labels), mask, size, original in zip(
-            found, masks, image_sizes, original_sizes, strict=True
+            results, masks, image_sizes, original_sizes, strict=True
         ):
             boxes = boxes / scale_of(boxes, size, original)
             pasted = paste_masks(mask, boxes, original, None if soft_masks else 0.5)
@@ -368,21 +368,21 @@ class RoIHeads(nn.Module):
         means = sums / len(self.box_heads)
         scores = (means if self.averages_probabilities else means.softmax(dim=1))[:, :-1]
         counts = [len(boxes) for boxes in rois]
-        found = []
+        results = []
         for boxes, score, offset, image_size in zip(
             rois, scores.split(counts), offsets.split(counts), image_sizes, strict=True
         ):
             decoded = self.coders[-1].decode(boxes[:, None], offset, image_size)
             decoded = decoded if decoded.shape[1] > 1 else decoded.squeeze(1)
-            best, kept, candidates = multiclass_nms(
+            best_boxes, best_scores, candidates = multiclass_nms(
                 decoded, score, self.score_threshold, self.nms_threshold, self.max_detections
             )
-            found.append((best, kept, candidates % self.num_classes))
-        return found
+            results.append((best_boxes, best_scores, candidates % self.num_classes))
+        return results
 
     def _masks(self, pyramid: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Tensor]:
         """Return the probabilities ``[D, 28, 28]`` of the masks of each image's detections."""
-        counts, label = [len(found) for found in labels], torch.cat(list(labels))
+        counts, label = [len(part) for part in labels], torch.cat(list(labels))
         regions = self.extract(pyramid, boxes, 14)
         masks, rows = 0, torch.arange(len(label), device=label.device)
         for head in self.mask_heads:

@@ -96,8 +96,8 @@ class RegionProposalNetwork(nn.Module):
             for level, grid in enumerate(anchors):
                 score = scores[level][image]
                 if len(score) > per_level:
-                    chosen = top_k(score, per_level)
-                    score, grid, offset = score[chosen], grid[chosen], offsets[level][image, chosen]
+                    index = top_k(score, per_level)
+                    score, grid, offset = score[index], grid[index], offsets[level][image, index]
                 else:
                     offset = offsets[level][image]
                 boxes.append(self.coder.decode(grid, offset, image_size))
@@ -106,8 +106,8 @@ class RegionProposalNetwork(nn.Module):
             boxes, best, groups = torch.cat(boxes), torch.cat(best), torch.cat(groups)
             valid = has_area(boxes)
             boxes, best, groups = boxes[valid], best[valid], groups[valid]
-            kept = grouped_nms(boxes, best, groups, self.nms_threshold)[:most]
-            proposals.append((boxes[kept], best[kept]))
+            index = grouped_nms(boxes, best, groups, self.nms_threshold)[:most]
+            proposals.append((boxes[index], best[index]))
         return proposals
 
     def loss(

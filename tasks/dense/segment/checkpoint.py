@@ -141,8 +141,8 @@ def _renamed(published: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
         if pooled and key.startswith("decode_head.bottleneck."):
             key = f"decode_head.aspp.{key.removeprefix('decode_head.')}"
         key = _OLD.sub("sem_seg_head.pixel_decoder.", key).replace(".static_query.", ".query_feat.")
-        theirs, ours = next((names for names in _NAMES if key.startswith(names[0])), ("", ""))
-        state[ours + key.removeprefix(theirs)] = value
+        old_prefix, new_prefix = next((names for names in _NAMES if key.startswith(names[0])), ("", ""))
+        state[new_prefix + key.removeprefix(old_prefix)] = value
     return convert_ham(state), extras
 
 

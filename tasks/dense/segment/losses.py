@@ -45,11 +45,12 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None, 
     """Raise a TaskError unless labels are from 0 to ``classes - 1`` or ``ignore_index``; those on a GPU pass unseen."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    found = labels if ignore_index is None else labels[labels != ignore_index]
-    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < classes:
+    counted = labels if ignore_index is None else labels[labels != ignore_index]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
         ignored = "" if ignore_index is None else f", or {ignore_index} for pixels that don't count"
         raise TaskError(
-            f"{whose} have labels {int(found.min())} to {int(found.max())}; they must be 0 to {classes - 1}{ignored}"
+            f"{whose} have labels {int(counted.min())} to {int(counted.max())}; "
+            f"they must be 0 to {classes - 1}{ignored}"
         )
 
 

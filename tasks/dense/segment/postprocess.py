@@ -41,8 +41,8 @@ def instance_masks(
     scores, pairs = classes.softmax(-1)[:, :-1].flatten().topk(min(topk, classes.shape[0] * num_classes), sorted=False)
     labels = pairs % num_classes
     if things is not None:
-        kept = torch.isin(labels, torch.as_tensor(sorted(things), device=labels.device))
-        scores, labels, pairs = scores[kept], labels[kept], pairs[kept]
+        is_thing = torch.isin(labels, torch.as_tensor(sorted(things), device=labels.device))
+        scores, labels, pairs = scores[is_thing], labels[is_thing], pairs[is_thing]
     masks = masks[pairs // num_classes]
     inside = masks > 0
     scores = scores * (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
@@ -91,13 +91,13 @@ def panoptic_segments(
         ``isthing``, ``area`` in pixels, and the query's ``score``.
     """
     scores, labels = classes.softmax(-1).max(-1)
-    kept = (labels != classes.shape[1] - 1) & (scores > object_threshold)
+    is_likely = (labels != classes.shape[1] - 1) & (scores > object_threshold)
     segments = torch.zeros(masks.shape[-2:], dtype=torch.int32, device=masks.device)
-    if not kept.any():
+    if not is_likely.any():
         return segments, []
-    scores, labels, masks = scores[kept], labels[kept], masks[kept].sigmoid()
+    scores, labels, masks = scores[is_likely], labels[is_likely], masks[is_likely].sigmoid()
     winners = (scores[:, None, None] * masks).argmax(0)
-    found, stuff = [], {}
+    infos, stuff = [], {}
     for query, (score, label) in enumerate(zip(scores.tolist(), labels.tolist(), strict=True)):
         own = masks[query] >= 0.5
         won = winners == query
@@ -110,17 +110,17 @@ def panoptic_segments(
             info["area"] += int(segment.sum())
         else:
             info = {
-                "id": len(found) + 1,
+                "id": len(infos) + 1,
                 "category_id": label,
                 "isthing": label in things,
                 "area": int(segment.sum()),
                 "score": score,
             }
-            found.append(info)
+            infos.append(info)
             if not info["isthing"]:
                 stuff[label] = info
         segments[segment] = info["id"]
-    return segments, found
+    return segments, infos
 
 
 def fused_panoptic(
@@ -149,11 +149,11 @@ def fused_panoptic(
     """
     num_classes = classes.shape[1] - 1
     scores, labels = classes.softmax(-1).max(-1)
-    kept = (labels != num_classes) & (scores > object_threshold)
+    is_likely = (labels != num_classes) & (scores > object_threshold)
     fused = torch.full(masks.shape[-2:], num_classes, dtype=torch.int32, device=masks.device)
-    if not kept.any():
+    if not is_likely.any():
         return fused
-    scores, labels, masks = scores[kept], labels[kept], masks[kept].sigmoid()
+    scores, labels, masks = scores[is_likely], labels[is_likely], masks[is_likely].sigmoid()
     winners = (scores[:, None, None] * masks).argmax(0)
     number = 1
     for query, label in enumerate(labels.tolist()):

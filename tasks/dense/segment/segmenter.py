@@ -326,12 +326,12 @@ def _variant(head: str, file: DenseFile, given: Mapping[str, Any]) -> dict[str, 
     return variant
 
 
-def _held_aux(file: DenseFile, wanted: bool) -> dict[str, Any] | None:
+def _held_aux(file: DenseFile, takes_aux: bool) -> dict[str, Any] | None:
     """Return the options of the auxiliary head that a file tells; None if it has none, or none is wanted."""
     channels = aux_channels_of(file.state)
-    if wanted and channels is None:
+    if takes_aux and channels is None:
         _logger.info(f"{file.path}: has no auxiliary head, and so the model gets none")
-    return {"channels": channels} if wanted and channels is not None else None
+    return {"channels": channels} if takes_aux and channels is not None else None
 
 
 def _assembled(
@@ -393,10 +393,10 @@ def _statistics(file: DenseFile | None, body: nn.Module) -> dict[str, Any]:
 
 def _held_head(head: str, state: dict[str, Tensor], path: Path) -> str:
     """Return the head that a state dict is of, if it is the one that was asked for."""
-    held = head_of(state, path)
-    if held != head and (head, held) != ("mask2former", "oneformer"):
-        raise CheckpointError(f"{path}: holds a {held}, not a {head}; create it as {held!r}")
-    return held
+    file_head = head_of(state, path)
+    if file_head != head and (head, file_head) != ("mask2former", "oneformer"):
+        raise CheckpointError(f"{path}: holds a {file_head}, not a {head}; create it as {file_head!r}")
+    return file_head
 
 
 # What a run's data say of images.

@@ -117,13 +117,13 @@ class SetCriterion(nn.Module):
             points = torch.rand(1, self.num_points, 2, device=masks.device)
             # Under autocast the costs of large masks would overflow.
             with torch.autocast(masks.device.type, enabled=False):
-                wanted = sample_at(target["masks"].float(), points.expand(len(target["labels"]), -1, -1))
-                found = sample_at(masks.float(), points.expand(len(masks), -1, -1))
+                truth = sample_at(target["masks"].float(), points.expand(len(target["labels"]), -1, -1))
+                predicted = sample_at(masks.float(), points.expand(len(masks), -1, -1))
                 # The cross entropy's two halves, log(1 + e^x) - x inside and log(1 + e^x) outside, in one product.
-                mask_cost = (F.softplus(found).sum(-1, keepdim=True) - found @ wanted.T) / found.shape[1]
-                inside = found.sigmoid()
-                overlap = 2 * inside @ wanted.T
-                dice_cost = 1 - (overlap + 1) / (inside.sum(-1)[:, None] + wanted.sum(-1) + 1)
+                mask_cost = (F.softplus(predicted).sum(-1, keepdim=True) - predicted @ truth.T) / predicted.shape[1]
+                inside = predicted.sigmoid()
+                overlap = 2 * inside @ truth.T
+                dice_cost = 1 - (overlap + 1) / (inside.sum(-1)[:, None] + truth.sum(-1) + 1)
                 class_cost = -logits.float().softmax(-1)[:, target["labels"].long()]
                 cost = (
                     self.weights["loss_mask"] * mask_cost
@@ -141,20 +141,20 @@ class SetCriterion(nn.Module):
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         for image, (queries, matched) in enumerate(pairs):
             classes[image, queries] = targets[image]["labels"].long()[matched]
-        found = torch.cat([image[queries] for image, (queries, _) in zip(masks, pairs, strict=True)])
+        predicted = torch.cat([image[queries] for image, (queries, _) in zip(masks, pairs, strict=True)])
         with torch.no_grad():
-            points = self._uncertain_points(found)
+            points = self._uncertain_points(predicted)
             pieces = points.split([len(queries) for queries, _ in pairs])
-            wanted = torch.cat(
+            truth = torch.cat(
                 [
                     _sample_matched(target["masks"], matched, piece)
                     for target, (_, matched), piece in zip(targets, pairs, pieces, strict=True)
                 ]
             )
-        found = sample_at(found, points)
-        inside = found.sigmoid()
-        dice = 1 - (2 * (inside * wanted).sum(-1) + 1) / (inside.sum(-1) + wanted.sum(-1) + 1)
-        cross_entropy = F.binary_cross_entropy_with_logits(found, wanted, reduction="none")
+        predicted = sample_at(predicted, points)
+        inside = predicted.sigmoid()
+        dice = 1 - (2 * (inside * truth).sum(-1) + 1) / (inside.sum(-1) + truth.sum(-1) + 1)
+        cross_entropy = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none")
         # The empty sum keeps the masks in the graph where there are no objects.
         return {
             "loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight.to(logits)),
