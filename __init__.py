@@ -11,13 +11,22 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["__version__", "create_backbone", "create_detector", "create_segmenter", "list_models", "record_attention"]
+__all__ = [
+    "__version__",
+    "create_backbone",
+    "create_detector",
+    "create_segmenter",
+    "list_models",
+    "load",
+    "record_attention",
+]
 
 _HOMES = {
     "create_backbone": ".zoo",
     "create_detector": ".tasks.dense.detect",
     "create_segmenter": ".tasks.dense.segment",
     "list_models": ".zoo",
+    "load": ".tasks.load",
     "record_attention": ".tasks.seeing.record",
 }
 _MODULES = {"explain": ".tasks.seeing", "natten": ".blocks.natten", "probes": ".tasks.probes"}

@@ -1,6 +1,6 @@
 """Attention modules, each usable alone on maps."""
 
-from .agent import AgentAttention2d, AgentTokenAttention
+from .agent import AgentAttention2d, AgentTokenAttention, agent_attention_untrained, attend_untrained
 from .aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from .cbam import CBAM
 from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
@@ -23,8 +23,11 @@ from .multi_scale_deformable import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .polarized import PolarizedAttention
 from .quadtree import QuadTreeAttention2d
+from .quadtree_cross import QuadTreeCrossAttention2d
 from .routing import BiLevelRoutingAttention2d, LePEAttention2d, RoutedRegions
 from .shift import Shift2d
+from .subspace import SubspaceAttention
+from .token_merging import TokenMatching, match_tokens
 from .triplet import TripletAttention
 from .window import WindowAttention2d
 
@@ -61,15 +64,21 @@ __all__ = [
     "NeighborhoodAttention3d",
     "PolarizedAttention",
     "QuadTreeAttention2d",
+    "QuadTreeCrossAttention2d",
     "RoutedRegions",
     "Shift2d",
     "StripGate",
+    "SubspaceAttention",
+    "TokenMatching",
     "TripletAttention",
     "UnitGlobalAttention2d",
     "WindowAttention2d",
+    "agent_attention_untrained",
+    "attend_untrained",
     "collect_losses",
     "create_attention",
     "list_attentions",
+    "match_tokens",
     "report_logits",
     "report_loss",
 ]

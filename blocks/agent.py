@@ -1,5 +1,7 @@
 """Agent attention (Han et al., ECCV 2024, arXiv 2312.08874): queries reach the keys through a few pooled queries."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Through, Windows, exact, heads_to_map, map_to_heads
+from .token_merging import match_tokens
 from .window import cut_windows, join_windows, number_windows
 
 # The block biases have this height and width at every resolution.
@@ -73,6 +76,94 @@ def attend_through_agents(
     gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=gather_bias.to(q.dtype)[None])
     x = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=spread_bias.to(q.dtype)[None])
     return x.transpose(1, 2).flatten(2)
+
+
+def attend_untrained(
+    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, num_heads: int, spread_power: float = 0.3, shortcut: float = 0.075
+) -> Tensor:
+    """Read from agents where no network was trained to: ``softmax(q a^T d^-0.15) softmax(a k^T d^-0.5) v + 0.075 v``.
+
+    It replaces softmax attention without new weights (the paper's section on image generation): queries' scores are
+    sharpened by a scale nearer to 1, and the values of the tokens themselves stand for the missing convolution.
+
+    Args:
+        q: Queries ``[B, N, C]``.
+        k: Keys ``[B, N, C]``.
+        v: Values ``[B, N, C]``.
+        agents: Queries of the agents ``[B, n, C]``.
+        num_heads: Heads, of d channels each.
+        spread_power: The queries' scores over agents are scaled by ``d^-0.5`` to this power.
+        shortcut: Of the values.
+
+    Returns:
+        ``[B, N, C]``.
+    """
+    q, k, values, agents = [tokens.unflatten(2, (num_heads, -1)).transpose(1, 2) for tokens in (q, k, v, agents)]
+    gathered = F.scaled_dot_product_attention(agents, k, values)
+    x = F.scaled_dot_product_attention(q, agents, gathered, scale=q.shape[3] ** (-0.5 * spread_power))
+    return x.transpose(1, 2).flatten(2) + shortcut * v
+
+
+def agent_attention_untrained(
+    x: Tensor,
+    map_size: Sequence[int],
+    num_heads: int,
+    to_q: Callable[[Tensor], Tensor],
+    to_k: Callable[[Tensor], Tensor],
+    to_v: Callable[[Tensor], Tensor],
+    ratio: float = 0.5,
+    agent_ratio: float = 0.8,
+    cell: tuple[int, int] = (2, 2),
+    spread_power: float = 0.3,
+    shortcut: float = 0.075,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Replace a network's trained self-attention by agent attention, without training it (arXiv 2312.08874, AgentSD).
+
+    Tokens are merged with those that they are like (`match_tokens`), and more of them by the same order into agents;
+    the merged tokens attend through the agents (`attend_untrained`), or to each other where the agents are half as many
+    as they, or more. Each token then has what became of the one that it was merged into.
+    The defaults are the authors'. What multiplies the output afterwards is the network's own.
+
+    Args:
+        x: What the attention would get, the tokens of a map ``[B, H * W, C]``, row by row.
+        map_size: H and W.
+        num_heads: Heads.
+        to_q: Projection to queries, of tokens ``[B, n, C]``.
+        to_k: Projection to keys.
+        to_v: Projection to values.
+        ratio: Share of the tokens that are merged.
+        agent_ratio: Share of the tokens that are merged into the agents; the agents are the rest.
+        cell: See `match_tokens`: of each such cell at least one token stays.
+        spread_power: See `attend_untrained`.
+        shortcut: See `attend_untrained`.
+        generator: See `match_tokens`.
+
+    Returns:
+        ``[B, H * W, C]``.
+
+    Raises:
+        ValueError: If the map has another number of tokens or is smaller than a cell, or a ratio isn't of 0 to 1.
+
+    Example:
+        >>> x = torch.randn(1, 16 * 16, 64)
+        >>> projections = [torch.nn.Linear(64, 64) for _ in range(3)]
+        >>> agent_attention_untrained(x, (16, 16), 4, *projections, ratio=0.4, agent_ratio=0.95, cell=(4, 4)).shape
+        torch.Size([1, 256, 64])
+    """
+    if not (0 <= ratio <= 1 and 0 <= agent_ratio <= 1):
+        raise ValueError(f"ratio and agent_ratio are shares of the tokens, of 0 to 1; got {ratio} and {agent_ratio}")
+    matching = match_tokens(x, map_size, cell, generator)
+    tokens, most = x.shape[1], matching.ranked.shape[1]
+    count, agent_count = (min(most, int(tokens * share)) for share in (ratio, agent_ratio))
+    merged = matching.merge(x, count)
+    q, k, v = to_q(merged), to_k(merged), to_v(merged)
+    if 2 * (tokens - agent_count) < tokens - count:
+        out = attend_untrained(q, k, v, to_q(matching.merge(x, agent_count)), num_heads, spread_power, shortcut)
+    else:
+        heads = [part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    return matching.unmerge(out, count)
 
 
 def _through_agents(

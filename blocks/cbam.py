@@ -68,6 +68,10 @@ def gate_of(module: CbamModule, x: Tensor) -> Tensor:
 
 
 def _from_authors(module: CBAM, state: dict[str, Tensor], prefix: str, *_) -> None:
+    read_authors_names(state, prefix)
+
+
+def read_authors_names(state: dict[str, Tensor], prefix: str) -> None:
     """Rename, in place, what the authors' CBAM has under ``prefix``."""
     for published, name in _AUTHORS_NAMES.items():
         for key in [key for key in state if key.startswith(prefix + published)]:

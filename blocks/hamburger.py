@@ -80,6 +80,7 @@ class Hamburger2d(nn.Module):
         random_bases: Whether to draw new bases for each image while training, from the global generator, as published.
         steps: Number of the factorisation's steps in training and in evaluation.
         one_step_gradient: See `factorize`.
+        inner_dim: Channels that are factorised; ``dim`` by default.
 
     Shape:
         NCHW maps ``[B, dim, H, W]`` to the same shape; any H and W.
@@ -100,18 +101,20 @@ class Hamburger2d(nn.Module):
         random_bases: bool = False,
         steps: tuple[int, int] = (6, 7),
         one_step_gradient: bool = False,
+        inner_dim: int | None = None,
     ):
         super().__init__()
+        inner_dim = dim if inner_dim is None else inner_dim
         if dim % 32 or dim < 64:
             raise ValueError(f"the norms have 32 groups of 2 channels or more: 64, 96, 128, ... channels; got {dim}")
         if rank < 1:
             raise ValueError(f"the factorisation needs a rank of at least 1; got {rank}")
         self.rank, self.seed, self.random_bases = rank, seed, random_bases
         self.steps, self.one_step_gradient = steps, one_step_gradient
-        self.ham_in = nn.Conv2d(dim, dim, 1)
-        self.ham_out = nn.Conv2d(dim, dim, 1, bias=False)
+        self.ham_in = nn.Conv2d(dim, inner_dim, 1)
+        self.ham_out = nn.Conv2d(inner_dim, dim, 1, bias=False)
         self.norm = GroupNormAct(dim, 32, apply_act=False)
-        self.register_buffer("bases", torch.empty(1, dim, rank))
+        self.register_buffer("bases", torch.empty(1, inner_dim, rank))
         self.reset_bases()
 
     def reset_bases(self) -> None:

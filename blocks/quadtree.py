@@ -26,8 +26,8 @@ class Routes(NamedTuple):
     """Which tokens the queries of one level of the pyramid used, and how much.
 
     Attributes:
-        tokens: ``[B, heads, h, w, T]`` int64, for every query of the level's ``h x w`` grid the tokens of the same grid
-            that it attended to, as ``row * w + column``.
+        tokens: ``[B, heads, h, w, T]`` int64, for every query of the level's ``h x w`` grid the tokens that it attended
+            to, as ``row * width + column`` of the keys' grid, which is the same one in self-attention.
         weights: ``[B, heads, h, w, T]``, their attention weights in that level's message.
     """
 
@@ -83,6 +83,30 @@ def from_tree(x: Tensor, height: int, width: int, depth: int) -> Tensor:
 def pool(x: Tensor) -> Tensor:
     """Average 2x2 tokens of ``[B, H, W, C]``."""
     return (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) * 0.25
+
+
+def topk_of_levels(
+    owner: str, channels: tuple[int, int], levels: int, topk: int | Sequence[int], kind: str
+) -> list[int]:
+    """Return how many tokens are handed down from each level, coarse to fine, or refuse for ``owner`` what can't be.
+
+    ``channels`` are all, and the heads that must divide them.
+    """
+    dim, num_heads = channels
+    if dim % num_heads:
+        raise ValueError(f"{owner} needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
+    if levels < 1:
+        raise ValueError(f"{owner} needs at least 1 level; got {levels}")
+    if kind not in ("A", "B"):
+        raise ValueError(f"{owner} has the kinds 'A' and 'B'; got {kind!r}")
+    # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
+    needed = max(1, levels - 1) if kind == "A" else levels - 1
+    numbers = [topk] * needed if isinstance(topk, int) else list(topk)[:needed]
+    if len(numbers) < needed or min(numbers, default=1) < 1:
+        raise ValueError(
+            f"topk must be a positive number, or {needed} of them for a pyramid of {levels} levels; got {topk!r}"
+        )
+    return numbers
 
 
 class QuadTreeAttention2d(nn.Module):
@@ -151,21 +175,9 @@ class QuadTreeAttention2d(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if dim % num_heads:
-            raise ValueError(f"QuadTreeAttention2d needs num_heads to divide dim; got dim {dim}, heads {num_heads}")
-        if levels < 1:
-            raise ValueError(f"QuadTreeAttention2d needs at least 1 level; got {levels}")
-        if kind not in ("A", "B"):
-            raise ValueError(f"QuadTreeAttention2d has the kinds 'A' and 'B'; got {kind!r}")
         if value_act not in _ACTIVATIONS:
             raise ValueError(f"value_act is one of {', '.join(map(repr, _ACTIVATIONS))}; got {value_act!r}")
-        # Type A leaves its best tokens out even where there is no finer level, so one level needs a number as well.
-        needed = max(1, levels - 1) if kind == "A" else levels - 1
-        self.topk = [topk] * needed if isinstance(topk, int) else list(topk)[:needed]
-        if len(self.topk) < needed or min(self.topk, default=1) < 1:
-            raise ValueError(
-                f"topk must be a positive number, or {needed} of them for a pyramid of {levels} levels; got {topk!r}"
-            )
+        self.topk = topk_of_levels(type(self).__name__, (dim, num_heads), levels, topk, kind)
         self.num_heads = num_heads
         self.levels = levels
         self.kind = kind
@@ -267,23 +279,12 @@ class QuadTreeAttention2d(nn.Module):
         weights of type A add up to 1 over all levels above and at a finest query (except with a single level, where the
         best tokens are left out); those of type B add up to 1 at every level.
         """
-        recorded: list[tuple[Tensor, Tensor]] = []
+        used: list[tuple[Tensor, Tensor]] = []
         x = pad_to_multiple(x, self.multiple)
         queries, keys = _queries_and_keys(self._pyramid(x), self.num_heads)
-        _message(queries, keys, self._values(x)[::-1], self.level_weights, self.topk, self.backend, recorded)
-        height, width = x.shape[1] // self.multiple, x.shape[2] // self.multiple
-        routes = []
-        for level, (tokens, weights) in enumerate(recorded):
-            size = (height * 2**level, width * 2**level)
-            grid = torch.arange(size[0] * size[1], device=x.device).view(1, *size, 1)
-            tokens = to_tree(grid, level).flatten()[tokens]
-            # Queries go back to rows and columns; what they saw rides along as channels.
-            maps = [
-                from_tree(part.flatten(0, 1).unsqueeze(1), *size, level).unflatten(0, (-1, self.num_heads))
-                for part in (tokens, weights)
-            ]
-            routes.append(Routes(*maps))
-        return routes
+        message(queries, keys, self._values(x)[::-1], self.level_weights, self.topk, self.backend, used)
+        grid = (x.shape[1] // self.multiple, x.shape[2] // self.multiple)
+        return routes_of(used, grid, grid)
 
     @torch.jit.ignore
     def recorded(self, x: Tensor) -> Recorded:
@@ -436,7 +437,7 @@ def attend(
     """
     queries, keys = _queries_and_keys(pyramid, num_heads)
     del pyramid  # its copies in tree order are all that is needed
-    out = _message(queries, keys, values[::-1], level_weights, topk, backend, None)
+    out = message(queries, keys, values[::-1], level_weights, topk, backend, None)
     return from_tree(out, values[0].shape[1], values[0].shape[2], len(values) - 1)
 
 
@@ -448,7 +449,7 @@ def _queries_and_keys(pyramid: list[Tensor], heads: int) -> tuple[list[Tensor], 
     return queries, [to_tree(qk[..., dim:], level, heads) for level, qk in enumerate(pyramid)]
 
 
-def _message(
+def message(
     queries: list[Tensor],
     keys: list[Tensor],
     value_maps: list[Tensor],
@@ -456,19 +457,24 @@ def _message(
     topk: list[int],
     backend: str | None,
     recorded: list[tuple[Tensor, Tensor]] | None,
+    real: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the sum of all levels' messages ``[B, heads, tokens, dim / heads]``, in tree order.
 
     Without ``level_weights`` it is type A. Each level's tokens and weights are appended to ``recorded`` if given.
-    Queries and keys are taken out of their lists, so that a level's are freed when it is done.
+    Queries and keys are taken out of their lists, so that a level's are freed when it is done. Keys may be of another
+    map than queries; ``real`` ``[B, tokens]``, coarse to fine, says which of them take part, and the values of the
+    others are zeros.
     """
     levels, heads = len(queries), queries[0].shape[1]
     values = [to_tree(value, level, heads) for level, value in enumerate(value_maps)]
     shares = None if level_weights is None else level_weights.softmax(0).to(values[0].dtype).unbind()
-    if levels == 1 and shares is not None and recorded is None:
+    if levels == 1 and shares is not None and recorded is None and real is None:
         # The share of a single level is 1, but has a gradient: zero.
         return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
-    total, token_index, handed = _coarsest(queries.pop(0), keys.pop(0), values.pop(0), topk, shares is None, recorded)
+    mask = None if real is None else real[0][:, None, None]
+    coarsest = (queries.pop(0), keys.pop(0), values.pop(0))
+    total, token_index, handed = _coarsest(*coarsest, topk, shares is None, recorded, mask)
     if shares is not None:
         total = total * shares[0]
     for level in range(1, levels):
@@ -476,6 +482,10 @@ def _message(
         query, key = (part.pop(0).unflatten(2, (-1, 4)) for part in (queries, keys))
         scores = quadtree_scores(query, key, candidates, backend=backend)
         del query, key
+        if real is not None:
+            index = children(candidates).flatten(2)
+            mask = real[level][:, None].expand(-1, heads, -1).gather(2, index).view(*candidates.shape[:3], 1, -1)
+            scores = _without(scores, mask)
         if shares is None:
             # What the parent handed down with a chosen token is divided among the token's children.
             weights = (scores.unflatten(-1, (-1, 4)).softmax(-1) * handed[:, :, :, None, :, None]).flatten(-2)
@@ -488,10 +498,10 @@ def _message(
             )
             token_index = token_index.flatten(2, 3)
             handed = None if handed is None else handed.flatten(2, 3)
-        message = quadtree_values(weights, values.pop(0).unflatten(2, (-1, 4)), candidates, backend=backend)
+        out = quadtree_values(weights, values.pop(0).unflatten(2, (-1, 4)), candidates, backend=backend)
         # A token's message goes to its four children as well.
         total = total.unsqueeze(3)
-        total = total + message if shares is None else torch.addcmul(total, message, shares[level])
+        total = total + out if shares is None else torch.addcmul(total, out, shares[level])
         total = total.flatten(2, 3)
         if recorded is not None:
             tokens = children(candidates).unsqueeze(3).expand_as(weights)
@@ -506,27 +516,50 @@ def _coarsest(
     topk: list[int],
     type_a: bool,
     recorded: list[tuple[Tensor, Tensor]] | None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
-    batch, heads, tokens, _ = query.shape
+    batch, heads, queries, _ = query.shape
+    tokens = key.shape[2]
     # An exported graph must not depend on the number of tokens.
-    rows = tokens if is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
+    rows = queries if is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
     chunks = []
     for part in query.split(rows, 2):
         with full_precision(part):
-            scores = part @ key.transpose(-2, -1)
+            scores = _without(part @ key.transpose(-2, -1), real)
             weights, position, handed = scores.softmax(-1), None, None
             if topk:
                 weights, position, handed = _hand_down(scores, weights, topk[0], type_a)
-            message = weights.to(value.dtype) @ value
-        chunks.append((message, position, handed, None if recorded is None else weights))
-    message, position, handed, weights = (
+            out = weights.to(value.dtype) @ value
+        chunks.append((out, position, handed, None if recorded is None else weights))
+    out, position, handed, weights = (
         None if parts[0] is None else parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         for parts in zip(*chunks, strict=True)
     )
     if recorded is not None:
         recorded.append((torch.arange(tokens, device=query.device).expand_as(weights), weights))
-    return message, position, handed
+    return out, position, handed
+
+
+def _without(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Return scores that are the least number where ``real`` is False: of nothing but such there is no NaN."""
+    return scores if real is None else scores.masked_fill(~real, torch.finfo(scores.dtype).min)
+
+
+def routes_of(used: list[tuple[Tensor, Tensor]], grid: tuple[int, int], key_grid: tuple[int, int]) -> list[Routes]:
+    """Return what `message` recorded by rows and columns; both grids are those of the coarsest level."""
+    routes = []
+    for level, (tokens, weights) in enumerate(used):
+        size, keys = ((side[0] * 2**level, side[1] * 2**level) for side in (grid, key_grid))
+        order = torch.arange(keys[0] * keys[1], device=tokens.device).view(1, *keys, 1)
+        tokens, heads = to_tree(order, level).flatten()[tokens], tokens.shape[1]
+        # Queries go back to rows and columns; what they saw rides along as channels.
+        maps = [
+            from_tree(part.flatten(0, 1).unsqueeze(1), *size, level).unflatten(0, (-1, heads))
+            for part in (tokens, weights)
+        ]
+        routes.append(Routes(*maps))
+    return routes
 
 
 def _hand_down(scores: Tensor, weights: Tensor, topk: int, type_a: bool) -> tuple[Tensor, Tensor, Tensor | None]:

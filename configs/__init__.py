@@ -80,7 +80,7 @@ def _published(name: str) -> str:
         " ".join(filter(None, [f"Command: foveate train {name} data.root=FOLDER", texts["arguments"]])),
         f"    by torchrun on {texts['gpus'] or 8} GPUs, as `foveate train --help` says"
         + (f"; other sizes by\n    model.name={texts['sizes']}" if texts["sizes"] else ""),
-        f"Expect: {f'the authors state {metrics}' if metrics else 'no result was published'}; not run by us.",
+        f"Expect: {f'the authors state {metrics}' if metrics else 'no published result is known here'}; not run by us.",
         "Cost: not measured by us.",
     ]
     body = "\n".join(f"{key} = {value!r}" for key, value in {"task": task, **settings}.items())

@@ -62,6 +62,7 @@ _OFFSETS = {"conv_offset.weight": 1e-2}  # the points of LITv2's patches move sl
 _OVERLOCK_NORMS = ("norm1", "norm2", "out_norms")
 # SegNeXt decayed the norms of its stem.
 _MSCAN_NORMS = ("downsample.norm", *(f"{digit}.norm" for digit in range(10)))
+_BASES = "The bases of the factorisation are drawn anew in each step, as the authors' are."
 _STRETCHED = dict(divisor=32)  # evaluation stretches images, a little, to multiples of 32 pixels
 # What a rule holds beside the keys of a config.
 TEXTS = ("note", "gpus", "arguments", "sizes", "source")
@@ -524,9 +525,27 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         for family in ("nat", "dinat", "dat_pp")
     ),
     ("detect/dino_dat_pp_*", _drop_path(0.0)),
+    # ELA's hosts, of which nothing was published: what is usual of ResNet, but for the fresh attention in every stage.
+    (
+        "detect/mask_rcnn_ela_*",
+        dict(
+            _base_=["_base_/coco_single_scale", "_base_/schedule_1x"],
+            model=dict(pretrained=True, norm_eval=True),
+            optimizer=dict(name="sgd", lr=0.02, weight_decay=1e-4, no_decay=()),
+            note="The weights to begin with are the host's; no stage is frozen, because the attention starts fresh.",
+        ),
+    ),
     # Semantic segmentation of ADE20K.
     ("segment/upernet_*", dict(_base_=["_base_/ade20k", "_base_/schedule_160k"], model=dict(pretrained=True))),
     ("segment/semantic_fpn_*", dict(_base_=["_base_/ade20k", "_base_/schedule_40k"], model=dict(pretrained=True))),
+    (
+        "segment/*_ela_*",
+        dict(
+            optimizer=dict(name="sgd", lr=0.01, weight_decay=5e-4, no_decay=()),
+            schedule=dict(power=0.9, warmup_iterations=0, final_factor=1e-2),
+            note="The weights to begin with are the host's; the attention starts fresh.",
+        ),
+    ),
     ("segment/upernet_*nat_*", dict(optimizer=dict(no_decay=_BIASES), precision="float16")),
     ("segment/upernet_dinat_large_*", dict(precision="float32")),
     ("segment/upernet_agent_swin_*", dict(optimizer=dict(no_decay=_AGENT_BIASES))),
@@ -582,20 +601,35 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         for name in ("van_b4", "van_b5", "van_b6")
     ),
     ("segment/semantic_fpn_van_*", dict(optimizer=dict(no_decay=()))),
-    # SegNeXt. Of Light-Ham on VAN the settings weren't published.
+    # The older heads on VAN, and SegNeXt.
+    *(
+        (
+            f"segment/{head}_van_*",
+            dict(
+                _base_=["_base_/ade20k", "_base_/schedule_160k"],
+                model=dict(pretrained=True, kwargs=dict(channels=512, rank=64, random_bases=True)),
+                note=_BASES,
+            ),
+        )
+        for head in ("light_ham", "ham_net")
+    ),
+    ("segment/light_ham_van_*", dict(data=_STRETCHED)),
+    ("segment/light_ham_van_b[01]_160k_*", dict(model=dict(kwargs=dict(channels=256, rank=16)))),
+    ("segment/light_ham_van_b0_512_*", dict(model=dict(kwargs=dict(ham_channels=480)))),
+    ("segment/ham_net_van_*", dict(batch_size=4)),
     (
-        "segment/light_ham_mscan_*_160k_*",
+        "segment/light_ham_mscan_*",
         dict(
             _base_=["_base_/ade20k", "_base_/schedule_160k"],
             model=dict(pretrained=True, kwargs=dict(channels=256, rank=16, random_bases=True)),
             data=_STRETCHED,
             optimizer=dict(no_decay=_MSCAN_NORMS, factors={"head.": 10.0}),
             batch_size=8,
-            note="The bases of the factorisation are drawn anew in each step, as the authors' are.",
+            note=_BASES,
         ),
     ),
-    ("segment/light_ham_mscan_b_160k_*", dict(model=dict(kwargs=dict(channels=512, rank=64)), batch_size=4)),
-    ("segment/light_ham_mscan_l_160k_*", dict(model=dict(kwargs=dict(channels=1024, rank=64)), batch_size=4)),
+    ("segment/light_ham_mscan_b_*", dict(model=dict(kwargs=dict(channels=512, rank=64)), batch_size=4)),
+    ("segment/light_ham_mscan_l_*", dict(model=dict(kwargs=dict(channels=1024, rank=64)), batch_size=4)),
     (
         "segment/light_ham_mscan_*_cityscapes",
         dict(
@@ -612,6 +646,11 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         ),
     ),
     ("segment/light_ham_mscan_[bl]_*_cityscapes", dict(batch_size=2)),
+    (
+        "segment/light_ham_mscan_*_80k_coco_stuff",
+        dict(data=dict(name="coco_stuff", num_classes=171), iterations=80_000, val_interval=4),
+    ),
+    ("segment/light_ham_mscan_[bl]_80k_*", dict(val_interval=2)),
     # Mask2Former on DiNAT-Large.
     *(
         (f"segment/mask2former_*_{output}", dict(model=dict(output=output)))
@@ -659,6 +698,26 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
                 ),
             ),
             note="The annotations are those of Mask2Former's prepare_ade20k_pan_seg.py.",
+        ),
+    ),
+    (
+        "segment/mask2former_*_ade20k_instance",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_ade20k"],
+            data=dict(
+                name="coco",
+                train=dict(annotations="ade20k_instance_train.json", images="images/training"),
+                val=dict(annotations="ade20k_instance_val.json", images="images/validation"),
+                num_classes=100,
+            ),
+            note="The annotations are those of Mask2Former's prepare_ade20k_ins_seg.py.",
+        ),
+    ),
+    (
+        "segment/mask2former_*_cityscapes_instance",
+        dict(
+            _base_=["_base_/mask2former_dinat_large", "_base_/mask2former_cityscapes"],
+            data=dict(name="cityscapes_instance", num_classes=8),
         ),
     ),
     (

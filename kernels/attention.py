@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .backends import default_scale
+
 
 def attention(
     query: Tensor,
@@ -46,7 +48,7 @@ def attention(
             f"got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
     group = query.shape[2] // max(key.shape[2], 1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(query) if scale is None else scale
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     if not return_lse:

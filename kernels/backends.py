@@ -126,6 +126,11 @@ def channels_come_last(x: Tensor) -> bool:
     return x.stride() == (channels * height * width, 1, channels * width, channels)
 
 
+def default_scale(query: Tensor) -> float:
+    """Return the factor on the scores of queries ``[..., dim]``, ``dim ** -0.5``; scores over no channels are all 0."""
+    return query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """Return ``x``, or a copy of it, whose last axis lies without gaps."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,14 +1,28 @@
 """What turns a backbone into a trained solution: data, losses, metrics, the engine, predictions and pictures."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 # Each is a package beside this file, with ``Task`` for the engine and ``Predictor``.
 TASKS = ("classify", "detect", "segment")
 
 
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
 class TaskError(ValueError):
     """What was asked for cannot be done; the message says why and what can, in one line."""
+
+
+def printable(text: str) -> str:
+    """Return a text of others, such as a name, without what a terminal obeys: control characters become ``\\x1b``."""
+    return "".join(part if part in "\n\t\r" or not _obeyed(part) else ascii(part)[1:-1] for part in text)
+
+
+def _obeyed(part: str) -> bool:
+    """Return whether a character is a command: a control, or one that turns the direction of what follows."""
+    return unicodedata.category(part) in ("Cc", "Cs", "Zl", "Zp") or part in _DIRECTIONS
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

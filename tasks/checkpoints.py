@@ -11,11 +11,18 @@ from typing import Any, BinaryIO
 import torch
 
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from ..zoo.library_errors import first_line
 from . import TaskError
+from .adapters import open_merged
 from .data.images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
-_OF_THE_START = ("reset_classifier", "pretrained", "pretrained_cfg_overlay", "checkpoint_path")
+_OF_THE_START = (
+    *("reset_classifier", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_backbone"),
+    *("checkpoint_path", "checkpoint", "backbone_checkpoint", "weights", "weights_backbone", "cache_dir"),
+)
+# How timm is told to fetch a model's description from elsewhere.
+_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 # Keys of cards, and of configs' models, that were called otherwise before.
 _RENAMED = {"recipe": "setting", "segments": "output"}
 _RENAMED_IN_MODEL = {"recipe": "setting", "task": "output"}
@@ -50,6 +57,8 @@ def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = 
         temporary = None
         if durable:
             _flush(path.parent)
+    except ValueError as error:  # of names, such as a NUL
+        raise TaskError(f"{path.parent}: is no name of a folder ({first_line(error)}); choose another") from error
     except OSError as error:
         remark = "; the file that was there before is intact" if path.exists() else ""
         raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{remark}") from error
@@ -142,13 +151,21 @@ def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
             watched = _Watched(file)
             try:
                 torch.save(checkpoint, watched)
-            except RuntimeError:
-                # torch reports its own failure after that of the file, which is the cause.
-                if watched.error is None:
+            except RuntimeError as error:
+                # torch reports its own failure after that of the file, or after Ctrl-C, which is the cause.
+                cause = watched.error or _interruption(error)
+                if cause is None:
                     raise
-                raise watched.error from None
+                raise cause from None
 
     write_whole(path, write, durable=True)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C during whose handling an error came up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _Watched:
@@ -161,7 +178,7 @@ class _Watched:
         """Write, or keep the error and raise it."""
         try:
             return self._file.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = self.error or error
             raise
 
@@ -169,7 +186,7 @@ class _Watched:
         """Hand over what is buffered."""
         try:
             self._file.flush()
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = self.error or error
             raise
 
@@ -186,12 +203,13 @@ def keep_copy(path: Path, copy: Path) -> None:
         os.replace(temporary, copy)
 
 
-def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None) -> dict:
+def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None, merged: bool = True) -> dict:
     """Read a file that foveate wrote, by train, export or weights convert, without executing what it pickles.
 
     Args:
         path: Its file, or what `open_checkpoint` read of it.
         task: The task it must be of, if given.
+        merged: Whether adapters are merged into the weights that they are of; else they are what there is.
 
     Returns:
         A dict with at least ``card``, a dict that says what the model is, and ``state_dict``, its weights.
@@ -199,12 +217,16 @@ def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None) -> d
     Raises:
         CheckpointError: If the file can't be read, or is no such checkpoint.
     """
-    opened = open_checkpoint(path)
+    opened = open_merged(path) if merged else open_checkpoint(path)
     card, content = opened.card, opened.content
     if card is None:
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
     if task is not None and card.get("task") != task:
         raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
+    model = card.get("model", card.get("backbone"))
+    for name in model.values() if isinstance(model, Mapping) else (model,):
+        if isinstance(name, str) and name.startswith(_SCHEMES):
+            raise CheckpointError(f"{path}: names a model elsewhere, {name[:80]!r}; what it holds alone is opened")
     if not isinstance(content.get("state_dict"), dict):
         content = {"state_dict": opened.state}
     if isinstance(config := content.get("config"), dict):
@@ -235,13 +257,17 @@ def _kind_of(card: dict) -> str:
 
 
 def without_start(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a model but those that say what it starts from."""
-    return {name: value for name, value in options.items() if name not in _OF_THE_START}
+    """Return the options of a model but those that say what it starts from: a file's may name no other file."""
+    return {
+        name: without_start(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _OF_THE_START
+    }
 
 
 def rebuilt_from(model: Mapping[str, Any], checkpoint: str | Path | Checkpoint) -> dict[str, Any]:
     """Return a config's or a card's ``model`` such that all of it is read from a file that a run of it wrote."""
     options = {key: without_start(model[key]) for key in ("backbone_kwargs", "kwargs") if key in model}
     nothing = {"backbone_checkpoint": None} if "backbone_checkpoint" in model else {}
-    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    checkpoint = open_merged(checkpoint) if isinstance(checkpoint, Checkpoint) else str(checkpoint)
     return {**model, **options, **nothing, "pretrained": False, "checkpoint": checkpoint}

@@ -7,8 +7,10 @@ from . import TaskError
 
 _EXTRAS = {
     **dict.fromkeys(("albumentations", "cv2", "faster_coco_eval", "matplotlib", "mmengine", "scipy"), "all"),
-    "torchmetrics": "all",
+    **dict.fromkeys(("torchmetrics", "yaml"), "all"),
+    **dict.fromkeys(("pandas", "supervision"), "results"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "peft": "lora",
 }
 
 

@@ -20,7 +20,7 @@ from .dense.build import with_told
 
 _TRANSFORMERS = ("mask2former", "oneformer")
 # Whose classes there are so many of; the panoptic ones of COCO are 133.
-_DATA = {80: "coco", 133: "coco", 150: "ade20k", 19: "cityscapes"}
+_DATA = {80: "coco", 133: "coco", 150: "ade20k", 171: "coco_stuff", 19: "cityscapes"}
 # Short and long side to which the published evaluations of Mask2Former and OneFormer resize images.
 _SIDES = {"coco": (800, 1333), "ade20k": (640, 2560), "cityscapes": (1024, 2048), "mapillary": (2048, 2048)}
 

@@ -1,8 +1,13 @@
 """See what a model's attention uses, on an image; measure its heads; judge explanations.
 
-IMAGE draws, for places --at X,Y in pixels of the model's input, what each stage uses: windows, neighborhoods, routed
-regions, sampled points, agents, levels of a tree; or one map by --method rollout, relevance or cam. Beside the picture
-are the numbers as arrays (npz) and in words (JSON). --animate moves the query from one place to the next (GIF).
+IMAGE draws on the photo, for places --at X,Y in its pixels, what each stage uses: windows, neighborhoods, routed
+regions, sampled points, agents, levels of a tree; gates and channels where there are no others; or one map by --method
+rollout, relevance or cam. Beside the picture are the numbers as arrays (npz) and in words (JSON). --animate moves the
+query from one place to the next (GIF).
+
+Of detectors and segmenters it is what the backbone used for a --box or --segment of theirs, the mean of all queries
+within; the best object or largest segment by default. Panoptic segments have the numbers that `foveate predict` gives
+them, objects are numbered as it lists them, and segments of labelled pixels from the largest on.
 
 --table measures every head on IMAGEs, or on bundled digits: how far it looks, how evenly, what is lost without it.
 
@@ -34,7 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluate", nargs="?", const=BUNDLED, metavar="FOLDER", help="measure explanations, as above")
     parser.add_argument("--model", metavar="A,B", help="timm names, with commas; nat_atto by default")
     parser.add_argument("--untrained", action="store_true", help="with IMAGE or --table: random weights")
-    parser.add_argument("--at", nargs="+", metavar="X,Y", help="queries; the image's centre by default")
+    parser.add_argument(
+        "--at", nargs="+", metavar="X,Y", help="queries, in pixels of the image, upright; its centre by default"
+    )
+    parser.add_argument(
+        "--box", nargs="+", metavar="N|X,Y", help="objects of a detector, the best is 1, or by a place within"
+    )
+    parser.add_argument(
+        "--segment",
+        nargs="+",
+        metavar="N|X,Y",
+        help="segments or objects' masks, numbered from 1, or by a place within",
+    )
     parser.add_argument("--layers", nargs="+", metavar="GLOB", help="attentions; the last of each stage by default")
     parser.add_argument("--method", default="query", help="query, rollout, relevance or cam; %(default)s by default")
     parser.add_argument("--class", dest="target", type=int, metavar="C", help="explained; the likeliest by default")
@@ -64,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw, measure heads, or evaluate."""
     from ..tasks import TaskError
+    from .attend_image import draw
 
     if args.evaluate is not None:
         if args.images or args.table:
@@ -72,123 +89,22 @@ def run(args: argparse.Namespace) -> None:
     elif args.table:
         _measure_heads(args)
     elif args.images:
-        _draw(args)
+        draw(args)
     else:
         raise TaskError("say what to do: an IMAGE to draw on, --table or --evaluate")
 
 
 def _classifier(args: argparse.Namespace):
-    """Return the predictor of the one model that is named."""
+    """Return the predictor of the one classifier that is named."""
     from ..tasks import TaskError
-    from ..tasks.classify import Predictor
-    from ..tasks.classify.task import create_classifier
-    from ..tasks.devices import choose_device
-    from ..tasks.predictors import is_file, load_classifier
+    from .attend_image import load_any
 
-    if (args.model is None) == (args.checkpoint is None):
-        raise TaskError("name one model: --model NAME with published weights, or --checkpoint FILE")
-    device = choose_device(args.device)
-    if args.checkpoint is not None or is_file(args.model):
-        return load_classifier(args.checkpoint or args.model, "the pictures are", device)
-    if args.untrained:
-        import torch
-
-        torch.manual_seed(args.seed)
-        return Predictor.from_model(args.model, create_classifier(args.model), device)
-    return Predictor.from_name(args.model, device)
-
-
-def _places(words: list[str] | None) -> list[tuple[float, float]] | None:
-    from ..tasks import TaskError
-
-    places = []
-    for word in words or ():
-        try:
-            x, y = map(float, word.split(","))
-        except ValueError:
-            raise TaskError(f"--at is {word!r}, but must be X,Y in pixels") from None
-        places.append((x, y))
-    return places or None
-
-
-def _draw(args: argparse.Namespace) -> None:
-    """Draw what is used on each image, and write the numbers beside."""
-    import json
-
-    import numpy as np
-
-    from ..tasks import TaskError
-    from ..tasks.checkpoints import write_whole
-    from ..tasks.data.images import find_images, read_image
-    from ..tasks.pictures import attention
-    from ..tasks.pictures.figures import save_figure
-
-    places = _places(args.at)
-    if args.animate is not None and (args.animate < 2 or len(places or ()) < 2):
-        raise TaskError("--animate takes at least 2 pictures, and at least 2 places --at to go from and to")
-    paths = find_images(args.images)
-    predictor = _classifier(args)
-    transform = predictor.rule.transform()
-    for path in paths:
-        x = transform(read_image(path, predictor.channels, predictor.white))[None].to(predictor.device)
-        stem = args.output / f"{path.stem}_{args.method}"
-        observed = attention.observe(predictor.model, x, args.method, args.layers, args.target)
-        options = {"layers": args.layers, "heads": args.heads, "observed": observed}
-        figure = attention.picture(predictor.model, x, places, args.method, **options)
-        save_figure(figure, stem.with_suffix(".png"))
-        arrays, told = _numbers(observed, x, places, args)
-        write_whole(stem.with_suffix(".npz"), lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
-        text = json.dumps({"image": str(path), "method": args.method, **told}, indent=1)
-        write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
-        print(f"{path}: {stem}.png, .npz and .json")
-        if args.animate is not None:
-            record = observed if args.method == "query" else None
-            pictures = list(attention.frames(predictor.model, x, places, args.animate, args.layers, observed=record))
-            write_whole(
-                stem.with_suffix(".gif"),
-                lambda file, pictures=pictures: pictures[0].save(
-                    file, format="gif", save_all=True, append_images=pictures[1:], duration=120, loop=0
-                ),
-            )
-            print(f"{path}: {stem}.gif")
-
-
-def _numbers(observed, x, places: list[tuple[float, float]] | None, args: argparse.Namespace) -> tuple[dict, dict]:
-    """Return what a picture shows as arrays by name, and in plain types."""
-    from ..tasks.pictures import attention
-
-    if args.method != "query":
-        values, words = observed
-        return {"map": values.cpu().numpy()}, {"map": words}
-    height, width = x.shape[2:]
-    arrays, queries = {}, []
-    for number, place in enumerate(places or [(width / 2, height / 2)]):
-        for call in attention.drawable(observed, args.layers):
-            maps, seen, rest = attention.weights_on_map(call, place)
-            arrays[f"{number}.{call.name}"] = maps
-            mean = maps.mean(0)
-            best = mean.ravel().argsort()[::-1][:5]
-            queries.append(
-                {
-                    "at": place,
-                    "layer": call.name,
-                    "kind": call.kind,
-                    "map": list(call.map_size),
-                    "tokens_seen": int(seen.sum()),
-                    "outside": round(rest, 6),
-                    "check": call.check(),
-                    "best": [
-                        {
-                            "row": int(token) // mean.shape[1],
-                            "column": int(token) % mean.shape[1],
-                            "weight": round(float(mean.ravel()[token]), 6),
-                        }
-                        for token in best
-                    ],
-                    "note": call.note,
-                }
-            )
-    return arrays, {"queries": queries, "skipped": observed.skipped}
+    predictor = load_any(args)
+    if predictor.card["task"] != "classify":
+        raise TaskError(
+            f"{args.checkpoint or args.model}: is a model to {predictor.card['task']}; the table is of classifiers"
+        )
+    return predictor
 
 
 def _measure_heads(args: argparse.Namespace) -> None:

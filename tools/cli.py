@@ -1,11 +1,14 @@
 """The command `foveate`: finds the command asked for, and turns expected errors into one line."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 # Name, and what it does. A command is a module of that name, with add_arguments(parser) and run(args).
 COMMANDS = {
@@ -14,6 +17,7 @@ COMMANDS = {
     "eval": "measure a checkpoint on held-out data",
     "predict": "find what is in images: classes, objects, regions; with pictures and JSON",
     "curves": "draw and compare the learning curves of runs",
+    "data": "check a data set before it is trained on, or convert it: COCO, YOLO",
     "browse": "look at the training data as the model sees it, after augmentation",
     "recipes": "list the recipes: model, data, what they were run on, result",
     "config": "print a recipe with every setting, overrides applied",
@@ -29,6 +33,8 @@ COMMANDS = {
     "run": "run a script of timm's, such as its train.py, with our models registered",
 }
 
+_LONGEST = 255  # bytes of a name, with every usual file system
+
 EXAMPLES = """\
 examples, each on the bundled data; the later ones use what the first ones left:
   foveate demo --output runs/demo
@@ -43,6 +49,10 @@ class _Parser(argparse.ArgumentParser):
     """Answers a wrong argument in one line."""
 
     def error(self, message: str):
+        option = re.match(r"unrecognized arguments: --([a-z][\w.]*)[ =](\S+)$", message)
+        if option and any(action.metavar == "KEY=VALUE" for action in self._actions):
+            message += f"; settings are given as {option[1]}={option[2]}"
+        message = _printable(message)
         self.exit(2, f"foveate: error: {message}; see `{self.prog} --help`\n")
 
 
@@ -95,11 +105,20 @@ def _run(argv: list[str]) -> int:
         prog=f"foveate {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_arguments(parser)
+    for before, argument in zip(["", *argv], argv, strict=False):
+        if argument == "--output=" or (not argument and before == "--output"):
+            return _fail("--output is empty; name a folder or a file")
     try:
         # argparse can't mix the arguments of a command with those of its action, or of a script.
         mixed = not hasattr(command, "ACTIONS") and name != "run"
         parse = parser.parse_intermixed_args if mixed else parser.parse_args
-        return command.run(parse(argv[1:])) or 0
+        arguments = parse(argv[1:])
+        if reason := _strange_path(arguments):
+            return _fail(reason)
+        if name == "run":
+            return command.run(arguments) or 0
+        with contextlib.redirect_stdout(_Printable(sys.stdout)):
+            return command.run(arguments) or 0
     except SystemExit as stop:
         return stop.code
     except Exception as error:
@@ -117,5 +136,38 @@ def _run(argv: list[str]) -> int:
 
 def _fail(message: str) -> int:
     # Some libraries put several lines into a message.
-    print(f"foveate: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"foveate: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def _strange_path(arguments: argparse.Namespace) -> str | None:
+    """Return what is wrong with a path among the arguments that no file system takes."""
+    for name, value in vars(arguments).items():
+        for path in value if isinstance(value, list) else [value]:
+            if not isinstance(path, Path):
+                continue
+            if "\0" in str(path):
+                return f"{name}: {str(path)[:60]!r} is no path: it holds a NUL"
+            if any(len(os.fsencode(part)) > _LONGEST for part in path.parts):
+                return f"{name}: {str(path)[:60]}... is no path: a name has at most {_LONGEST} bytes"
+    return None
+
+
+def _printable(text: str) -> str:
+    from ..tasks import printable
+
+    return printable(text)
+
+
+class _Printable:
+    """A stream in whose lines names of others, of files or classes, can't command the terminal."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write."""
+        return self._stream.write(_printable(text))
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

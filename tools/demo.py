@@ -141,12 +141,15 @@ def _draw_gallery(
 
 def _draw_others(held_out, guesses: list[int], history: list[dict], predictor, image, output: Path) -> None:
     """Draw what was taken for what, the learning curve, and what two queries of an image see."""
+    from ..tasks.pictures.attention import picture
     from ..tasks.pictures.classes import draw_confusion
-    from ..tasks.pictures.figures import draw_curve, draw_neighborhoods
+    from ..tasks.pictures.figures import draw_curve, save_figure
 
     draw_confusion(held_out.targets, guesses, held_out.classes, output / "confusion.png")
     draw_curve(history, "accuracy", output / "curve.png")
     inputs = predictor.rule.transform()(image)[None].to(predictor.device)
     # One query in the middle, and one at a border, where the window shifts instead of shrinking.
-    queries = ((0.45, 0.55), (0.02, 0.98))
-    draw_neighborhoods(image, predictor.model, inputs, queries, output / "neighborhood.png")
+    height, width = inputs.shape[2:]
+    places = [(0.55 * width, 0.45 * height), (0.98 * width, 0.02 * height)]
+    figure = picture(predictor.model, inputs, places, layers=["stages.[01].*"], image=image)
+    save_figure(figure, output / "neighborhood.png")

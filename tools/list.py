@@ -1,5 +1,8 @@
 """List the models: parameters, input size, published weights, and the accuracy that their authors state.
 
+Weights are the tag that pretrained=True loads; "by hand" and a page where there is a file that it doesn't, such as one
+whose license nobody states, or that only people can fetch; "dead" where the links were reported dead; else "none".
+
 With --detectors or --segmenters: the published detectors or segmenters, with the authors' numbers, the license and the
 state of their weights: listed (a direct link), derived (a direct link made from a page), browser (a page for people
 only), dead, or none.
@@ -71,7 +74,7 @@ def _print_published(task: str, pattern: str) -> None:
 
 
 def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:
-    """Yield name, millions of parameters, input size, the authors' top-1 and the default tag of each model."""
+    """Yield name, millions of parameters, input size, the authors' top-1 and the weights of each model."""
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -83,12 +86,23 @@ def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         cfg = get_pretrained_cfg(name)
         stated = re.search(r"top-1 ([\d.]+)", " ".join(cfg.notes or ()))
-        tag = cfg.tag if cfg.has_weights else "none"
-        yield name, f"{parameters / 1e6:.2f}", str(cfg.input_size[-1]), stated[1] if stated else "-", tag
+        weights = cfg.tag if cfg.has_weights else _published_elsewhere(name)
+        yield name, f"{parameters / 1e6:.2f}", str(cfg.input_size[-1]), stated[1] if stated else "-", weights
+
+
+def _published_elsewhere(name: str) -> str:
+    """Return the state of a classifier's files that timm isn't told of: ``by hand: PAGE``, ``dead`` or ``none``."""
+    from ..zoo.weights import table
+
+    entries = [entry for entry in table().values() if entry.model == name and entry.task == "classify"]
+    page = next((entry.page for entry in entries if entry.state != "dead"), None)
+    return f"by hand: {page}" if page else "dead" if entries else "none"
 
 
 def markdown(names: Iterable[str]) -> str:
     """Return the facts as the table that README shows."""
     lines = ["| model | params (M) | input | top-1 | weights |", "| --- | ---: | ---: | ---: | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in facts(names)]
+    for row in facts(names):
+        line = re.sub(r"by hand: (\S+)", r"by hand: [page](\1)", " | ".join(row))
+        lines.append(f"| {line} |")
     return "\n".join(lines)

@@ -7,12 +7,16 @@ torchrun --nproc-per-node 2 -m foveate train RECIPE
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="recipe, such as classify/nat_atto_digits, or a Python file")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as epochs=3 optimizer.lr=1e-3")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="such as epochs=3 optimizer.lr=1e-3"
+    )
     parser.add_argument("--output", type=Path, help="folder of the run; runs/RECIPE by default")
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, exactly")
     parser.add_argument("--print-config", action="store_true", help="print the complete config and do nothing")
@@ -27,7 +31,12 @@ def run(args: argparse.Namespace) -> None:
         print(engine.format_config(config), end="")
         return
     output = args.output or Path("runs") / Path(args.config).stem
-    result = engine.train(config, output, resume=args.resume)
+    try:
+        result = engine.train(config, output, resume=args.resume)
+    except KeyboardInterrupt:
+        if (output / "last.pth").is_file() and engine.is_main_process():
+            print(f"continue with --output {shlex.quote(str(output))} --resume", file=sys.stderr)
+        raise
     if not engine.is_main_process():
         return
     metric = result["metric"]

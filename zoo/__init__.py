@@ -2,7 +2,23 @@
 
 from fnmatch import fnmatch
 
-from . import agent, biformer, dat, dual, ela, host, inline, litv2, nat, overlock, quadtree, shiftvit, transnext, van
+from . import (
+    agent,
+    biformer,
+    dat,
+    dual,
+    ela,
+    gated,
+    host,
+    inline,
+    litv2,
+    nat,
+    overlock,
+    quadtree,
+    shiftvit,
+    transnext,
+    van,
+)
 from .backbone import Backbone, UnknownModelError, create_backbone
 from .checkpoint import CheckpointError
 from .maps import BackboneError
@@ -11,7 +27,7 @@ __all__ = ["Backbone", "BackboneError", "CheckpointError", "UnknownModelError", 
 
 _FAMILIES = (
     *(nat, biformer, dual, quadtree, dat, agent, inline, litv2, shiftvit, transnext, van, overlock),
-    *(ela, host),
+    *(ela, gated, host),
 )
 
 

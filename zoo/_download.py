@@ -7,11 +7,12 @@ import os
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +20,8 @@ from .checkpoint import CheckpointError
 
 # Seconds without a byte after which a host counts as stuck; attempts in a row that gain nothing; seconds between them.
 TIMEOUT = 30.0
+# Fewer bytes a second, over so many seconds, are given up.
+SLOWEST, PATIENCE = 1000, 60.0
 ATTEMPTS = 4
 PAUSE = 1.0
 _CHUNK = 2**20
@@ -123,12 +126,9 @@ def _size_of(part: Path) -> int:
 
 def _transfer(url: str, part: Path, size: int | None) -> None:
     """Fetch what ``part`` lacks, or all."""
-    start, validator = _size_of(part), None
-    if start:
-        try:
-            validator = json.loads(_notes(part).read_text())["validator"]
-        except (OSError, ValueError, KeyError):
-            start = 0
+    start = _size_of(part)
+    notes = {} if not start else _read_notes(part)
+    start, validator = (start, notes.get("validator")) if notes else (0, None)
     headers = {"User-Agent": "foveate", "Accept-Encoding": "identity"}
     if start and validator:
         # The host sends the rest if the file is still the same, and else all of it.
@@ -136,22 +136,28 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     with _ask(url, headers, part) as response:
         if response.headers.get_content_type() == "text/html":
             raise DownloadError("the host answers with a web page, not with the file")
-        length = response.headers.get("Content-Length")
+        length = _count(response.headers.get("Content-Length"))
+        etag, changed = response.headers.get("ETag"), response.headers.get("Last-Modified")
         if response.status == 206:
             begin, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
             if begin.partition("-")[0] != str(start):
                 part.unlink(missing_ok=True)
                 raise _Interrupted("the host sends another part of the file than asked for")
-            total = int(total) if total.isdigit() else None
+            total = _count(total)
+            # Some hosts send the rest of whatever they have now, whatever was asked for.
+            for now, key in ((etag, "etag"), (changed, "changed"), (total, "total")):
+                if None not in (now, notes.get(key)) and now != notes[key]:
+                    part.unlink(missing_ok=True)
+                    raise _Interrupted("the host has another file now")
         else:
-            start, total = 0, int(length) if length and length.isdigit() else None
+            start, total = 0, length
         if size is not None and total is not None and total != size:
             raise DownloadError(f"has {total} bytes, not {size}")
         _check_space(part.parent, (total or size or 0) - start)
         # Only a strong validator promises the same bytes.
-        etag = response.headers.get("ETag", "")
-        validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
-        _notes(part).write_text(json.dumps({"url": url, "validator": validator}))
+        validator = etag if (etag or "").startswith('"') else changed
+        notes = {"url": shown(url), "validator": validator, "etag": etag, "changed": changed, "total": total}
+        _notes(part).write_text(json.dumps(notes))
         bar = tqdm(
             total=total,
             initial=start,
@@ -163,13 +169,68 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         )
         with open(part, "ab" if start else "wb") as file, bar:
             try:
-                while chunk := response.read1(_CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
+                _receive(response, file, bar, part)
             except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 raise _Interrupted(_reason(error)) from error
     if total is not None and _size_of(part) < total:
         raise _Interrupted(f"the connection ends after {_size_of(part)} of {total} bytes")
+    if total is not None and _size_of(part) > total:
+        arrived = _size_of(part)
+        part.unlink(missing_ok=True)
+        _notes(part).unlink(missing_ok=True)
+        raise DownloadError(f"the host sends {arrived} bytes of a file that it says has {total}")
+
+
+def _receive(response: http.client.HTTPResponse, file: BinaryIO, bar: tqdm, part: Path) -> None:
+    """Write what arrives, unless it hardly does."""
+    since, arrived = time.monotonic(), 0
+    while chunk := response.read1(_CHUNK):
+        _append(file, chunk, part)
+        bar.update(len(chunk))
+        arrived += len(chunk)
+        if time.monotonic() - since >= PATIENCE:
+            if arrived < SLOWEST * PATIENCE:
+                raise DownloadError(f"the host sends {arrived / PATIENCE:.0f} bytes a second: given up")
+            since, arrived = time.monotonic(), 0
+
+
+def _read_notes(part: Path) -> dict:
+    """Return what was noted of the answer that a part is of; nothing if that can't be read."""
+    try:
+        notes = json.loads(_notes(part).read_text())
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) and "validator" in notes else {}
+
+
+def _count(text: str | None) -> int | None:
+    """Return a number of bytes as a host says it; None if it says none, or one that no file has."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+def _append(file: BinaryIO, chunk: bytes, part: Path) -> None:
+    """Write, or leave nothing behind on a disk that is full."""
+    try:
+        file.write(chunk)
+        file.flush()
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        _notes(part).unlink(missing_ok=True)
+        raise DownloadError(
+            f"{part.parent}: {error.strerror}; free space, or set TORCH_HOME to another disk"
+        ) from error
+
+
+def shown(address: str) -> str:
+    """Return an address without what only its owner should know: user, password and query."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError:
+        return address.partition("?")[0]
+    if parts.scheme not in ("http", "https"):
+        return address
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}" + ("?..." if parts.query else "")
 
 
 def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPResponse:
@@ -187,6 +248,8 @@ def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPRespo
         raise DownloadError(f"the host answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(_reason(error)) from error
+    except (ValueError, LookupError) as error:  # of addresses and redirects that make no sense
+        raise DownloadError(f"the address, or one that it redirects to, makes no sense ({_reason(error)})") from error
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -263,6 +263,8 @@ _TINY = dict(embed_dims=(96, 192, 384, 768), depths=(1, 1, 3, 1), num_heads=(3, 
 _SMALL = dict(embed_dims=(96, 192, 384, 768), depths=(1, 1, 9, 1), num_heads=(3, 6, 12, 24), drop_path_rate=0.1)
 _BASE = dict(embed_dims=(128, 256, 512, 1024), depths=(1, 1, 9, 1), num_heads=(4, 8, 16, 32), drop_path_rate=0.1)
 _LARGE = dict(embed_dims=(192, 384, 768, 1536), depths=(1, 1, 9, 1), num_heads=(6, 12, 24, 48), drop_path_rate=0.1)
+_HUGE = dict(embed_dims=(256, 512, 1024, 2048), depths=(1, 1, 9, 1), num_heads=(8, 16, 32, 64), drop_path_rate=0.1)
+_GIANT = dict(embed_dims=(384, 768, 1536, 3072), depths=(1, 1, 12, 3), num_heads=(12, 24, 48, 96), drop_path_rate=0.1)
 
 
 def _davit(name: str, pretrained: bool, options: dict, config: dict) -> DaViT:
@@ -284,6 +286,8 @@ dense_settings: dict[str, dict[str, dict]] = {
         "foveate_davit_small",
         "foveate_davit_base",
         "foveate_davit_large_window12_384",
+        "foveate_davit_huge",
+        "foveate_davit_giant",
     )
 }
 
@@ -307,6 +311,8 @@ default_cfgs = cfgs_with_links(
         "foveate_davit_large_window12_384.untrained": _cfg(
             input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, license="mit"
         ),
+        "foveate_davit_huge.untrained": _cfg(),
+        "foveate_davit_giant.untrained": _cfg(),
     }
 )
 
@@ -333,3 +339,15 @@ def foveate_davit_base(pretrained: bool = False, **kwargs) -> DaViT:
 def foveate_davit_large_window12_384(pretrained: bool = False, **kwargs) -> DaViT:
     """DaViT-Large, windows of 12 for 384 pixels: 196.8 M parameters, 103 GFLOPs; without published weights."""
     return _davit("foveate_davit_large_window12_384", pretrained, kwargs, {**_LARGE, "window_size": 12})
+
+
+@register_model
+def foveate_davit_huge(pretrained: bool = False, **kwargs) -> DaViT:
+    """DaViT-Huge: 348.9 M parameters, 61.2 GFLOPs; without published weights."""
+    return _davit("foveate_davit_huge", pretrained, kwargs, _HUGE)
+
+
+@register_model
+def foveate_davit_giant(pretrained: bool = False, **kwargs) -> DaViT:
+    """DaViT-Giant: 1406.5 M parameters, 192.8 GFLOPs; without published weights."""
+    return _davit("foveate_davit_giant", pretrained, kwargs, _GIANT)

@@ -109,14 +109,19 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     starts fresh, with a warning.
     """
     state = _from_authors(state) if any(key.startswith("features.") for key in state) else dict(state)
+    return with_fresh_attention(state, model)
+
+
+def with_fresh_attention(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor | None]:
+    """Leave out ``model``'s attention, with a warning, where the entries are those of its host network alone."""
     attention = [key for key in model.state_dict() if ".se." in key]
     if not any(key in state for key in attention):
         _logger.warning(
             "the checkpoint holds the host network's weights only; the attention (%d tensors) starts fresh, train it",
             len(attention),
         )
-        state |= dict.fromkeys(attention)
-    return state
+        return {**state, **dict.fromkeys(attention)}
+    return dict(state)
 
 
 def _host(cls: type[nn.Module], name: str, pretrained: bool, options: dict, config: dict) -> nn.Module:
@@ -149,6 +154,14 @@ def _mobilenetv2(name: str, pretrained: bool, options: dict, variant: str) -> Ef
         "se_layer": partial(_mobile_attention, variant=variant, skip=options.pop("ela_skip", False)),
     }
     return _host(EfficientNet, name, pretrained, options, config)
+
+
+# Dense settings of our own, for `create_backbone(name, setting=...)`: the authors have one of DeepLabV3 alone.
+dense_settings: dict[str, dict[str, dict]] = {
+    f"ela_{variant}_{host}": {"detection": {}, "segmentation": {}, "deeplabv3": {"output_stride": 16}}
+    for host, variants in (("resnet18", "tbsl"), ("resnet50", "tbsl"), ("mobilenetv2", "bsl"))
+    for variant in variants
+}
 
 
 def _cfg(**options) -> dict:

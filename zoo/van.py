@@ -301,16 +301,17 @@ def _van(name: str, pretrained: bool, options: dict, config: dict) -> VAN:
     return build(VAN, name, pretrained, convert_checkpoint, **{**config, **options})
 
 
-def _van_settings(upernet: float, semantic_fpn: float | None = None) -> dict[str, dict]:
-    """Return VAN's dense settings from the stochastic depth of UPerNet and Semantic FPN, as far as published."""
+def _van_settings(upernet: float, semantic_fpn: float | None = None, ham: float | None = None) -> dict[str, dict]:
+    """Return VAN's dense settings from the stochastic depth of UPerNet, Semantic FPN and Hamburger's heads."""
     now = {"norm_eps": 1e-5, "drop_path_rate": upernet}
     before = {"norm_eps": 1e-6, "drop_path_rate": upernet if semantic_fpn is None else semantic_fpn}
+    hams = {"norm_eps": 1e-6, "drop_path_rate": upernet if ham is None else ham}
     return {
         "detection": now,
         "segmentation": now,
         "semantic_fpn": before,
-        "light_ham": before,
-        "ham_net": {**before, "output_stride": 8},
+        "light_ham": hams,
+        "ham_net": {**hams, "output_stride": 8},
     }
 
 
@@ -324,11 +325,11 @@ head_options = {"mscan_*": {"images": {"divisor": 32}}}
 # The published dense settings, for `create_backbone(name, setting=...)`. Segmentation is UPerNet of VAN, SegNeXt of
 # MSCAN; the other heads on VAN are older. No detector was published: that setting is segmentation's.
 dense_settings: dict[str, dict[str, dict]] = {
-    "van_b0": _van_settings(0.1, 0.2),
-    "van_b1": _van_settings(0.1, 0.2),
-    "van_b2": _van_settings(0.1, 0.2),
-    "van_b3": _van_settings(0.3, 0.3),
-    "van_b4": _van_settings(0.4, 0.4),
+    "van_b0": _van_settings(0.1, 0.2, 0.1),
+    "van_b1": _van_settings(0.1, 0.2, 0.1),
+    "van_b2": _van_settings(0.1, 0.2, 0.1),
+    "van_b3": _van_settings(0.3, 0.3, 0.25),
+    "van_b4": _van_settings(0.4, 0.4, 0.3),
     "van_b5": _van_settings(0.4),
     "van_b6": _van_settings(0.5),
     "mscan_t": _mscan_settings(0.1),

@@ -26,13 +26,14 @@ import logging
 import os
 import re
 import urllib.parse
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from ._download import DownloadError, download, sha256_of
+from ._download import DownloadError, download, sha256_of, shown
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .library_errors import first_line
 
@@ -98,7 +99,7 @@ class Weights:
 
     Attributes:
         name: ``model.tag``.
-        task: ``classify``, ``detect`` or ``segment``.
+        task: ``classify``, ``detect`` or ``segment``; ``other`` is of a model that isn't here, which its note tells of.
         data: Data set of the training.
         sources: Where it is, in the order of trust.
         page: Page to visit when all else fails.
@@ -296,7 +297,7 @@ def _fetched(weights: Weights, cache_dir: str | Path | None = None, renew: bool 
                 _pinned(weights, source, fetched.path, cache_dir, address, renew)
                 return fetched
             except DownloadError as error:
-                failures.append(f"{address}: {error}")
+                failures.append(f"{shown(address)}: {error}")
     raise _failure(weights, folder, failures)
 
 
@@ -374,18 +375,48 @@ def _checked(path: Path, sha256: str | None = None) -> Checkpoint:
         start = file.read(64)
     if start.lstrip()[:1] == b"<":
         raise DownloadError("the host answers with a web page, not with the file")
+    if (bad := _damaged_entry(path)) is not None:
+        raise DownloadError(f"damaged on the way: the checksum of {bad} is another")
     try:
         return open_checkpoint(path)
     except CheckpointError as error:
         raise DownloadError(str(error).removeprefix(f"{path}: ")) from error
 
 
+def _damaged_entry(path: Path) -> str | None:
+    """Return the first entry of a file of torch, a zip, whose bytes are not those that were written."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+        return "its table of contents"
+
+
 def pins(cache_dir: str | Path | None = None) -> dict[str, dict]:
     """Return what every file was on its first use, by ``model.tag/file``: sha256, size, date and address."""
+    path = cache_folder(cache_dir) / "pins.json"
     try:
-        return json.loads((cache_folder(cache_dir) / "pins.json").read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(records, dict) or not all(_is_pin(record) for record in records.values()):
+            raise ValueError("no records")
+        return records
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        # After a loss of power, say. It stays to be looked at.
+        aside = path.with_name("pins.broken.json")
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+        _logger.warning(
+            f"{path}: can't be read ({first_line(error)}); it is {aside.name} now, and files are taken anew"
+        )
+        return {}
+
+
+def _is_pin(record: object) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("sha256"), str) and isinstance(record.get("date"), str)
 
 
 def _pinned(
@@ -400,7 +431,13 @@ def _pinned(
     key = f"{weights.name}/{source.name}"
     known = None if renew else pins(cache_dir).get(key)
     status = path.stat()
-    seen = {"size": status.st_size, "changed": status.st_mtime_ns}
+    # The last is of the file's entry, which nobody can set back.
+    seen = {"size": status.st_size, "changed": status.st_mtime_ns, "entry": status.st_ctime_ns}
+    if known and source.sha256 and known.get("sha256") != source.sha256:
+        raise WeightsError(
+            f"{path}: its sha256 is {known.get('sha256')}, not {source.sha256} as asked for; run "
+            f"`foveate weights fetch --renew {weights.name}`, or check the hash"
+        )
     if known and all(known.get(name) == value for name, value in seen.items()):
         return path
     actual = sha256_of(path)
@@ -411,7 +448,8 @@ def _pinned(
             f"`foveate weights fetch --renew {weights.name}`"
         )
     today = known["date"] if known else datetime.date.today().isoformat()
-    record = {"sha256": actual, **seen, "date": today, "address": address or (known or {}).get("address")}
+    came_from = shown(address) if address else (known or {}).get("address")
+    record = {"sha256": actual, **seen, "date": today, "address": came_from}
     _write_pins(cache_dir, {key: record})
     return path
 
@@ -424,8 +462,25 @@ def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
     with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
         records = pins(cache_dir) | changes
         temporary = folder / f".pins-{os.getpid()}.json"
-        temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
-        os.replace(temporary, folder / "pins.json")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(json.dumps(records, indent=1))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / "pins.json")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            _logger.warning(f"{folder / 'pins.json'}: can't be written ({error.strerror}): hashes are not recorded")
+
+
+def _patience() -> float:
+    """Return for how many seconds another process is waited for."""
+    text = os.environ.get("FOVEATE_WEIGHTS_WAIT", "600")
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        raise WeightsError(f"FOVEATE_WEIGHTS_WAIT is {text!r}, but must be seconds, such as 600") from None
 
 
 @contextlib.contextmanager
@@ -440,7 +495,14 @@ def _alone(path: Path, message: str) -> Iterator[None]:
         lock.acquire(timeout=2)
     except Timeout:
         _logger.warning(message)
-        lock.acquire()
+        patience = _patience()
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            raise WeightsError(
+                f"{path.parent}: another process has kept it for {patience:g} seconds; end that one, or set "
+                "FOVEATE_WEIGHTS_WAIT to more seconds"
+            ) from None
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 from torch import Tensor
 
 from ..backends import Backend, check_name, choose, exporting, report
@@ -112,6 +111,10 @@ def na2d(
 
     Returns:
         ``[B, H, W, heads, dim_v]``; with ``return_lse`` also ``[B, H, W, heads]``, natural logarithm, at least float32.
+
+    What a query does not see has no part in its result, be it NaN, on the native, tiled and reference paths; Triton,
+    FlexAttention and traced graphs of the tiled path multiply it by zero. Where no backend is named, second derivatives
+    exist on every path but Triton's.
 
     Raises:
         ValueError: If shapes, dtypes, devices or settings don't fit; the message names the axis and the numbers.
@@ -224,8 +227,10 @@ def _neighborhood(
     name = choose(f"na{rank}d", _BACKENDS, problem, preferred(backend))
     query, _, value = tensors[:3]
     if 0 in query.shape or 0 in value.shape:
-        output = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        lse = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        name = "tiled"  # kernels take nothing of length zero; over no channels every score is 0
+    if name == "native" and preferred(backend) is None:
+        # Nobody asked for the path, whose gradients have none: another one takes the second derivatives.
+        output, lse = native.neighborhood_native(problem, differentiable_twice=True)
     else:
         output, lse = _BACKENDS[name].run(problem)
     return (output, lse) if return_lse else output

@@ -644,9 +644,11 @@ EXPORT int foveate_neighborhood_scatter(const call *a) { return run_pass(a, SCAT
 
 typedef float FN(floats) __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t FN(ints) __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t FN(words) __attribute__((vector_size(4 * LANES), may_alias));
 typedef float FN(unaligned) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define V FN(floats)
 #define I FN(ints)
+#define U FN(words)
 
 INLINE V FN(load)(const float *p) { return *(const FN(unaligned) *)p; }
 INLINE void FN(store)(float *p, V x) { *(FN(unaligned) *)p = x; }
@@ -694,9 +696,9 @@ INLINE V FN(exp2)(V x) {
     I low = (I)(x < ALL(-126.0f));
     x = FN(select)(low, ALL(-126.0f), x);
     x = FN(select)((I)(x > ALL(127.99999f)), ALL(128.0f), x);
-    V n = x + ALL(0x1.8p23f);
-    I power = (I)n << 23; /* the low bits of n hold the nearest integer */
-    n -= ALL(0x1.8p23f);
+    V n = x + ALL(0x1.8p23f + 127);
+    V power = (V)((U)n << 23); /* the low bits of n hold the nearest integer, and an exponent's bias */
+    n -= ALL(0x1.8p23f + 127);
     V r = x - n, y = ALL(0.00015345810970757157f);
     y = y * r + 0.0013399930903688073f;
     y = y * r + 0.009618489071726799f;
@@ -704,7 +706,7 @@ INLINE V FN(exp2)(V x) {
     y = y * r + 0.24022646248340607f;
     y = y * r + 0.6931471824645996f;
     y = y * r + 1.0f;
-    y = (V)((I)y + power);
+    y *= power; /* a sum of bits would turn some NaN into numbers */
     return (V)(~low & (I)y);
 #endif
 }
@@ -746,9 +748,9 @@ INLINE void FN(store_as)(void *p, V x, const int dtype) {
 #endif
         return;
     }
-    I bits = (I)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    bits = (I)FN(select)((I)(x != x), (V)(bits | 0x400000), (V)rounded);
-    for (int i = 0; i < LANES; i++) h[i] = (uint16_t)((uint32_t)bits[i] >> 16);
+    U bits = (U)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    bits = (U)FN(select)((I)(x != x), (V)(bits | 0x400000), (V)rounded);
+    for (int i = 0; i < LANES; i++) h[i] = (uint16_t)(bits[i] >> 16);
 }
 
 /* Turn LANES vectors into their transpose, by swapping blocks of half the size each time. */
@@ -1515,6 +1517,7 @@ static void FN(product)(plan *p, int task, float *scratch) {
 
 #undef V
 #undef I
+#undef U
 #undef load
 #undef store
 #undef ALL

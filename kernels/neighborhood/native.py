@@ -20,6 +20,7 @@ from torch import Tensor
 from ..attention import attention, merge_attentions
 from ..backends import contiguous_rows, export_obstacle, transform_obstacle
 from .problem import Problem
+from .tiled import neighborhood_tiled
 from .window import Axis, Fields, axis_ranges, flatten_axes, unflatten_axes
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -279,12 +280,13 @@ def _operator(
     axes: Fields,
     scale: float,
     with_lse: bool,
+    differentiable_twice: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return native_forward(query, key, value, rpb, axes, scale, with_lse)
 
 
 @_operator.register_fake
-def _(query, key, value, rpb, axes, scale, with_lse):
+def _(query, key, value, rpb, axes, scale, with_lse, differentiable_twice=False):
     lse = query.new_empty(query.shape[:-1] if with_lse else 0, dtype=torch.float32)
     return query.new_empty(*query.shape[:-1], value.shape[-1]), lse
 
@@ -301,6 +303,7 @@ def _operator_backward(
     lse: Tensor,
     axes: Fields,
     scale: float,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return native_backward(grad_out, grad_lse, (query, key, value, rpb), out, lse, axes, scale)
 
@@ -312,7 +315,7 @@ def _(grad_out, grad_lse, query, key, value, rpb, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    query, key, value, rpb, ctx.axes, ctx.scale, _ = inputs
+    query, key, value, rpb, ctx.axes, ctx.scale, _, ctx.differentiable_twice = inputs
     ctx.save_for_backward(query, key, value, rpb, *output)
 
 
@@ -320,44 +323,70 @@ def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor):
     query, key, value, rpb, out, lse = ctx.saved_tensors
     if lse.shape != out.shape[:-1]:  # the call asked for none
         grad_lse, (_, lse) = None, _operator(query, key, value, rpb, ctx.axes, ctx.scale, True)
-    grads = _operator_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, ctx.axes, ctx.scale)
-    return *grads[:3], None if rpb is None else grads[3], None, None, None
+    call = query, key, value, rpb, out, lse, ctx.axes, ctx.scale, ctx.differentiable_twice
+    grads = _operator_backward(grad_out, grad_lse, *call)
+    return *grads[:3], None if rpb is None else grads[3], None, None, None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "foveate's native neighborhood attention has first derivatives only; use backend='tiled', for a whole model by "
-        "kernels.set_neighborhood_backend"
-    )
+def _save_backward(ctx, inputs, output) -> None:
+    grad_out, grad_lse, query, key, value, rpb, _, _, ctx.axes, ctx.scale, ctx.differentiable = inputs
+    ctx.save_for_backward(grad_out, grad_lse, query, key, value, rpb)
+
+
+def _differentiate_again(ctx, *grads: Tensor | None):
+    """Differentiate the gradients by the tiled path, as functions of the operands alone."""
+    if not ctx.differentiable:
+        raise RuntimeError(
+            "foveate's native neighborhood attention has first derivatives only where it was asked for; name no "
+            "backend, or use backend='tiled' (FOVEATE_NEIGHBORHOOD_BACKEND=tiled, kernels.set_neighborhood_backend)"
+        )
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        operands = [
+            x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            for x in ctx.saved_tensors
+        ]
+        _, grad_lse, query, key, value, rpb = operands
+        axes, with_lse = unflatten_axes(ctx.axes), grad_lse is not None
+        problem = Problem(query, key, value, axes, ctx.scale, rpb, None, None, with_lse)
+        outputs = [x for x in neighborhood_tiled(problem) if x is not None]
+        inputs = [x for x in (query, key, value, rpb) if x is not None]
+        firsts = torch.autograd.grad(outputs, inputs, [x for x in operands[:2] if x is not None], create_graph=True)
+        pairs = [(first, grad) for first, grad in zip(firsts, grads, strict=False) if grad is not None]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        inputs = [x for x in operands if x is not None]
+        seconds = iter(torch.autograd.grad(outputs, inputs, grad_outputs, create_graph=again, allow_unused=True))
+    return *(None if x is None else next(seconds) for x in operands), None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
-_operator_backward.register_autograd(_refuse)
+_operator_backward.register_autograd(_differentiate_again, setup_context=_save_backward)
 
 
 @torch.library.register_vmap(_operator)
-def _(info, in_dims, query, key, value, rpb, axes, scale, with_lse):
+def _(info, in_dims, query, key, value, rpb, *call):
     """Fold the mapped axis into the batch; a mapped bias is a call each."""
     tensors = []
     for x, dim in zip((query, key, value), in_dims, strict=False):
         tensors.append(x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0))
     if in_dims[3] is not None:
         biases = rpb.movedim(in_dims[3], 0)
-        outputs = [_operator(*xs, axes, scale, with_lse) for xs in zip(*tensors, biases, strict=True)]
+        outputs = [_operator(*xs, *call) for xs in zip(*tensors, biases, strict=True)]
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0, 0)
-    out, lse = _operator(*(x.flatten(0, 1) for x in tensors), rpb, axes, scale, with_lse)
-    if not with_lse:
+    out, lse = _operator(*(x.flatten(0, 1) for x in tensors), rpb, *call)
+    if not lse.numel():
         return (out.unflatten(0, (info.batch_size, -1)), lse), (0, None)
     return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
-def neighborhood_native(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """Neighborhood attention in C; see `api.na2d` for the arguments."""
+def neighborhood_native(problem: Problem, differentiable_twice: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Neighborhood attention in C, whose gradients may have some by tiles; see `api.na2d` for the arguments."""
     query, key, value, axes, scale, rpb, additional_keys, additional_values, with_lse = problem
     tensors = (query, key, value, rpb)
     more = additional_keys is not None
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    out, lse = _operator(query, key, value, rpb, flatten_axes(axes), scale, with_lse or more or differentiable)
+    with_sum = with_lse or more or differentiable
+    out, lse = _operator(query, key, value, rpb, flatten_axes(axes), scale, with_sum, differentiable_twice)
     if more:
         others = attention(query.flatten(1, -3), additional_keys, additional_values, scale=scale, return_lse=True)
         others = [x.unflatten(1, query.shape[1:-2]) for x in others]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import default_scale
 from .window import Axis
 
 AXIS_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -93,7 +94,7 @@ def make_problem(
     axes = make_axes(operator, rank, query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     if rpb is not None:
         check_rpb(operator, query, rpb, axes)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(query) if scale is None else scale
     return Problem(query, key, value, axes, scale, rpb, additional_keys, additional_values, with_lse)
 
 

@@ -11,6 +11,10 @@ one scaled_dot_product_attention. Two choices keep the rest cheap:
 A dilation is a permutation of each axis by group; tiles are cut within the groups.
 
 Nothing but the operands is kept for the backward pass, which computes the scores again, a row of tiles at a time.
+
+What a query must not see has a weight of zero, and zero times NaN is NaN. So where numbers are not finite, products are
+taken of the finite ones alone, and NaN put where a pair that is seen has another (`_product`). Graphs that are traced,
+and torch.func's transforms, which can't look at numbers, multiply as they are.
 """
 
 import functools
@@ -26,7 +30,7 @@ from torch import Tensor
 
 from ..backends import exporting
 from .problem import Problem
-from .window import Axis, axis_offsets, axis_ranges
+from .window import Axis, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
 
 
 class _Tile(NamedTuple):
@@ -189,14 +193,42 @@ def _mask(entries: Sequence[np.ndarray], column_entries: np.ndarray, table: Tens
     return table.flatten(rank + 3).flatten(2, rank + 2).flatten(0, 1)
 
 
+def all_finite(*tensors: Tensor | None) -> bool:
+    """Return whether every number is finite, or can't be looked at."""
+    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    tensors = [x.detach() for x in tensors if x is not None]
+    if any(type(x) is not Tensor or x.is_meta for x in tensors):  # fake ones have no numbers
+        return True
+    # A sum that overflows is taken for a number that is not finite, which costs time and nothing else.
+    return bool(sum(x.sum(dtype=_lse_dtype(x)) for x in tensors).isfinite())
+
+
+def product_of_seen(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    """Return ``weights @ x`` where pairs that are not ``seen`` have no part, whatever their numbers."""
+    bad = ~x.isfinite()
+    out = weights.masked_fill(~seen, 0) @ x.masked_fill(bad, 0)
+    return out.masked_fill(seen.to(x.dtype) @ bad.to(x.dtype) > 0, float("nan"))
+
+
+def _product(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
+    return weights @ x if seen is None else product_of_seen(weights, x, seen)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+    scores = (query * scale @ key.transpose(-1, -2)).to(_lse_dtype(query)) + mask
+    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, with_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, with_lse: bool, finite: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of ``[B, heads, tokens, dim]`` with a mask ``[heads, queries, keys]``; the log-sum-exp on request."""
-    if not with_lse:
+    if not with_lse and finite:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=scale), None
-    scores = (query * scale @ key.transpose(-1, -2)).to(_lse_dtype(query)) + mask
-    return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
+    seen = None if finite else mask != float("-inf")
+    scores = _scores(query, key, mask, scale, seen)
+    return _product(scores.softmax(-1).to(value.dtype), value, seen), scores.logsumexp(-1)
 
 
 def _lse_dtype(x: Tensor) -> torch.dtype:
@@ -233,6 +265,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with as many heads of keys as of queries, on two axes or more."""
     spatial, heads = query.shape[1:-2], query.shape[-2]
+    finite = all_finite(query, key, value, rpb, additional_keys, additional_values)
     plan = _plan(axes, rpb is not None)
     lead = [axis.length for axis in axes[:-1]]
     query_index, key_index, output_index = (
@@ -240,8 +273,9 @@ def _forward(
     )
 
     def cut(x: Tensor, index: Tensor) -> Tensor:  # to [B, *lead, column in tile, tiles * heads, dim]
+        dim = x.shape[-1]
         x = x.flatten(-2).flatten(1, -2).index_select(1, index)
-        return x.unflatten(2, (heads, -1)).unflatten(1, (*lead, -1, plan.tiles)).flatten(-3, -2)
+        return x.unflatten(2, (heads, dim)).unflatten(1, (*lead, -1, plan.tiles)).flatten(-3, -2)
 
     masks = _masks(plan, _table(rpb, query, axes), 0 if additional_keys is None else additional_keys.shape[1])
     query, key, value = cut(query, query_index), cut(key, key_index), cut(value, key_index)
@@ -254,7 +288,7 @@ def _forward(
         ]
         if more:
             tokens[1:] = (torch.cat(parts, 2) for parts in zip(tokens[1:], more, strict=True))
-        output, lse = _attend(*tokens, masks[row.mask], scale, with_lse)
+        output, lse = _attend(*tokens, masks[row.mask], scale, with_lse, finite)
         outputs.append(output.transpose(1, 2))
         lses.append(lse)
 
@@ -320,6 +354,7 @@ def _backward(
     """Return the gradients of `_forward`'s ``tensors``; made of differentiable operators."""
     query, key, value, rpb, additional_keys, additional_values = tensors
     heads, extra = query.shape[-2], 0 if additional_keys is None else additional_keys.shape[1]
+    finite = all_finite(*tensors, grad_out, grad_lse)
     plan = _plan(axes, rpb is not None)
     table = _table(rpb, query, axes)
     masks = _masks(plan, table, extra)
@@ -335,8 +370,16 @@ def _backward(
         grad = of_queries.take(grad_out, row.queries, repeated)
         if more:
             k, v = (torch.cat(parts, 2) for parts in zip((k, v), more, strict=True))
-        weights = ((q * scale @ k.transpose(-1, -2)).to(_lse_dtype(q)) + masks[row.mask]).softmax(-1)
-        score_grad = weights * (grad @ v.transpose(-1, -2)).to(weights.dtype)
+        mask = masks[row.mask]
+        seen = back = None
+        if not finite:
+            seen = mask != float("-inf")
+            back = seen.transpose(-1, -2)
+        weights = _scores(q, k, mask, scale, seen).softmax(-1)
+        value_grad = (grad @ v.transpose(-1, -2)).to(weights.dtype)
+        if not finite:
+            weights, value_grad = weights.masked_fill(~seen, 0), value_grad.masked_fill(~seen, 0)
+        score_grad = weights * value_grad
         share = score_grad.sum(-1, keepdim=True)
         if grad_lse is not None:
             share = share - of_queries.take(grad_lse, row.queries, repeated)
@@ -347,8 +390,9 @@ def _backward(
         if grads is None:  # of a tensor that depends on all operands, for vmap
             grads = [None if x is None else score_grad.new_zeros(x.shape) for x in operands]
         scores = (score_grad * scale).to(q.dtype)
-        of_queries.add(grads[0], row.queries, scores @ k)
-        for i, x in ((1, scores.transpose(-1, -2) @ q), (2, weights.to(q.dtype).transpose(-1, -2) @ grad)):
+        of_queries.add(grads[0], row.queries, _product(scores, k, seen))
+        for i, of_pairs, others in ((1, scores, q), (2, weights.to(q.dtype), grad)):
+            x = _product(of_pairs.transpose(-1, -2), others, back)
             of_keys.add(grads[i], row.keys, x[:, :, : x.shape[2] - extra])
             if extra:
                 grads[i + 2] += x[:, :, x.shape[2] - extra :].unflatten(1, (-1, heads)).sum(1).transpose(1, 2)
@@ -377,10 +421,11 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
-        query, _, value, *_ = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: under checkpointing each reading computes them
+        query, _, value, *_ = tensors
         if grad_out is None:
             grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return *_backward(grad_out, grad_lse, ctx.saved_tensors, ctx.axes, ctx.scale), None, None, None
+        return *_backward(grad_out, grad_lse, tensors, ctx.axes, ctx.scale), None, None, None
 
 
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.
@@ -388,6 +433,8 @@ class _Tiled(torch.autograd.Function):
 def neighborhood_tiled(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention by tiles; see `api.na2d` for the arguments."""
     query, key, value, axes, scale, rpb, *more, with_lse = problem
+    # Where torch.compile leaves sizes open, a plan is of certain ones: others compile again.
+    axes = unflatten_axes(flatten_axes(axes))
     heads, line = query.shape[-2], len(axes) == 1
     if heads != key.shape[-2]:
         group = heads // key.shape[-2]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tiled import _by_group, _plan, _RowOfTiles, _Rows
+from .tiled import _by_group, _plan, _RowOfTiles, _Rows, all_finite, product_of_seen
 from .window import Axis
 
 
@@ -103,17 +103,28 @@ def _dense(weights: Tensor, table: Tensor, keys: int) -> Tensor:
     return weights.new_zeros(*weights.shape[:-1], keys + 1).scatter_(-1, table, weights)[..., :keys]
 
 
+def _product(weights: Tensor, x: Tensor, table: Tensor, keys: int, of_keys: bool, finite: bool) -> Tensor:
+    """Return each query's sum of keys by weights by slot, or each key's of queries; see `tiled` for what is finite."""
+    dense = _dense(weights, table, keys)
+    seen = None if finite else _dense(torch.ones_like(weights), table, keys) > 0
+    dense, seen = (p if of_keys or p is None else p.transpose(-1, -2) for p in (dense, seen))
+    return dense @ x if finite else product_of_seen(dense, x, seen)
+
+
 def values(weights: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Return ``[B, *spatial, heads, dim]``; see `products.neighborhood_values`."""
     shape = (*weights.shape[:-1], value.shape[-1])
     axes, (weights, value) = _as_map(axes, weights, value)
     weights, value = (_by_group(x, axes) for x in (weights, value))
     tiles = _Tiles(axes, value)
-    out = value.new_zeros(value.shape)
+    out, finite = value.new_zeros(value.shape), all_finite(weights, value)
     for row, table in tiles:
         value_part = tiles.keys.take(value, row.keys)
-        dense = _dense(tiles.queries.take(weights, row.queries, tiles.repeated), table, value_part.shape[2])
-        tiles.queries.add(out, row.queries, dense @ value_part)
+        own = tiles.queries.take(weights, row.queries, tiles.repeated)
+        x = _product(own, value_part, table, value_part.shape[2], of_keys=True, finite=finite)
+        if tiles.repeated is not None and not finite:
+            x = x.masked_fill(_unseen(tiles, x), 0)
+        tiles.queries.add(out, row.queries, x)
     return _by_group(out, axes, back=True).reshape(shape)
 
 
@@ -123,11 +134,11 @@ def scatter(weights: Tensor, x: Tensor, axes: Sequence[Axis]) -> Tensor:
     axes, (weights, x) = _as_map(axes, weights, x)
     weights, x = (_by_group(part, axes) for part in (weights, x))
     tiles = _Tiles(axes, x)
-    out = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    out, finite = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), all_finite(weights, x)
     for row, table in tiles:
         keys = len(tiles.plan.columns[1]) // tiles.plan.tiles
         for part in row.keys:
             keys *= part.stop - part.start
-        dense = _dense(tiles.queries.take(weights, row.queries, tiles.repeated), table, keys)
-        tiles.keys.add(out, row.keys, dense.transpose(-1, -2) @ tiles.queries.take(x, row.queries))
+        own, queries = (tiles.queries.take(part, row.queries, tiles.repeated) for part in (weights, x))
+        tiles.keys.add(out, row.keys, _product(own, queries, table, keys, of_keys=False, finite=finite))
     return _by_group(out, axes, back=True).reshape(shape).to(x.dtype)

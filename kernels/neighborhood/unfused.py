@@ -18,7 +18,7 @@ from . import native, triton_products
 from .api import preferred
 from .problem import AXIS_NAMES, check_rpb, make_axes
 from .products import neighborhood_scores, neighborhood_values
-from .reference import window_tables
+from .reference import gather_windows, window_tables
 from .window import Axis, flatten_axes
 
 
@@ -31,9 +31,8 @@ class Problem(NamedTuple):
 
 
 def _windows(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """Return the rows of ``x`` by slot, ``[B, tokens, slots, heads, dim]``; any row where a window has no key."""
-    tokens = torch.from_numpy(window_tables(axes)[0]).to(x.device)
-    return x.flatten(1, -3)[:, tokens.clamp(min=0)]
+    """Return the rows of ``x`` by slot, ``[B, tokens, slots, heads, dim]``; zeros where a window has no key."""
+    return gather_windows(x.flatten(1, -3), axes)
 
 
 def _scores_reference(problem: Problem) -> Tensor:
@@ -133,9 +132,8 @@ def _qk(
         check_rpb(operator, query, rpb, axes)
     problem = Problem(query, key, axes)
     name = choose(operator, _BACKENDS, problem, preferred(backend))
-    slots = math.prod([axis.kernel_size for axis in axes])
-    empty = 0 in query.shape
-    scores = query.new_zeros(*query.shape[:-1], slots) if empty else _BACKENDS[name].run[0](problem)
+    # Kernels take nothing of length zero.
+    scores = _BACKENDS["reference" if 0 in query.shape else name].run[0](problem)
     if rpb is not None:
         scores = (scores + _window_bias(rpb, axes)).to(scores.dtype)
     if (missing := _missing(axes, query.device)) is not None:
@@ -175,7 +173,7 @@ def _av(
         own = own.masked_fill(missing, 0)
     problem = Problem(own, value, axes)
     name = choose(operator, _BACKENDS, problem, preferred(backend))
-    out = value.new_zeros(value.shape) if 0 in value.shape else _BACKENDS[name].run[1](problem)
+    out = _BACKENDS["reference" if 0 in value.shape else name].run[1](problem)
     if more:
         out = out + torch.einsum("b...hm,bmhd->b...hd", weights[..., slots:], additional_values).to(out.dtype)
     return out

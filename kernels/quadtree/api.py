@@ -61,7 +61,9 @@ def quadtree_scores(query: Tensor, key: Tensor, token_index: Tensor, *, backend:
             f"and {key.dtype} {list(key.shape)}"
         )
     with full_precision(key):
-        return _BACKENDS[choose("quadtree_scores", _BACKENDS, key, backend)].run[0](query, key, token_index)
+        return _BACKENDS[_backend_of("quadtree_scores", backend, key, query, token_index)].run[0](
+            query, key, token_index
+        )
 
 
 def quadtree_values(weights: Tensor, value: Tensor, token_index: Tensor, *, backend: str | None = None) -> Tensor:
@@ -92,7 +94,15 @@ def quadtree_values(weights: Tensor, value: Tensor, token_index: Tensor, *, back
             f"got {weights.shape[4]}"
         )
     with full_precision(value):
-        return _BACKENDS[choose("quadtree_values", _BACKENDS, value, backend)].run[1](weights, value, token_index)
+        return _BACKENDS[_backend_of("quadtree_values", backend, value, token_index)].run[1](
+            weights, value, token_index
+        )
+
+
+def _backend_of(op: str, requested: str | None, children: Tensor, *others: Tensor) -> str:
+    name = choose(op, _BACKENDS, children, requested)
+    # Of nothing there is nothing to cut into chunks.
+    return "reference" if any(0 in x.shape for x in (children, *others)) else name
 
 
 def quadtree_backends(children: Tensor, *, backend: str | None = None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, export_obstacle, report, transform_obstacle
+from ..backends import Backend, choose, default_scale, export_obstacle, report, transform_obstacle
 from ..triton_launch import off_gpu, triton_obstacle
 from .operator import routed_attention_op
 from .reference import routed_attention_reference
@@ -88,7 +88,9 @@ def routed_attention(
         torch.Size([1, 8, 12, 2, 16])
     """
     problem = _problem(query, key, value, routes, region_size, scale)
-    return _BACKENDS[choose("routed_attention", _BACKENDS, problem, backend)].run(problem)
+    name = choose("routed_attention", _BACKENDS, problem, backend)
+    # Of nothing there is nothing to cut into chunks.
+    return _BACKENDS["reference" if 0 in query.shape or 0 in value.shape else name].run(problem)
 
 
 def routing_backends(
@@ -121,7 +123,7 @@ def _problem(
     sizes = (region_size, region_size) if isinstance(region_size, int) else region_size
     region_size = tuple(int(size) if isinstance(size, Tensor) else size for size in sizes)
     _check(query, key, value, routes, region_size)
-    return Problem(query, key, value, routes, region_size, query.shape[-1] ** -0.5 if scale is None else scale)
+    return Problem(query, key, value, routes, region_size, default_scale(query) if scale is None else scale)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: tuple[int, ...]) -> None:

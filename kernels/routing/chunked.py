@@ -65,7 +65,7 @@ def _flat_routes(routes: Tensor, columns: int) -> Tensor:
     if routes.device.type == "cpu" and routes.numel() and not 0 <= routes.min() <= routes.max() < regions:
         raise IndexError(f"routes must be in [0, {regions}); got {routes.min().item()} to {routes.max().item()}")
     first = torch.arange(0, batch * regions, max(1, regions), device=routes.device)
-    return (routes + first[:, None, None]).view(-1, columns, routes.shape[2])
+    return (routes + first[:, None, None]).reshape(-1, columns, routes.shape[2])
 
 
 def _gather(regions: Tensor, routes: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
 from ..data.occurrence import check_classes
+from ..dense.build import normalization_of
 
 # Images of a gallery.
 SHOWN = 30
@@ -72,6 +73,13 @@ def create_classifier(
         raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
+def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run started from, as in `Classify.DEFAULTS`, with the classes that its card names."""
+    options = {key: model[key] for key in ("pretrained", "checkpoint")}
+    rule = InputRule(**card["input"])
+    return create_classifier(model["name"], len(card["classes"]), rule, **options, **dict(model["kwargs"]))
+
+
 class Classify:
     """Image classification, described by a config.
 
@@ -96,6 +104,9 @@ class Classify:
             "train": None,
             "val": None,
             "num_classes": None,
+            "holdout": 0.2,
+            "holdout_seed": 0,
+            "normalization": None,
             "size": 224,
             "channels": 3,
             "white": None,
@@ -121,21 +132,25 @@ class Classify:
         "data.val": str,
         "data.num_classes": int,
         "data.white": int,
+        "data.normalization": str,
     }
     metric = "accuracy"
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
 
     def __init__(self, config: dict):
-        from ..data.formats import open_classes
+        from ..data.formats import open_classes, resolve
 
-        data, loss = config["data"], config["loss"]
+        loss = config["loss"]
+        data, self._said = resolve(dict(config["data"]), "classes")
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
+        data |= normalization_of(data["normalization"], config["model"]["name"])
         self.rule = InputRule(
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
         try:
-            self.train_set, self.val_set = open_classes(data, self.rule)
+            holds_out = config["data"]["name"] == "auto" and data["val"] is None
+            self.train_set, self.val_set = open_classes(data, self.rule, holds_out)
         except TypeError as error:
             raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
         self.classes = list(self.train_set.classes)
@@ -161,7 +176,7 @@ class Classify:
             raise TaskError(
                 f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart"
             )
-        lines = []
+        lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
             lines += check_classes(part, ([target] for target in samples.targets), self.classes, self._source, "image")
         return lines

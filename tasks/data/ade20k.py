@@ -30,3 +30,9 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     part = "training" if data[split]["split"] == "train" else "validation"
     files = [(image, root / "annotations" / part / f"{image.stem}.png") for image in images_in(root / "images" / part)]
     return files, CLASSES, class_of_values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it looks like the release; else None."""
+    there = (root / "annotations" / "training").is_dir() and (root / "images" / "training").is_dir()
+    return {"train": {"split": "train"}, "val": {"split": "val"}} if there else None

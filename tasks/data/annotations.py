@@ -30,6 +30,7 @@ KINDS = {
     "mask": ("malformed mask", "malformed masks"),
     "polygon": ("empty polygon", "empty polygons"),
     "outside": ("polygon outside its image", "polygons outside their image"),
+    "unmasked": ("box without a polygon, where masks are needed", "boxes without polygons, where masks are needed"),
     "category": ("unknown category", "unknown categories"),
     "owner": ("annotation of an unknown image", "annotations of unknown images"),
     "id": ("duplicate id", "duplicate ids"),

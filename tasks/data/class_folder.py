@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from .. import TaskError, nearest
-from .images import EXTENSIONS, FULL_WHITE, is_hidden, list_images, read_image
+from .images import EXTENSIONS, FULL_WHITE, has_image_name, is_hidden, list_images, read_image
 
 
 class LabelledFolder(ImageFolder):
@@ -81,3 +81,25 @@ class LabelledFolder(ImageFolder):
                 raise TaskError(f"{directory}/{name}: the class has no image; looked for {', '.join(EXTENSIONS)}")
             samples += [(file, index) for file in sorted(map(str, images), key=os.path.split)]
         return samples
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it holds a folder of images a class; else None.
+
+    Held-out images may be in ``val``, ``valid``, ``validation`` or ``test``; without ``train``, the root's own folders
+    are the classes.
+    """
+    if not (root / "train").is_dir():
+        return {"train": ".", "val": None} if _holds_classes(root) else None
+    if not _holds_classes(root / "train"):
+        return None
+    val = next((name for name in ("val", "valid", "validation", "test") if _holds_classes(root / name)), None)
+    return {"train": "train", "val": val}
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Return whether all folders in one hold images themselves, and there are some."""
+    if not folder.is_dir():
+        return False
+    folders = [entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
+    return bool(folders) and all(any(has_image_name(file) for file in entry.iterdir()) for entry in folders)

@@ -121,3 +121,10 @@ def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
     if not entries:
         raise TaskError(f"{listing}: lists no image")
     return entries
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it holds a list to train on; else None."""
+    if not (root / "train.csv").is_file():
+        return None
+    return {"train": "train.csv", "val": "val.csv" if (root / "val.csv").is_file() else None}

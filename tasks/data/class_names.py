@@ -5,7 +5,8 @@ def class_names(data: str, count: int) -> list[str]:
     """Return the names of a data set's classes, in the order of the labels; numbers where they aren't known here.
 
     Args:
-        data: ``"imagenet-1k"``, ``"coco"``, ``"ade20k"``, ``"cityscapes"``; of others nothing is known.
+        data: ``"imagenet-1k"``, ``"coco"``, ``"ade20k"``, ``"cityscapes"``, ``"coco_stuff"``; of others nothing
+            is known.
         count: Classes that the model has.
     """
     known = _known(data)
@@ -26,6 +27,8 @@ def _known(data: str) -> list[str]:
 
         names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         return [name for name in names if name not in ("__background__", "N/A")]
-    from . import ade20k, cityscapes
+    from . import ade20k, cityscapes, coco_stuff
 
+    if data == "coco_stuff":
+        return list(coco_stuff.class_of_ids().values())
     return {"ade20k": list(ade20k.CLASSES), "cityscapes": list(cityscapes.CLASS_OF_ID.values())}.get(data, [])

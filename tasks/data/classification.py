@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 from PIL import Image
-from timm.data import create_transform
+from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform
 from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, InterpolationMode, RandomAffine, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomAffine, Resize
 
 from .. import TaskError, nearest
 from .images import FULL_WHITE
@@ -78,6 +78,27 @@ class InputRule:
             resize = Resize(self.size, InterpolationMode(self.interpolation))
             before += [resize, RandomAffine(interpolation=InterpolationMode.BILINEAR, **affine)]
         return Compose([*before, transform]) if before else transform
+
+    def place(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return where the left, right, top and bottom edge of an image of ``(width, height)`` come, in input pixels.
+
+        Edges that are cropped away lie beyond the input.
+        """
+        left, top, scale_x, scale_y = 0.0, 0.0, 1.0, 1.0
+        picture = Image.new("L", size)
+        for step in self.transform().transforms:
+            if not isinstance(step, (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)):
+                break
+            before, picture = picture.size, step(picture)
+            if isinstance(step, (CenterCrop, CenterCropOrPad)):
+                left, top = (
+                    edge - (round((old - new) / 2) if old >= new else -((new - old) // 2))
+                    for edge, old, new in zip((left, top), before, picture.size, strict=True)
+                )
+            else:
+                x, y = (new / old for old, new in zip(before, picture.size, strict=True))
+                left, top, scale_x, scale_y = left * x, top * y, scale_x * x, scale_y * y
+        return left, left + size[0] * scale_x, top, top + size[1] * scale_y
 
 
 def keep_posterize_total(transform: Compose) -> None:

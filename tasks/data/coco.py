@@ -6,6 +6,7 @@ The formats: https://cocodataset.org/#format-data. Masks are encoded and decoded
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Instances:
         labels: ``[N]``, int64, from 0.
         areas: ``[N]``, float64, in pixels; of the mask where there is one.
         crowd: ``[N]``, bool: regions of several objects, which training leaves out and evaluation doesn't count.
-        masks: For each object a list of polygons, or run lengths; None if the data set has no masks.
+        masks: For each object a list of polygons, or run lengths; None if the data set has no masks, or was asked for
+            none.
     """
 
     boxes: np.ndarray
@@ -51,7 +53,7 @@ class Instances:
         return Instances(self.boxes[keep], self.labels[keep], self.areas[keep], self.crowd[keep], masks)
 
     @classmethod
-    def gather(cls, objects: Sequence[tuple], with_masks: bool) -> "Instances":
+    def gather(cls, objects: Sequence[tuple], with_masks: bool | None) -> "Instances":
         """Return objects, each given as ``(box, area, crowd, mask, label)``, as one."""
         boxes, areas, crowd, masks, labels = zip(*objects, strict=True) if objects else ((),) * 5
         return cls(
@@ -59,7 +61,7 @@ class Instances:
             np.array(labels, dtype=np.int64),
             np.array(areas, dtype=np.float64),
             np.array(crowd, dtype=bool),
-            list(masks) if with_masks else None,
+            None if with_masks is False else list(masks),
         )
 
 
@@ -166,17 +168,22 @@ def read_json(path: str | Path, keys: Sequence[str]) -> dict:
 
 
 def read_instances(
-    path: str | Path, folder: str | Path, with_masks: bool = True, broken: str = "refuse", skip_damaged: bool = False
+    path: str | Path,
+    folder: str | Path,
+    with_masks: bool | None = True,
+    broken: str = "refuse",
+    skip_damaged: bool = False,
 ) -> tuple[list[Record], list[str], list[int]]:
     """Read a COCO file of instances.
 
     Boxes without area are left out, as mmdet does; those that leave the image by less than a pixel are clipped. Where
-    ``area`` isn't given, it is that of the mask, and of the box where there is no mask.
+    ``area`` isn't given, it is that of the mask, and of the box where there is no mask. Exports of CVAT, Label Studio
+    and Roboflow are read as they are; Roboflow's first category, which only heads the others, is no class.
 
     Args:
         path: JSON file.
         folder: Where the images lie; their headers are read.
-        with_masks: Whether every object needs a mask.
+        with_masks: Whether every object needs a mask; None: those have one that do.
         broken: ``"refuse"``: faults raise one error that lists them. ``"drop"``: they are listed in a warning, and the
             objects and images that have them are left out.
         skip_damaged: Whether images that can't be read are no fault here.
@@ -192,6 +199,7 @@ def read_instances(
     path, folder, faults = Path(path), Path(folder), Faults(path)
     content = read_json(path, ("images", "annotations", "categories"))
     categories, images = _read_categories(content, faults), _read_images(content, faults)
+    _leave_out_umbrella(categories, content["annotations"])
     _refuse_nothing(images, categories, faults)
     label_of = {category: label for label, category in enumerate(categories)}
     present = _check_images(images, folder, faults, skip_damaged)
@@ -203,12 +211,12 @@ def read_instances(
         elif not _is_key(category) or category not in label_of:
             faults.add("category", f"{place}: {_short(category)}")
         elif key in present:
-            checked = _check_object(annotation, present[key], with_masks, faults, place)
+            checked = check_object(annotation, present[key], with_masks, faults, place)
             if checked is not None:
                 objects[key].append((*checked, label_of[category]))
     faults.settle(broken, "correct the file", len(present))
     records = [
-        Record(folder / image["file_name"], _size(image), key, Instances.gather(objects[key], with_masks))
+        Record(image["file"], _size(image), key, Instances.gather(objects[key], with_masks))
         for key, image in present.items()
     ]
     return records, [category["name"] for category in categories.values()], list(categories)
@@ -267,6 +275,20 @@ def _read_categories(content: dict, faults: Faults) -> dict[Any, dict]:
     }
 
 
+def _leave_out_umbrella(categories: dict[Any, dict], annotations: list[Any]) -> None:
+    """Leave out the category that Roboflow lists first and names as that of all others: it has no objects."""
+    first = next(iter(categories.values()), {})
+    others = list(categories.values())[1:]
+    used = (entry.get("category_id") for entry in annotations if isinstance(entry, dict))
+    if (
+        others
+        and first.get("supercategory") == "none"
+        and all(entry.get("supercategory") == first["name"] for entry in others)
+        and first["id"] not in [key for key in used if _is_key(key)]
+    ):
+        del categories[first["id"]]
+
+
 def _read_images(content: dict, faults: Faults) -> dict[Any, dict | None]:
     """Return the images by their ids; None for those whose entries are wrong, so that their objects are known."""
     images: dict[Any, dict | None] = {}
@@ -289,24 +311,43 @@ def _size(image: dict) -> tuple[int, int]:
 
 
 def _check_images(images: dict[Any, dict | None], folder: Path, faults: Faults, skip_damaged: bool) -> dict[Any, dict]:
-    """Return the images whose files are there and as large as annotated."""
+    """Return the images whose files are there and as large as annotated, each with its ``file``.
+
+    Label Studio's names hold folders of its own, or of Windows: without them they count where they are of one image.
+    """
+    lasts = Counter(_last(image["file_name"]) for image in images.values() if image is not None)
     there = {}
     for key, image in images.items():
         if image is None:
             continue
+        name = image["file_name"]
+        places = [folder / name, folder / name.replace("\\", "/")]
+        places += [folder / _last(name)] if lasts[_last(name)] == 1 else []
         # Unlike Path's, it takes names that no file can have.
-        if os.path.isfile(folder / image["file_name"]):
-            there[key] = image
+        file = next((place for place in places if os.path.isfile(place)), None)
+        if file is None:
+            faults.add("image", folder / _short(name).strip("'\""))
         else:
-            faults.add("image", folder / _short(image["file_name"]).strip("'\""))
-    fits = faults.check_pictures(
-        [(folder / image["file_name"], _size(image)) for image in there.values()], skip_damaged
-    )
+            there[key] = image | {"file": file}
+    fits = faults.check_pictures([(image["file"], _size(image)) for image in there.values()], skip_damaged)
     return {key: image for (key, image), good in zip(there.items(), fits, strict=True) if good}
 
 
-def _check_object(annotation: dict, image: dict, with_masks: bool, faults: Faults, place: str) -> tuple | None:
-    """Return box, area, crowd and mask of an annotation; None if it is wrong, with a fault noted, or without area."""
+def _last(name: str) -> str:
+    """Return a file's name without folders, of Windows' paths too."""
+    return name.replace("\\", "/").rpartition("/")[2]
+
+
+def check_object(annotation: dict, image: dict, with_masks: bool | None, faults: Faults, place: str) -> tuple | None:
+    """Return box, area, crowd and mask of an object; None if it is wrong, with a fault noted, or without area.
+
+    Args:
+        annotation: As a COCO file has it.
+        image: Has ``height`` and ``width``.
+        with_masks: Whether it needs a mask; None: it may have one.
+        faults: Takes what is wrong.
+        place: What to call it there.
+    """
     height, width = _size(image)
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
@@ -323,7 +364,7 @@ def _check_object(annotation: dict, image: dict, with_masks: bool, faults: Fault
         if key in annotation and not _has(annotation, key, fits, faults, place):
             return None
     mask, fault = _read_mask(annotation.get("segmentation"), height, width)
-    if with_masks and fault is not None:
+    if fault is not None and (with_masks or (with_masks is None and annotation.get("segmentation"))):
         faults.add(fault[0], f"{place}{fault[1]}")
         return None
     clipped = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
@@ -334,7 +375,7 @@ def _check_object(annotation: dict, image: dict, with_masks: bool, faults: Fault
         area = float(annotation["area"])
     else:
         area = w * h if mask is None else float(rle_codec.area(to_run_lengths(mask, height, width)))
-    return clipped, area, bool(annotation.get("iscrowd", 0)), mask if with_masks else None
+    return clipped, area, bool(annotation.get("iscrowd", 0)), None if with_masks is False else mask
 
 
 def _read_mask(mask: Any, height: int, width: int) -> tuple[Any, tuple[str, str] | None]:
@@ -472,7 +513,7 @@ def read_panoptic(
             faults.add("image", maps / _short(annotation["file_name"]).strip("'\""))
         elif key in present:
             image = present[key]
-            records.append(PanopticRecord(folder / image["file_name"], _size(image), picture, *segments))
+            records.append(PanopticRecord(image["file"], _size(image), picture, *segments))
     for key in images.keys() - seen:
         if images[key] is not None:
             faults.add("pair", images[key]["file_name"])
@@ -548,7 +589,7 @@ def _place(root: Path, data: dict, split: str) -> tuple[Path, Path]:
 
 
 def find_objects(
-    root: Path, data: dict, split: str, with_masks: bool, skip_damaged: bool
+    root: Path, data: dict, split: str, with_masks: bool | None, skip_damaged: bool
 ) -> tuple[list[Record], list[str]]:
     """Return the images of a split with their objects, and the classes."""
     path, images = _place(root, data, split)

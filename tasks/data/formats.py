@@ -5,11 +5,14 @@ no row.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import TaskError, nearest
-from . import ade20k, cityscapes, coco, mask_folder, voc
+from . import ade20k, cityscapes, class_folder, class_list, coco, coco_layout, coco_stuff, mask_folder, voc, yolo
 from .annotations import Faults
 from .augment import IGNORE, Augment
 from .class_folder import LabelledFolder
@@ -22,6 +25,9 @@ from .segmentation import CocoMaps, InstanceMaps, LabelMaps, PanopticMaps, Segme
 from .segmentation import InputRule as MapRule
 from .segmentation import Nuclei as NucleiMaps
 
+# Tells of a folder the settings of ``data`` by which it is read, or None: ``train``, and ``val`` if there is one.
+Recognise = Callable[[Path], dict | None]
+
 
 class ClassFormat(NamedTuple):
     """A format of labelled images: where its two parts are by default, what a root holds, and its set."""
@@ -29,6 +35,14 @@ class ClassFormat(NamedTuple):
     parts: tuple[str, str]
     layout: str
     samples: Callable[..., Any]
+    recognise: Recognise
+
+
+class ObjectFormat(NamedTuple):
+    """A format of objects: ``find`` returns the images of a split with their objects, and the classes."""
+
+    find: Callable[..., tuple[list[coco.Record], list[str]]]
+    recognise: Recognise
 
 
 class MapFormat(NamedTuple):
@@ -37,33 +51,120 @@ class MapFormat(NamedTuple):
     samples: type[SegmentationSet]
     find: Callable[..., tuple]
     outputs: tuple[str, ...]  # what a segmenter can learn from it
+    recognise: Recognise
 
 
 CLASSES: dict[str, ClassFormat] = {
-    "csv": ClassFormat(("train.csv", "val.csv"), "train.csv and val.csv", LabelledList.of_root),
-    "folder": ClassFormat(("train", "val"), "train/CLASS/*.jpg and val/CLASS/*.jpg", LabelledFolder.of_root),
+    "csv": ClassFormat(("train.csv", "val.csv"), "train.csv and val.csv", LabelledList.of_root, class_list.recognise),
+    "folder": ClassFormat(
+        ("train", "val"),
+        "train/CLASS/*.jpg and val/CLASS/*.jpg",
+        LabelledFolder.of_root,
+        class_folder.recognise,
+    ),
 }
-# Each finds the images of a split with their objects, and the classes.
-OBJECTS: dict[str, Callable[..., tuple[list[coco.Record], list[str]]]] = {
-    "coco": coco.find_objects,
-    "voc": voc.find_objects,
+OBJECTS: dict[str, ObjectFormat] = {
+    "coco": ObjectFormat(coco.find_objects, coco_layout.recognise),
+    "voc": ObjectFormat(voc.find_objects, voc.recognise),
+    "yolo": ObjectFormat(yolo.find_objects, yolo.recognise),
 }
 MAPS: dict[str, MapFormat] = {
-    "ade20k": MapFormat(LabelMaps, ade20k.find_maps, ("semantic",)),
-    "cityscapes": MapFormat(LabelMaps, cityscapes.find_maps, ("semantic",)),
-    "coco": MapFormat(InstanceMaps, coco.find_instances, ("instance",)),
-    "coco_panoptic": MapFormat(PanopticMaps, coco.find_segments, ("panoptic", "semantic")),
-    "folder": MapFormat(LabelMaps, mask_folder.find_maps, ("semantic",)),
-    "voc": MapFormat(LabelMaps, voc.find_maps, ("semantic",)),
+    "ade20k": MapFormat(LabelMaps, ade20k.find_maps, ("semantic",), ade20k.recognise),
+    "cityscapes": MapFormat(LabelMaps, cityscapes.find_maps, ("semantic",), cityscapes.recognise),
+    "cityscapes_instance": MapFormat(InstanceMaps, cityscapes.find_instances, ("instance",), cityscapes.recognise),
+    "coco": MapFormat(InstanceMaps, coco.find_instances, ("instance", "semantic"), coco_layout.recognise),
+    "coco_panoptic": MapFormat(
+        PanopticMaps,
+        coco.find_segments,
+        ("panoptic", "semantic"),
+        partial(coco_layout.recognise, kind="panoptic"),
+    ),
+    "coco_stuff": MapFormat(LabelMaps, coco_stuff.find_maps, ("semantic",), coco_stuff.recognise),
+    "folder": MapFormat(LabelMaps, mask_folder.find_maps, ("semantic",), mask_folder.recognise),
+    "voc": MapFormat(LabelMaps, voc.find_maps, ("semantic",), partial(voc.recognise, part="Segmentation")),
+    "yolo": MapFormat(InstanceMaps, yolo.find_instances, ("instance", "semantic"), yolo.recognise),
 }
+TABLES: dict[str, dict[str, Any]] = {"objects": OBJECTS, "maps": MAPS, "classes": CLASSES}
 
 
-def open_classes(data: dict, rule: InputRule) -> tuple[Any, Any]:
+def recognise(root: str | Path, kind: str) -> tuple[str, dict] | None:
+    """Return the name of the format that a folder is in, and the settings of ``data`` by which it is read.
+
+    Args:
+        root: The folder.
+        kind: ``"objects"``, ``"maps"`` or ``"classes"``.
+
+    Raises:
+        TaskError: If the folder is in a format of the kind, but it isn't told where its parts are.
+    """
+    found = ((name, row.recognise(Path(root))) for name, row in TABLES[kind].items())
+    return next(((name, settings) for name, settings in found if settings is not None), None)
+
+
+def resolve(data: dict, kind: str) -> tuple[dict, list[str]]:
+    """Return a config's ``data``, of which ``auto`` becomes the format that its folder is in, and what is to be said.
+
+    Held-out images that aren't there are None; the sets then hold out a share of the training images.
+
+    Raises:
+        TaskError: If the folder is missing, or in no format of the kind.
+    """
+    if data["name"] != "auto":
+        return data, []
+    root = _find_root(data)
+    found = recognise(root, kind)
+    if found is None:
+        others = [other for other in TABLES if other != kind and recognise(root, other) is not None]
+        raise TaskError(
+            f"{root}: is in none of the formats of {kind}, {', '.join(TABLES[kind])}"
+            + (f"; it holds {' and '.join(others)}" if others else "; name it by data.name, and its parts")
+        )
+    name, settings = found
+    settings = {key: value for key, value in settings.items() if key != "classes" or data["classes"] is None}
+    parts = {
+        key: data[key] | value if isinstance(value, dict) and isinstance(data[key], dict) else value
+        for key, value in settings.items()
+    }
+    said = f"{root} holds {kind} in the format {name}"
+    if settings["val"] is None:
+        said += f"; no held-out images: {data['holdout']:.0%} of the training images are, by data.holdout_seed"
+        if not 0 < data["holdout"] < 1:
+            raise TaskError(f"data.holdout is {data['holdout']}, but must be a share between 0 and 1")
+    return data | {"name": name} | parts, [said]
+
+
+def hold_out(count: int, data: dict, groups: Sequence[Any] | None = None) -> tuple[list[int], list[int]]:
+    """Return which of ``count`` images train and which validate, drawn by ``data.holdout_seed``.
+
+    Args:
+        count: How many there are.
+        data: Has ``holdout`` and ``holdout_seed``.
+        groups: A class for each, of which all with two images or more are in both parts.
+
+    Raises:
+        TaskError: If there is a single image.
+    """
+    order = np.random.default_rng(data["holdout_seed"]).permutation(count)
+    places: dict[Any, list[int]] = {}
+    for index in order.tolist():
+        places.setdefault(None if groups is None else groups[index], []).append(index)
+    val = [
+        index
+        for group in places.values()
+        for index in group[: min(max(1, round(data["holdout"] * len(group))), len(group) - 1)]
+    ]
+    if not val:
+        raise TaskError(f"{data['root']}: has too few images to hold one out of {count}; add some to validate by")
+    return sorted({*range(count)} - {*val}), sorted(val)
+
+
+def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[Any, Any]:
     """Return the training and the validation set of a classifier.
 
     Args:
         data: As in `Classify.DEFAULTS`.
         rule: How images become inputs.
+        holds_out: Whether a share of the training images is held out, as there are no others.
 
     Raises:
         TaskError: If the format is unknown, its folders are missing or empty, or its classes aren't as many as
@@ -78,22 +179,28 @@ def open_classes(data: dict, rule: InputRule) -> tuple[Any, Any]:
         train, val = (Digits(split, how) for split, how in zip(("train", "val"), transforms, strict=True))
     else:
         _check_name(data, {**CLASSES, "digits": None})
-        usual, layout, samples = CLASSES[data["name"]]
+        usual, layout, samples, _ = CLASSES[data["name"]]
         root = _find_root(data, f"name a folder with {layout}", f"; data.root needs {layout}")
         parts = [root / (data.get(split) or name) for split, name in zip(("train", "val"), usual, strict=True)]
         train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
-        val = samples(root, parts[1], transforms[1], rule.channels, train.classes, layout=layout)
+        if holds_out:
+            val = samples(root, parts[0], transforms[1], rule.channels, train.classes, layout=layout)
+            for part, kept in zip((train, val), hold_out(len(train), data, train.targets), strict=True):
+                part.samples = [part.samples[index] for index in kept]
+                part.targets = [label for _, label in part.samples]
+        else:
+            val = samples(root, parts[1], transforms[1], rule.channels, train.classes, layout=layout)
         train.white = val.white = white or choose_white([path for path, _ in train.samples])
     _check_count(data, train.classes)
     return train, val
 
 
-def open_objects(data: dict, with_masks: bool, skip_damaged: bool = False) -> tuple[DetectionSet, DetectionSet]:
+def open_objects(data: dict, with_masks: bool | None, skip_damaged: bool = False) -> tuple[DetectionSet, DetectionSet]:
     """Return the training and the validation set of a detector.
 
     Args:
         data: As in `Detect.DEFAULTS`.
-        with_masks: Whether the objects need masks.
+        with_masks: Whether the objects need masks; None: they have them if all do.
         skip_damaged: Whether images that can't be read are left to the loader, which skips them.
 
     Raises:
@@ -111,13 +218,19 @@ def open_objects(data: dict, with_masks: bool, skip_damaged: bool = False) -> tu
     else:
         _check_name(data, {**OBJECTS, "nuclei": None})
         root = _find_root(data)
-        (records, classes), (held_out, val_classes) = (
-            OBJECTS[data["name"]](root, data, split, with_masks, skip_damaged) for split in ("train", "val")
-        )
+        find = OBJECTS[data["name"]].find
+        records, classes = find(root, data, "train", with_masks, skip_damaged)
+        if data["val"] is None:
+            kept, held = hold_out(len(records), data)
+            records, held_out, val_classes = [records[i] for i in kept], [records[i] for i in held], classes
+        else:
+            held_out, val_classes = find(root, data, "val", with_masks, skip_damaged)
         if not coco.order_by_name(held_out, val_classes, classes):
             raise TaskError(
                 f"training and validation annotations have different classes: {_differing(classes, val_classes)}"
             )
+        if with_masks is None:
+            _masks_of_all_or_none([*records, *held_out])
         if not data["keep_empty"]:
             records = [record for record in records if not record.instances.crowd.all()]
         train = DetectionSet(records, classes, augment, data["repeat"])
@@ -165,8 +278,11 @@ def open_maps(
         white = white or train.white
     else:
         root = _find_root(data)
-        train = _open_part(root, data, "train", skip_damaged, shared | to_train)
-        val = _open_part(root, data, "val", skip_damaged, shared)
+        train = open_part(root, data, "train", skip_damaged, shared | to_train)
+        val = open_part(root, data, "train" if data["val"] is None else "val", skip_damaged, shared)
+        if data["val"] is None:
+            for part, kept in zip((train, val), hold_out(train.images, data), strict=True):
+                part.keep(kept)
         white = white or choose_white(train.image_files)
     train.white = val.white = white
     _order_classes(train, val, data)
@@ -207,8 +323,20 @@ def _find_root(
     return root
 
 
-def _open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: dict) -> SegmentationSet:
-    samples, find, _ = MAPS[data["name"]]
+def open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: dict) -> SegmentationSet:
+    """Return a split of a segmenter's data.
+
+    Args:
+        root: The folder.
+        data: As in `Segment.DEFAULTS`.
+        split: ``"train"`` or ``"val"``.
+        skip_damaged: Whether images that can't be read are left to the loader.
+        settings: Of the set.
+
+    Raises:
+        TaskError: If its files are missing or broken.
+    """
+    samples, find, _, _ = MAPS[data["name"]]
     if samples is not LabelMaps:
         records, classes, things = find(root, data, split, skip_damaged)
         return samples(records, classes=classes, things=things, **settings)
@@ -230,6 +358,15 @@ def _open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings:
     return maps
 
 
+def _masks_of_all_or_none(records: Sequence[coco.Record]) -> None:
+    """Leave out all masks where an object that counts has none."""
+    objects = [record.instances for record in records]
+    counted = (mask for each in objects for mask, crowd in zip(each.masks or (), each.crowd, strict=False) if not crowd)
+    if any(each.masks is None for each in objects) or any(mask is None for mask in counted):
+        for each in objects:
+            each.masks = None
+
+
 def _differing(classes: Sequence[str], others: Sequence[str]) -> list[str] | str:
     return sorted({*classes} ^ {*others}) or "names that repeat, in another order"
 
@@ -247,7 +384,7 @@ def _order_classes(train: SegmentationSet, val: SegmentationSet, data: dict) -> 
     for part in (train, val):
         names = part.classes
         # Only files of COCO's formats number classes as they like.
-        fits = coco.order_by_name(part.records, names, expected) if isinstance(part, CocoMaps) else names == expected
+        fits = part.order(expected) if isinstance(part, CocoMaps) else names == expected
         if not fits and given is not None:
             raise TaskError(f"data.classes is {given}, but {name} has {names}")
         if not fits:

@@ -41,3 +41,10 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     ]
     labels = {value: label for label, value in enumerate(values)}
     return files, classes, class_of_values(dict.fromkeys(unlabelled, IGNORE) | labels)
+
+
+def recognise(root: Path) -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it holds images and masks; else None."""
+    if not (root / "masks" / "train").is_dir() or not (root / "images" / "train").is_dir():
+        return None
+    return {"train": {}, "val": {} if (root / "masks" / "val").is_dir() else None}

@@ -22,6 +22,7 @@ from .coco import (
     decode_masks,
     encode_mask,
     mask_box,
+    order_by_name,
     read_picture,
     read_segment_ids,
     to_run_lengths,
@@ -235,6 +236,10 @@ class LabelMaps(SegmentationSet):
         """Number of different images."""
         return len(self.files)
 
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leave out all images but these."""
+        self.files, self.found = ([every[index] for index in indices] for every in (self.files, self.found))
+
     @property
     def image_files(self) -> list[Path]:
         """Files of the images."""
@@ -325,6 +330,14 @@ class CocoMaps(SegmentationSet):
         """Number of different images."""
         return len(self.records)
 
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leave out all images but these."""
+        self.records = [self.records[index] for index in indices]
+
+    def order(self, classes: Sequence[str]) -> bool:
+        """Number the classes as these are, if they are the same ones; return whether they are."""
+        return order_by_name(self.records, self.classes, classes)
+
     @property
     def image_files(self) -> list[Path]:
         """Files of the images."""
@@ -358,15 +371,46 @@ class PanopticMaps(CocoMaps):
 
 
 class InstanceMaps(CocoMaps):
-    """COCO's annotations of instances."""
+    """Annotations of instances, COCO's or YOLO's; semantic classes are theirs, and the background before them.
 
-    overlapping = True
+    Where objects overlap, a pixel is of the smallest: large ones lie behind.
+    """
+
+    def __init__(self, records: Sequence[Record], classes: Sequence[str], things: Sequence[bool], **settings):
+        self.overlapping = settings["output"] != "semantic"
+        if not self.overlapping:
+            classes, things = ["background", *classes], [False, *things]
+        super().__init__(records, classes=classes, things=things, **settings)
+
+    def order(self, classes: Sequence[str]) -> bool:
+        """Number the classes as these are, if they are the same ones, the background first; return whether they are."""
+        if self.overlapping:
+            return super().order(classes)
+        return classes[0] == "background" and order_by_name(self.records, self.classes[1:], classes[1:])
 
     def occurring(self) -> Iterator[np.ndarray]:
         """Yield the labels of every image's objects without crowds."""
-        return (record.instances.labels[~record.instances.crowd] for record in self.records)
+        for record in self.records:
+            labels = record.instances.labels[~record.instances.crowd]
+            yield labels if self.overlapping else np.concatenate([[0], labels + 1])
+
+    def labels(self, index: int) -> np.ndarray:
+        """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` in crowds alone."""
+        masks, labels, crowd = self.objects(index)
+        painted = np.zeros(self.records[index].size, np.int32)
+        for place in np.argsort(-masks.sum((1, 2), dtype=np.int64), kind="stable"):
+            painted[masks[place] > 0] = IGNORE if crowd[place] else labels[place] + 1
+        return painted
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the masks, labels and whether they are crowds of objects, or of classes and the background."""
+        if self.overlapping:
+            return self.objects(index)
+        labels = self.labels(index)
+        there = np.setdiff1d(labels, [IGNORE]).astype(np.int64)
+        return (labels == there[:, None, None]).astype(np.uint8), there, np.zeros(len(there), bool)
+
+    def objects(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the objects' masks, labels and whether they are crowds."""
         record = self.records[index]
         instances = record.instances

@@ -20,6 +20,8 @@ _NAMES = (
     "sofa train tvmonitor"
 )
 CLASSES = _NAMES.split()
+# So many files are looked at to know which classes a folder of one's own has.
+_LOOKED_AT = 5000
 
 
 def name_classes(given: Sequence[str] | None) -> list[str]:
@@ -267,8 +269,34 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
 
 
 def find_objects(
-    root: Path, data: dict, split: str, with_masks: bool, skip_damaged: bool
+    root: Path, data: dict, split: str, with_masks: bool | None, skip_damaged: bool
 ) -> tuple[list[Record], list[str]]:
     """Return the images of a split with their objects, and the classes."""
     classes = name_classes(data["classes"])
-    return read_voc(root, data[split]["split"], classes, with_masks, data["broken"], skip_damaged), classes
+    return read_voc(root, data[split]["split"], classes, bool(with_masks), data["broken"], skip_damaged), classes
+
+
+def recognise(root: Path, part: str = "Main") -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it looks like Pascal VOC's; else None.
+
+    Args:
+        root: The folder.
+        part: ``"Main"`` for objects, ``"Segmentation"`` for label maps.
+    """
+    lists = root / "ImageSets" / part
+    labels = root / {"Main": "Annotations", "Segmentation": "SegmentationClass"}[part]
+    if not (labels.is_dir() and (root / "JPEGImages").is_dir()):
+        return None
+    train = next((name for name in ("train", "trainval") if (lists / f"{name}.txt").is_file()), None)
+    val = next((name for name in ("val", "test") if (lists / f"{name}.txt").is_file()), None)
+    if train is None:
+        return None
+    settings: dict = {"train": {"split": train}, "val": val and {"split": val}}
+    names = Names(root)
+    listed = names.listed(part, train)[:_LOOKED_AT]
+    classes: dict[str, None] = {}
+    for tree in (_read_tree(root, name, Faults(root)) for name in listed):
+        classes |= {} if tree is None else {(node.findtext("name") or "").strip(): None for node in tree.iter("object")}
+    if part == "Main" and not classes.keys() <= set(CLASSES):
+        settings["classes"] = tuple(sorted(classes.keys() - {""}))
+    return settings

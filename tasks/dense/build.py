@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import is_model
+from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -216,6 +216,26 @@ def load_dense(
     )
     _logger.info(f"{path}: {report}")
     return report
+
+
+def normalization_of(source: str | None, name: str) -> dict[str, tuple[float, ...]]:
+    """Return the ``mean`` and ``std`` that a config's ``data.normalization`` asks for; none if it asks for none.
+
+    Args:
+        source: ``"backbone"``: those with which timm says that the weights were trained; or None.
+        name: The model, a timm name.
+
+    Raises:
+        TaskError: If ``source`` is another.
+        UnknownModelError: If the model is unknown.
+    """
+    if source is None:
+        return {}
+    if source != "backbone":
+        raise TaskError(f"data.normalization is {source!r}, but must be backbone or None")
+    check_name(name)
+    cfg = get_pretrained_cfg(name)
+    return {} if cfg is None else {"mean": tuple(cfg.mean), "std": tuple(cfg.std)}
 
 
 def freeze_stages(backbone: nn.Module, count: int) -> list[nn.Module]:

@@ -8,9 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.formats import open_objects
+from ..data.formats import open_objects, resolve
 from ..data.occurrence import check_classes
-from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
+from ..dense.build import (
+    build_described,
+    describe_model,
+    freeze_stages,
+    freeze_statistics,
+    normalization_of,
+    with_told,
+)
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
@@ -51,6 +58,9 @@ class Detect:
             "broken": "refuse",
             "keep_empty": True,
             "repeat": 1,
+            "holdout": 0.2,
+            "holdout_seed": 0,
+            "normalization": None,
             "augment": {},
         },
     }
@@ -64,19 +74,28 @@ class Detect:
         "data.classes": tuple,
         "data.num_classes": int,
         "data.white": int,
+        "data.normalization": str,
     }
 
     def __init__(self, config: dict):
-        data = config["data"]
+        data, self._said = resolve(config["data"], "objects")
         self.model = dict(config["model"])
         if self.model["backbone"] is None:
             raise TaskError("model.backbone is not set; `foveate list` shows what there is")
-        if self.model["head"] not in DETECTORS:
-            raise TaskError(f"model.head is {self.model['head']!r}, but must be one of {', '.join(DETECTORS)}")
+        told = normalization_of(data["normalization"], self.model["backbone"])
+        self.model["kwargs"] = told | dict(self.model["kwargs"])
+        if self.model["head"] not in (*DETECTORS, "auto"):
+            raise TaskError(f"model.head is {self.model['head']!r}, but must be auto or one of {', '.join(DETECTORS)}")
+        chooses = self.model["head"] == "auto"
+        needs_masks = None if chooses else DETECTORS[self.model["head"]].needs_masks
+        self.train_set, self.val_set = open_objects(data, needs_masks, config["damaged_images"] == "skip")
+        if chooses:
+            with_masks = all(record.instances.masks is not None for record in self.train_set.records)
+            self.model["head"] = "mask_rcnn" if with_masks else "faster_rcnn"
+            self._said.append(f"objects {'with' if with_masks else 'without'} masks: {self.model['head']}")
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
-        self.train_set, self.val_set = open_objects(data, self.with_masks, config["damaged_images"] == "skip")
         self._source = data["root"] or data["name"]
         self.classes = list(self.train_set.classes)
         # Resized images need only be normalised and padded.
@@ -99,7 +118,7 @@ class Detect:
         Raises:
             TaskError: If there is no object, or only crowds.
         """
-        lines = []
+        lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
             lines += check_classes(part, samples.occurring(), self.classes, self._source, "object")
         return lines
@@ -185,6 +204,11 @@ def build_detector(model: dict[str, Any], classes: int) -> nn.Module:
     transform = {name: option.default for name, option in parameters.items() if name not in of_file}
     transform |= DETECTORS[model["head"]].TRANSFORM
     return build_described(create_detector, model, classes, transform | model["kwargs"])
+
+
+def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run started from, as in `Detect.DEFAULTS`, with what its card tells of it."""
+    return build_detector({**model, **{key: card[key] for key in ("head", "kwargs")}}, len(card["classes"]))
 
 
 def detect_image(model: nn.Module, image: Tensor) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import math
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from timm.optim import list_optimizers
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
 from ...zoo.library_errors import first_line
 from .. import TASKS, TaskError, nearest
+from ..adapters import DEFAULT_RANK
 from ..checkpoints import renamed
 from .keys import meaning
 
@@ -64,6 +66,13 @@ DEFAULTS = {
         "steps": (),
         "gamma": 0.1,
     },
+    "freeze": (),
+    "lora": {
+        "rank": None,
+        "alpha": 16.0,
+        "dropout": 0.0,
+        "targets": ("qkv", "proj", "fc1", "fc2"),
+    },
     "ema": None,
     "custom_hooks": (),
 }
@@ -71,11 +80,13 @@ FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
 # Types of what may be None.
 OPTIONAL = {
     "iterations": int,
+    "workers": int,
     "checkpoint.interval": int,
     "optimizer.no_decay": tuple,
     "optimizer.layer_decay": float,
     "optimizer.clip_grad": float,
     "ema": float,
+    "lora.rank": int,
 }
 FINETUNE = "classify/nat_tiny_finetune"  # the recipe for any model
 SCHEDULES = ("cosine", "poly", "step")
@@ -119,12 +130,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     free = FREE + tuple(task_class.FREE)
     optional = OPTIONAL | {"task": str} | task_class.OPTIONAL
     config = copy.deepcopy(defaults)
+    if given.get("lora") is True:
+        given["lora"] = {"rank": DEFAULT_RANK}
     for key, value in leaves(given, free):
         _assign(config, defaults, free, optional, key, value, str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise TaskError(f"{override!r}: an override is key=value, such as optimizer.lr=1e-3")
+        if key == "lora" and _parse(text) is True:
+            key, text = "lora.rank", str(DEFAULT_RANK)
         if key == "task":
             raise TaskError(f"{override}: a config is about its task, which is {task!r}; take another config")
         _assign(config, defaults, free, optional, key, _parse(text), override)
@@ -267,12 +282,9 @@ def _assign(
 
 def _check_values(config: dict) -> None:
     optimizer, schedule, saving = config["optimizer"], config["schedule"], config["checkpoint"]
+    lora = config["lora"]
     checks = (
         ("precision", config["precision"], config["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-        ("batch_size", config["batch_size"], config["batch_size"] > 0, "at least 1"),
-        ("workers", config["workers"], config["workers"] >= 0, "at least 0"),
-        ("epochs", config["epochs"], config["epochs"] > 0, "at least 1"),
-        ("iterations", config["iterations"], config["iterations"] is None or config["iterations"] > 0, "at least 1"),
         ("val_interval", config["val_interval"], config["val_interval"] > 0, "at least 1"),
         (
             "damaged_images",
@@ -288,7 +300,13 @@ def _check_values(config: dict) -> None:
             "at least 1, or None",
         ),
         ("checkpoint.keep", saving["keep"], saving["keep"] >= 0, "at least 0"),
+        ("lora.rank", lora["rank"], lora["rank"] is None or lora["rank"] > 0, "at least 1, or None"),
+        ("lora.dropout", lora["dropout"], 0 <= lora["dropout"] < 1, "from 0 to less than 1"),
         ("optimizer.accumulate", optimizer["accumulate"], optimizer["accumulate"] > 0, "at least 1"),
+        *(
+            (key, value, value is None or (least < value <= most if open_ else least <= value <= most), rule)
+            for key, value, least, most, open_, rule in _ranges(config)
+        ),
         (
             "schedule.warmup_epochs",
             schedule["warmup_epochs"],
@@ -316,6 +334,29 @@ def _check_values(config: dict) -> None:
         raise TaskError(
             f"optimizer.name: unknown optimizer {optimizer['name']!r}{nearest(optimizer['name'], list_optimizers())}"
         )
+
+
+def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
+    """Yield key, value, least and greatest value, whether the least itself is left out, and the rule in words."""
+    optimizer, schedule, losses = config["optimizer"], config["schedule"], config.get("loss", {})
+    largest = sys.float_info.max
+    yield "seed", config["seed"], 0, 2**32 - 1, False, "from 0 to 2**32 - 1"
+    yield "batch_size", config["batch_size"], 1, 10**6, False, "from 1 to 1000000"
+    yield "workers", config["workers"], 0, 1000, False, "from 0 to 1000"
+    for key in ("epochs", "iterations"):
+        yield key, config[key], 1, 10**9, False, "from 1 to 10**9"
+    yield "ema", config["ema"], 0, 1, True, "more than 0 and at most 1, or None"
+    yield "optimizer.lr", optimizer["lr"], 0, largest, False, "at least 0"
+    yield "optimizer.weight_decay", optimizer["weight_decay"], 0, largest, False, "at least 0"
+    yield "optimizer.clip_grad", optimizer["clip_grad"], 0, largest, True, "more than 0, or None"
+    yield "optimizer.layer_decay", optimizer["layer_decay"], 0, largest, True, "more than 0, or None"
+    yield "schedule.warmup_factor", schedule["warmup_factor"], 0, 1, True, "more than 0 and at most 1"
+    yield "schedule.final_factor", schedule["final_factor"], 0, 1, False, "from 0 to 1"
+    for key in ("power", "gamma"):
+        yield f"schedule.{key}", schedule[key], 0, largest, True, "more than 0"
+    for key in ("mixup", "cutmix"):
+        yield f"loss.{key}", losses.get(key), 0, largest, False, "at least 0"
+    yield "loss.label_smoothing", losses.get("label_smoothing"), 0, 1, False, "from 0 to 1"
 
 
 def plain(value: Any) -> Any:

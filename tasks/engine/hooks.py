@@ -106,6 +106,7 @@ class RunHook(Hook):
         self._progress = progress
         self._bar = None
         self._shown: tuple[int, list, list, list[int]] | None = None
+        self._batch: Any = None
         self.output = Path()
         self.folder: RunFolder | None = None
 
@@ -161,9 +162,10 @@ class RunHook(Hook):
             self.folder.say(f"epoch {runner.epoch + 1}, batch {batch_idx + 1}/{batches}, {self._left(runner)} left")
         if len(self._losses["loss"]) - self._checked >= 100:
             self._check_finite(runner)
+        self._batch = data_batch
         interval = self._config["checkpoint"]["interval"]
         if interval is not None and (runner.iter + 1) % interval == 0 and batch_idx + 1 < batches:
-            self._check_finite(runner)
+            self._check_finite(runner, again=True)
             self._average_losses(runner)
             begun = {
                 "seconds": time.monotonic() - self._epoch_began,
@@ -174,7 +176,7 @@ class RunHook(Hook):
 
     def after_train_epoch(self, runner: TaskRunner) -> None:
         """Average the losses; without a validation to come, complete the epoch."""
-        self._check_finite(runner)
+        self._check_finite(runner, again=True)
         runner.average_statistics()
         self._average_losses(runner)
         epoch = runner.epoch + 1
@@ -205,7 +207,9 @@ class RunHook(Hook):
             entry |= self._count_damaged(runner, bool(metrics))
         entry["seconds"] = round(time.monotonic() - self._epoch_began, 2)
         self._history.append(plain(entry))
-        done = entry["epoch"] * len(runner.train_dataloader)
+        done = min(entry["epoch"] * len(runner.train_dataloader), runner.max_iters)
+        if self.folder is not None:
+            self.folder.check()
         if metrics.get(key, -math.inf) > best:
             self._shown = (entry["epoch"], *self._metric.collected, self._metric.indices)
             runner.save_checkpoint(self.output / "best.pth", self._history, done, complete=False)
@@ -223,6 +227,8 @@ class RunHook(Hook):
 
     def _save(self, runner: TaskRunner, iteration: int, begun: dict | None = None) -> None:
         """Write what a continuation needs after ``iteration`` batches."""
+        if self.folder is not None:
+            self.folder.check()
         runner.save_checkpoint(self.output / "last.pth", self._history, iteration, begun)
         self._good = iteration
 
@@ -281,13 +287,21 @@ class RunHook(Hook):
         seconds = (time.monotonic() - self._began) / done * (runner.max_iters - runner.iter)
         return timedelta(seconds=round(seconds))
 
-    def _check_finite(self, runner: TaskRunner) -> None:
-        """Raise a TaskError unless the losses since the last call, and the weights that they led to, are numbers."""
+    def _check_finite(self, runner: TaskRunner, again: bool = False) -> None:
+        """Raise a TaskError unless the losses since the last call, and the weights that they led to, are numbers.
+
+        Args:
+            runner: What trains.
+            again: Whether the last batch must have a loss once more, after the step: else the checkpoint that is due
+                could never be continued from.
+        """
         losses, self._checked = self._losses["loss"][self._checked :], len(self._losses["loss"])
         if losses and not torch.isfinite(torch.stack(losses)).all():
             what = "the loss ceased to be a number"
         elif not _has_finite_weights(runner.net):
             what = "the weights ceased to be finite"
+        elif again and self._batch is not None and not runner.has_loss(self._batch):
+            what = "after the last step the loss is no number"
         else:
             return
         if self._bar is not None:

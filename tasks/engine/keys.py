@@ -1,6 +1,12 @@
 """What every key of a config means, in a line each: `format_config` prints them beside the values."""
 
+_OF_ANY_FOLDER = {
+    "data.normalization": '"backbone": mean and std are those that its weights were trained with; None: as set here',
+    "data.holdout": "with data.name=auto, the share of the training images that is held out where no others are",
+    "data.holdout_seed": "of the draw of those",
+}
 _MODEL = {
+    **_OF_ANY_FOLDER,
     "model.pretrained": "start from published weights",
     "model.checkpoint": "start from the weights of the whole model: a file, an address or model.tag",
 }
@@ -16,7 +22,7 @@ _DENSE = {
     "data.root": "folder that holds images and annotations",
     "data.train.annotations": "file in root, of COCO's formats",
     "data.train.images": "folder in root",
-    "data.train.split": "of VOC, the list of images",
+    "data.train.split": "of VOC, the list of images; of YOLO, the key in data.yaml",
     "data.val.annotations": "the same of the held-out images",
     "data.val.images": "the same of the held-out images",
     "data.val.split": "the same of the held-out images",
@@ -36,9 +42,9 @@ KEYS: dict[str | None, dict[str, str]] = {
         "device": '"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "mps"',
         "precision": '"float32", or by autocast "bfloat16", "float16"',
         "batch_size": "of each process",
-        "workers": "processes that load data, for each process that trains",
+        "workers": "processes that load data, for each process that trains; None: by the cores, 8 at most",
         "epochs": "passes over the training data",
-        "iterations": "instead of epochs: batches to train on, rounded up to whole epochs",
+        "iterations": "instead of epochs: batches to train on; the last epoch ends with them",
         "val_interval": "epochs between validations; the last epoch always has one",
         "sync_batchnorm": "batch norm over the images of all processes, on CUDA",
         "grad_checkpointing": "compute activations twice instead of keeping them",
@@ -66,13 +72,18 @@ KEYS: dict[str | None, dict[str, str]] = {
         "schedule.steps": "of step: epochs after which the learning rate is multiplied by gamma",
         "schedule.gamma": "of step",
         "custom_hooks": "of mmengine, or registered there: dict(type='EarlyStoppingHook', monitor='val/accuracy'), ...",
+        "freeze": 'does not learn: stages from 0, the first with what precedes it, or names, such as ("head", 0, 1)',
+        "lora.rank": "of LoRA's adapters, which learn alone with what is new; None: no adapters; lora=True: 4",
+        "lora.alpha": "adapters are scaled by alpha / rank",
+        "lora.dropout": "before the adapters",
+        "lora.targets": "last names of the layers that get one; qkv is also q, k, v, kv and qk",
         "ema": "weight of the newest parameters in their running average, such as 2e-4",
     },
     "classify": {
         **_MODEL,
         "model.name": "a timm name",
         "model.kwargs": "options of the model, such as drop_path_rate",
-        "data.name": '"folder", "csv" (lists with the columns path and label) or "digits" (the bundled ones)',
+        "data.name": '"auto", "folder", "csv" (lists with the columns path and label) or "digits" (the bundled ones)',
         "data.root": "of a folder: holds train/CLASS/* and val/CLASS/*; of lists: paths count from here",
         "data.train": "folder or list in root, or elsewhere; train or train.csv if None",
         "data.val": "the same of the held-out images",
@@ -92,9 +103,10 @@ KEYS: dict[str | None, dict[str, str]] = {
     },
     "detect": {
         **_DENSE,
-        "model.head": '"mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet" or "dino"',
+        "model.head": '"mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "dino"; "auto": the first where '
+        "there are masks, else faster_rcnn",
         "model.kwargs": "options of create_detector, such as min_size and max_size",
-        "data.name": '"coco", "voc" or "nuclei" (the bundled ones)',
+        "data.name": '"auto" (which of them the folder looks like), "coco", "voc", "yolo", or "nuclei" (the bundled)',
         "data.keep_empty": "train on images without objects too",
         "data.augment": "keys of tasks.data.augment.SETTINGS; images that it resizes have the detector's scale",
     },
@@ -103,7 +115,8 @@ KEYS: dict[str | None, dict[str, str]] = {
         "model.head": '"upernet", "semantic_fpn", "deeplabv3", "mask2former" or "oneformer"',
         "model.output": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
         "model.kwargs": "options of create_segmenter, such as channels or loss_mean",
-        "data.name": '"ade20k", "cityscapes", "coco", "coco_panoptic", "folder", "nuclei" or "voc"',
+        "data.name": '"auto", "ade20k", "cityscapes", "cityscapes_instance", "coco", "coco_panoptic", "coco_stuff", '
+        '"folder", "nuclei", "voc" or "yolo"',
         "data.train.maps": "folder in root of coco_panoptic's pictures; beside the annotations if None",
         "data.val.maps": "the same of the held-out images",
         "data.classes": "names in the order of the labels, of voc without the background; if None those of the file",

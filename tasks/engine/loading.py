@@ -138,6 +138,12 @@ def share_damaged(samples: Samples) -> None:
     samples.damaged.copy_(flags.bool())
 
 
+def fitting_workers(workers: int) -> int:
+    """Return how many processes load where so many are asked for: no more than this one may use cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(workers, cores)
+
+
 def build_loader(
     dataset: Dataset,
     batch_size: int,
@@ -153,7 +159,8 @@ def build_loader(
     Args:
         dataset: Samples.
         batch_size: Of each process.
-        workers: Processes that load, for each process that trains.
+        workers: Processes that load, for each process that trains; as many as this machine has cores at most, since
+            what is loaded doesn't depend on their number.
         seed: Of order and augmentation, for training; None for evaluation. Training leaves out an incomplete batch,
             unless it is the only one.
         rank: Number of this process.
@@ -165,9 +172,9 @@ def build_loader(
         Samples(dataset, seed, skip_damaged),
         batch_size,
         sampler=Order(len(dataset), seed, rank, processes),
-        num_workers=workers,
+        num_workers=fitting_workers(workers),
         drop_last=seed is not None and len(dataset) >= batch_size * processes,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        persistent_workers=fitting_workers(workers) > 0,
         collate_fn=dataset.collate,
     )

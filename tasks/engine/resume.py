@@ -6,9 +6,10 @@ from typing import Any
 
 from ...zoo.checkpoint import Checkpoint
 from .. import TaskError
-from ..checkpoints import rebuilt_from
+from ..checkpoints import keep_copy, rebuilt_from
 from .config import DEFAULTS, FREE, leaves, plain
 from .loading import fingerprint
+from .run_folder import write_history
 
 # What may differ between a run and its continuation.
 _RESUME_FREE = ("device", "workers", "log", "checkpoint.interval", "checkpoint.keep")
@@ -21,6 +22,9 @@ def rebuild_config(config: dict, checkpoint: dict, path: str | Path | Checkpoint
         raise TaskError(
             f"{path}: was trained with data.white={white}, not {config['data']['white']}; leave data.white out"
         )
+    if checkpoint["card"].get("lora"):
+        # It holds adapters, of weights that the run starts from again.
+        return config | {"data": config["data"] | {"white": white}}
     return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
 
 
@@ -61,6 +65,17 @@ def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
     _check_data(
         meta.get("data", {}), task, output, moved=any(_names_data(key) and before.get(key) != now[key] for key in now)
     )
+
+
+def restore(output: Path, checkpoint: dict, keep: int) -> None:
+    """Make again what a run that was killed right after its last checkpoint still had to write."""
+    history = checkpoint["history"]
+    if not history:
+        return
+    write_history(output, history)
+    epoch_file = output / f"epoch_{history[-1]['epoch']:04d}.pth"
+    if keep and checkpoint["begun"] is None and not epoch_file.exists():
+        keep_copy(output / "last.pth", epoch_file)
 
 
 def _names_data(key: str) -> bool:

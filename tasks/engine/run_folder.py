@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import TaskError
+from .. import TaskError, printable
 from ..checkpoints import write_whole
 from .config import format_config
 
@@ -107,8 +107,17 @@ class RunFolder:
         text = json.dumps(self.environment, indent=1)
         write_whole(path / "environment.json", lambda file: Path(file).write_text(text))
 
+    def check(self) -> None:
+        """Raise a TaskError if the folder is no longer there: what is written must not make half of it again."""
+        if not (self.path / "config.py").is_file():
+            raise TaskError(
+                f"{self.path}: the run's folder was removed or renamed while it went on; continue it where it is now: "
+                "--output FOLDER --resume"
+            )
+
     def say(self, line: str) -> None:
         """Add a line to the log, with the time, and show it."""
+        line = printable(line)
         try:
             with open(self.path / "log.txt", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
@@ -121,14 +130,7 @@ class RunFolder:
 
     def write_scalars(self, history: list[dict[str, Any]]) -> None:
         """Write the scalars of all epochs, and tell the backends those of the last."""
-        text = json.dumps(history, indent=1)
-        write_whole(self.path / "history.json", lambda file: Path(file).write_text(text))
-        table = io.StringIO()
-        columns = list(dict.fromkeys(key for entry in history for key in entry))
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_whole(self.path / "history.csv", lambda file: Path(file).write_text(table.getvalue()))
+        write_history(self.path, history)
         for backend in self._backends:
             backend.add(history[-1])
 
@@ -136,6 +138,18 @@ class RunFolder:
         """Let the backends finish."""
         for backend in self._backends:
             backend.close()
+
+
+def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write the scalars of all epochs, as JSON and as a table."""
+    text = json.dumps(history, indent=1)
+    write_whole(folder / "history.json", lambda file: Path(file).write_text(text))
+    table = io.StringIO()
+    columns = list(dict.fromkeys(key for entry in history for key in entry))
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_whole(folder / "history.csv", lambda file: Path(file).write_text(table.getvalue()))
 
 
 def _require(module: str, package: str) -> Any:

@@ -2,6 +2,8 @@
 
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from ...blocks.losses import collect_losses
 from ...zoo.checkpoint import load
 from ...zoo.library_errors import call_fault, first_line
 from .. import TaskError
+from ..adapters import add_adapters, describe_base, fingerprint_base, is_new, is_saved
 from ..checkpoints import read_checkpoint, save_checkpoint
+from ..dense.build import freeze_statistics
+from ..frozen import freeze
 from .config import PRECISIONS, plain
 from .loading import fingerprint
 
@@ -36,6 +41,12 @@ class TaskModel(BaseModel):
     def __init__(self, task, config: dict, device: torch.device):
         super().__init__()
         self.net = task.build_model()
+        self._frozen = freeze(self.net, config["freeze"])
+        # What is saved of the model, and of which weights that is the difference; None: all of it.
+        self.saved: Callable[[str], bool] | None = None
+        self.adapted: dict[str, Any] | None = None
+        if config["lora"]["rank"] is not None:
+            self._adapt(config)
         if config["grad_checkpointing"]:
             _checkpoint_gradients(self.net)
         self.memory_format = torch.channels_last if config["channels_last"] else torch.preserve_format
@@ -48,6 +59,27 @@ class TaskModel(BaseModel):
             "dtype": dtype,
             "enabled": dtype is not None,
         }
+
+    def _adapt(self, config: dict) -> None:
+        """Add adapters to the model, and note of which weights."""
+        if config["freeze"]:
+            raise TaskError("lora freezes all but its adapters and what is new; leave freeze out")
+        base, new = describe_base(config["model"]), is_new(config["task"], self.net)
+        rest = {name: value for name, value in self.net.state_dict().items() if not new(name)}
+        settings = config["lora"]
+        self.adapted = {"base": base, "sha256": fingerprint_base(rest), "rank": settings["rank"]}
+        self.adapted |= {"alpha": settings["alpha"]}
+        body = getattr(self.net, "backbone", self.net)
+        add_adapters(self.net, body, new, settings)
+        self._frozen = [body]
+        self.saved = partial(is_saved, new=new)
+
+    def train(self, mode: bool = True) -> "TaskModel":
+        """Train or not; the norms of what doesn't learn keep their statistics."""
+        super().train(mode)
+        for module in self._frozen:
+            freeze_statistics(module)
+        return self
 
     def init_weights(self) -> None:
         """Keep the weights: mmengine would initialise the model again, published weights included."""
@@ -147,9 +179,14 @@ class TaskRunner(Runner):
         )
 
     @property
+    def module(self) -> TaskModel:
+        """The model and its losses, unwrapped."""
+        return getattr(self.model, "module", self.model)
+
+    @property
     def net(self) -> nn.Module:
         """The task's model, unwrapped."""
-        return getattr(self.model, "module", self.model).net
+        return self.module.net
 
     def build_logger(self, log_level="ERROR", **kwargs) -> MMLogger:
         """Return a logger without a file: the run has its history."""
@@ -225,6 +262,16 @@ class TaskRunner(Runner):
         self.tried = f"a batch of {count} forward and backward in {time.monotonic() - began:.1f} s"
         return unused
 
+    def has_loss(self, batch: Any) -> bool:
+        """Return whether a batch that was trained on has a loss that is a number; the model stays as it is."""
+        model = getattr(self.model, "module", self.model)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            loss, _ = model.parse_losses(model(*model.data_preprocessor(batch, training=True), mode="loss"))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        return bool(torch.isfinite(loss))
+
     def estimate_space(self) -> int:
         """Return about how many bytes the checkpoints of the run will need."""
         weights = sum(value.nbytes for value in self.net.state_dict().values())
@@ -283,15 +330,14 @@ class TaskRunner(Runner):
             begun: What the epoch that isn't complete has measured so far.
             complete: Whether to add what a continuation needs.
         """
-        batches = len(self.train_dataloader)
+        epoch = history[-1]["epoch"] if history else 0
         self.average_statistics()
         gradients = self._pending_gradients() if complete else {}
         checkpoint = {
-            "card": self._task.card()
-            | {"epoch": iteration // batches, "metrics": history[-1] if history else {"epoch": 0}},
+            "card": self._task.card() | {"epoch": epoch, "metrics": history[-1] if history else {"epoch": 0}},
             "config": plain(self._config),
             "meta": {
-                "epoch": iteration // batches,
+                "epoch": epoch,
                 "iter": iteration,
                 "processes": self.world_size,
                 "samples": len(self.train_dataloader.dataset),
@@ -311,10 +357,14 @@ class TaskRunner(Runner):
                 "optimizer": self.optim_wrapper.state_dict(),
                 "param_schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers],
             }
+        if self.module.adapted is not None:
+            checkpoint["card"]["lora"] = self.module.adapted
         # The EMA hook exchanges the weights for the averaged ones here, and adds the others.
         self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         checkpoint["state_dict"] = {
-            key.removeprefix("net."): value.cpu() for key, value in checkpoint["state_dict"].items()
+            key.removeprefix("net."): value.cpu()
+            for key, value in checkpoint["state_dict"].items()
+            if self.module.saved is None or self.module.saved(key.removeprefix("net."))
         }
         if not complete:
             checkpoint.pop("ema_state_dict", None)
@@ -335,7 +385,14 @@ class TaskRunner(Runner):
 
     def load_checkpoint(self, filename: str, map_location="cpu", **kwargs) -> dict:
         """Read a checkpoint of `save_checkpoint` and load its weights, all of them, and what else is ours in it."""
-        checkpoint = read_checkpoint(filename)
+        checkpoint = read_checkpoint(filename, merged=False)
+        if self.module.saved is not None:
+            if checkpoint["card"]["lora"] != self.module.adapted:
+                raise TaskError(
+                    f"{filename}: holds adapters of other weights than {self.module.adapted['base']} now has"
+                )
+            rest = {key: value for key, value in self.net.state_dict().items() if not self.module.saved(key)}
+            checkpoint["state_dict"] = rest | checkpoint["state_dict"]
         checkpoint["state_dict"] = {f"net.{key}": value for key, value in checkpoint["state_dict"].items()}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         state = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
@@ -359,7 +416,17 @@ def _first_batch(loader: DataLoader, count: int) -> Any:
 
 
 class TrainLoop(EpochBasedTrainLoop):
-    """Epochs that may begin in the middle, with a seed of their own for every batch."""
+    """Epochs that may begin in the middle, with a seed of their own for every batch.
+
+    Args:
+        iterations: Batches after which the last epoch ends, whole or not.
+        *args: mmengine's.
+        **kwargs: mmengine's.
+    """
+
+    def __init__(self, *args, iterations: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._max_iters = iterations
 
     def run_epoch(self) -> None:
         """Train on the rest of an epoch."""
@@ -370,6 +437,8 @@ class TrainLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         for batch_index, batch in enumerate(self.dataloader, done):
             self.run_iter(batch_index, batch)
+            if self._iter == self._max_iters:
+                break
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 

@@ -15,14 +15,24 @@ def count_epochs(config: dict, batches: int) -> int:
     epochs = config["epochs"] if config["iterations"] is None else math.ceil(config["iterations"] / batches)
     schedule = config["schedule"]
     warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
-    if warmup >= epochs * batches:
-        raise TaskError(f"the warmup of {warmup} batches must be shorter than the run, which has {epochs * batches}")
+    total = count_iterations(config, epochs, batches)
+    if warmup >= total:
+        key = "schedule.warmup_iterations" if schedule["warmup_iterations"] else "schedule.warmup_epochs"
+        raise TaskError(
+            f"the warmup of {warmup} batches ({key}={schedule[key.partition('.')[2]]}) must be shorter than the run, "
+            f"which has {total}; lower it, or raise epochs (now {epochs})"
+        )
     return epochs
+
+
+def count_iterations(config: dict, epochs: int, batches: int) -> int:
+    """Return on how many batches a run of so many epochs trains; the last epoch ends where ``iterations`` do."""
+    return epochs * batches if config["iterations"] is None else config["iterations"]
 
 
 def build_schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
     """Return a linear warmup and the schedule, by iterations."""
-    schedule, total = config["schedule"], epochs * batches
+    schedule, total = config["schedule"], count_iterations(config, epochs, batches)
     warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
     span = {"begin": warmup, "end": total, "by_epoch": False}
     if schedule["name"] == "step":

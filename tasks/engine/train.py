@@ -1,10 +1,12 @@
 """A run from its config: trained, or measured."""
 
+import contextlib
 import math
 import os
 import re
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ from mmengine.hooks import EMAHook
 from torch.utils.data import DataLoader
 
 from ...zoo.checkpoint import CheckpointError, load, open_checkpoint
+from ...zoo.library_errors import first_line
 from .. import TaskError
 from ..checkpoints import check_folder, read_checkpoint, remove_partial
 from ..devices import choose_device
 from .config import task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
 from .loading import build_loader
-from .resume import check_resumable, rebuild_config
+from .lock import hold_folder
+from .resume import check_resumable, rebuild_config, restore
 from .run_folder import RunFolder
 from .runner import TaskRunner, TrainLoop
-from .schedule import build_schedulers, count_epochs
+from .schedule import build_schedulers, count_epochs, count_iterations
+
+_MOST_WORKERS = 8
 
 
 def is_main_process() -> bool:
@@ -57,14 +63,34 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         CheckpointError: If there is no checkpoint to continue from, or one can't be read or doesn't fit.
     """
     output = Path(output)
+    _begun(output / "last.pth", config["task"], resume)
+    if not is_main_process():
+        return _train(config, output, resume, progress, [])
+    with _own_folder(output) as remark:
+        return _train(config, output, resume, progress, [remark] if remark else [])
+
+
+@contextlib.contextmanager
+def _own_folder(output: Path) -> Iterator[str | None]:
+    """Make the run's folder and keep other runs out; what a killed one began to write goes, an empty folder too."""
+    new = not output.exists()
+    check_folder(output, needed=0)
+    try:
+        with hold_folder(output) as remark:
+            remove_partial(output)
+            yield remark
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, remarks: list[str]) -> dict[str, Any]:
     last = output / "last.pth"
     checkpoint = _begun(last, config["task"], resume)
     device, distributed = _launch(config["device"])
-    if is_main_process():
-        check_folder(output, needed=0)
-        remove_partial(output)
     task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, last))
-    remarks = task.check_data()
+    remarks += task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
     epochs = count_epochs(config, len(loader))
@@ -73,6 +99,8 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     if checkpoint is not None:
         check_resumable(checkpoint, config, task, output)
         history = checkpoint["history"]
+        if is_main_process():
+            restore(output, checkpoint, config["checkpoint"]["keep"])
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # The schedule counts batches, and with accumulation the first step comes later.
         warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
@@ -84,7 +112,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
             scratch,
             distributed,
             train_dataloader=loader,
-            train_cfg={"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"]},
+            train_cfg=_loop(config, epochs, len(loader)),
             optim_wrapper={"type": "OptimWrapper"},
             param_scheduler=build_schedulers(config, epochs, len(loader)),
             val_dataloader=val_loader,
@@ -117,13 +145,23 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
     }
 
 
+def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
+    """Return the loop that trains, as mmengine asks for it."""
+    iterations = count_iterations(config, epochs, batches)
+    return {"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"], "iterations": iterations}
+
+
 def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
     """Return the checkpoint to continue from; None to begin."""
-    if last.exists() and not resume:
+    try:
+        exists = last.exists()
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{last.parent}: is no name of a folder ({first_line(error)}); choose another") from error
+    if exists and not resume:
         raise TaskError(f"{last.parent}: already holds a run; continue it with --resume, or choose another --output")
-    if resume and not last.exists():
+    if resume and not exists:
         raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
-    return read_checkpoint(last, task) if resume else None
+    return read_checkpoint(last, task, merged=False) if resume else None
 
 
 def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float]:
@@ -151,6 +189,8 @@ def evaluate(
     """
     opened = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
     checkpoint = None if opened is None else read_checkpoint(opened, config["task"])
+    # What is measured is whole.
+    config = config | {"freeze": (), "lora": {**config["lora"], "rank": None}}
     device, distributed = _launch(config["device"])
     task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, opened))
     if checkpoint is not None:
@@ -219,13 +259,18 @@ def _without_worker_traceback(run):
 
 def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> DataLoader:
     """Return this process's loader, for training with ``seed``, for evaluation without."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = config["workers"]
+    if workers is None:
+        # One core for the process itself, of those that it may use.
+        workers = min(_MOST_WORKERS, max(0, len(os.sched_getaffinity(0)) // processes - 1))
     return build_loader(
         dataset,
         config["batch_size"],
-        config["workers"],
+        workers,
         seed,
         rank=int(os.environ.get("RANK", "0")),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=processes,
         skip_damaged=config["damaged_images"] == "skip",
         pin_memory=device.type == "cuda",
     )

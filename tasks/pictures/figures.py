@@ -1,20 +1,16 @@
-"""Pictures of any task: learning curves, and what a query of neighborhood attention sees."""
+"""Figures, colours and legends of all pictures, and learning curves."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-from PIL import Image
-from torch import Tensor, nn
+from matplotlib.patches import Patch
+from matplotlib.text import Text
 
-from ...blocks import NeighborhoodAttention2d
-from ...kernels.neighborhood.window import axis_windows
-from .. import TaskError
+from .. import printable
 from ..checkpoints import write_whole
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -34,7 +30,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG; names in it are shown as they are, not as markup."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_majorticklabels()]
+        if any(label != printable(label) for label in labels):  # else they are made anew as the figure is drawn
+            axis.set_ticks(axis.get_majorticklocs(), labels=map(printable, labels))
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -128,114 +131,3 @@ def draw_curves(histories: Mapping[str, Sequence[dict]], scalars: Sequence[str],
     handles = [Line2D([], [], lw=2, label=name, **style) for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     save_figure(figure, path)
-
-
-@torch.no_grad()
-def find_neighborhoods(model: nn.Module, inputs: Tensor) -> list[tuple[str, NeighborhoodAttention2d, Tensor]]:
-    """Run a model and return, for every block of neighborhood attention, its name, itself and its weights.
-
-    Args:
-        model: Any model with `NeighborhoodAttention2d` inside.
-        inputs: One image ``[1, C, H, W]``.
-
-    Returns:
-        ``(name, block, weights)`` with ``weights`` ``[H', W', heads, neighbors]`` on the block's map.
-    """
-    seen = []
-    handles = [
-        module.register_forward_pre_hook(lambda block, args, name=name: seen.append((name, block, args[0])))
-        for name, module in model.named_modules()
-        if isinstance(module, NeighborhoodAttention2d)
-    ]
-    try:
-        model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(name, block, block.attention_map(x)[0].float().cpu()) for name, block, x in seen]
-
-
-def draw_neighborhoods(
-    image: Image.Image,
-    model: nn.Module,
-    inputs: Tensor,
-    queries: Sequence[tuple[float, float]],
-    path: str | Path,
-    blocks: int = 3,
-) -> None:
-    """Draw, on an image, the keys that queries see in blocks of a model, with their attention weights.
-
-    Blocks whose window fits into their map come first; a smaller map is padded, and the title says how much of the
-    attention goes there.
-
-    Args:
-        image: The image as it is shown; ``inputs`` shows the same frame.
-        model: A model with neighborhood attention.
-        inputs: The image as the model's input, ``[1, C, H, W]``.
-        queries: Where to ask, each as fractions ``(down, right)`` of the image; a row of panels for each.
-        path: PNG to write.
-        blocks: Blocks to draw, a column for each.
-
-    Raises:
-        TaskError: If the model has no neighborhood attention.
-    """
-    attentions = find_neighborhoods(model, inputs)
-    if not attentions:
-        raise TaskError(f"{type(model).__name__} has no neighborhood attention to draw")
-    order = sorted(
-        range(len(attentions)),
-        key=lambda i: any(np.less(attentions[i][2].shape[:2], attentions[i][1].least)) * len(attentions) + i,
-    )
-    drawn = [attentions[i] for i in order[:blocks]]
-    figure = new_figure(3.3 * (len(drawn) + 1), 3.9 * len(queries))
-    rows = figure.subplots(len(queries), len(drawn) + 1, squeeze=False)
-    frame = {"extent": (0, 1, 1, 0), "aspect": image.height / image.width, "interpolation": "nearest"}
-    for query, panels in zip(queries, rows, strict=True):
-        for axes in panels:
-            axes.imshow(image, cmap="gray", **frame)
-            axes.set(xticks=[], yticks=[])
-        panels[0].set_title("image and query", fontsize=10)
-        panels[0].plot(query[1], query[0], marker="x", color=RED, markersize=12, markeredgewidth=3, clip_on=False)
-        for axes, (name, block, weights) in zip(panels[1:], drawn, strict=True):
-            height, width = weights.shape[:2]
-            place = (min(int(query[0] * height), height - 1), min(int(query[1] * width), width - 1))
-            share, beyond = _lay_on_map(block, weights[place], place, (height, width))
-            shades = axes.imshow(share, cmap="viridis", alpha=0.75, vmin=0, vmax=np.nanmax(share), **frame)
-            for row, column in [*np.argwhere(~np.isnan(share)), place]:
-                key = {"ec": RED, "lw": 2.5} if (row, column) == place else {"ec": GREY, "lw": 0.6}
-                axes.add_patch(Rectangle((column / width, row / height), 1 / width, 1 / height, fill=False, **key))
-            window, dilation = ("x".join(map(str, value)) for value in (block.kernel_size, block.dilation))
-            lines = [name, f"{height}x{width} map, window {window}, dilation {dilation}"]
-            if beyond > 1e-4:
-                lines.append(f"{beyond:.0%} of the attention on padding")
-            axes.set_title("\n".join(lines), fontsize=9)
-            bar = figure.colorbar(shades, ax=axes, location="bottom", shrink=0.85, pad=0.03)
-            bar.set_label("attention weight, mean of heads", fontsize=8)
-            bar.ax.tick_params(labelsize=7)
-            bar.ax.locator_params(nbins=5)
-    save_figure(figure, path)
-
-
-def _lay_on_map(
-    block: NeighborhoodAttention2d, weights: Tensor, place: tuple[int, int], size: tuple[int, int]
-) -> tuple[np.ndarray, float]:
-    """Return a query's weights, averaged over heads, on its map (NaN where it sees nothing), and those beyond it.
-
-    Args:
-        block: The attention.
-        weights: Of the query, ``[heads, neighbors]``.
-        place: Row and column of the query.
-        size: Height and width of the map.
-    """
-    windows = [
-        axis_windows(max(length, least), *settings)[position]
-        for length, least, position, *settings in zip(
-            size, block.least, place, block.kernel_size, block.dilation, block.stride, block.is_causal, strict=True
-        )
-    ]
-    # Keys beyond the map are padding; a causal window has -1 where it holds fewer.
-    on_map = [(keys >= 0) & (keys < length) for keys, length in zip(windows, size, strict=True)]
-    share = weights.mean(0).reshape(*block.kernel_size).numpy()[np.ix_(*on_map)]
-    laid = np.full(size, np.nan)
-    laid[np.ix_(*(keys[inside] for keys, inside in zip(windows, on_map, strict=True)))] = share
-    return laid, float(1 - share.sum())

@@ -6,6 +6,7 @@ from .judge import deletion, insertion, max_box_acc_v2, pixel_ap, pointing_game
 from .rollout import relevance, rollout
 
 __all__ = [
+    "Region",
     "cam_layer",
     "deletion",
     "describe_heads",
@@ -24,8 +25,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # Pictures need matplotlib, which is an extra.
-    if name == "picture":
-        from ..pictures.attention import picture
+    if name in ("picture", "Region"):
+        from ..pictures import attention
 
-        return picture
+        return getattr(attention, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

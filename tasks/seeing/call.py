@@ -2,11 +2,31 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...blocks.record import Operator, Recorded, Rows, exact, gather_keys, spread_rows
+
+# Numbers held at once while queries are added up: 16 MB in float32.
+_HELD = 2**22
+
+
+class Use(NamedTuple):
+    """What queries use of an attention's input.
+
+    Attributes:
+        weights: On the map's tokens, ``[B, heads, h, w]``.
+        seen: Which tokens at least one of the queries sees, ``[B, heads, h, w]``, bool.
+        whole: Which of them it sees one by one, not pooled with others or between sampled points.
+        rest: The weight on padding, beyond the map and on prefix tokens, ``[B, heads]``.
+    """
+
+    weights: Tensor
+    seen: Tensor
+    whole: Tensor
+    rest: Tensor
 
 
 @contextmanager
@@ -347,6 +367,34 @@ class AttentionCall:
         total = spread.sum(-1)
         tokens = land(self.recorded, spread, count)
         return tokens, total - tokens.sum(-1)
+
+    @torch.no_grad()
+    def use(self, queries: Sequence[int] | Tensor) -> "Use":
+        """Return what queries ``[Q]`` use on average; how many they are makes no difference to memory."""
+        self._need_places()
+        operator, batch = self._operator, self.values.shape[0]
+        queries = torch.as_tensor(queries, device=operator.device).long()
+        total = self.values.new_zeros(batch, operator.heads, operator.keys + 1)
+        seen = torch.zeros_like(total)
+        for part in queries.split(max(1, _HELD // max(1, batch * operator.row_size))):
+            rows = operator.rows(part)
+            if rows.keys is None:
+                total[..., :-1] += rows.weights.sum(2)
+                seen += 1
+            else:
+                keys = torch.where(rows.keys < 0, operator.keys, rows.keys).expand_as(rows.weights).flatten(2)
+                total.scatter_add_(2, keys, rows.weights.flatten(2))
+                seen.scatter_(2, keys, 1.0)
+        total, seen = total[..., :-1] / len(queries), seen[..., :-1]
+        count = self.prefix + self.map_size[0] * self.map_size[1]
+        tokens, landing = land(self.recorded, total, count), self.recorded.landing
+        whole = seen[..., :count]
+        if landing is not None:
+            whole = landing._replace(shares=landing.shares * (landing.shares == 1)).land(seen, count)
+        rest = total.sum(-1) - tokens[..., self.prefix :].sum(-1)
+        seen = land(self.recorded, seen, count)
+        maps = (part[..., self.prefix :].unflatten(-1, self.map_size) for part in (tokens, seen > 0, whole > 0))
+        return Use(*maps, rest)
 
     def at(self, place: tuple[float, float] | int) -> Tensor:
         """Return the weights of the query at a pixel on the image, ``[B, heads, H, W]``.

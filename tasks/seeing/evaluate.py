@@ -39,7 +39,7 @@ METHODS: dict[str, Explain] = {
     "random map": random_map,
     "centred Gaussian": centred_gaussian,
     "rollout": lambda model, x, target: rollout(model, x, pixels=True),
-    "relevance": lambda model, x, target: relevance(model, x, target, pixels=True),
+    "relevance": lambda model, x, target: relevance(model, x, target, pixels=True, shortcut=False),
     "Grad-CAM": grad_cam,
     "Grad-CAM++": grad_cam_plus_plus,
     "LayerCAM": layer_cam,

@@ -141,6 +141,7 @@ class _Recorder:
     def __init__(self, model: nn.Module, plan: _Plan, record: Record):
         self.model, self.plan, self.record = model, plan, record
         self.image_size: tuple[int, int] | None = None
+        self.resized = False
         self.inside = 0
         self.around: dict[int, tuple] = {}
         self.called: set[str] = set()
@@ -165,14 +166,16 @@ class _Recorder:
         if self.inside == 1:
             # An attention by itself is given its map: a token is a pixel.
             self.image_size = None if "" in self.plan.sites else _image_size((*args, *kwargs.values()))
+            self.resized = False
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         self.inside -= 1
 
     def _enter_child(self, module: nn.Module, args: tuple) -> None:
-        # `forward_features` and `forward_intermediates` don't call the model itself, and a detector is given a list.
+        # `forward_features` and `forward_intermediates` don't call the model itself, and a detector resizes and pads
+        # what it is given, one batch or a list, before its backbone sees it.
         if (
-            (self.inside and self.image_size is not None)
+            (self.inside and self.resized)
             or "" in self.plan.sites
             or not args
             or not isinstance(args[0], Tensor)
@@ -180,7 +183,7 @@ class _Recorder:
         ):
             return
         if args[0].shape[1] in (getattr(self.model, "in_chans", 3), 3):
-            self.image_size = tuple(args[0].shape[2:])
+            self.image_size, self.resized = tuple(args[0].shape[2:]), True
 
     def _enter_parent(self, site: Site) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:

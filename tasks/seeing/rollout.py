@@ -426,6 +426,7 @@ def relevance(
     layers: str | Sequence[str] | None = None,
     every_layer: bool = False,
     pixels: bool = False,
+    shortcut: bool = True,
 ) -> Tensor | dict[str, Tensor]:
     """Return what speaks for a class, by attention weights times their gradients (arXiv 2103.15679, rules 5 and 6).
 
@@ -441,6 +442,9 @@ def relevance(
         layers: Globs of the attentions to count: the last blocks alone where early ones blur (CLIP).
         every_layer: Whether to return a map for each attention.
         pixels: Whether to go on to the pixels.
+        shortcut: Whether to count what came through the shortcuts of all layers. The rule does, and behind a class
+            token it makes no difference, for none of it lies on the map. Where the last map is averaged it is 1/N at
+            every position, many times what the attentions add, and all but hides them: False leaves it out.
 
     Returns:
         As `rollout`; maps do not add up to 1.
@@ -461,7 +465,14 @@ def relevance(
         return _add_relevance(call, r, call.heads_gradient(upstream[name]))
 
     with torch.no_grad():
-        return _carry(model, path, read, layers, every_layer, pixels, step)
+        if shortcut:
+            return _carry(model, path, read, layers, every_layer, pixels, step)
+        # What is left is small beside what is taken away.
+        exact = path._replace(dtype=torch.float64)
+        found = _carry(model, exact, read, layers, True, pixels, step)
+        alone = _carry(model, exact, read, layers, True, pixels, lambda name, call, r: r)
+    found = {name: (part - alone[name]).clamp(min=0).to(path.dtype) for name, part in found.items()}
+    return found if every_layer else next(iter(found.values()))
 
 
 def _add_relevance(call: AttentionCall, r: Tensor, gradient: Tensor) -> Tensor:

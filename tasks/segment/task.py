@@ -11,10 +11,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
-from ..data.formats import open_maps
+from ..data.formats import open_maps, resolve
 from ..data.occurrence import check_classes
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
-from ..dense.build import build_described, describe_model, freeze_stages, freeze_statistics, with_told
+from ..dense.build import (
+    build_described,
+    describe_model,
+    freeze_stages,
+    freeze_statistics,
+    normalization_of,
+    with_told,
+)
 from ..dense.segment.postprocess import OUTPUTS
 from ..dense.segment.segmenter import HEADS, MASK_HEADS, create_segmenter
 from ..detections import to_plain
@@ -59,6 +66,9 @@ class Segment:
             "num_classes": None,
             "broken": "refuse",
             "repeat": 1,
+            "holdout": 0.2,
+            "holdout_seed": 0,
+            "normalization": None,
             "tile": None,
             "short": 512,
             "long": 2048,
@@ -92,12 +102,13 @@ class Segment:
         "data.tile": int,
         "data.short": int,
         "data.white": int,
+        "data.normalization": str,
         "test.crop_size": int,
         "test.stride": int,
     }
 
     def __init__(self, config: dict):
-        data = config["data"]
+        data, self._said = resolve(dict(config["data"]), "maps")
         self.model, self.test = dict(config["model"]), dict(config["test"])
         head, self.output = self.model["head"], self.model["output"]
         self._frozen: list[nn.Module] = []
@@ -112,6 +123,7 @@ class Segment:
             raise TaskError(f"{head} labels pixels; {self.output} segmentation needs {' or '.join(MASK_HEADS)}")
         if data["augment"].get("crop") is None:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
+        data |= normalization_of(data["normalization"], self.model["backbone"])
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
@@ -142,7 +154,7 @@ class Segment:
             TaskError: If nothing is labelled, or for label maps held-out pixels are all of one class.
         """
         what = {"semantic": "labelled pixel", "instance": "object", "panoptic": "segment"}[self.output]
-        lines = []
+        lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
             needed = 2 if self.output == "semantic" and part == "validation" else 1
             hint = partial(self._hint, samples)
@@ -293,6 +305,12 @@ def build_segmenter(model: dict[str, Any], things: list[bool], rule: InputRule) 
             f"{model['checkpoint']}: sees channels as {built.channel_order}, but the data give {rule.channel_order}"
         )
     return built
+
+
+def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run started from, as in `Segment.DEFAULTS`, with what its card tells of it."""
+    told = {key: card[key] for key in ("head", "kwargs")}
+    return build_segmenter({**model, **told}, card["things"], InputRule(**card["input"]))
 
 
 def segment_image(

@@ -6,6 +6,7 @@ import foveate
 import pytest
 import timm
 import torch
+from foveate.blocks.large_kernel import LargeKernelAttention2d
 from foveate.tasks import TaskError
 
 # Whose maps must have the size that they were made for.
@@ -16,6 +17,11 @@ WITHOUT = ("shiftvit",)
 def fill(model, golden):
     """Give every parameter numbers that matter: a bias or scale that is misread then shows."""
     golden.fill(model)
+    for module in model.modules():
+        if isinstance(getattr(module, "attn", None), LargeKernelAttention2d):
+            # A map that is added to its product with a convolution of itself grows without end over many blocks.
+            module.ls1.gamma.data *= 0.02
+            module.ls2.gamma.data *= 0.02
     return model.eval()
 
 
@@ -91,6 +97,8 @@ def test_every_variant_tells_what_it_did(name, golden_module):
     torch.manual_seed(0)
     if name.startswith(WITHOUT):
         pytest.skip("it has no attention")
+    if name in ("foveate_davit_huge", "foveate_davit_giant"):
+        pytest.skip("of 0.3 and 1.4 G parameters; its attention is that of the smaller ones")
     model = fill(timm.create_model(name, num_classes=5), golden_module)
     size = model.default_cfg["input_size"][1:] if name.startswith(FIXED) else (135, 97)
     if name.endswith("AAAA") or "transnext" in name:

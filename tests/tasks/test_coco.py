@@ -190,3 +190,53 @@ def test_a_file_of_which_nothing_is_left_is_refused_though_faults_may_be_left_ou
     (folder / "panoptic.json").write_text(json.dumps(content))
     with pytest.raises(TaskError, match="without them no image is left"):
         read_panoptic(folder / "panoptic.json", folder, broken="drop")
+
+
+EXPORTS = {
+    "cvat": (["", ""], [{"id": 1, "name": "cat", "supercategory": ""}, {"id": 2, "name": "dog", "supercategory": ""}]),
+    "label studio": (
+        ["images\\", "/data/upload/1/"],
+        [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+    ),
+    "roboflow": (
+        ["", ""],
+        [
+            {"id": 0, "name": "pets", "supercategory": "none"},
+            {"id": 1, "name": "cat", "supercategory": "pets"},
+            {"id": 2, "name": "dog", "supercategory": "pets"},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_exports_of_other_tools_are_read_as_they_are(tool, tmp_path):
+    """Folders of their own in names, ids from 0, a heading category, no polygon of a box, an image without objects."""
+    folders, categories = EXPORTS[tool]
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png" if tool == "cvat" else "b.png"):
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / name)
+    names = [f"{folders[0]}a.png", f"{folders[1]}{'sub/' if tool == 'cvat' else ''}b.png"]
+    images = [{"id": key, "file_name": name, "height": 30, "width": 40, "license": 0} for key, name in enumerate(names)]
+    last = categories[-1]["id"]
+    objects = [{"id": 0, "image_id": 1, "category_id": last, "bbox": [1, 2, 10.5, 20], "segmentation": [], "ignore": 0}]
+    content = {"images": images, "annotations": objects, "categories": categories, "info": {}}
+    (tmp_path / "export.json").write_text(json.dumps(content))
+    records, classes, ids = read_instances(tmp_path / "export.json", tmp_path, with_masks=False)
+    assert classes == ["cat", "dog"]
+    assert ids == [category["id"] for category in categories[-2:]]
+    assert [len(record.instances) for record in records] == [0, 1]
+    assert records[1].file.name == "b.png"
+    assert records[1].instances.labels.tolist() == [1]
+    assert records[1].instances.areas.tolist() == [210]
+    with pytest.raises(TaskError, match=r"1 empty polygon \(annotation 0\)"):
+        read_instances(tmp_path / "export.json", tmp_path)
+
+
+def test_a_name_without_its_folders_counts_only_where_it_is_of_one_image(tmp_path):
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    images = [{"id": key, "file_name": f"{key}/a.png", "height": 30, "width": 40} for key in range(2)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 0, "name": "cat"}]}
+    (tmp_path / "export.json").write_text(json.dumps(content))
+    with pytest.raises(TaskError, match=r"2 missing images"):
+        read_instances(tmp_path / "export.json", tmp_path)

@@ -24,14 +24,18 @@ FEW = [
     "segment/semantic_fpn_quadtree_b0_160k_ade20k",
     "segment/upernet_agent_swin_tiny_160k_ade20k",
     "segment/light_ham_mscan_t_160k_ade20k",
+    "segment/light_ham_van_b0_512_160k_ade20k",
 ]
 DATA = [
     *FEW,
     "segment/mask2former_dinat_large_100ep_coco_instance",
     "segment/mask2former_dinat_large_100ep_coco_panoptic",
     "segment/mask2former_dinat_large_160k_ade20k_panoptic",
+    "segment/mask2former_dinat_large_160k_ade20k_instance",
+    "segment/mask2former_dinat_large_90k_cityscapes_instance",
     "segment/mask2former_dinat_large_90k_cityscapes_semantic",
     "segment/light_ham_mscan_t_160k_cityscapes",
+    "segment/light_ham_mscan_l_80k_coco_stuff",
 ]
 
 
@@ -53,6 +57,7 @@ def root(tmp_path_factory):
         save(root / "annotations" / f"panoptic_{split}2017" / "a.png", picture)
         save(root / "images" / part / "a.jpg", image)
         save(root / "annotations" / part / "a.png", ids)
+        save(root / "stuffthingmaps" / f"{split}2017" / "a.png", ids)
         save(root / f"ade20k_panoptic_{split}" / "a.png", picture)
         save(root / "leftImg8bit" / split / "ulm" / "ulm_0_1_leftImg8bit.png", image)
         save(root / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_labelIds.png", 7 + ids)
@@ -66,7 +71,11 @@ def root(tmp_path_factory):
                 {"id": number, "name": f"c{number}", "isthing": int(number <= 80)} for number in range(1, count + 1)
             ]
 
-        content = {"images": images, "annotations": [thing], "categories": categories(80)}
+        instances = root / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_instanceIds.png"
+        Image.fromarray(np.where(ids == 1, 26001, 7).astype(np.uint16)).save(instances)
+        content = {"images": images, "annotations": [thing], "categories": categories(100)}
+        (root / f"ade20k_instance_{split}.json").write_text(json.dumps(content))
+        content["categories"] = categories(80)
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
         segments = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 90}]
         content["annotations"] = [{"image_id": 1, "file_name": "a.png", "segments_info": segments}]

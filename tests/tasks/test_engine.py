@@ -125,7 +125,12 @@ def test_a_run_may_be_told_its_iterations(config_file, tmp_path):
     result = train(config_file, tmp_path / "run", "iterations=5", "epochs=1", "val_interval=2")
     assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3]
     assert ["val/accuracy" in entry for entry in result["history"]] == [False, True, True]
-    with pytest.raises(TaskError, match="the warmup of 6 batches must be shorter than the run, which has 6"):
+    last = torch.load(result["last"], weights_only=True)
+    # Two batches make an epoch, of which the last has one.
+    assert (last["meta"]["iter"], last["meta"]["epoch"]) == (5, 3)
+    again = train(config_file, tmp_path / "run", "iterations=5", "epochs=1", "val_interval=2", resume=True)
+    assert again["history"] == result["history"]
+    with pytest.raises(TaskError, match="the warmup of 6 batches must be shorter than the run, which has 5"):
         train(
             config_file, tmp_path / "warm", "iterations=5", "schedule.warmup_epochs=0", "schedule.warmup_iterations=6"
         )
@@ -213,7 +218,7 @@ def test_bad_checkpoints_are_refused_with_the_reason(config_file, tmp_path):
         ("optimizer=1", r"set one of its own keys: optimizer\.name"),
         ("epochs", "an override is key=value"),
         ("epochs=many", "epochs takes a whole number, such as 10, not 'many'"),
-        ("epochs=0", "epochs is 0, but must be at least 1"),
+        ("epochs=0", "epochs is 0, but must be from 1"),
         ("deterministic=1", "takes True or False"),
         ("ema=high", "ema takes a number or None"),
         ("precision=half", "one of float32, bfloat16, float16"),
@@ -221,7 +226,7 @@ def test_bad_checkpoints_are_refused_with_the_reason(config_file, tmp_path):
         ("schedule.warmup_epochs=4", "less than epochs"),
         ("schedule.name=stairs", "one of cosine, poly, step"),
         ("schedule.steps=(3,2)", "must be ascending epochs"),
-        ("iterations=0", "at least 1"),
+        ("iterations=0", "from 1"),
         ("task=cook", "a config is about its task, which is 'classify'"),
     ],
 )

@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 import pytest
+import timm
+import torch
 from foveate.tasks import TaskError
 from foveate.tasks.data.coco import encode_mask
 from foveate.tasks.data.formats import open_maps as build_segmentation
@@ -298,3 +300,34 @@ def test_several_values_at_once_are_read_or_refused(root, kind, good, draw):
             content = change(content, draw.draw(st.sampled_from(places)), draw.draw(value | st.just(GONE)))
     read_all(root, kind, content)
     read_all(root, kind, content, "drop")
+
+
+@pytest.mark.parametrize("strange", ["pretrained_cfg_overlay", "checkpoint", "checkpoint_path", "nested", "hub"])
+def test_a_strangers_file_names_no_other(strange, tmp_path, monkeypatch):
+    """What its card says it starts from is neither fetched nor opened."""
+    from foveate.tasks.checkpoints import read_checkpoint, without_start
+    from foveate.tasks.classify import Predictor
+    from foveate.zoo import CheckpointError
+
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("an address was asked"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("an address was looked up"))
+    model, kwargs = "nat_atto", {"num_classes": 2}
+    address = "http://203.0.113.1/x.pth"
+    if strange == "hub":
+        model = "hf-hub:somebody/something"
+    elif strange == "nested":
+        kwargs = {"backbone_kwargs": {"pretrained_cfg_overlay": {"url": address}, "depth": 2}}
+        assert without_start(kwargs) == {"backbone_kwargs": {"depth": 2}}
+        return
+    else:
+        kwargs = {strange: {"url": address} if "overlay" in strange else address, "pretrained": True}
+    state = timm.create_model("nat_atto", num_classes=2).state_dict()
+    card = {"task": "classify", "model": model, "kwargs": kwargs, "classes": ["a", "b"]}
+    card["input"] = {"size": 32, "channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    card["input"] |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+    torch.save({"card": card, "state_dict": state}, tmp_path / "stranger.pth")
+    if strange == "hub":
+        with pytest.raises(CheckpointError, match="names a model elsewhere"):
+            read_checkpoint(tmp_path / "stranger.pth")
+    else:
+        assert Predictor.from_checkpoint(tmp_path / "stranger.pth").classes == ["a", "b"]

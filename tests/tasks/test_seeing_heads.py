@@ -10,6 +10,7 @@ import torch
 from foveate import blocks
 from foveate.tasks import TaskError
 from foveate.tasks.pictures import attention
+from foveate.tasks.pictures.attention_marks import gate_on_map, queries_of
 from torch import nn
 
 
@@ -70,8 +71,8 @@ PICTURES = {
 LEGENDS = {
     "nat_atto": "what the query can see",
     "biformer_tiny": "routed regions, numbered by rank",
-    "quadtree_b0": "level 2 of the tree, all heads",
-    "dat_tiny": "sampled points, area by weight",
+    "quadtree_b0": "level 2 of the tree, of any head (level 1: everything)",
+    "dat_tiny": "sampled points, a shape for each group of heads; area by weight",
     "agent_deit_tiny": "agents, area by what the query reads",
 }
 
@@ -96,10 +97,11 @@ def test_heat_is_on_what_is_seen_and_nowhere_else(golden_module):
     golden_module.fill(model)
     x = torch.randn(1, 3, 64, 64)
     call = attention.drawable(attention.record_once(model, x))[0]
-    weights, seen, rest = attention.weights_on_map(call, (20, 30))
+    use = call.use([call.token_at((20, 30))])
+    seen = use.seen[0, 0].numpy()
     assert np.argwhere(seen).tolist() == [[row, column] for row in (6, 7, 8) for column in (4, 5, 6)]
-    assert weights[:, seen].sum() == pytest.approx(1, abs=1e-6)
-    assert rest == pytest.approx(0, abs=1e-6)
+    assert use.weights.sum().item() == pytest.approx(1, abs=1e-6)
+    assert use.rest.item() == pytest.approx(0, abs=1e-6)
     figure = foveate.explain.picture(model, x, at=(20, 30), layers="stages.0.*")
     shown = figure.axes[1].images[1].get_array()
     assert np.isnan(np.where(np.ma.getmaskarray(shown), np.nan, shown)[~seen]).all()
@@ -112,3 +114,43 @@ def test_heat_is_on_what_is_seen_and_nowhere_else(golden_module):
     pictures = list(attention.frames(model, x, [(0, 0), (63, 0)], count=2))
     assert pictures[0].size == pictures[1].size
     assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() > 50
+
+
+def test_a_region_is_the_mean_of_its_queries(golden_module):
+    model = timm.create_model("transnext_micro", embed_dim=24, depths=(1, 1, 1, 1))
+    golden_module.fill(model.eval())
+    x = torch.randn(1, 3, 70, 100)
+    mask = np.zeros((70, 100), bool)
+    mask[7:33, 39:77] = True
+    region = foveate.explain.Region(mask, "box 1: cat")
+    call = attention.drawable(attention.record_once(model, x), None)[0]
+    queries = queries_of(call, region)
+    # Cells of 4 pixels of which half lies within.
+    columns = call.map_size[1]
+    assert queries == [row * columns + column for row in range(2, 8) for column in range(10, 19)]
+    use, (rows, rest) = call.use(queries), call.on_tokens(queries)
+    torch.testing.assert_close(use.weights.flatten(2), rows.mean(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(use.rest, rest.mean(2), atol=1e-6, rtol=0)
+    assert use.seen.all()
+    assert 0 < use.whole.sum() < use.whole.numel()
+    figure = foveate.explain.picture(model, x, region, layers="stages.0.*")
+    figure.canvas.draw()
+    assert figure.axes[0].get_title() == "box 1: cat"
+    assert "what is asked about" in [text.get_text() for text in figure.legends[0].get_texts()]
+    with pytest.raises(TaskError, match="no part of an image"):
+        foveate.explain.picture(model, x, foveate.explain.Region(mask[:, :50], "box 1"))
+
+
+def test_gates_and_channels_are_drawn_too():
+    gated = timm.create_model("van_b0", embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    titles = [axes.get_title() for axes in foveate.explain.picture(gated, x).axes]
+    assert sum("gate, map" in title for title in titles) == 4
+    call = attention.drawable(attention.record_once(gated, x))[0]
+    assert np.array_equal(gate_on_map(call), call.gate[0].mean(0).numpy())
+    with pytest.raises(TaskError, match="no heads that look at positions"):
+        foveate.explain.picture(gated, x, heads=True)
+    dual = timm.create_model("foveate_davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2)).eval()
+    titles = [axes.get_title() for axes in foveate.explain.picture(dual, x).axes]
+    assert sum("channel, map" in title for title in titles) == 2
+    assert sum("window, map" in title for title in titles) == 2

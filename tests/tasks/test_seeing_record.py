@@ -8,6 +8,7 @@ from foveate import blocks
 from foveate.kernels.neighborhood.window import axis_windows
 from foveate.kernels.routing.reference import cut_regions
 from foveate.tasks import TaskError
+from foveate.tasks.dense.detect import create_detector
 from torch import nn
 
 SMALL = {
@@ -356,3 +357,18 @@ def test_compiled_and_checkpointed_models_are_recorded():
         logits = model(x)
     with pytest.raises(ValueError, match="without gradients"):
         record["stages.0.blocks.0.attn"].gradient(logits[0, 0])
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_detectors_image_is_what_its_backbone_is_given(batch):
+    detector = create_detector("retinanet", "nat_atto", num_classes=2, min_size=96, max_size=200).eval()
+    images = torch.rand(1, 3, 50, 71)
+    with torch.no_grad(), foveate.record_attention(detector, "backbone.*") as record:
+        detector(images if batch else list(images))
+    call = record[record.layers[0]]
+    # 96 x 136 pixels, padded to 160; a token is one of 4 x 4.
+    assert call.image_size == (96, 160)
+    assert call.map_size == (24, 40)
+    at = call.at((150, 90))
+    assert at.shape[2:] == (96, 160)
+    torch.testing.assert_close(at.sum((2, 3)) + call.outside((150, 90)), torch.ones(1, call.heads))

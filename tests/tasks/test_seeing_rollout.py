@@ -179,3 +179,19 @@ def test_what_cant_be_carried_is_refused_by_name(golden_module):
     ):
         with pytest.raises(TaskError, match=words):
             foveate.explain.rollout(model, x, **options)
+
+
+def test_relevance_without_shortcuts_is_what_attentions_add(golden_module):
+    averaged = timm.create_model("nat_atto", embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=3).eval()
+    golden_module.fill(averaged)
+    x = torch.randn(2, 3, 32, 32)
+    whole, added = (foveate.explain.relevance(averaged, x, 1, shortcut=shortcut) for shortcut in (True, False))
+    assert added.max() > 0
+    # Of the 1/N that is read of each position all goes through shortcuts, and none is lost on the way.
+    assert (whole - added).sum((1, 2)).tolist() == pytest.approx([1, 1], abs=1e-5)
+    of_class = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2).eval()
+    golden_module.fill(of_class)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(
+        foveate.explain.relevance(of_class, x, 1, shortcut=False), foveate.explain.relevance(of_class, x, 1)
+    )

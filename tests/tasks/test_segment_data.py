@@ -105,6 +105,60 @@ def test_cityscapes_has_19_of_34_ids(tmp_path):
     assert row[0] == row[29] == IGNORE
 
 
+def test_cityscapes_objects_are_told_by_their_ids(tmp_path):
+    ids = np.full((21, 34), 7, np.uint16)
+    ids[2:5, 3:9], ids[10:12, 20:30], ids[15:, :4], ids[0, 33] = 26000, 24001, 25, 23
+    for split in ("train", "val"):
+        write(tmp_path / "leftImg8bit" / split / "ulm" / "ulm_0_1_leftImg8bit.png", np.zeros((21, 34, 3)))
+        path = tmp_path / "gtFine" / split / "ulm" / "ulm_0_1_gtFine_instanceIds.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(ids).save(path)
+    data = DATA | {"name": "cityscapes_instance", "root": str(tmp_path), "augment": {"crop": 16}}
+    train, val = open_maps(data, RULE, "instance", as_masks=True)
+    assert val.classes == ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+    masks, labels, crowd = val.segments(0)
+    assert (labels.tolist(), crowd.tolist()) == ([1, 0, 2], [True, False, False])
+    assert torch.equal(torch.as_tensor(masks[2]).bool(), torch.from_numpy(ids == 26000))
+    instances = val.records[0].instances
+    assert (instances.boxes[2].tolist(), instances.areas.tolist()) == ([3, 2, 9, 5], [24, 20, 18])
+    torch.manual_seed(0)
+    assert set(train[0][1]["labels"].tolist()) <= {0, 2}, "crowds aren't trained on"
+    ids[0, 0] = 34001
+    Image.fromarray(ids).save(path)
+    with pytest.raises(TaskError, match=r"1 label map with unknown values .* ids that stand for no class: 34001"):
+        open_maps(data, RULE, "instance", as_masks=True)
+    path.unlink()
+    with pytest.raises(TaskError, match="1 image without a label map"):
+        open_maps(data, RULE, "instance", as_masks=True)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_coco_stuff_has_171_of_182_ids(tmp_path, converted):
+    """mmseg's converter numbers the classes anew; 11 ids of things are in no map of the release."""
+    missing = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+    values = range(171) if converted else [value for value in range(182) if value not in missing]
+    maps, suffix = ("annotations", "_labelTrainIds") if converted else ("stuffthingmaps", "")
+    image = np.zeros((4, 172, 3))
+    for part in ("train2017", "val2017"):
+        write(tmp_path / ("images" if converted else ".") / part / "000000000139.jpg", image)
+        write(tmp_path / maps / part / f"000000000139{suffix}.png", labels_of([*values, 255], (4, 172)))
+    data = DATA | {"name": "coco_stuff", "root": str(tmp_path), "augment": {"crop": 16}}
+    _, val = open_maps(data, RULE)
+    assert (len(val.classes), val.classes[79], val.classes[80], val.classes[170]) == (
+        171,
+        "toothbrush",
+        "banner",
+        "wood",
+    )
+    assert val[0][1][0].tolist() == [*range(171), IGNORE]
+    write(tmp_path / maps / "val2017" / f"000000000139{suffix}.png", labels_of([200 if converted else 11], (4, 172)))
+    with pytest.raises(TaskError, match="1 label map with unknown values"):
+        open_maps(data, RULE)
+    (tmp_path / maps).rename(tmp_path / "elsewhere")
+    with pytest.raises(TaskError, match="neither annotations/train2017 nor stuffthingmaps/train2017"):
+        open_maps(data, RULE)
+
+
 def test_what_is_measured_may_stand_for_what_is_trained_on(tmp_path):
     write(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_0_1_leftImg8bit.png", np.zeros((21, 34, 3)))
     write(tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_1_gtFine_labelIds.png", labels_of(range(34)))

@@ -80,6 +80,25 @@ def test_light_ham_head_is_the_published_one(open_fixture, tmp_path):
     torch.testing.assert_close(pair[1:], alone, atol=2e-5, rtol=0)
 
 
+def test_a_file_tells_that_fewer_channels_are_factorised(tmp_path):
+    """The wide head on VAN-B0 factorises 480 of its 512 channels; the names are the published ones."""
+    maps = [torch.randn(1, 8, size, size) for size in (16, 8, 4, 2)]
+    model = foveate.create_segmenter("light_ham", StubBackbone(maps), 3, channels=96, ham_channels=40, rank=4).eval()
+    published = {"ham_in.": "ham_in.conv.", "ham_out.": "ham_out.conv.", "norm.": "ham_out.gn."}
+    state = {}
+    for key, value in model.head.state_dict().items():
+        name = key.replace(".bn.", ".gn.")
+        for ours, theirs in published.items():
+            name = name.replace(f"hamburger.{ours}", f"hamburger.{theirs}")
+        if key != "hamburger.bases":
+            state[f"decode_head.{name}"] = value
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    again = foveate.create_segmenter("light_ham", StubBackbone(maps), checkpoint=tmp_path / "published.pth", rank=4)
+    assert again.head.hamburger.ham_in.weight.shape == (40, 96, 1, 1)
+    with torch.inference_mode():
+        assert torch.equal(again.eval().head(maps), model.head(maps))
+
+
 def test_segnext_is_the_published_one(open_fixture, tmp_path):
     fixture = open_fixture("segnext/segnext_t_256x320")
     path = fixture.checkpoint(tmp_path)

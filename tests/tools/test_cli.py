@@ -154,6 +154,14 @@ def test_the_list_shows_our_models_with_their_parameters(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows[1:]] == ["nat_atto", "nat_mini"]
     assert rows[2][1] == "19.98"
+    for name, told in (
+        ("agent_deit_tiny", "by hand: https://github.com/LeapLabTHU/Agent-Attention"),
+        ("biformer_tiny", "dead"),
+        ("nat_atto", "none"),
+        ("nat_mini", "shi_in1k"),
+    ):
+        assert main(["list", name]) == 0
+        assert capsys.readouterr().out.rstrip().endswith(f"  {told}")
     assert main(["list", "resnet18", "--timm"]) == 0
     assert "resnet18" in capsys.readouterr().out.splitlines()
 

@@ -195,7 +195,7 @@ def test_a_published_recipe_states_the_table_s_numbers():
     text = read_recipe("detect/mask_rcnn_nat_tiny_3x_coco")
     assert "Expect: the authors state box AP 47.7; mask AP 42.6; not run by us." in text
     assert "top-1 83.2" in read_recipe("classify/nat_tiny_imagenet")
-    assert "no result was published" in read_recipe("detect/mask_rcnn_quadtree_b0_3x_coco")
+    assert "no published result is known here" in read_recipe("detect/mask_rcnn_quadtree_b0_3x_coco")
 
 
 def test_runs_that_called_settings_recipes_and_outputs_tasks_are_read(tmp_path):

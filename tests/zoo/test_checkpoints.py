@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from foveate import zoo
-from foveate.zoo.checkpoint import open_checkpoint
+from foveate.zoo.checkpoint import CheckpointError, arrays, open_checkpoint
 
 
 def load(name, path, **options):
@@ -434,3 +434,57 @@ def test_a_file_of_safetensors_that_begins_like_a_pickle_is_read(tmp_path):
     assert torch.equal(open_checkpoint(tmp_path / "x.safetensors").content["x"], torch.ones(2))
     (tmp_path / "x.safetensors").rename(tmp_path / "x.bin")
     assert torch.equal(open_checkpoint(tmp_path / "x.bin").content["x"], torch.ones(2))
+
+
+class _Pickled:
+    """Pickles as a call of NumPy's, with a state of anybody's choice."""
+
+    def __init__(self, function, arguments, state=None):
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+SCALAR = np.float64().__reduce__()[0]
+
+
+@pytest.mark.parametrize("value", [np.float64(0.25), np.int32(-7), np.bool_(True), np.float16(0.5), np.uint8(200)])
+def test_numpy_scalars_are_read_as_numbers(value, tmp_path):
+    torch.save({"x": torch.zeros(1), "best": value}, tmp_path / "file.pth")
+    best = open_checkpoint(tmp_path / "file.pth").content["best"]
+    assert best == value.item()
+    assert type(best) is type(value.item())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        _Pickled(SCALAR, (np.dtype("f8"), b"1234")),
+        _Pickled(SCALAR, (np.dtype("f8"), b"1" * 9)),
+        _Pickled(SCALAR, ("f8", b"12345678")),
+        _Pickled(SCALAR, (np.dtype("O"), b"12345678")),
+        _Pickled(np.dtype, ("f8", False, True), (3, "<", None, ("a",), {"a": (1, 2)}, 2**40, -1, 0)),
+        _Pickled(np.dtype, ("V8", False, True), (3, "|", (1, (2**40,)), None, None, 8, 1, 0)),
+        _Pickled(np.dtype, ("f8", False, True), (1,)),
+        _Pickled(np.dtype, (7,)),
+    ],
+)
+def test_numpy_states_that_make_no_sense_are_refused(value, tmp_path):
+    torch.save({"x": torch.zeros(1), "best": value}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path / "file.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_doubled_lists_are_refused_at_once(tmp_path, monkeypatch):
+    items, calls = [0], []
+    for _ in range(29):
+        items = [items, items]
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps({"model": items}, protocol=2))
+    walk = arrays._Machine._finished
+    monkeypatch.setattr(arrays._Machine, "_finished", lambda *call: calls.append(1) or walk(*call))
+    with pytest.raises(CheckpointError, match="not read"):
+        open_checkpoint(path)
+    assert len(calls) < 100

@@ -13,6 +13,8 @@ PARAMETERS = {
     "foveate_davit_small": 49_745_896,
     "foveate_davit_base": 87_954_408,
     "foveate_davit_large_window12_384": 196_811_752,
+    "foveate_davit_huge": 348_922_856,
+    "foveate_davit_giant": 1_406_470_120,
 }
 ATTO = dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), num_classes=5)
 
@@ -28,6 +30,18 @@ def count(net) -> int:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_parameter_counts(name):
     assert count(timm.create_model(name, device="meta")) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("size", ["huge", pytest.param("giant", marks=pytest.mark.heavy)])
+def test_the_largest_are_built_as_timms(size):
+    ours, theirs = (timm.create_model(f"{name}davit_{size}", device="meta").eval() for name in ("foveate_", ""))
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    with torch.no_grad():
+        maps = foveate.create_backbone(f"foveate_davit_{size}", setting="detection", device="meta")(
+            torch.empty(1, 3, 96, 64, device="meta")
+        )
+    assert [x.shape[1:] for x in maps] == [(ours.feature_info[i]["num_chs"], 24 // 2**i, 16 // 2**i) for i in range(4)]
+    assert not timm.get_pretrained_cfg(f"foveate_davit_{size}").has_weights
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("tiny", 27_592_512), ("base", 86_931_200)])

@@ -1,8 +1,10 @@
 """Published weights: a well-formed table, and downloads that end in the right file or in a clear error."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import foveate
 import pytest
 import timm
@@ -30,8 +33,8 @@ NAME = "nat_atto.somebody_in1k"
 def test_entries_are_well_formed(name):
     entry = weights.table()[name]
     assert name.count(".") == 1
-    assert is_model(entry.model)
-    assert entry.task in ("classify", "detect", "segment")
+    assert is_model(entry.model) == (entry.task != "other")
+    assert entry.task in ("classify", "detect", "segment", "other")
     assert (entry.head is None) == (entry.task == "classify")
     assert entry.license in ("mit", "apache-2.0", "cc-by-sa-3.0", "cc-by-nc-4.0", None)
     assert entry.page.startswith("https://")
@@ -240,6 +243,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def disguised_page(self, first):
         self.give(b"\n <html>Too many downloads")
 
+    def two_halves(self, first):
+        """Send the rest of a new file to whoever began the old one, whatever If-Range says."""
+        body, start = self.server.payload, 0
+        if not first and self.headers.get("Range"):
+            start = int(self.headers["Range"][6:-1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("ETag", '"new"')
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            return self.wfile.write(body[start:])
+        self.give(b"x" * len(body) if first else body, upto=len(body) // 2 if first else None, etag='"old"')
+
+    def too_long(self, first):
+        body = self.server.payload
+        if first:
+            return self.give(body, upto=len(body) // 2)
+        start = int(self.headers["Range"][6:-1])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(body[start:] + b"more")
+
+    def flipped(self, first):
+        body = bytearray(self.server.payload)
+        body[len(body) // 2] ^= 1
+        self.give(bytes(body))
+
+    def digits(self, first):
+        self.send_response(200)
+        self.send_header("Content-Length", "9" * 5000)
+        self.end_headers()
+        self.wfile.write(self.server.payload)
+
+    def nowhere(self, first):
+        self.send_response(302)
+        self.send_header("Location", "http://[::1/x")
+        self.end_headers()
+
+    def drip(self, first):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.02)
+
     def evil(self, first):
         self.give(self.server.evil)
 
@@ -290,7 +342,7 @@ def leftovers(folder: Path) -> list[str]:
 
 GOOD = (
     *("ok", "busy", "slow", "stuck", "truncated", "reset", "no-ranges", "changed", "wrong-range", "refused-range"),
-    *("redirect", "no-length"),
+    *("redirect", "no-length", "two-halves"),
 )
 
 
@@ -555,3 +607,83 @@ def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
 def test_the_table_is_plain_data():
     rows = json.loads((Path(weights.__file__).parent / "weights.json").read_text())
     assert rows.keys() == weights.table().keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("too-long", "of a file that it says has"),
+        ("flipped", "the checksum of .* is another"),
+        ("nowhere", "makes no sense"),
+        ("drip", "bytes a second: given up"),
+    ],
+)
+def test_no_other_file_is_taken_for_it(path, message, host, home, monkeypatch):
+    if path == "drip":
+        monkeypatch.setattr(_download, "PATIENCE", 0.2)
+    with pytest.raises(WeightsError, match=message):
+        fetch(published(host.address(f"{path}/file.pth")))
+    assert not (home / NAME / "file.pth").exists()
+    assert path == "drip" or leftovers(home) == []
+
+
+def test_a_length_that_no_file_has_is_none(host, home, payload):
+    with contextlib.suppress(WeightsError):  # the HTTP library may refuse it by itself, in one line
+        assert fetch(published(host.address("digits/file.pth"))).read_bytes() == payload
+
+
+def test_a_full_disk_keeps_nothing_and_is_one_line(host, home, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, chunk):
+            super().write(chunk[:10])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_download, "open", lambda path, mode: Full(path, mode), raising=False)
+    with pytest.raises(WeightsError, match="No space left on device; free space"):
+        fetch(published(host.address("no-length/file.pth")))
+    assert leftovers(home) == []
+
+
+@pytest.mark.parametrize("content", ["", '{"a": {"sha', "[]", '{"a": 1}'])
+def test_records_that_can_not_be_read_are_set_aside(content, host, home, payload):
+    entry = published(host.address("ok/file.pth"))
+    fetch(entry)
+    (home / "pins.json").write_text(content)
+    assert fetch(entry).read_bytes() == payload
+    assert (home / "pins.broken.json").read_text() == content
+    assert list(weights.pins()) == [f"{NAME}/file.pth"]
+
+
+def test_secrets_are_not_told(host, home):
+    with pytest.raises(WeightsError) as error:
+        weights.locate(host.address("missing/file.pth?token=geheim").replace("//", "//me:secret@"))
+    assert "geheim" not in str(error.value)
+    assert "secret" not in str(error.value)
+    weights.locate(host.address("ok/file.pth?token=geheim"))
+    assert "geheim" not in (home / "pins.json").read_text()
+
+
+def test_a_hash_counts_for_a_file_that_is_here(host, home, payload):
+    address = host.address("ok/file.pth")
+    digest = hashlib.sha256(payload).hexdigest()
+    assert weights.locate(f"{address}#sha256={digest}").read_bytes() == payload
+    with pytest.raises(WeightsError, match="as asked for"):
+        weights.locate(f"{address}#sha256={'0' * 64}")
+
+
+def test_a_file_of_the_same_size_and_time_is_looked_at(host, home):
+    entry = published(host.address("ok/file.pth"))
+    path = fetch(entry)
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(WeightsError, match="has changed"):
+        fetch(entry)
+
+
+def test_another_process_is_not_waited_for_without_end(host, home, monkeypatch):
+    monkeypatch.setenv("FOVEATE_WEIGHTS_WAIT", "0.1")
+    (home / NAME).mkdir(parents=True)
+    with filelock.FileLock(home / NAME / ".lock"), pytest.raises(WeightsError, match=r"kept it for 0.1 seconds.*WAIT"):
+        fetch(published(host.address("ok/file.pth")))

@@ -73,6 +73,28 @@ class _Type:
         return dtype
 
 
+class PlainType(_Type):
+    """What a file of torch makes of a NumPy dtype: NumPy's own takes states that crash the process."""
+
+    def __init__(self, code: Any, *_: Any):
+        super().__init__(_only(code, str))
+
+    def __setstate__(self, state: Any):
+        _give(self, _only(state, tuple))
+
+
+def plain_scalar(dtype: Any, raw: Any) -> int | float | bool:
+    """Return the number that a file of torch pickled as a NumPy scalar.
+
+    Raises:
+        UnsafePickleError: If its dtype is none of plain numbers, or its bytes are not one of them.
+    """
+    resolved, content = _only(dtype, _Type).resolve(), _raw(raw)
+    if len(content) != resolved.itemsize:
+        raise UnsafePickleError("a scalar has another length than its dtype says")
+    return np.frombuffer(content, resolved)[0].item()
+
+
 class _Bounded:
     """A file that gives no more than it has, so that no length in it makes anybody reserve memory."""
 
@@ -144,21 +166,32 @@ class _Machine:
             self._follow(opcode.name, argument)
         (result,) = self.stack
         self._left = _MAX_STEPS
+        self._done: dict[int, tuple[Any, Any, int]] = {}
         return self._finished(result)
 
     def _finished(self, value: Any, depth: int = 0) -> Any:
-        """Return a value with tensors in the place of arrays; lists may be in lists many times, so they are counted."""
-        self._left -= 1
+        """Return a value with tensors in the place of arrays; lists may be in lists many times, so they are counted.
+
+        What was finished once is not walked again: a few doubled lists mean billions of things.
+        """
+        before = self._left
+        _, finished, cost = self._done.get(id(value), (None, None, 1))
+        self._left -= cost
         if depth > _MAX_DEPTH or self._left < 0:
             raise UnsafePickleError(f"it is nested more than {_MAX_DEPTH} deep, or endlessly")
         if isinstance(value, _Array):
             if value.tensor is None:
                 raise UnsafePickleError("an array has no contents")
             return value.tensor
-        if isinstance(value, dict):
-            return {key: self._finished(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._finished(item, depth + 1) for item in value)
+        if finished is not None:
+            return finished
+        if isinstance(value, dict | list | tuple):
+            if isinstance(value, dict):
+                finished = {key: self._finished(item, depth + 1) for key, item in value.items()}
+            else:
+                finished = type(value)(self._finished(item, depth + 1) for item in value)
+            self._done[id(value)] = value, finished, before - self._left
+            return finished
         if isinstance(value, _Name | _Type):
             raise UnsafePickleError("its opcodes make no sense")
         return value
@@ -266,7 +299,7 @@ def _call(function: _Name, arguments: tuple) -> Any:
         return _Array()
     if function == "scalar":
         dtype, raw = arguments
-        return np.frombuffer(_raw(raw), _only(dtype, _Type).resolve(), count=1)[0].item()
+        return plain_scalar(dtype, raw)
     if function == "buffer":
         raw, dtype, shape, order = arguments
         array = _Array()
@@ -278,6 +311,8 @@ def _call(function: _Name, arguments: tuple) -> Any:
 def _give(target: Any, state: tuple) -> None:
     """Tell a dtype its byte order, or an array its contents."""
     if isinstance(target, _Type):
+        if len(state) < 5:
+            raise UnsafePickleError("its opcodes make no sense")
         _, order, subarray, names, fields, *_ = state
         if subarray is not None or names is not None or fields is not None:
             raise UnsafePickleError("an array has records instead of numbers")

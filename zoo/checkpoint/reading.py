@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..library_errors import first_line, needs_unpickling
-from .arrays import UnsafePickleError, is_pickle, read_arrays
+from .arrays import PlainType, UnsafePickleError, is_pickle, plain_scalar, read_arrays
 
 # In order of trust: the averaged weights are the published ones where a file holds both.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
@@ -34,14 +33,12 @@ class _Unread:
 
 # What training files hold beside tensors: settings and measured numbers. These types are data, reading them runs no
 # code of the file's choice. A settings node of yacs, a dict itself, is read as a plain dict; yacs is not imported.
-_NUMPY_SCALAR = np.float64().__reduce__()[0]
 _DATA_TYPES = [
     (OrderedDict, "yacs.config.CfgNode"),
     argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (PlainType, "numpy.dtype"),
+    (plain_scalar, "numpy._core.multiarray.scalar"),
+    (plain_scalar, "numpy.core.multiarray.scalar"),
     # The curves that mmengine keeps beside the weights.
     *(
         (_Unread, name)

@@ -191,6 +191,8 @@ def variant_of(head: str, state: dict[str, Tensor]) -> dict:
         variant["detail"] = state["head.c1_bottleneck.conv.weight"].shape[0]
     if head == "semantic_fpn":
         variant["neck_channels"] = state["head.neck.layer_blocks.0.0.weight"].shape[0]
+    if head == "light_ham" and (inner := state["head.hamburger.ham_in.weight"].shape[0]) != channels:
+        variant["ham_channels"] = inner
     if (bases := state.get("head.hamburger.bases")) is not None:
         variant["rank"] = bases.shape[-1]
     elif head == "light_ham" and any(_OF_MMSEG.fullmatch(key) for key in state):

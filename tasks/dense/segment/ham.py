@@ -45,6 +45,7 @@ class LightHamHead(nn.Module):
         random_bases: Whether to draw new bases for each image while training, as published.
         one_step_gradient: Whether gradients flow through the last step of the factorisation alone.
         dropout: Dropout rate, of whole channels, before the classifier.
+        ham_channels: Channels that are factorised, ``channels`` by default; 480 of 512 in the wide head on VAN-B0.
 
     Shape:
         Maps ``[B, C_i, H_i, W_i]`` to logits ``[B, num_classes, H_1, W_1]`` at the scale of the second.
@@ -53,7 +54,15 @@ class LightHamHead(nn.Module):
         TaskError: If there are no such channels, or there are fewer than two maps.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("channels", "rank", "seed", "random_bases", "one_step_gradient", "dropout")
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "channels",
+        "rank",
+        "seed",
+        "random_bases",
+        "one_step_gradient",
+        "dropout",
+        "ham_channels",
+    )
 
     def __init__(
         self,
@@ -65,13 +74,16 @@ class LightHamHead(nn.Module):
         random_bases: bool = False,
         one_step_gradient: bool = False,
         dropout: float = 0.1,
+        ham_channels: int | None = None,
     ):
         super().__init__()
         _check_channels(channels)
         if len(in_channels) < 2:
             raise TaskError(f"light_ham reads all maps but the finest; the backbone has {len(in_channels)} alone")
         self.squeeze = _group_conv(sum(in_channels[1:]), channels)
-        self.hamburger = Hamburger2d(channels, rank, seed, random_bases, one_step_gradient=one_step_gradient)
+        self.hamburger = Hamburger2d(
+            channels, rank, seed, random_bases, one_step_gradient=one_step_gradient, inner_dim=ham_channels
+        )
         self.align = _group_conv(channels, channels)
         self.dropout = nn.Dropout2d(dropout)
         _init(self)

@@ -1,0 +1,99 @@
+"""Where COCO's files and images lie in a folder: as distributed, or as CVAT, Label Studio and Roboflow export them."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from .. import TaskError
+
+# What splits are called in the names of files and folders.
+SPLITS = {"train": ("train", "training", "default", "result"), "val": ("val", "valid", "validation", "test")}
+_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+_PIECE = 1 << 20
+
+
+def recognise(root: Path, kind: str = "instances") -> dict | None:
+    """Return the settings of ``data`` by which a folder is read, if it holds files of COCO's formats; else None.
+
+    Args:
+        root: The folder.
+        kind: ``"instances"`` or ``"panoptic"``.
+
+    Raises:
+        TaskError: If there are several files for a split, or none of the folders has the images that a file names.
+    """
+    files = [
+        file
+        for folder in (root, root / "annotations", *(root / name for names in SPLITS.values() for name in names))
+        if folder.is_dir()
+        for file in sorted(folder.glob("*.json"))
+        if kind_of(file) == kind
+    ]
+    # As distributed, other annotations lie beside the objects'.
+    files = [file for file in files if kind in file.name] or files
+    if not files:
+        return None
+    parts = {split: _of_split(files, split, root) for split in SPLITS}
+    if parts["train"] is None:
+        if len(files) > 1:
+            raise TaskError(
+                f"{root}: which file is to train on, {', '.join(file.name for file in files)}? name it train"
+            )
+        parts["train"] = files[0]
+    if parts["val"] == parts["train"]:
+        parts["val"] = None
+    return {split: file and _place(root, file, split) for split, file in parts.items()}
+
+
+def kind_of(path: Path) -> str | None:
+    """Return ``"instances"`` or ``"panoptic"`` of a file of COCO's formats, by its beginning and end; else None."""
+    with open(path, "rb") as file:
+        ends = file.read(_PIECE)
+        file.seek(-min(_PIECE, path.stat().st_size), os.SEEK_END)
+        ends += file.read()
+    if not all(f'"{key}"'.encode() in ends for key in ("images", "annotations", "categories")):
+        return None
+    return "panoptic" if b'"segments_info"' in ends else None if b'"caption"' in ends else "instances"
+
+
+def _of_split(files: list[Path], split: str, root: Path) -> Path | None:
+    """Return the file of a split, by its name or its folder's."""
+    words = {file: {*re.split(r"[^a-z]+", f"{file.parent.relative_to(root)} {file.stem}".lower())} for file in files}
+    for name in SPLITS[split]:
+        named = [file for file in files if name in words[file]]
+        if len(named) > 1:
+            raise TaskError(
+                f"{root}: has several files for {split}: {', '.join(file.name for file in named)}; keep one"
+            )
+        if named:
+            return named[0]
+    return None
+
+
+def _place(root: Path, file: Path, split: str) -> dict[str, str]:
+    """Return where a split's file is and in which folder its images are."""
+    name = _first_name(file)
+    suffix = file.stem.rpartition("_")[2]
+    folders = [file.parent, *(root / each for each in dict.fromkeys((suffix, split, *SPLITS[split])))]
+    folders += [root / "images" / folder.name for folder in folders[1:]] + [root / "images", root]
+    last = (name or "").replace("\\", "/").rpartition("/")[2]
+    for tried in dict.fromkeys((name, (name or "").replace("\\", "/"), last)):
+        for folder in folders:
+            if tried and os.path.isfile(folder / tried):
+                return {key: os.path.relpath(path, root) for key, path in (("annotations", file), ("images", folder))}
+    raise TaskError(
+        f"{file}: names the image {name!r}, which is in none of {', '.join(map(str, dict.fromkeys(folders)))}"
+    )
+
+
+def _first_name(path: Path) -> str | None:
+    """Return the first name of a file that a JSON file holds, without reading all of it."""
+    rest = b""
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            rest += piece
+            if (found := _NAME.search(rest)) is not None:
+                return json.loads(found[1])
+            rest = rest[-1000:]
+    return None

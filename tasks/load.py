@@ -1,0 +1,91 @@
+"""`foveate.load`: from a checkpoint or a published model to results, in three lines of Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..zoo.checkpoint import Checkpoint
+from . import TaskError
+from .data.sources import Source, expand_sources
+from .devices import choose_device
+from .predictors import is_file, is_published, load_predictor, load_published
+from .results import Result
+
+
+class Model:
+    """A model of any task that answers for images.
+
+    Attributes:
+        predictor: What maps images to results.
+        classes: Names of its classes.
+        task: ``"classify"``, ``"detect"`` or ``"segment"``; None if it isn't known.
+    """
+
+    def __init__(self, predictor: Any):
+        self.predictor = predictor
+        self.classes: list[str] = list(predictor.classes)
+        self.task: str | None = (predictor.card or {}).get("task")
+
+    def predict(
+        self,
+        source: Source | Sequence[Source],
+        threshold: float | None = None,
+        top: int | None = None,
+        batch_size: int = 16,
+    ) -> list[Result]:
+        """Return what is found in every image.
+
+        Args:
+            source: A path, a folder, a glob, an address, bytes of a file, an array ``[H, W]``, ``[H, W, 3]`` (RGB) or
+                ``[H, W, 4]`` of uint8, an image of Pillow's, or a list of these.
+            threshold: Least score of an object, 0 to 1; the predictor's if None.
+            top: Classes that a classifier names; the predictor's if None.
+            batch_size: Images read at once.
+
+        Raises:
+            TaskError: If a source doesn't exist, is none, or holds an image that can't be read.
+        """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise TaskError(f"threshold is {threshold}, but must be from 0 to 1")
+        for name, value in (("top", top), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise TaskError(f"{name} is {value}, but must be at least 1")
+        predictor, results, batch = self.predictor, [], []
+        for name, value in (("threshold", threshold), ("top", top)):
+            if value is not None and hasattr(predictor, name):
+                setattr(predictor, name, value)
+
+        def answer() -> None:
+            images = [image for _, image in batch]
+            for (name, image), found in zip(batch, predictor(images) if images else [], strict=True):
+                results.append(Result(predictor, image, found, name))
+            batch.clear()
+
+        for name, read in expand_sources(source):
+            batch.append((name, read(predictor.channels, predictor.white)))
+            if len(batch) == batch_size:
+                answer()
+        answer()
+        return results
+
+
+def load(source: str | Path | Checkpoint, device: str = "auto") -> Model:
+    """Return the model of a checkpoint, or a published one, with its weights.
+
+    Args:
+        source: A file that `foveate train`, ``export`` or ``weights convert`` wrote, a timm model, ours or theirs, such
+            as ``"nat_tiny.shi_in1k"``, or a detector or segmenter, such as ``"nat_tiny.shi_mask_rcnn_coco_3x"``.
+        device: ``"auto"`` (CUDA if there is one), ``"cpu"``, ``"cuda:1"``, ...
+
+    Raises:
+        TaskError: If there is no such model, or its weights can't be had.
+        CheckpointError: If the file can't be read or isn't one of these.
+    """
+    where = choose_device(device)
+    if not isinstance(source, str) or is_file(source):
+        return Model(load_predictor(source, where))
+    if is_published(source):
+        return Model(load_published(source, where))
+    from .classify import Predictor
+
+    return Model(Predictor.from_name(source, where))

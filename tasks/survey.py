@@ -1,0 +1,211 @@
+"""What a folder of data holds: its format, counts, faults and pictures, without a config."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import TaskError
+from .classify.task import Classify
+from .data.coco import Record, order_by_name, read_picture, to_run_lengths
+from .data.formats import CLASSES, OBJECTS, TABLES, open_part, recognise, resolve
+from .data.images import read_size
+from .data.segmentation import InputRule as MapRule
+from .data.segmentation import SegmentationSet
+from .detect.task import Detect
+from .segment.task import Segment
+
+_KINDS = {"objects": Detect, "maps": Segment, "classes": Classify}
+_COUNTED = {"objects": "objects", "maps": "images with a class", "classes": "labels"}
+# Pictures are drawn at this size at most.
+_SIDE = 640
+
+
+@dataclasses.dataclass
+class Part:
+    """A split: its number of images, how often each class is there, and what is wrong."""
+
+    split: str
+    images: int
+    counts: list[int]
+    faults: list[str]
+
+
+@dataclasses.dataclass
+class Survey:
+    """What a folder holds.
+
+    Attributes:
+        kind: ``"objects"``, ``"maps"`` or ``"classes"``.
+        format: As in ``data.name``.
+        classes: Names.
+        parts: The splits, that to train on first.
+        counted: What the numbers of the classes count.
+        draw: Draws so many samples of the first split into a PNG.
+    """
+
+    kind: str
+    format: str
+    classes: list[str]
+    parts: list[Part]
+    counted: str
+    draw: Callable[[Path, int], None]
+
+
+def survey(root: str | Path) -> Survey:
+    """Look at a data set in a folder.
+
+    Raises:
+        TaskError: If the folder is missing, in no known format, or nothing of it can be read.
+    """
+    kind, data = _settings(Path(root))
+    splits = [split for split in ("train", "val") if data[split] is not None]
+    return {"objects": _objects, "maps": _maps, "classes": _classes}[kind](Path(root), data, splits)
+
+
+def read_objects(root: str | Path, broken: str) -> tuple[str, dict[str, list[Record]], list[str]]:
+    """Return the format of a folder's objects, the images of each split with the masks that there are, and the classes.
+
+    Args:
+        root: The folder.
+        broken: ``"refuse"`` or ``"drop"``, as for `coco.read_instances`.
+
+    Raises:
+        TaskError: If it holds no objects, or broken ones.
+    """
+    kind, data = _settings(Path(root))
+    if kind != "objects":
+        raise TaskError(f"{root}: holds {kind}; only objects are converted")
+    data |= {"broken": broken}
+    splits, classes = {}, None
+    for split in ("train", "val"):
+        if data[split] is not None:
+            splits[split], found = OBJECTS[data["name"]].find(Path(root), data, split, None, False)
+            classes = found if classes is None else classes
+            if not order_by_name(splits[split], found, classes):
+                raise TaskError(f"{root}: training and validation annotations have different classes")
+    return data["name"], splits, classes
+
+
+def _settings(root: Path) -> tuple[str, dict]:
+    """Return what a folder holds, and the settings by which it is read."""
+    if not root.is_dir():
+        raise TaskError(f"{root}: no such folder")
+    for kind, task in _KINDS.items():
+        if recognise(root, kind) is not None:
+            return kind, resolve(task.DEFAULTS["data"] | {"name": "auto", "root": str(root)}, kind)[0]
+    known = "; ".join(f"{kind}: {', '.join(rows)}" for kind, rows in TABLES.items())
+    raise TaskError(f"{root}: is in no known format ({known})")
+
+
+def _listed(read: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return what a reader returns that leaves out what is broken, and what it says is."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = read()
+    return found, [str(each.message).removesuffix("; left out") for each in caught]
+
+
+def _objects(root: Path, data: dict, splits: Sequence[str]) -> Survey:
+    find, parts, first, classes = OBJECTS[data["name"]].find, [], None, []
+    for split in splits:
+        (records, found), faults = _listed(
+            lambda split=split: find(root, data | {"broken": "drop"}, split, None, False)
+        )
+        classes = classes or found
+        if not order_by_name(records, found, classes):
+            faults.append(f"{split}: has the classes {found}, train {classes}")
+            classes = [*classes, *(name for name in found if name not in classes)]
+            for part in parts:
+                part.counts += [0] * (len(classes) - len(part.counts))
+            order = np.array([classes.index(name) for name in found], np.int64)
+            for record in records:
+                record.instances.labels = order[record.instances.labels]
+        labels = np.concatenate([np.zeros(0, np.int64), *(record.instances.labels for record in records)])
+        parts.append(Part(split, len(records), np.bincount(labels, minlength=len(classes)).tolist(), faults))
+        first = records if first is None else first
+
+    def draw(path: Path, count: int) -> None:
+        from .pictures.objects import draw_inputs
+
+        draw_inputs([_drawn(record) for record in _spread(first, count)], classes, path, f"{root}, {splits[0]}")
+
+    return Survey("objects", data["name"], list(classes), parts, _COUNTED["objects"], draw)
+
+
+def _drawn(record: Record) -> tuple[Tensor, dict[str, Any]]:
+    objects = record.instances
+    target = {"boxes": torch.from_numpy(objects.boxes), "labels": torch.from_numpy(objects.labels)}
+    if objects.masks is not None and len(objects) and all(mask is not None for mask in objects.masks):
+        target["masks"] = [to_run_lengths(mask, *record.size) for mask in objects.masks]
+    return torch.from_numpy(np.asarray(read_picture(record)).transpose(2, 0, 1).copy()), target
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Return so many of a list's items, evenly spread."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+def _maps(root: Path, data: dict, splits: Sequence[str]) -> Survey:
+    rule = MapRule(None, 1, 1, (0.0,) * 3, (1.0,) * 3)
+    parts, opened = [], []
+    for split in splits:
+        part, faults = _listed(
+            lambda split=split: open_part(
+                root, data | {"broken": "drop"}, split, False, {"rule": rule, "output": "semantic", "as_masks": False}
+            )
+        )
+        counts = np.zeros(len(part.classes), np.int64)
+        for labels in part.occurring():
+            counts[np.unique(labels)] += 1
+        parts.append(Part(split, part.images, counts.tolist(), faults))
+        opened.append(part)
+
+    def draw(path: Path, count: int) -> None:
+        from .pictures.regions import draw_inputs
+
+        part: SegmentationSet = opened[0]
+        indices = _spread(range(part.images), count)
+        images, truths = [part.image(index) for index in indices], [part.labels(index) for index in indices]
+        draw_inputs(images, list(map(torch.from_numpy, truths)), part.classes, path, f"{root}, {splits[0]}")
+
+    return Survey("maps", data["name"], list(opened[0].classes), parts, _COUNTED["maps"], draw)
+
+
+def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
+    _, layout, samples, _ = CLASSES[data["name"]]
+    parts, opened = [], []
+    for split in splits:
+        classes = opened[0].classes if opened else None
+        part = samples(root, root / data[split], None, 3, classes, layout=layout)
+        counts = np.bincount(part.targets, minlength=len(part.classes)).tolist()
+        faults = []
+        for path, _ in part.samples:
+            try:
+                read_size(path)
+            except TaskError as error:
+                faults.append(str(error))
+        parts.append(Part(split, len(part.samples), counts, faults))
+        opened.append(part)
+
+    def draw(path: Path, count: int) -> None:
+        from .pictures.classes import draw_inputs
+
+        images, names = [], []
+        for index in _spread(range(len(opened[0].samples)), count):
+            try:
+                image = opened[0].image(index)
+            except TaskError:
+                continue  # it is listed as a fault
+            image.thumbnail((_SIDE, _SIDE))
+            images.append(np.asarray(image) / 255)
+            names.append(opened[0].classes[opened[0].targets[index]])
+        draw_inputs(images, names, path, f"{root}, {splits[0]}")
+
+    return Survey("classes", data["name"], list(opened[0].classes), parts, _COUNTED["classes"], draw)

@@ -1,0 +1,127 @@
+"""Data of one's own is trained on without a recipe of its own: recognised, split, normalised as the backbone was."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+from foveate.tasks import TaskError, engine
+from foveate.tasks.classify import Task as Classify
+from foveate.tasks.data.formats import hold_out
+from foveate.tasks.detect import Task as Detect
+from foveate.tasks.segment import Task as Segment
+from PIL import Image
+
+TASKS = {"classify": Classify, "detect": Detect, "segment": Segment}
+
+
+def picture(path, size=(40, 60), maps=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(len(path.name))
+    Image.fromarray(draw.integers(0, 2 if maps else 256, size if maps else (*size, 3), np.uint8)).save(path)
+
+
+def yolo(root, line="0 0.5 0.5 0.5 0.5", splits=("train",)):
+    for split in splits:
+        for index in range(5):
+            picture(root / "images" / split / f"{index}.png")
+            (root / "labels" / split).mkdir(parents=True, exist_ok=True)
+            (root / "labels" / split / f"{index}.txt").write_text(line)
+    (root / "data.yaml").write_text("".join(f"{split}: images/{split}\n" for split in splits) + "names: [cell]\n")
+
+
+def masks(root):
+    for split in ("train", "val"):
+        for index in range(2):
+            picture(root / "images" / split / f"{index}.png")
+            picture(root / "masks" / split / f"{index}.png", maps=True)
+    (root / "classes.txt").write_text("ground\ntree\n")
+
+
+def task_of(recipe, root, *overrides):
+    config = engine.load_config(recipe, [f"data.root={root}", *overrides])
+    return config, TASKS[config["task"]](config)
+
+
+SMALL = (
+    "model.pretrained=False",
+    "batch_size=2",
+    "workers=0",
+    "iterations=3",
+)
+
+
+def test_a_detector_is_trained_on_a_folder_without_held_out_images(tmp_path):
+    yolo(tmp_path / "data")
+    small = [f"model.kwargs.{name}={value}" for name, value in (("channels", 16), ("hidden", 16), ("min_size", 64))]
+    overrides = (*SMALL, "model.backbone=nat_atto", "data.augment.shorts=(64,)", "data.augment.long=64", *small)
+    config, task = task_of("detect/finetune", tmp_path / "data", *overrides)
+    assert (len(task.train_set), len(task.val_set), task.model["head"]) == (4, 1, "faster_rcnn")
+    result = engine.train(config, tmp_path / "run", progress=False)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "holds objects in the format yolo; no held-out images: 20% of the training images are" in log
+    assert "objects without masks: faster_rcnn" in log
+    # Two batches an epoch: the second ends after one.
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2]
+    assert json.loads((tmp_path / "run" / "history.json").read_text())
+
+
+def test_a_segmenter_takes_masks_and_polygons(tmp_path):
+    masks(tmp_path / "masks")
+    yolo(tmp_path / "yolo", "0 0.2 0.2 0.8 0.2 0.8 0.8 0.2 0.8", ("train", "val"))
+    overrides = ("model.backbone=nat_atto", "data.augment.crop=64", *SMALL)
+    _, by_maps = task_of("segment/finetune", tmp_path / "masks", *overrides)
+    assert by_maps.classes == ["ground", "tree"]
+    _, task = task_of("segment/finetune", tmp_path / "yolo", *overrides)
+    assert (task.classes, task.things) == (["background", "cell"], [False, True])
+    labels = task.val_set[0][1].numpy()
+    assert (labels[8:32, 12:48] == 1).all()
+    assert labels.sum() == 24 * 36
+    told, truths = task.val_set.segments(0)[:2], task.val_set.labels(0)
+    assert [np.array_equal(mask, truths == label) for mask, label in zip(*told, strict=True)] == [True, True]
+    assert len(task.check_data()) == 1
+
+
+def test_classes_in_folders_alone_are_split_evenly(tmp_path):
+    for name, count in (("cat", 10), ("dog", 3)):
+        for index in range(count):
+            picture(tmp_path / name / f"{index}.png")
+    _, task = task_of("classify/finetune", tmp_path, "model.name=nat_atto", "model.pretrained=False")
+    assert task.classes == ["cat", "dog"]
+    assert [task.val_set.targets.count(label) for label in (0, 1)] == [2, 1]
+    assert len(task.train_set) == 10
+    assert not {path for path, _ in task.train_set.samples} & {path for path, _ in task.val_set.samples}
+    _, other = task_of("classify/finetune", tmp_path, "model.name=nat_atto", "data.holdout_seed=5")
+    assert task.val_set.samples != other.val_set.samples
+
+
+def test_images_are_normalised_as_the_backbone_s_weights_were_trained(tmp_path):
+    yolo(tmp_path, splits=("train", "val"))
+    expected = timm.get_pretrained_cfg("vit_tiny_patch16_224").mean
+    _, task = task_of("detect/finetune", tmp_path, "model.backbone=vit_tiny_patch16_224", "model.pretrained=False")
+    assert task.model["kwargs"]["mean"] == expected == (0.5, 0.5, 0.5)
+    _, task = task_of("detect/finetune", tmp_path, "model.backbone=nat_tiny", "model.kwargs.mean=(0.1,0.1,0.1)")
+    assert task.model["kwargs"]["mean"] == (0.1, 0.1, 0.1)
+    with pytest.raises(TaskError, match=r"data.normalization is 'imagenet', but must be backbone"):
+        task_of("detect/finetune", tmp_path, "data.normalization=imagenet")
+
+
+def test_what_is_held_out_is_drawn_once_and_never_everything():
+    data = {"holdout": 0.2, "holdout_seed": 0, "root": "x"}
+    train, val = hold_out(10, data)
+    assert sorted(train + val) == list(range(10))
+    assert (len(val), hold_out(10, data)) == (2, (train, val))
+    assert hold_out(2, data | {"holdout": 0.9})[1] != [0, 1]
+    with pytest.raises(TaskError, match="too few images"):
+        hold_out(1, data)
+
+
+def test_what_a_folder_is_not_is_said(tmp_path):
+    with pytest.raises(TaskError, match=r"is in none of the formats of objects, coco, voc, yolo; name it by data.name"):
+        task_of("detect/finetune", tmp_path)
+    masks(tmp_path)
+    with pytest.raises(TaskError, match=r"is in none of the formats of objects, .*; it holds maps"):
+        task_of("detect/finetune", tmp_path)
+    yolo(tmp_path / "yolo")
+    with pytest.raises(TaskError, match=r"data.holdout is 1.5"):
+        task_of("detect/finetune", tmp_path / "yolo", "data.holdout=1.5")

@@ -1,0 +1,331 @@
+"""What `foveate attend IMAGE` draws and writes, of classifiers, detectors and segmenters."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Place = tuple[float, float]
+
+
+class _Input(NamedTuple):
+    """A photo as a network takes it.
+
+    Attributes:
+        network: What attends: a classifier, or the backbone of a detector or segmenter.
+        x: Its input ``[1, C, H, W]``.
+        photo: The photo, upright, as it is.
+        extent: Where the photo's left, right, bottom and top edge come, in pixels of ``x``.
+    """
+
+    network: Any
+    x: Any
+    photo: Any
+    extent: tuple[float, float, float, float]
+
+    def move(self, place: Place) -> Place:
+        """Return a place of the photo in pixels of the input; beyond it where it was cropped away."""
+        left, right, bottom, top = self.extent
+        width, height = self.photo.size
+        return left + place[0] * (right - left) / width, top + place[1] * (bottom - top) / height
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draw what is used on each image, and write the numbers beside."""
+    import json
+
+    import numpy as np
+
+    from ..tasks import TaskError
+    from ..tasks.checkpoints import write_whole
+    from ..tasks.data.images import choose_white, find_images, read_image, to_pixels
+    from ..tasks.pictures import attention
+    from ..tasks.pictures.figures import save_figure
+
+    places = places_in(args.at)
+    if args.animate is not None and (args.animate < 2 or len(places or ()) < 2):
+        raise TaskError("--animate takes at least 2 pictures, and at least 2 places --at to go from and to")
+    paths = find_images(args.images)
+    predictor = load_any(args)
+    task = predictor.card["task"]
+    _check_options(args, task)
+    if args.checkpoint is None:
+        predictor.white = choose_white(paths)
+    for path in paths:
+        photo = to_pixels(read_image(path, predictor.channels, predictor.white), predictor.channels, predictor.white)
+        given = _classifier_input(predictor, photo) if task == "classify" else _dense_input(predictor, photo)
+        told = _asked(args, predictor, photo, places, path)
+        queries = [_query(one, given, path) for one in told]
+        stem = args.output / f"{path.stem}_{args.method}"
+        observed = attention.observe(given.network, given.x, args.method, args.layers, args.target)
+        frame = {"image": given.photo, "extent": given.extent, "observed": observed, "layers": args.layers}
+        figure = attention.picture(given.network, given.x, queries, args.method, heads=args.heads, **frame)
+        save_figure(figure, stem.with_suffix(".png"))
+        arrays, words = _numbers(observed, told, queries, args)
+        write_whole(stem.with_suffix(".npz"), lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
+        text = json.dumps({"image": str(path), "method": args.method, **words}, indent=1)
+        write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
+        print(f"{path}: {stem}.png, .npz and .json")
+        if args.animate is not None:
+            frame["observed"] = observed if args.method == "query" else None
+            pictures = list(attention.frames(given.network, given.x, queries, args.animate, **frame))
+            write_whole(stem.with_suffix(".gif"), lambda file, pictures=pictures: _save_gif(pictures, file))
+            print(f"{path}: {stem}.gif")
+
+
+def places_in(words: Sequence[str] | None) -> list[Place] | None:
+    """Return the places that ``X,Y`` name."""
+    return [_place(word, "--at") for word in words] if words else None
+
+
+def _place(word: str, option: str) -> Place:
+    from ..tasks import TaskError
+
+    try:
+        x, y = map(float, word.split(","))
+    except ValueError:
+        raise TaskError(f"{option} is {word!r}, but must be X,Y in pixels of the image") from None
+    return x, y
+
+
+def load_any(args: argparse.Namespace) -> Any:
+    """Return the predictor of the one model that is named, of any task."""
+    from ..tasks import TaskError
+    from ..tasks.classify import Predictor
+    from ..tasks.classify.task import create_classifier
+    from ..tasks.devices import choose_device
+    from ..tasks.predictors import is_file, is_published, load_predictor, load_published
+
+    if (args.model is None) == (args.checkpoint is None):
+        raise TaskError("name one model: --model NAME with published weights, or --checkpoint FILE")
+    device = choose_device(args.device)
+    if args.checkpoint is not None or is_file(args.model):
+        return load_predictor(args.checkpoint or args.model, device)
+    if is_published(args.model):
+        return load_published(args.model, device)
+    if args.untrained:
+        import torch
+
+        torch.manual_seed(args.seed)
+        return Predictor.from_model(args.model, create_classifier(args.model), device)
+    return Predictor.from_name(args.model, device)
+
+
+def _check_options(args: argparse.Namespace, task: str) -> None:
+    from ..tasks import TaskError
+
+    if task == "classify":
+        for option in ("box", "segment"):
+            if getattr(args, option):
+                raise TaskError(
+                    f"--{option} is of detectors and segmenters; {args.checkpoint or args.model} is neither"
+                )
+    elif args.method != "query":
+        raise TaskError(f"--method {args.method} is of classifiers; of a detector or segmenter it is query")
+    if args.animate is not None and (args.box or args.segment):
+        raise TaskError("--animate goes from one place --at to the next; it takes neither --box nor --segment")
+
+
+def _classifier_input(predictor: Any, photo: Any) -> _Input:
+    left, right, top, bottom = predictor.rule.place(photo.size)
+    x = predictor.rule.transform()(photo)[None].to(predictor.device)
+    return _Input(predictor.model, x, photo, (left, right, bottom, top))
+
+
+def _dense_input(predictor: Any, photo: Any) -> _Input:
+    import numpy as np
+    import torch
+
+    if predictor.card["task"] == "detect":
+        pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(predictor.device)
+        x, _, ((height, width),) = predictor.model.transform([pixels])
+    else:
+        x = predictor.rule(photo)[None].to(predictor.device)
+        height, width = x.shape[2:]
+    # Padding lies to the right and at the bottom.
+    return _Input(predictor.model.backbone, x, photo, (0.0, float(width), float(height), 0.0))
+
+
+def _asked(
+    args: argparse.Namespace, predictor: Any, photo: Any, places: list[Place] | None, path: Path
+) -> list[dict[str, Any]]:
+    """Return what is asked about, in pixels of the photo: dicts of ``at``, or of ``box`` or ``mask`` and more."""
+    asked: list[dict[str, Any]] = [{"at": place} for place in places or ()]
+    if predictor.card["task"] != "classify" and (args.box or args.segment or not asked):
+        objects = _objects(predictor, photo)
+        asked += [_chosen(objects, word, "box", photo, path) for word in args.box or ()]
+        asked += [_chosen(objects, word, "segment", photo, path) for word in args.segment or ()]
+        if not asked:
+            asked.append(_chosen(objects, "1", "box" if "box" in (objects or [{}])[0] else "segment", photo, path))
+    return asked or [{"at": (photo.width / 2, photo.height / 2)}]
+
+
+def _objects(predictor: Any, photo: Any) -> list[dict[str, Any]]:
+    """Return what a detector or segmenter finds: ``class``, ``box`` or ``mask``, and ``score`` where there is one."""
+    import cv2
+    import numpy as np
+
+    from ..tasks.data.coco import decode_masks
+    from ..tasks.detections import keep_likely
+
+    (found,) = predictor([photo])
+    if isinstance(found, dict):
+        found = keep_likely(found, predictor.threshold)
+        objects = []
+        for index, (label, box) in enumerate(zip(found["labels"].tolist(), found["boxes"].tolist(), strict=True)):
+            entry = {"class": predictor.classes[label], "score": round(float(found["scores"][index]), 6), "box": box}
+            if "masks" in found:
+                entry["mask"] = decode_masks([found["masks"][index]], photo.height, photo.width)[0] > 0
+            objects.append(entry)
+        return objects
+    found = found.numpy()
+    if predictor.output == "panoptic":
+        numbers = [int(number) for number in np.unique(found[..., 1][found[..., 0] < len(predictor.classes)])]
+        masks = [(found[..., 1] == number) & (found[..., 0] < len(predictor.classes)) for number in numbers]
+        return [
+            {"class": predictor.classes[int(found[..., 0][mask][0])], "number": number, "mask": mask}
+            for number, mask in zip(numbers, masks, strict=True)
+        ]
+    segments = []
+    for label in np.unique(found[found < len(predictor.classes)]):
+        count, pieces = cv2.connectedComponents((found == label).astype(np.uint8))
+        segments += [{"class": predictor.classes[label], "mask": pieces == piece} for piece in range(1, count)]
+    return sorted(segments, key=lambda segment: -int(segment["mask"].sum()))
+
+
+def _chosen(objects: list[dict[str, Any]], word: str, kind: str, photo: Any, path: Path) -> dict[str, Any]:
+    """Return the object that a number from 1 on, or a place within it, names; of several the smallest."""
+    from ..tasks import TaskError
+
+    key = "box" if kind == "box" else "mask"
+    having = [one | {"number": one.get("number", number)} for number, one in enumerate(objects, 1) if key in one]
+    if not having:
+        raise TaskError(f"{path}: the model finds no {kind} on it; --at X,Y asks about a place")
+    if word.isdigit():
+        named = [one for one in having if one["number"] == int(word)]
+        if not named:
+            raise TaskError(
+                f"{path}: there is no {kind} {word}; there are {having[0]['number']} to {having[-1]['number']}"
+            )
+        (one,) = named
+    else:
+        x, y = _place(word, f"--{kind}")
+        if not (0 <= x < photo.width and 0 <= y < photo.height):
+            raise TaskError(f"{path}: the image is {photo.width}x{photo.height} pixels; {word} is not on it")
+        around = [one for one in having if _holds(one, key, x, y)]
+        if not around:
+            raise TaskError(f"{path}: {word} is in no {kind} that the model finds")
+        one = min(around, key=lambda one: _area(one, key))
+    one = {name: value for name, value in one.items() if name in ("class", "score", "number", key)}
+    return {"kind": kind, **one}
+
+
+def _holds(one: dict[str, Any], key: str, x: float, y: float) -> bool:
+    if key == "mask":
+        return bool(one["mask"][int(y), int(x)])
+    left, top, right, bottom = one["box"]
+    return left <= x <= right and top <= y <= bottom
+
+
+def _area(one: dict[str, Any], key: str) -> float:
+    if key == "mask":
+        return float(one["mask"].sum())
+    left, top, right, bottom = one["box"]
+    return (right - left) * (bottom - top)
+
+
+def _query(one: dict[str, Any], given: _Input, path: Path) -> Any:
+    """Return what is asked about as `picture` takes it, in pixels of the input."""
+    import cv2
+    import numpy as np
+
+    from ..tasks import TaskError
+    from ..tasks.pictures.attention_marks import Region
+
+    height, width = given.x.shape[2:]
+    if "at" in one:
+        x, y = one["at"]
+        if not (0 <= x < given.photo.width and 0 <= y < given.photo.height):
+            raise TaskError(
+                f"{path}: the image is {given.photo.width}x{given.photo.height} pixels; {x:g},{y:g} is not on it"
+            )
+        x, y = given.move((x, y))
+        if not (0 <= x < width and 0 <= y < height):
+            raise TaskError(f"{path}: {one['at'][0]:g},{one['at'][1]:g} is cropped away from what the model sees of it")
+        return x, y
+    mask = np.zeros((height, width), np.uint8)
+    if "mask" in one:
+        shown = cv2.resize(
+            one["mask"].astype(np.uint8),
+            (round(given.extent[1]), round(given.extent[2])),
+            interpolation=cv2.INTER_NEAREST,
+        )
+        mask[: shown.shape[0], : shown.shape[1]] = shown[:height, :width]
+    else:
+        corners = [given.move(corner) for corner in (one["box"][:2], one["box"][2:])]
+        (left, right), (top, bottom) = (sorted(round(corner[axis]) for corner in corners) for axis in (0, 1))
+        mask[max(0, top) : max(bottom, top + 1), max(0, left) : max(right, left + 1)] = 1
+    if not mask.any():
+        raise TaskError(f"{path}: the {one['kind']} {one['number']} is smaller than a pixel of what the model sees")
+    score = f", score {one['score']:.2f}" if "score" in one else ""
+    return Region(mask.astype(bool), f"{one['kind']} {one['number']}: {one['class']}{score}")
+
+
+def _numbers(observed: Any, told: list[dict], queries: list, args: argparse.Namespace) -> tuple[dict, dict]:
+    """Return what a picture shows as arrays by name, and in plain types."""
+    from ..tasks.pictures import attention
+
+    if args.method != "query":
+        values, words = observed
+        return {"map": values.cpu().numpy()}, {"map": words}
+    arrays, rows = {}, []
+    for number, (one, query) in enumerate(zip(told, queries, strict=True)):
+        if "mask" in one:
+            arrays[f"{number}.mask"] = one["mask"]
+        plain = {name: value for name, value in one.items() if name != "mask"}
+        if "at" in one:
+            plain["at_input"] = query
+        for call in attention.drawable(observed, args.layers):
+            array, facts = _facts(call, query)
+            arrays[f"{number}.{call.name}"] = array
+            shared = {"layer": call.name, "kind": call.kind, "map": list(call.map_size)}
+            rows.append({**plain, **shared, **facts, "check": _check(call), "note": call.note})
+    return arrays, {"queries": rows, "skipped": observed.skipped}
+
+
+def _check(call: Any) -> float | None:
+    """Return what `AttentionCall.check` does; None where the network wrote over what the attention returned."""
+    try:
+        return call.check()
+    except ValueError:
+        return None
+
+
+def _facts(call: Any, query: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the numbers of a query in one attention, of a gate or of channels: an array, and what is said of it."""
+    from ..tasks.pictures.attention_marks import queries_of
+
+    if call.kind == "gate":
+        gate = call.gate[0].float().cpu().numpy()
+        return gate, {"least": float(gate.min()), "mean": float(gate.mean()), "largest": float(gate.max())}
+    if call.kind == "channel":
+        return call.matrix()[0].cpu().numpy(), {}
+    tokens = queries_of(call, query)
+    use = call.use(tokens)
+    maps = use.weights[0].cpu().numpy()
+    mean = maps.mean(0)
+    best = [
+        {
+            "row": int(token) // mean.shape[1],
+            "column": int(token) % mean.shape[1],
+            "weight": round(float(mean.ravel()[token]), 6),
+        }
+        for token in mean.ravel().argsort()[::-1][:5]
+    ]
+    seen = int(use.seen[0].any(0).sum())
+    facts = {"tokens_asked": len(tokens), "tokens_seen": seen, "outside": round(use.rest[0].mean().item(), 6)}
+    return maps, {**facts, "best": best}
+
+
+def _save_gif(pictures: list, file: object) -> None:
+    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], duration=120, loop=0)
