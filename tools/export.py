@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-5,
         help="greatest difference from the model, in standard deviations of an output; %(default)s by default",
     )
+    _add_smaller(parser)
+    parser.add_argument("--untrained", action="store_true", help="of a name: random weights, such as to time it")
+
+
+def _add_smaller(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--int8",
         action="store_true",
@@ -88,14 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         help="greatest loss of accuracy, 0 to 1, that a smaller file may have; %(default)s by default",
     )
-    parser.add_argument("--untrained", action="store_true", help="of a name: random weights, such as to time it")
 
 
 def run(args: argparse.Namespace) -> None:
     """Export."""
 
     from ..tasks import TaskError
-    from ..tasks.export import FORMATS, Options, Pyramid, check_exportable, example_images, export_model, whole_model
+    from ..tasks.export import Options, Pyramid, check_exportable, example_images, export_model, whole_model
     from ..zoo.library_errors import first_line
 
     if not args.tolerance >= 0:
@@ -148,16 +152,23 @@ def run(args: argparse.Namespace) -> None:
         # The model itself refused the example.
         reason = first_line(error)
         raise TaskError(f"{args.source}: does not take images of {height}x{width} pixels: {reason}") from error
+    size = "any size" if options.dynamic_size else f"{height}x{width}"
+    _report(args, facts, len(model.state_dict()), f"{channels} x {size}")
+
+
+def _report(args: argparse.Namespace, facts: dict, count: int, images: str) -> None:
+    """Print what was written."""
+    from ..tasks.export import FORMATS
+
     kind = FORMATS[args.output.suffix]
     for file in facts["files"]:
         print(f"{file}: {kind}, {file.stat().st_size / 1e6:.1f} MB")
     if args.output.suffix == ".safetensors":
-        print(f"{len(model.state_dict())} tensors, read again and equal")
+        print(f"{count} tensors, read again and equal")
         return
     batch = "any number" if args.dynamic_batch else args.batch
-    size = "any size" if options.dynamic_size else f"{height}x{width}"
     outputs = ", ".join(f"{name} {shape}" for name, shape in facts["outputs"].items())
-    print(f"input: {batch} x {channels} x {size}; outputs: {outputs}")
+    print(f"input: {batch} x {images}; outputs: {outputs}")
     difference = f"{facts['difference']:.1e} standard deviations"
     print(f"greatest difference from the model: {difference}; allowed: {args.tolerance:g}")
     if facts["operators"]:
