@@ -86,8 +86,8 @@ def write_together(folder: str | Path, name: str, write: Callable[[Path], list[P
             for file in reversed(files):
                 os.replace(file, folder / file.name)
     except OSError as error:
-        kept = "; the file that was there before is intact" if (folder / name).exists() else ""
-        raise TaskError(f"{folder / name}: can't be written: {_reason(error, folder)}{kept}") from error
+        intact = "; the file that was there before is intact" if (folder / name).exists() else ""
+        raise TaskError(f"{folder / name}: can't be written: {_reason(error, folder)}{intact}") from error
     return [folder / file.name for file in files]
 
 

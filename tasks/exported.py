@@ -105,9 +105,11 @@ class _Detector(nn.Module):
     def _detect(self, image: Tensor) -> dict[str, Tensor]:
         batch, _, ((height, width),) = self.transform([_fitted(image, self.network.size)])
         batch = _padded(batch, self.network.size)
-        found = {name: value[0] for name, value in self.network(batch).items()}
-        count = int(found.pop("count"))
-        return in_own_pixels({name: value[:count] for name, value in found.items()}, (height, width), image.shape[-2:])
+        answers = {name: value[0] for name, value in self.network(batch).items()}
+        count = int(answers.pop("count"))
+        return in_own_pixels(
+            {name: value[:count] for name, value in answers.items()}, (height, width), image.shape[-2:]
+        )
 
 
 class _Segmenter(nn.Module):
@@ -122,32 +124,32 @@ class _Segmenter(nn.Module):
     def predict(self, images: Sequence[Tensor], output_size: tuple[int, int], **how: Any) -> list[Any]:
         (image,) = images
         size = image.shape[-2:]
-        found = {name: value[0] for name, value in self.network(_padded(image[None], self.network.size)).items()}
-        if "labels" in found and found["labels"].dim() == 2:
-            return [_at(found["labels"][: size[0], : size[1]], output_size)]
-        count = int(found.pop("count"))
-        if "segments" in found:
-            segments = _at(found["segments"][: size[0], : size[1]], output_size)
+        answers = {name: value[0] for name, value in self.network(_padded(image[None], self.network.size)).items()}
+        if "labels" in answers and answers["labels"].dim() == 2:
+            return [_at(answers["labels"][: size[0], : size[1]], output_size)]
+        count = int(answers.pop("count"))
+        if "segments" in answers:
+            segments = _at(answers["segments"][: size[0], : size[1]], output_size)
             infos = [
                 {"id": index + 1, "category_id": int(label)}
-                for index, label in enumerate(found["category_ids"][:count])
+                for index, label in enumerate(answers["category_ids"][:count])
             ]
             return [{"segments": segments, "segments_info": infos}]
-        return [in_own_pixels({name: value[:count] for name, value in found.items()}, size, output_size)]
+        return [in_own_pixels({name: value[:count] for name, value in answers.items()}, size, output_size)]
 
 
-def in_own_pixels(found: dict[str, Tensor], size: tuple[int, int], original: tuple[int, int]) -> dict[str, Tensor]:
+def in_own_pixels(objects: dict[str, Tensor], size: tuple[int, int], original: tuple[int, int]) -> dict[str, Tensor]:
     """Return objects found in an image of ``size`` as objects of the original: boxes scaled, masks cut and resized."""
     height, width = size
-    factor = found["boxes"].new_tensor([original[1] / width, original[0] / height] * 2)
-    limit = found["boxes"].new_tensor([original[1], original[0]] * 2)
-    found = {**found, "boxes": (found["boxes"] * factor).clamp(min=0).minimum(limit)}
-    if "masks" in found:
-        masks = found["masks"][:, :height, :width].float()
+    factor = objects["boxes"].new_tensor([original[1] / width, original[0] / height] * 2)
+    limit = objects["boxes"].new_tensor([original[1], original[0]] * 2)
+    objects = {**objects, "boxes": (objects["boxes"] * factor).clamp(min=0).minimum(limit)}
+    if "masks" in objects:
+        masks = objects["masks"][:, :height, :width].float()
         if len(masks) and (height, width) != tuple(original):
             masks = F.interpolate(masks[:, None], size=tuple(original), mode="bilinear", align_corners=False)[:, 0]
-        found["masks"] = masks >= 0.5
-    return found
+        objects["masks"] = masks >= 0.5
+    return objects
 
 
 def _at(labels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -57,8 +57,8 @@ class Model:
 
         def answer() -> None:
             images = [image for _, image in batch]
-            for (name, image), found in zip(batch, predictor(images) if images else [], strict=True):
-                results.append(Result(predictor, image, found, name))
+            for (name, image), prediction in zip(batch, predictor(images) if images else [], strict=True):
+                results.append(Result(predictor, image, prediction, name))
             batch.clear()
 
         for name, read in expand_sources(source):

@@ -47,28 +47,28 @@ class Result(Mapping):
         image: The image, upright, as the model got it.
         names: Names of all classes, in the order of the labels.
         kind: ``"labels"``, ``"objects"``, ``"regions"`` (classes of pixels) or ``"segments"`` (panoptic).
-        found: What the predictor returned: ``(class, probability)`` of each class named; tensors of objects; classes
+        answer: What the predictor returned: ``(class, probability)`` of each class named; tensors of objects; classes
             of pixels ``[H, W]``; or class and number of segments ``[H, W, 2]``.
 
     Args:
         predictor: Which found it.
         image: See above.
-        found: See above.
+        answer: See above.
         source: See above.
     """
 
-    def __init__(self, predictor: Any, image: Image.Image, found: Any, source: str = ""):
-        self.source, self.image, self.found = source, image, found
+    def __init__(self, predictor: Any, image: Image.Image, answer: Any, source: str = ""):
+        self.source, self.image, self.answer = source, image, answer
         self.names: list[str] = list(predictor.classes)
-        if isinstance(found, Mapping):
+        if isinstance(answer, Mapping):
             self.kind = "objects"
-        elif isinstance(found, torch.Tensor):
-            self.kind = "regions" if found.ndim == 2 else "segments"
+        elif isinstance(answer, torch.Tensor):
+            self.kind = "regions" if answer.ndim == 2 else "segments"
         else:
             self.kind = "labels"
         self._draw, self._threshold = predictor.draw, getattr(predictor, "threshold", 0.0)
-        self._described: dict[str, Any] = predictor.describe(found)
-        self._headline: str = predictor.headline(found)
+        self._described: dict[str, Any] = predictor.describe(answer)
+        self._headline: str = predictor.headline(answer)
 
     def __getitem__(self, key: str) -> Any:
         return self._described[key]
@@ -91,10 +91,10 @@ class Result(Mapping):
         if self.kind == "labels":
             raise TaskError(f"{self.source}: a classifier names the image; it finds no objects in it")
         if self.kind == "objects":
-            likely = keep_likely(self.found, self._threshold)
+            likely = keep_likely(self.answer, self._threshold)
             boxes, labels, scores = (likely[key].numpy() for key in ("boxes", "labels", "scores"))
             return Objects(boxes, labels, scores, likely.get("masks"))
-        planes = self.found.numpy()
+        planes = self.answer.numpy()
         codes = planes[..., None] if self.kind == "regions" else planes
         there, numbers = np.unique(codes.reshape(-1, codes.shape[-1]), axis=0, return_inverse=True)
         numbers = numbers.reshape(codes.shape[:2])
@@ -113,8 +113,8 @@ class Result(Mapping):
         """
         supervision = require("supervision")
         if self.kind == "labels":
-            labels = np.array([self.names.index(name) for name, _ in self.found], int)
-            return supervision.Classifications(labels, np.array([share for _, share in self.found], np.float32))
+            labels = np.array([self.names.index(name) for name, _ in self.answer], int)
+            return supervision.Classifications(labels, np.array([share for _, share in self.answer], np.float32))
         objects = self.objects()
         masks = None
         if objects.masks is not None:
@@ -201,7 +201,7 @@ class Result(Mapping):
         """Return the picture that `foveate predict` writes."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "picture.png"
-            self._draw(self.image, self.found, path)
+            self._draw(self.image, self.answer, path)
             with Image.open(path) as picture:
                 return picture.convert("RGB")
 

@@ -85,9 +85,9 @@ def read_objects(root: str | Path, broken: str) -> tuple[str, dict[str, list[Rec
     splits, classes = {}, None
     for split in ("train", "val"):
         if data[split] is not None:
-            splits[split], found = OBJECTS[data["name"]].find(Path(root), data, split, None, False)
-            classes = found if classes is None else classes
-            if not order_by_name(splits[split], found, classes):
+            splits[split], names = OBJECTS[data["name"]].find(Path(root), data, split, None, False)
+            classes = names if classes is None else classes
+            if not order_by_name(splits[split], names, classes):
                 raise TaskError(f"{root}: training and validation annotations have different classes")
     return data["name"], splits, classes
 
@@ -107,23 +107,23 @@ def _listed(read: Callable[[], Any]) -> tuple[Any, list[str]]:
     """Return what a reader returns that leaves out what is broken, and what it says is."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        found = read()
-    return found, [str(each.message).removesuffix("; left out") for each in caught]
+        result = read()
+    return result, [str(each.message).removesuffix("; left out") for each in caught]
 
 
 def _objects(root: Path, data: dict, splits: Sequence[str]) -> Survey:
     find, parts, first, classes = OBJECTS[data["name"]].find, [], None, []
     for split in splits:
-        (records, found), faults = _listed(
+        (records, names), faults = _listed(
             lambda split=split: find(root, data | {"broken": "drop"}, split, None, False)
         )
-        classes = classes or found
-        if not order_by_name(records, found, classes):
-            faults.append(f"{split}: has the classes {found}, train {classes}")
-            classes = [*classes, *(name for name in found if name not in classes)]
+        classes = classes or names
+        if not order_by_name(records, names, classes):
+            faults.append(f"{split}: has the classes {names}, train {classes}")
+            classes = [*classes, *(name for name in names if name not in classes)]
             for part in parts:
                 part.counts += [0] * (len(classes) - len(part.counts))
-            order = np.array([classes.index(name) for name in found], np.int64)
+            order = np.array([classes.index(name) for name in names], np.int64)
             for record in records:
                 record.instances.labels = order[record.instances.labels]
         labels = np.concatenate([np.zeros(0, np.int64), *(record.instances.labels for record in records)])

@@ -168,28 +168,34 @@ def _objects(predictor: Any, photo: Any) -> list[dict[str, Any]]:
     from ..tasks.data.coco import decode_masks
     from ..tasks.detections import keep_likely
 
-    (found,) = predictor([photo])
-    if isinstance(found, dict):
-        found = keep_likely(found, predictor.threshold)
+    (prediction,) = predictor([photo])
+    if isinstance(prediction, dict):
+        prediction = keep_likely(prediction, predictor.threshold)
         objects = []
-        for index, (label, box) in enumerate(zip(found["labels"].tolist(), found["boxes"].tolist(), strict=True)):
-            entry = {"class": predictor.classes[label], "score": round(float(found["scores"][index]), 6), "box": box}
-            if "masks" in found:
-                entry["mask"] = decode_masks([found["masks"][index]], photo.height, photo.width)[0] > 0
+        for index, (label, box) in enumerate(
+            zip(prediction["labels"].tolist(), prediction["boxes"].tolist(), strict=True)
+        ):
+            entry = {
+                "class": predictor.classes[label],
+                "score": round(float(prediction["scores"][index]), 6),
+                "box": box,
+            }
+            if "masks" in prediction:
+                entry["mask"] = decode_masks([prediction["masks"][index]], photo.height, photo.width)[0] > 0
             objects.append(entry)
         return objects
-    found = found.numpy()
+    prediction = prediction.numpy()
     if predictor.output == "panoptic":
-        numbers = [int(number) for number in np.unique(found[..., 1][found[..., 0] < len(predictor.classes)])]
-        masks = [(found[..., 1] == number) & (found[..., 0] < len(predictor.classes)) for number in numbers]
+        numbers = [int(number) for number in np.unique(prediction[..., 1][prediction[..., 0] < len(predictor.classes)])]
+        masks = [(prediction[..., 1] == number) & (prediction[..., 0] < len(predictor.classes)) for number in numbers]
         return [
-            {"class": predictor.classes[int(found[..., 0][mask][0])], "number": number, "mask": mask}
+            {"class": predictor.classes[int(prediction[..., 0][mask][0])], "number": number, "mask": mask}
             for number, mask in zip(numbers, masks, strict=True)
         ]
     segments = []
-    for label in np.unique(found[found < len(predictor.classes)]):
-        count, pieces = cv2.connectedComponents((found == label).astype(np.uint8))
-        segments += [{"class": predictor.classes[label], "mask": pieces == piece} for piece in range(1, count)]
+    for label in np.unique(prediction[prediction < len(predictor.classes)]):
+        pieces, count = ndimage.label(prediction == label, np.ones((3, 3)))
+        segments += [{"class": predictor.classes[label], "mask": pieces == piece} for piece in range(1, count + 1)]
     return sorted(segments, key=lambda segment: -int(segment["mask"].sum()))
 
 
@@ -236,8 +242,8 @@ def _area(one: dict[str, Any], key: str) -> float:
 
 def _query(one: dict[str, Any], given: _Input, path: Path) -> Any:
     """Return what is asked about as `picture` takes it, in pixels of the input."""
-    import cv2
     import numpy as np
+    from PIL import Image
 
     from ..tasks import TaskError
     from ..tasks.pictures.attention_marks import Region
@@ -255,11 +261,8 @@ def _query(one: dict[str, Any], given: _Input, path: Path) -> Any:
         return x, y
     mask = np.zeros((height, width), np.uint8)
     if "mask" in one:
-        shown = cv2.resize(
-            one["mask"].astype(np.uint8),
-            (round(given.extent[1]), round(given.extent[2])),
-            interpolation=cv2.INTER_NEAREST,
-        )
+        size = (round(given.extent[1]), round(given.extent[2]))
+        shown = np.asarray(Image.fromarray(one["mask"].astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
         mask[: shown.shape[0], : shown.shape[1]] = shown[:height, :width]
     else:
         corners = [given.move(corner) for corner in (one["box"][:2], one["box"][2:])]

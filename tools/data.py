@@ -37,19 +37,19 @@ def run(args: argparse.Namespace) -> int | None:
 def _check(args: argparse.Namespace) -> int:
     from ..tasks.survey import survey
 
-    found = survey(args.root)
-    print(f"{args.root}: {found.kind} in the format {found.format}, {len(found.classes)} classes")
-    for part in found.parts:
-        print(f"{part.split}: {part.images} images, {sum(part.counts)} {found.counted}")
-        for name, count in zip(found.classes, part.counts, strict=True):
+    folder = survey(args.root)
+    print(f"{args.root}: {folder.kind} in the format {folder.format}, {len(folder.classes)} classes")
+    for part in folder.parts:
+        print(f"{part.split}: {part.images} images, {sum(part.counts)} {folder.counted}")
+        for name, count in zip(folder.classes, part.counts, strict=True):
             print(f"  {count:>8} {name}")
-    if len(found.parts) == 1:
+    if len(folder.parts) == 1:
         print("no held-out images: data.name=auto holds out a share of these (data.holdout)")
-    faults = [fault for part in found.parts for fault in part.faults]
-    if found.parts[0].images:
+    faults = [fault for part in folder.parts for fault in part.faults]
+    if folder.parts[0].images:
         path = args.output / "samples.png"
-        found.draw(path, SHOWN)
-        print(f"{min(SHOWN, found.parts[0].images)} samples: {path}")
+        folder.draw(path, SHOWN)
+        print(f"{min(SHOWN, folder.parts[0].images)} samples: {path}")
     for fault in faults:
         print(f"fault: {fault}")
     print("no faults" if not faults else "correct them, or leave them out with data.broken=drop")

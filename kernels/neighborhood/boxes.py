@@ -174,7 +174,7 @@ def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
     query = _arranged(_padded(query, [math.prod(axis) for axis in of_queries]), of_queries) * scale
     scores = query @ boxes(key).transpose(-1, -2) + _mask(rpb, cuts, query)
     if more[0] is not None:
-        seen, kept = (x.transpose(1, 2).unsqueeze(1) for x in more)
+        seen, extra_values = (x.transpose(1, 2).unsqueeze(1) for x in more)
         scores = torch.cat([scores, query @ seen.transpose(-1, -2)], dim=-1)
     # exp(-60) adds nothing, but of the mask's own numbers onnxruntime's Softmax makes denormal ones, which are slow.
     scores = torch.maximum(scores, scores.amax(-1, keepdim=True) - _LEAST)
@@ -182,7 +182,7 @@ def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
     own = weights[..., : weights.shape[-1] - more[0].shape[1]] if more[0] is not None else weights
     out = own @ boxes(value)
     if more[0] is not None:
-        out = out + weights[..., own.shape[-1] :] @ kept
+        out = out + weights[..., own.shape[-1] :] @ extra_values
     crop = (slice(None), *(slice(length) for length in size))
     lse = _restored(scores.logsumexp(-1, keepdim=True), of_queries)[crop].squeeze(-1) if with_lse else None
     return _restored(out, of_queries)[crop], lse

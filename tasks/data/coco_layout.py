@@ -93,7 +93,7 @@ def _first_name(path: Path) -> str | None:
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):
             rest += piece
-            if (found := _NAME.search(rest)) is not None:
-                return json.loads(found[1])
+            if (match := _NAME.search(rest)) is not None:
+                return json.loads(match[1])
             rest = rest[-1000:]
     return None

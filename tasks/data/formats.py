@@ -97,8 +97,8 @@ def recognise(root: str | Path, kind: str) -> tuple[str, dict] | None:
     Raises:
         TaskError: If the folder is in a format of the kind, but it isn't told where its parts are.
     """
-    found = ((name, row.recognise(Path(root))) for name, row in TABLES[kind].items())
-    return next(((name, settings) for name, settings in found if settings is not None), None)
+    candidates = ((name, row.recognise(Path(root))) for name, row in TABLES[kind].items())
+    return next(((name, settings) for name, settings in candidates if settings is not None), None)
 
 
 def resolve(data: dict, kind: str) -> tuple[dict, list[str]]:
@@ -112,14 +112,14 @@ def resolve(data: dict, kind: str) -> tuple[dict, list[str]]:
     if data["name"] != "auto":
         return data, []
     root = _find_root(data)
-    found = recognise(root, kind)
-    if found is None:
+    recognised = recognise(root, kind)
+    if recognised is None:
         others = [other for other in TABLES if other != kind and recognise(root, other) is not None]
         raise TaskError(
             f"{root}: is in none of the formats of {kind}, {', '.join(TABLES[kind])}"
             + (f"; it holds {' and '.join(others)}" if others else "; name it by data.name, and its parts")
         )
-    name, settings = found
+    name, settings = recognised
     settings = {key: value for key, value in settings.items() if key != "classes" or data["classes"] is None}
     parts = {
         key: data[key] | value if isinstance(value, dict) and isinstance(data[key], dict) else value
@@ -185,8 +185,8 @@ def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[
         train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
         if holds_out:
             val = samples(root, parts[0], transforms[1], rule.channels, train.classes, layout=layout)
-            for part, kept in zip((train, val), hold_out(len(train), data, train.targets), strict=True):
-                part.samples = [part.samples[index] for index in kept]
+            for part, indices in zip((train, val), hold_out(len(train), data, train.targets), strict=True):
+                part.samples = [part.samples[index] for index in indices]
                 part.targets = [label for _, label in part.samples]
         else:
             val = samples(root, parts[1], transforms[1], rule.channels, train.classes, layout=layout)
@@ -221,8 +221,8 @@ def open_objects(data: dict, with_masks: bool | None, skip_damaged: bool = False
         find = OBJECTS[data["name"]].find
         records, classes = find(root, data, "train", with_masks, skip_damaged)
         if data["val"] is None:
-            kept, held = hold_out(len(records), data)
-            records, held_out, val_classes = [records[i] for i in kept], [records[i] for i in held], classes
+            training, validation = hold_out(len(records), data)
+            records, held_out, val_classes = [records[i] for i in training], [records[i] for i in validation], classes
         else:
             held_out, val_classes = find(root, data, "val", with_masks, skip_damaged)
         if not coco.order_by_name(held_out, val_classes, classes):
@@ -281,8 +281,8 @@ def open_maps(
         train = open_part(root, data, "train", skip_damaged, shared | to_train)
         val = open_part(root, data, "train" if data["val"] is None else "val", skip_damaged, shared)
         if data["val"] is None:
-            for part, kept in zip((train, val), hold_out(train.images, data), strict=True):
-                part.keep(kept)
+            for part, indices in zip((train, val), hold_out(train.images, data), strict=True):
+                part.keep(indices)
         white = white or choose_white(train.image_files)
     train.white = val.white = white
     _order_classes(train, val, data)

@@ -238,7 +238,9 @@ class LabelMaps(SegmentationSet):
 
     def keep(self, indices: Sequence[int]) -> None:
         """Leave out all images but these."""
-        self.files, self.found = ([every[index] for index in indices] for every in (self.files, self.found))
+        self.files, self.value_counts = (
+            [every[index] for index in indices] for every in (self.files, self.value_counts)
+        )
 
     @property
     def image_files(self) -> list[Path]:

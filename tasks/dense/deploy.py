@@ -39,8 +39,8 @@ class Detections(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what is found; see the class."""
-        found = self.model.find(x)
-        return tuple(found[name] for name in self.OUTPUTS)
+        answers = self.model.find(x)
+        return tuple(answers[name] for name in self.OUTPUTS)
 
 
 class LabelMaps(nn.Module):

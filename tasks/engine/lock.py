@@ -41,7 +41,7 @@ def hold_folder(folder: Path) -> Iterator[str | None]:
         remark = f"{folder} can't be locked ({error}): let no second run write there"
     try:
         if remark is None:
-            record = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+            record = {"process": os.getpid(), "machine": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
             with contextlib.suppress(OSError):  # the check of the folder says what is wrong with it
                 holder.write_text(json.dumps(record))
         yield remark
@@ -56,6 +56,8 @@ def hold_folder(folder: Path) -> Iterator[str | None]:
 def _describe(holder: Path) -> str:
     try:
         record = json.loads(holder.read_text())
-        return f"process {record['process']} on {record['host']} has been writing a run there since {record['since']}"
+        return (
+            f"process {record['process']} on {record['machine']} has been writing a run there since {record['since']}"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process is writing a run there"

@@ -80,8 +80,8 @@ def _translations() -> dict[Any, Callable]:
 
     def suppress(boxes, scores, threshold: float):
         most = op.Constant(value_ints=[2**62])
-        chosen = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, [1]), most, threshold, -0.5)
-        place = op.Gather(chosen, [0, 2], axis=1)
+        survivors = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, [1]), most, threshold, -0.5)
+        place = op.Gather(survivors, [0, 2], axis=1)
         ones = op.CastLike(op.Squeeze(op.Slice(op.Add(op.Mul(place, [0]), [1]), [0], [1], [1]), [1]), scores)
         return op.Greater(op.ScatterND(op.Mul(scores, 0.0), place, ones), 0.5)
 

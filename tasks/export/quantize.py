@@ -77,12 +77,12 @@ def _folded(onnx: Any, source: Path, target: Path) -> Any:
 def _products(model: Any) -> list[str]:
     """Return the names of the nodes that multiply by weights; nodes without a name get one."""
     weights = {value.name for value in model.graph.initializer}
-    chosen = []
+    names = []
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node{index}"
         if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights:
-            chosen.append(node.name)
-    return chosen
+            names.append(node.name)
+    return names
 
 
 def halved(source: Path, target: Path) -> None:

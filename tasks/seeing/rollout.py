@@ -469,10 +469,10 @@ def relevance(
             return _carry(model, path, read, layers, every_layer, pixels, step)
         # What is left is small beside what is taken away.
         exact = path._replace(dtype=torch.float64)
-        found = _carry(model, exact, read, layers, True, pixels, step)
+        maps = _carry(model, exact, read, layers, True, pixels, step)
         alone = _carry(model, exact, read, layers, True, pixels, lambda name, call, r: r)
-    found = {name: (part - alone[name]).clamp(min=0).to(path.dtype) for name, part in found.items()}
-    return found if every_layer else next(iter(found.values()))
+    maps = {name: (part - alone[name]).clamp(min=0).to(path.dtype) for name, part in maps.items()}
+    return maps if every_layer else next(iter(maps.values()))
 
 
 def _add_relevance(call: AttentionCall, r: Tensor, gradient: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from .test_requirements import required
 ABSENT = "import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
 # What the extras bring, by the name that Python imports.
 NAMES = [
-    *("mmengine", "albumentations", "cv2", "torchmetrics", "faster_coco_eval", "scipy", "matplotlib"),
+    *("mmengine", "albumentations", "cv2", "torchmetrics", "faster_coco_eval", "scipy", "matplotlib", "yaml"),
     *("onnx", "onnxruntime", "onnxscript"),
 ]
 
@@ -26,7 +26,7 @@ def run(code, *arguments):
 def test_the_core_requires_none_of_the_extras():
     core = {"torch", "torchvision", "timm", "safetensors", "huggingface-hub", "numpy", "filelock", "tqdm"}
     assert set(required("foveate")) == core
-    known = {re.sub("_", "-", name) for name in NAMES} | {"mmengine-lite", "opencv-python-headless"}
+    known = {re.sub("_", "-", name) for name in NAMES} | {"mmengine-lite", "opencv-python-headless", "pyyaml"}
     assert {*required("foveate", "all"), *required("foveate", "export")} - core <= known
 
 

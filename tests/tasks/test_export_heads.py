@@ -24,8 +24,8 @@ DETECTORS = {
 }
 LABELLERS = ("semantic_fpn", "upernet", "deeplabv3", "deeplabv3_plus", "light_ham", "ham_net", "mca", "attention_unet")
 QUERIES = [f"{head} {output}" for head in ("mask2former", "oneformer") for output in OUTPUTS]
-# Of each kind of answer one by default.
-BRIEF = ("mask_rcnn .onnx", "retinanet .pt2", "semantic_fpn .onnx", "mask2former panoptic .onnx")
+# One with boxes and masks, one by torch.export and one with labels by default.
+BRIEF = ("mask_rcnn .onnx", "retinanet .pt2", "semantic_fpn .onnx")
 
 
 class Convolutions(nn.Module):

@@ -114,8 +114,8 @@ class RetinaNet(Detector):
 
     def find(self, batch: Tensor) -> dict[str, Tensor]:
         logits, offsets = self.head(self.neck(self.backbone(self.transform.padded(batch))))
-        found = self.head.find(logits, offsets, tuple(batch.shape[-2:]))
-        return dict(zip(("boxes", "scores", "labels", "count"), found, strict=True))
+        answers = self.head.find(logits, offsets, tuple(batch.shape[-2:]))
+        return dict(zip(("boxes", "scores", "labels", "count"), answers, strict=True))
 
     def losses_from_features(
         self, features: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], image_sizes: Sequence[Size]

@@ -25,10 +25,10 @@ Size = tuple[int, int]
 @torch.library.custom_op("foveate::suppress", mutates_args=())
 def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Return which boxes ``[B, N, 4]`` of scores ``[B, N]`` survive, ``[B, N]``, as ONNX's NonMaxSuppression does."""
-    kept = torch.zeros_like(scores, dtype=torch.bool)
+    survives = torch.zeros_like(scores, dtype=torch.bool)
     for image, (box, score) in enumerate(zip(boxes, scores, strict=True)):
-        kept[image, nms(box, score, threshold)] = True
-    return kept & (scores > NONE)
+        survives[image, nms(box, score, threshold)] = True
+    return survives & (scores > NONE)
 
 
 @_suppress.register_fake
@@ -54,8 +54,8 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) ->
     # Of torch's and torchvision's operators alone: images lie apart, in numbers that add without rounding.
     far = torch.arange(boxes.shape[0], device=boxes.device, dtype=torch.float64)[:, None, None] * 2.0**26
     best = nms((boxes.double() + far).flatten(0, 1), scores.flatten().double(), threshold)
-    kept = torch.zeros_like(scores).flatten().index_fill(0, best, 1.0)
-    return (kept > 0).unflatten(0, scores.shape) & valid
+    survives = torch.zeros_like(scores).flatten().index_fill(0, best, 1.0)
+    return (survives > 0).unflatten(0, scores.shape) & valid
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

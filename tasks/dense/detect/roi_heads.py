@@ -396,14 +396,14 @@ class RoIHeads(nn.Module):
         return results
 
     def find(
-        self, pyramid: Sequence[Tensor], proposals: Tensor, found: Tensor, image_size: tuple[int, int]
+        self, pyramid: Sequence[Tensor], proposals: Tensor, present: Tensor, image_size: tuple[int, int]
     ) -> dict[str, Tensor]:
         """Return what `forward` finds in images of one size, in tensors that are as large for all images.
 
         Args:
             pyramid: Maps ``[B, C, H_i, W_i]``.
             proposals: Regions ``[B, P, 4]``.
-            found: Which of them there are, ``[B, P]``.
+            present: Which of them there are, ``[B, P]``.
             image_size: ``(height, width)`` of the images, without padding.
         """
         rois, sums, last = proposals, 0, len(self.box_heads) - 1
@@ -414,10 +414,10 @@ class RoIHeads(nn.Module):
             if index < last:
                 labels = logits[..., :-1].argmax(dim=-1)
                 offset = self._of_class(offsets, labels)
-                rois = self.coders[index].decode(rois, offset, image_size) * found[..., None]
+                rois = self.coders[index].decode(rois, offset, image_size) * present[..., None]
         means = sums / len(self.box_heads)
         scores = (means if self.averages_probabilities else means.softmax(dim=-1))[..., :-1]
-        scores = torch.where(found[..., None], scores, fixed.NONE)
+        scores = torch.where(present[..., None], scores, fixed.NONE)
         most = fixed.most_pairs(count, self.num_classes, self.score_threshold, exclusive=True)
         scores, pairs = fixed.pairs_above(scores, self.score_threshold, most)
         regions, labels = torch.div(pairs, self.num_classes, rounding_mode="floor"), pairs % self.num_classes
@@ -428,10 +428,10 @@ class RoIHeads(nn.Module):
         boxes, scores, labels, number = fixed.finished(
             *fixed.choose(boxes, scores, labels, self.nms_threshold, self.max_detections)
         )
-        found = {"boxes": boxes, "scores": scores, "labels": labels}
+        answers = {"boxes": boxes, "scores": scores, "labels": labels}
         if len(self.mask_heads):
-            found["masks"] = self._laid(pyramid, boxes, labels, image_size)
-        return found | {"count": number}
+            answers["masks"] = self._laid(pyramid, boxes, labels, image_size)
+        return answers | {"count": number}
 
     @staticmethod
     def _of_class(offsets: Tensor, labels: Tensor) -> Tensor:

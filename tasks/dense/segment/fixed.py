@@ -105,10 +105,10 @@ def segments(queries: Queries, object_threshold: float, overlap_threshold: float
 
     table = (number[:, :, None] == query + 1) & valid[:, :, None]
     head = table & first[:, :, None]
-    found = first.sum(1)
-    present = query < found[:, None]
+    count = first.sum(1)
+    present = query < count[:, None]
     category = torch.where(present, (labels[:, :, None] * head).sum(1), -1)
     values = (scores[:, :, None] * head).sum(1)
     shown = (pixels * number[..., None, None].to(torch.int32)).sum(1, dtype=torch.int32)
     kinds = (things[:, :, None] & head).any(1)
-    return shown, category, kinds, (seen[:, :, None] * table).sum(1), values, found
+    return shown, category, kinds, (seen[:, :, None] * table).sum(1), values, count
