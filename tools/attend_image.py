@@ -162,8 +162,8 @@ def _asked(
 
 def _objects(predictor: Any, photo: Any) -> list[dict[str, Any]]:
     """Return what a detector or segmenter finds: ``class``, ``box`` or ``mask``, and ``score`` where there is one."""
-    import cv2
     import numpy as np
+    from scipy import ndimage
 
     from ..tasks.data.coco import decode_masks
     from ..tasks.detections import keep_likely
