@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from foveate.kernels import neighborhood_backends, set_neighborhood_backend
+from foveate.kernels import set_neighborhood_backend
 from timm.models._features_fx import create_feature_extractor as timms_extractor
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -16,7 +16,6 @@ from torchvision.models.feature_extraction import create_feature_extractor as to
 
 # What refuses says so in one line, which names what does.
 TORCHVISION = r"use timm's create_model\(..., features_only=True\)"
-NATIVE = "first derivatives only; use backend='tiled'"
 ROUTED = "first derivatives only, unless it is called with backend='reference'"
 
 
@@ -25,11 +24,7 @@ def torchvisions_refusal(family: str) -> str | None:
 
 
 def second_refusal(family: str) -> str | None:
-    if family.startswith("biformer_"):
-        return ROUTED
-    map_ = torch.zeros(1, 3, 3, 1, 4)
-    native = neighborhood_backends(map_, map_, map_, 3)["native"] == "chosen"  # not without the C library
-    return NATIVE if native and family.startswith(("nat_", "dinat_", "dat_p", "foveate_host_")) else None
+    return ROUTED if family.startswith("biformer_") else None
 
 
 # Which tools refuse which families; everything else holds.

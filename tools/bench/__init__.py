@@ -4,13 +4,13 @@
 unfused, against FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window;
 then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against a peer.
 ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of
-one image. ``dino`` times DINO by parts, and its encoder in training against the usual formulation with grid_sample.
-``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward, against
-the usual formulation with grid_sample. ``depthwise`` times the dilated, strip and wide depthwise convolutions of VAN,
-MSCAN and OverLoCK against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the same
-augmentation. ``exports`` times classifiers in torch, compiled, and exported to onnxruntime and, if it is installed,
-OpenVINO, in float32 and in int8. Tables are printed and written as markdown and csv; kernels also as a plot of time
-against size.
+one image. ``dino`` times DINO by parts, beside transformers' deformable DETR where it is installed, and its encoder in
+training against the usual formulation with grid_sample. ``deformable`` times multi-scale deformable attention at
+Mask2Former's shapes, forward and backward, against the usual formulation with grid_sample. ``depthwise`` times the
+dilated, strip and wide depthwise convolutions of VAN, MSCAN and OverLoCK against torch's. ``loader`` times epochs of
+labelled JPEGs by our loader and by timm's, with the same augmentation. ``exports`` times classifiers in torch,
+compiled, and exported to onnxruntime and, if it is installed, OpenVINO, in float32 and in int8. Tables are printed and
+written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse
