@@ -140,10 +140,10 @@ def test_a_run_continues_to_the_same_bits(recipe, options, tmp_path, monkeypatch
     _, straight = train(recipe, tmp_path / "straight", *short)
     check = RunHook._check_finite
 
-    def interrupted(self, runner):
+    def interrupted(self, runner, again=False):
         if runner.epoch == 1:
             raise KeyboardInterrupt
-        check(self, runner)
+        check(self, runner, again)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunHook, "_check_finite", interrupted)
