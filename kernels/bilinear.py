@@ -95,6 +95,14 @@ def sample_aligned(x: Tensor, points: Tensor) -> Tensor:
     Returns:
         ``[B, C, h, w]``.
     """
+    # TorchScript, which knows no graphs for other runtimes, leaves the other branch out.
+    if torch.jit.is_scripting():
+        return F.grid_sample(x, points, mode="bilinear", align_corners=True)
+    else:
+        return _sample_aligned(x, points)
+
+
+def _sample_aligned(x: Tensor, points: Tensor) -> Tensor:
     if not exporting() or graph().grid_sample:
         return F.grid_sample(x, points, mode="bilinear", align_corners=True)
     height, width = x.shape[-2:]

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=at_least(1), default=1, help="images at once; %(default)s by default")
     parser.add_argument("--dynamic-batch", action="store_true", help="take any number of images at once")
     parser.add_argument("--dynamic-size", action="store_true", help="take images of any height and width")
-    parser.add_argument("--opset", type=int, default=18, help="of ONNX's operators; %(default)s by default")
+    parser.add_argument("--opset", type=at_least(1), default=18, help="of ONNX's operators; %(default)s by default")
     parser.add_argument(
         "--grid-sample",
         action="store_true",
@@ -76,14 +76,14 @@ def _add_smaller(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of classifiers as .onnx: write float16 and measure it on --data",
+        help="of classifiers as .onnx: float16 is written and measured on --data; %(default)s by default",
     )
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="images in a folder a class, for --int8 and --dtype"
     )
     parser.add_argument(
         "--calibration",
-        type=int,
+        type=at_least(1),
         default=32,
         help="images of --data to calibrate by, not measured; %(default)s by default",
     )

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...zoo.library_errors import first_line
 from .. import TaskError, nearest
+from ..extras import require
 from .annotations import Faults, check_names, in_threads, is_number, read_lines
 from .coco import Instances, Record, check_object
 from .images import DamagedImageError, list_images, read_size
@@ -47,6 +46,7 @@ def read_yaml(root: Path) -> tuple[Path, dict[str, Any], list[str]]:
         TaskError: If it can't be read, names no classes or not as many as it says, or is about keypoints.
     """
     path = find_yaml(root)
+    yaml = require("yaml")
     try:
         content = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:

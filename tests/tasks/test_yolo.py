@@ -59,7 +59,7 @@ def test_boxes_and_polygons_are_read_in_pixels(root):
     assert boxes.boxes[1] == pytest.approx([5, 3.3, 30, 23.1])
     assert boxes.masks[0] is None
     assert decode_masks([boxes.masks[1]], 33, 50).sum() == boxes.areas[1] == 25 * 20
-    train, val = open_maps(settings(root, Segment, broken="drop"), RULE, "instance", True)
+    train, val = open_maps(settings(root, Segment, broken="drop", augment={"crop": 60}), RULE, "instance", True)
     assert train[0][1]["masks"].shape[0] == 2
     assert len(val) == 3
 

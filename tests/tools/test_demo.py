@@ -25,7 +25,7 @@ def test_the_demo_reproduces_its_number_and_draws(tmp_path, capsys):
         assert name in text
     assert len(list((tmp_path / "demo" / "heldout").iterdir())) == 397
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    left = set(re.findall(r"runs/demo/(\S+)", readme + EXAMPLES))
+    left = set(re.findall(r"runs/demo/([\w./]+)", readme + EXAMPLES))
     assert {"heldout", "cells.png"} <= left
     assert all((tmp_path / "demo" / name).exists() for name in left)
     # As it is bundled, with 16 bits.

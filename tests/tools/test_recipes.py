@@ -37,7 +37,7 @@ def root(tmp_path_factory):
 
 
 def read(name, root=None, *overrides):
-    needs_root = load_config(name)["data"]["name"] == "folder"
+    needs_root = load_config(name)["data"]["name"] in ("folder", "auto")
     given = [f"data.root={root}", "data.num_classes=2"] if needs_root else []
     return load_config(name, [*given, *overrides])
 
@@ -187,8 +187,8 @@ def test_a_model_given_as_a_config_is_answered_with_its_recipes():
     assert "detect/mask_rcnn_dinat_s_tiny_3x_coco" not in recipes_of_model("dinat_tiny")
     with pytest.raises(TaskError, match="nat_base is a model, and a config a recipe of it: detect/cascade_mask_rcnn_"):
         load_config("nat_base")
-    with pytest.raises(TaskError, match=r"such as classify/nat_tiny_finetune model\.name=resnet18"):
-        load_config("resnet18")
+    with pytest.raises(TaskError, match=r"such as classify/nat_tiny_finetune model\.name=resnet34"):
+        load_config("resnet34")
 
 
 def test_a_published_recipe_states_the_table_s_numbers():

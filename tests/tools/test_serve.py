@@ -68,7 +68,9 @@ def test_what_cant_be_written_is_refused(refused, digits_run, tmp_path):
         "export", str(digits_run), str(tmp_path / "a.onnx"), "--preprocess", "hwc", "--size", "32"
     )
     (tmp_path / "other.onnx").write_bytes(b"none")
-    assert "onnxruntime can't read it" in refused("predict", "x.png", "--model", str(tmp_path / "other.onnx"))
+    image = str(tmp_path / "x.png")
+    Image.new("L", (8, 8)).save(image)
+    assert "onnxruntime can't read it" in refused("predict", image, "--model", str(tmp_path / "other.onnx"))
 
 
 @pytest.fixture(scope="module")

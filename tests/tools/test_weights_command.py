@@ -88,7 +88,7 @@ def test_list_shows_the_state_of_the_links(home, capsys):
 
 def test_wrong_arguments_are_one_line(refused, home, tmp_path):
     assert "invalid choice: 'lsit'" in refused("weights", "lsit")
-    assert "no published weights match 'yolo'" in refused("weights", "list", "yolo")
+    assert "no published weights match 'yola'" in refused("weights", "list", "yola")
     assert "did you mean 'nat_mini.shi_in1k'" in refused("weights", "info", "nat_mini.shi_in1")
     assert "no such file" in refused("weights", "verify", str(tmp_path / "nowhere.pth"))
     assert "unknown model 'nat_minni'" in refused("weights", "verify", __file__, "--model", "nat_minni")

@@ -232,7 +232,8 @@ def test_every_published_file_is_tested_by_its_own_recipe(task, tmp_path, monkey
         assert model["backbone_checkpoint"] is None
         assert (config["batch_size"], config["precision"], data["root"]) == (1, "float32", str(tmp_path))
         assert data["train"] == data["val"]
-        assert data["name"] == entry.data or f"{entry.data}_panoptic" in (data["name"], model["setting"])
+        parts = (f"{entry.data}_panoptic", f"{entry.data}_instance")
+        assert data["name"] == entry.data or {data["name"], model["setting"]} & {*parts}
         several = list(entry.stated) == ["mIoU multi-scale"]
         if task == "segment":
             assert (len(config["test"]["scales"]), config["test"]["flip"]) == ((6, True) if several else (1, False))
