@@ -11,7 +11,7 @@ from .test_requirements import required
 ABSENT = "import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
 # What the extras bring, by the name that Python imports.
 NAMES = [
-    *("mmengine", "albumentations", "cv2", "torchmetrics", "faster_coco_eval", "scipy", "matplotlib", "yaml"),
+    *("mmengine", "albumentations", "cv2", "torchmetrics", "faster_coco_eval", "scipy", "matplotlib"),
     *("onnx", "onnxruntime", "onnxscript"),
 ]
 
