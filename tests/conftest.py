@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+# `python -m pytest` puts the checkout there, where others that look for packages called kernels or tools, as
+# transformers does, would import ours a second time.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parents[1]]
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
