@@ -60,11 +60,15 @@ def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = 
     except ValueError as error:  # of names, such as a NUL
         raise TaskError(f"{path.parent}: is no name of a folder ({first_line(error)}); choose another") from error
     except OSError as error:
-        remark = "; the file that was there before is intact" if path.exists() else ""
-        raise TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{remark}") from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             os.unlink(temporary)
+
+
+def _unwritable(path: Path, error: OSError) -> TaskError:
+    intact = "; the file that was there before is intact" if path.exists() else ""
+    return TaskError(f"{path}: can't be written: {_reason(error, path.parent)}{intact}")
 
 
 def write_together(folder: str | Path, name: str, write: Callable[[Path], list[Path]]) -> list[Path]:
@@ -86,8 +90,7 @@ def write_together(folder: str | Path, name: str, write: Callable[[Path], list[P
             for file in reversed(files):
                 os.replace(file, folder / file.name)
     except OSError as error:
-        intact = "; the file that was there before is intact" if (folder / name).exists() else ""
-        raise TaskError(f"{folder / name}: can't be written: {_reason(error, folder)}{intact}") from error
+        raise _unwritable(folder / name, error) from error
     return [folder / file.name for file in files]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..zoo.checkpoint import CheckpointError
 from . import TaskError
 from .dense.detect.transform import DetectorTransform, resize
+from .export.onnx_file import open_session
 from .extras import require
 
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(uint8)": torch.uint8}
@@ -41,15 +42,12 @@ class OnnxModel(nn.Module):
 
     def __init__(self, path: str | Path, threads: int | None = None):
         super().__init__()
-        onnxruntime = require("onnxruntime")
+        require("onnxruntime")
         self.path = Path(path)
         if not self.path.is_file():
             raise CheckpointError(f"{path}: no such file")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or torch.get_num_threads()
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = open_session(self.path, threads or torch.get_num_threads())
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path}: onnxruntime can't read it: {reason}") from error

@@ -8,7 +8,7 @@ from ..zoo.checkpoint import Checkpoint
 from . import TaskError
 from .data.sources import Source, expand_sources
 from .devices import choose_device
-from .predictors import is_file, is_published, load_predictor, load_published
+from .predictors import open_predictor
 from .results import Result
 
 
@@ -81,11 +81,4 @@ def load(source: str | Path | Checkpoint, device: str = "auto") -> Model:
         TaskError: If there is no such model, or its weights can't be had.
         CheckpointError: If the file can't be read or isn't one of these.
     """
-    where = choose_device(device)
-    if not isinstance(source, str) or is_file(source):
-        return Model(load_predictor(source, where))
-    if is_published(source):
-        return Model(load_published(source, where))
-    from .classify import Predictor
-
-    return Model(Predictor.from_name(source, where))
+    return Model(open_predictor(source, choose_device(device)))

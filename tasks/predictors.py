@@ -113,6 +113,22 @@ def load_published(
     return load_dense(row["head"], row["backbone"], weights, device, setting, output, row["data"])
 
 
+def open_predictor(source: str | Path | Checkpoint, device: str | torch.device = "cpu") -> Any:
+    """Return the predictor of a file of ours, of a published detector or segmenter, or of a classifier's name.
+
+    Raises:
+        TaskError: If there is no such model, or its weights can't be had.
+        CheckpointError: If the file can't be read or isn't one of these.
+    """
+    if not isinstance(source, str) or is_file(source):
+        return load_predictor(source, device)
+    if is_published(source):
+        return load_published(source, device)
+    from .classify import Predictor
+
+    return Predictor.from_name(source, device)
+
+
 def load_dense(
     head: str,
     backbone: str,

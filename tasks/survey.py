@@ -13,7 +13,7 @@ from torch import Tensor
 from . import TaskError
 from .classify.task import Classify
 from .data.coco import Record, order_by_name, read_picture, to_run_lengths
-from .data.formats import CLASSES, OBJECTS, TABLES, open_part, recognise, resolve
+from .data.formats import CLASSES, OBJECTS, TABLES, as_recognised, open_part, recognise
 from .data.images import read_size
 from .data.segmentation import InputRule as MapRule
 from .data.segmentation import SegmentationSet
@@ -97,8 +97,8 @@ def _settings(root: Path) -> tuple[str, dict]:
     if not root.is_dir():
         raise TaskError(f"{root}: no such folder")
     for kind, task in _KINDS.items():
-        if recognise(root, kind) is not None:
-            return kind, resolve(task.DEFAULTS["data"] | {"name": "auto", "root": str(root)}, kind)[0]
+        if (recognised := recognise(root, kind)) is not None:
+            return kind, as_recognised(task.DEFAULTS["data"] | {"root": str(root)}, *recognised, kind)[0]
     known = "; ".join(f"{kind}: {', '.join(rows)}" for kind, rows in TABLES.items())
     raise TaskError(f"{root}: is in no known format ({known})")
 

@@ -94,21 +94,19 @@ def load_any(args: argparse.Namespace) -> Any:
     from ..tasks.classify import Predictor
     from ..tasks.classify.task import create_classifier
     from ..tasks.devices import choose_device
-    from ..tasks.predictors import is_file, is_published, load_predictor, load_published
+    from ..tasks.predictors import is_file, is_published, open_predictor
 
     if (args.model is None) == (args.checkpoint is None):
         raise TaskError("name one model: --model NAME with published weights, or --checkpoint FILE")
     device = choose_device(args.device)
-    if args.checkpoint is not None or is_file(args.model):
-        return load_predictor(args.checkpoint or args.model, device)
-    if is_published(args.model):
-        return load_published(args.model, device)
-    if args.untrained:
+    if args.checkpoint is not None:
+        return open_predictor(Path(args.checkpoint), device)
+    if args.untrained and not is_file(args.model) and not is_published(args.model):
         import torch
 
         torch.manual_seed(args.seed)
         return Predictor.from_model(args.model, create_classifier(args.model), device)
-    return Predictor.from_name(args.model, device)
+    return open_predictor(args.model, device)
 
 
 def _check_options(args: argparse.Namespace, task: str) -> None:
@@ -186,11 +184,12 @@ def _objects(predictor: Any, photo: Any) -> list[dict[str, Any]]:
         return objects
     prediction = prediction.numpy()
     if predictor.output == "panoptic":
-        numbers = [int(number) for number in np.unique(prediction[..., 1][prediction[..., 0] < len(predictor.classes)])]
-        masks = [(prediction[..., 1] == number) & (prediction[..., 0] < len(predictor.classes)) for number in numbers]
+        labels, numbers = prediction[..., 0], prediction[..., 1]
+        known = labels < len(predictor.classes)
+        masks = {int(number): (numbers == number) & known for number in np.unique(numbers[known])}
         return [
-            {"class": predictor.classes[int(prediction[..., 0][mask][0])], "number": number, "mask": mask}
-            for number, mask in zip(numbers, masks, strict=True)
+            {"class": predictor.classes[int(labels[mask][0])], "number": number, "mask": mask}
+            for number, mask in masks.items()
         ]
     segments = []
     for label in np.unique(prediction[prediction < len(predictor.classes)]):

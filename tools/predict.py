@@ -46,11 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     from ..tasks import TaskError
     from ..tasks.checkpoints import write_whole
-    from ..tasks.classify import Predictor
     from ..tasks.data.images import FULL_WHITE, find_images, read_image
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
-    from ..tasks.predictors import is_file, is_published, load_predictor, load_published
+    from ..tasks.predictors import is_file, open_predictor
 
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
@@ -65,12 +64,8 @@ def run(args: argparse.Namespace) -> int:
         if args.device not in ("auto", "cpu"):
             raise TaskError(f"--device is {args.device}, but onnxruntime runs {checkpoint} on the CPU here")
         predictor = load_exported(checkpoint)
-    elif checkpoint is not None:
-        predictor = load_predictor(checkpoint, device)
-    elif is_published(args.model):
-        predictor = load_published(args.model, device)
     else:
-        predictor = Predictor.from_name(args.model, device)
+        predictor = open_predictor(checkpoint or args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
 

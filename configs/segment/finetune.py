@@ -9,7 +9,7 @@ Expect: depends on the data. The settings are ours; not run by us on data of a s
 Cost: not measured by us.
 """
 
-import torch
+_base_ = "../_base_/finetune_dense.py"
 
 task = "segment"
 model = dict(head="upernet", backbone="nat_tiny", pretrained=True)
@@ -21,9 +21,3 @@ data = dict(
     augment=dict(shorts=(512,), long=2048, ratio=(0.5, 2.0), crop=512, flip=0.5),
 )
 epochs = 40
-# By the machine: GPUs take larger batches, and half precision where they are fast at it.
-batch_size = 8 if torch.cuda.is_available() else 2
-precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-workers = None
-optimizer = dict(name="adamw", lr=1e-4, weight_decay=0.05, clip_grad=1.0, factors={"backbone.": 0.5})
-schedule = dict(warmup_factor=0.01, final_factor=0.01)

@@ -96,7 +96,7 @@ class Faults:
         Returns:
             For each whether it is as annotated.
         """
-        readings = in_threads(_size_or_error, [file for file, _ in pictures])
+        readings = in_threads(size_or_error, [file for file, _ in pictures])
         for (file, size), read in zip(pictures, readings, strict=True):
             if isinstance(read, DamagedImageError):
                 if not skip_damaged:
@@ -111,7 +111,8 @@ class Faults:
         ]
 
 
-def _size_or_error(file: Path) -> Any:
+def size_or_error(file: Path) -> Any:
+    """Return what `read_size` does, or the error that it raises of an image that is damaged."""
     try:
         return read_size(file)
     except DamagedImageError as error:

@@ -59,6 +59,5 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
 
 def recognise(root: Path) -> dict | None:
     """Return the settings of ``data`` by which a folder is read, if it looks like COCO-Stuff; else None."""
-    converted = (root / "annotations" / "train2017").is_dir()
-    there = converted or (root / "stuffthingmaps" / "train2017").is_dir()
+    there = any((root / name / "train2017").is_dir() for name in ("annotations", "stuffthingmaps"))
     return {"train": {"split": "train"}, "val": {"split": "val"}} if there else None

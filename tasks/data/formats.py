@@ -119,13 +119,21 @@ def resolve(data: dict, kind: str) -> tuple[dict, list[str]]:
             f"{root}: is in none of the formats of {kind}, {', '.join(TABLES[kind])}"
             + (f"; it holds {' and '.join(others)}" if others else "; name it by data.name, and its parts")
         )
-    name, settings = recognised
+    return as_recognised(data, *recognised, kind)
+
+
+def as_recognised(data: dict, name: str, settings: dict, kind: str) -> tuple[dict, list[str]]:
+    """Return a config's ``data`` with what `recognise` tells of its folder, and what is to be said.
+
+    Raises:
+        TaskError: If a share of the images is to be held out that is none.
+    """
     settings = {key: value for key, value in settings.items() if key != "classes" or data["classes"] is None}
     parts = {
         key: data[key] | value if isinstance(value, dict) and isinstance(data[key], dict) else value
         for key, value in settings.items()
     }
-    said = f"{root} holds {kind} in the format {name}"
+    said = f"{Path(data['root'])} holds {kind} in the format {name}"
     if settings["val"] is None:
         said += f"; no held-out images: {data['holdout']:.0%} of the training images are, by data.holdout_seed"
         if not 0 < data["holdout"] < 1:

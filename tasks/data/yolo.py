@@ -14,9 +14,9 @@ from typing import Any
 from ...zoo.library_errors import first_line
 from .. import TaskError, nearest
 from ..extras import require
-from .annotations import Faults, check_names, in_threads, is_number, read_lines
+from .annotations import Faults, check_names, in_threads, is_number, read_lines, size_or_error
 from .coco import Instances, Record, check_object
-from .images import DamagedImageError, list_images, read_size
+from .images import DamagedImageError, list_images
 
 # Pixels are rounded to so many decimals: as a COCO file has them, so that both train to the same numbers.
 DECIMALS = 6
@@ -150,14 +150,14 @@ def read_yolo(
     present = [picture for picture in owners.values() if os.path.isfile(picture)]
     _find_orphans(present, folders, faults)
     records = []
-    for picture, size in zip(present, in_threads(_size_or_error, present), strict=True):
-        if isinstance(size, DamagedImageError):
+    for picture, read in zip(present, in_threads(size_or_error, present), strict=True):
+        if isinstance(read, DamagedImageError):
             if not skip_damaged:
-                faults.add("damaged", size)
+                faults.add("damaged", read)
                 continue
             records.append(Record(picture, (1, 1), picture.stem, Instances.gather([], with_masks)))
             continue
-        objects = []
+        (size, _), objects = read, []
         for place, annotation in _objects(labels_of(picture), size, faults):
             label = annotation["category_id"]
             if not 0 <= label < len(names):
@@ -177,13 +177,6 @@ def read_yolo(
     if not any(labels_of(picture).is_file() for picture in present):
         raise TaskError(f"{root}: no image of {split} has a file of labels, such as {labels_of(pictures[0])}")
     return records, names
-
-
-def _size_or_error(picture: Path) -> Any:
-    try:
-        return read_size(picture)[0]
-    except DamagedImageError as error:
-        return error
 
 
 def _find_orphans(pictures: list[Path], folders: list[Path], faults: Faults) -> None:

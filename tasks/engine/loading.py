@@ -138,10 +138,14 @@ def share_damaged(samples: Samples) -> None:
     samples.damaged.copy_(flags.bool())
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fitting_workers(workers: int) -> int:
     """Return how many processes load where so many are asked for: no more than this one may use cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(workers, cores)
+    return min(workers, usable_cores())
 
 
 def build_loader(
@@ -168,13 +172,14 @@ def build_loader(
         skip_damaged: Whether the next sample takes the place of one that can't be read.
         pin_memory: Whether batches lie in memory that accelerators copy from fast.
     """
+    workers = fitting_workers(workers)
     return DataLoader(
         Samples(dataset, seed, skip_damaged),
         batch_size,
         sampler=Order(len(dataset), seed, rank, processes),
-        num_workers=fitting_workers(workers),
+        num_workers=workers,
         drop_last=seed is not None and len(dataset) >= batch_size * processes,
         pin_memory=pin_memory,
-        persistent_workers=fitting_workers(workers) > 0,
+        persistent_workers=workers > 0,
         collate_fn=dataset.collate,
     )

@@ -264,7 +264,7 @@ class TaskRunner(Runner):
 
     def has_loss(self, batch: Any) -> bool:
         """Return whether a batch that was trained on has a loss that is a number; the model stays as it is."""
-        model = getattr(self.model, "module", self.model)
+        model = self.module
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.no_grad(), torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             loss, _ = model.parse_losses(model(*model.data_preprocessor(batch, training=True), mode="loss"))

@@ -22,7 +22,7 @@ from ..checkpoints import check_folder, read_checkpoint, remove_partial
 from ..devices import choose_device
 from .config import task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
-from .loading import build_loader
+from .loading import build_loader, usable_cores
 from .lock import hold_folder
 from .resume import check_resumable, rebuild_config, restore
 from .run_folder import RunFolder
@@ -63,7 +63,7 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         CheckpointError: If there is no checkpoint to continue from, or one can't be read or doesn't fit.
     """
     output = Path(output)
-    _begun(output / "last.pth", config["task"], resume)
+    _check_begun(output / "last.pth", resume)
     if not is_main_process():
         return _train(config, output, resume, progress, [])
     with _own_folder(output) as remark:
@@ -87,7 +87,8 @@ def _own_folder(output: Path) -> Iterator[str | None]:
 
 def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, remarks: list[str]) -> dict[str, Any]:
     last = output / "last.pth"
-    checkpoint = _begun(last, config["task"], resume)
+    _check_begun(last, resume)  # again, now that no other run can begin here
+    checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
     device, distributed = _launch(config["device"])
     task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, last))
     remarks += task.check_data()
@@ -151,8 +152,8 @@ def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
     return {"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"], "iterations": iterations}
 
 
-def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
-    """Return the checkpoint to continue from; None to begin."""
+def _check_begun(last: Path, resume: bool) -> None:
+    """Raise unless there is a run to continue, or none where one is to begin."""
     try:
         exists = last.exists()
     except (OSError, ValueError) as error:
@@ -161,7 +162,6 @@ def _begun(last: Path, task: str, resume: bool) -> dict[str, Any] | None:
         raise TaskError(f"{last.parent}: already holds a run; continue it with --resume, or choose another --output")
     if resume and not exists:
         raise CheckpointError(f"{last}: no such file, so there is nothing to continue; begin without --resume")
-    return read_checkpoint(last, task, merged=False) if resume else None
 
 
 def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float]:
@@ -263,7 +263,7 @@ def _loader(dataset, config: dict, device: torch.device, seed: int | None) -> Da
     workers = config["workers"]
     if workers is None:
         # One core for the process itself, of those that it may use.
-        workers = min(_MOST_WORKERS, max(0, len(os.sched_getaffinity(0)) // processes - 1))
+        workers = min(_MOST_WORKERS, max(0, usable_cores() // processes - 1))
     return build_loader(
         dataset,
         config["batch_size"],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...zoo.library_errors import cause_of, untranslated
 from .. import TaskError
+from ..extras import require
 from .metadata import plain_metadata
 
 OPSETS = range(17, 24)
@@ -138,12 +139,17 @@ def _strip(model: Any) -> None:
             value.metadata_props.clear()
 
 
-def run_onnx(file: Path) -> Callable[[Tensor], list[Tensor]]:
-    """Open a file by onnxruntime; return what maps images to its outputs."""
-    import onnxruntime
-
+def open_session(file: Path, threads: int = 0) -> Any:
+    """Return onnxruntime's session of a file on the CPU, without its warnings; 0 threads: as many as it likes."""
+    onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(file: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Open a file by onnxruntime; return what maps images to its outputs."""
+    session = open_session(file)
     name = session.get_inputs()[0].name
     return lambda images: [torch.from_numpy(value) for value in session.run(None, {name: images.numpy()})]

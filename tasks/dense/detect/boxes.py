@@ -109,12 +109,12 @@ def has_area(boxes: np.ndarray | Tensor, masks: np.ndarray | Tensor | None = Non
     """Return which objects have an area, as models see them: their boxes in float32.
 
     Args:
-        boxes: ``[N, 4]``, ``x1, y1, x2, y2``.
-        masks: ``[N, H, W]``, in which a pixel must be set, or None.
+        boxes: ``[..., 4]``, ``x1, y1, x2, y2``.
+        masks: Of boxes ``[N, 4]``, ``[N, H, W]``, in which a pixel must be set; or None.
 
     Returns:
-        ``[N]``, bool.
+        ``[...]``, bool.
     """
     boxes = torch.as_tensor(boxes).float()
-    left = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    left = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
     return left if masks is None else left & torch.as_tensor(masks.any((1, 2))).bool()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ....kernels.backends import exporting, graph
-from .boxes import BoxCoder, clip
+from .boxes import BoxCoder, clip, has_area
 
 # The score of what is no candidate.
 NONE = -1.0
@@ -117,11 +117,6 @@ def propose(
     values = torch.where(suppress(boxes, values, levels, threshold), values, NONE)
     values, index = best(values, most)
     return take(boxes, index) * (values > NONE)[..., None], values
-
-
-def has_area(boxes: Tensor) -> Tensor:
-    """Return which boxes ``[..., 4]`` have an area."""
-    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
 def pairs_above(scores: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor]:

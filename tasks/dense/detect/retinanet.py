@@ -13,7 +13,7 @@ from ... import TaskError
 from . import fixed
 from .anchors import AnchorGrid
 from .assign import BACKGROUND, IGNORED, Matcher
-from .boxes import BoxCoder, scale_of
+from .boxes import BoxCoder, has_area, scale_of
 from .postprocess import Limits, choose_anchors, choose_clipped_last, choose_pairs
 from .rpn import EPS, flatten_map
 
@@ -190,7 +190,7 @@ class RetinaHead(nn.Module):
             labels = pairs % self.num_classes
         else:
             labels = torch.cat(labels, 1)
-            scores = torch.where(fixed.has_area(boxes), scores, fixed.NONE)
+            scores = torch.where(has_area(boxes), scores, fixed.NONE)
         detections = fixed.choose(boxes, scores, labels, self.nms_threshold, self.max_detections)
         if self.clips_last:
             detections = fixed.clipped_last(*detections, image_size)
