@@ -178,6 +178,21 @@ def test_who_imports_the_package_and_timm_has_the_models(imports):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_started_in_the_package_s_folder_the_command_hides_its_folders():
+    """Others that look for a package called kernels would register our operators a second time, which crashes."""
+    code = """
+import importlib.util, runpy, sys
+assert importlib.util.find_spec("kernels") is not None
+sys.argv = ["foveate", "--version"]
+try:
+    runpy.run_module("foveate", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+assert importlib.util.find_spec("kernels") is None
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_registering_is_light():
     """The models load neither mmengine nor triton nor opencv."""
     code = (

@@ -220,7 +220,7 @@ def test_a_run_that_began_before_cards_left_out_the_start_is_rebuilt_too(tmp_pat
     ("recipe", "override", "reason"),
     [
         (MASK_RCNN, "model.backbone=nat_ato", "did you mean 'nat_atto'"),
-        (MASK_RCNN, "model.head=mask_rccn", "must be one of auto, dino, retinanet"),
+        (MASK_RCNN, "model.head=mask_rccn", "must be auto or one of dino, retinanet"),
         (MASK_RCNN, "model.kwargs.chanels=3", "chanels"),
         (MASK_RCNN, "data.augment.corp=3", "did you mean 'crop'"),
         (MASK_RCNN, "model.pretrained=True", "published weights can't be loaded"),
