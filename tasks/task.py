@@ -16,6 +16,7 @@ class Samples(Protocol):
 
     classes: Sequence[str]
     white: int  # value of 16-bit pixels that is white
+    weights: Tensor | None  # how likely each is to be drawn to train on; if None, or there is no such, each is once
     collate: Callable[[list], Any] | None  # makes a batch of samples; torch's own way if None
 
     def __len__(self) -> int: ...

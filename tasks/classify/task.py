@@ -1,6 +1,7 @@
 """Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ...zoo.loading import create_model
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
-from ..data.occurrence import check_classes
+from ..data.occurrence import check_classes, draw_weights
 from ..dense.build import normalization_of
 
 # Images of a gallery.
@@ -73,6 +74,27 @@ def create_classifier(
         raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
+def class_weights(given: str | Sequence[float] | None, targets: Sequence[int], classes: Sequence[str]) -> Tensor | None:
+    """Return the weight of each class in the loss, ``[classes]``, as a config's ``loss.class_weights`` says.
+
+    Raises:
+        TaskError: If it isn't ``"balanced"``, nor a number for each class.
+    """
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = torch.bincount(torch.as_tensor(targets), minlength=len(classes)).double()
+        # Classes that never occur weigh nothing; check_data names them.
+        return torch.where(counts > 0, len(targets) / ((counts > 0).sum() * counts), 0).float()
+    fits = not isinstance(given, str) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in given)
+    if not fits or len(given) != len(classes) or not any(given):
+        raise TaskError(
+            f"loss.class_weights is {given!r}, but must be balanced or {len(classes)} numbers, one for each class, in "
+            f"the order {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+        )
+    return torch.tensor(given, dtype=torch.float32)
+
+
 def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
     """Return the model that a run started from, as in `Classify.DEFAULTS`, with the classes that its card names."""
     options = {key: model[key] for key in ("pretrained", "checkpoint")}
@@ -106,6 +128,7 @@ class Classify:
             "num_classes": None,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "balance": 0.0,
             "normalization": None,
             "size": 224,
             "channels": 3,
@@ -119,6 +142,7 @@ class Classify:
         },
         "loss": {
             "label_smoothing": 0.0,
+            "class_weights": None,
             "mixup": 0.0,
             "cutmix": 0.0,
         },
@@ -133,6 +157,7 @@ class Classify:
         "data.num_classes": int,
         "data.white": int,
         "data.normalization": str,
+        "loss.class_weights": object,
     }
     metric = "accuracy"
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
@@ -157,6 +182,10 @@ class Classify:
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])
         self.label_smoothing = loss["label_smoothing"]
+        self.class_weights = class_weights(loss["class_weights"], self.train_set.targets, self.classes)
+        if data["balance"]:
+            labels = [[target] for target in self.train_set.targets]
+            self.train_set.weights = draw_weights(labels, len(self.classes), data["balance"])
         self.mixup = None
         if loss["mixup"] > 0 or loss["cutmix"] > 0:
             batch = min(config["batch_size"], len(self.train_set))
@@ -194,7 +223,8 @@ class Classify:
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0  # the mixed targets are smooth already
-        criterion = partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
+        weight = None if self.class_weights is None else self.class_weights.to(images.device)
+        criterion = partial(F.cross_entropy, target=targets, weight=weight, label_smoothing=smoothing)
         with collect_losses(criterion) as own:
             logits = model(images)
         return {"loss": criterion(logits)} | {f"loss_{name}": value for name, value in own.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_objects, resolve
-from ..data.occurrence import check_classes
+from ..data.occurrence import check_classes, draw_weights
 from ..dense.build import (
     build_described,
     describe_model,
@@ -60,7 +60,10 @@ class Detect:
             "repeat": 1,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "balance": 0.0,
             "normalization": None,
+            "mosaic": 0.0,
+            "copy_paste": 0.0,
             "augment": {},
         },
     }
@@ -93,7 +96,15 @@ class Detect:
             with_masks = all(record.instances.masks is not None for record in self.train_set.records)
             self.model["head"] = "mask_rcnn" if with_masks else "faster_rcnn"
             self._said.append(f"objects {'with' if with_masks else 'without'} masks: {self.model['head']}")
+        if data["balance"]:
+            shown, classes = self.train_set.occurring(), len(self.train_set.classes)
+            self.train_set.weights = draw_weights(shown, classes, data["balance"], data["repeat"])
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
+        self.train_set.mosaic, self.train_set.copy_paste = data["mosaic"], data["copy_paste"]
+        if data["copy_paste"] and not self.with_masks:
+            raise TaskError(
+                f"data.copy_paste cuts objects out by their masks; {self.model['head']} has none: set it to 0"
+            )
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
         self._source = data["root"] or data["name"]

@@ -122,7 +122,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
             custom_hooks=[
                 SeedHook(config["seed"]),
                 run_hook := RunHook(task, config, history, metric, progress),
-                *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+                *([_average(config)] if config["ema"] is not None else []),
                 *build_hooks(config["custom_hooks"]),
             ],
             load_from=str(last) if resume else None,
@@ -150,6 +150,13 @@ def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
     """Return the loop that trains, as mmengine asks for it."""
     iterations = count_iterations(config, epochs, batches)
     return {"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"], "iterations": iterations}
+
+
+def _average(config: dict) -> EMAHook:
+    """Return the hook that keeps the running average of the weights."""
+    if config["ema_warmup"] is None:
+        return EMAHook(momentum=config["ema"])
+    return EMAHook("MomentumAnnealingEMA", momentum=config["ema"], gamma=config["ema_warmup"])
 
 
 def _check_begun(last: Path, resume: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_maps, resolve
-from ..data.occurrence import check_classes
+from ..data.occurrence import check_classes, draw_weights
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import (
     build_described,
@@ -68,6 +68,7 @@ class Segment:
             "repeat": 1,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "balance": 0.0,
             "normalization": None,
             "tile": None,
             "short": 512,
@@ -127,6 +128,9 @@ class Segment:
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
+        if data["balance"]:
+            shown, classes = self.train_set.occurring(), len(self.train_set.classes)
+            self.train_set.weights = draw_weights(shown, classes, data["balance"], data["repeat"])
         self._source, self._by_values = (
             data["root"] or data["name"],
             data["name"] == "folder" and data["unlabelled"] is None,
