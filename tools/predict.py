@@ -1,20 +1,26 @@
-"""Name what is in images: writes a picture for each, and predictions.json, and prints it in a few words.
+"""Name what is in images and videos: writes a picture or video for each, and predictions.json, and prints a few words.
 
 What is done depends on the checkpoint: classes of the image, boxes and masks of objects, or classes of pixels.
+
+Of a video, an animated picture or a camera ("camera:0") an MP4 is written, with an entry in predictions.json for each
+frame that was looked at. Ctrl-C ends it; what was done until then is whole.
 
 An image that can't be read is reported, and the others are done; the exit code is then 2.
 """
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from .arguments import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, quoted globs, camera:0")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run, or a converted one"
@@ -38,15 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=at_least(1), default=16, help="images read at once; %(default)s by default"
     )
+    parser.add_argument(
+        "--every", type=at_least(1), default=1, help="of videos, look at every so-manyth frame; %(default)s by default"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict."""
-    from tqdm import tqdm
-
     from ..tasks import TaskError
-    from ..tasks.checkpoints import write_whole
-    from ..tasks.data.images import FULL_WHITE, find_images, read_image
+    from ..tasks.data.images import FULL_WHITE, find_images
+    from ..tasks.data.video import Video, is_video
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, open_predictor
@@ -55,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
     if args.white is not None and not 1 <= args.white <= FULL_WHITE:
         raise TaskError(f"--white is {args.white}, but must be from 1 to {FULL_WHITE}")
-    paths = find_images(args.images)
+    sources = list(dict.fromkeys(args.images))
+    videos = [Video(source) for source in sources if is_video(source)]
+    paths = find_images(source for source in sources if not is_video(source))
     device = choose_device(args.device)
     checkpoint = args.checkpoint
     if checkpoint is None and is_file(args.model):
@@ -69,9 +78,61 @@ def run(args: argparse.Namespace) -> int:
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
 
-    results, unreadable = [], []
+    unreadable: list[str] = []
+    with _Entries(args.output / "predictions.json") as entries:
+        _predict_images(args, predictor, paths, entries, unreadable)
+        for video, name in zip(videos, _video_names(videos), strict=True):
+            _predict_video(args, predictor, video, args.output / name, entries)
+    done = [f"{len(paths) - len(unreadable)} pictures"] * bool(paths) + [f"{len(videos)} videos"] * bool(videos)
+    print(f"{', '.join(done)} and predictions.json: {args.output}")
+    for message in unreadable:
+        print(f"foveate: error: {message}", file=sys.stderr)
+    return 2 if unreadable else 0
+
+
+class _Entries:
+    """A JSON list that is written entry by entry, and whole whenever it is left, by Ctrl-C too."""
+
+    def __init__(self, path: Path):
+        self._path, self._count = path, 0
+
+    def __enter__(self) -> "_Entries":
+        from ..tasks.checkpoints import check_folder
+
+        check_folder(self._path.parent, needed=0)
+        handle, self._partial = tempfile.mkstemp(dir=self._path.parent, prefix=f".partial-{self._path.stem}-")
+        self._file = os.fdopen(handle, "w", encoding="utf-8")
+        self._file.write("[")
+        return self
+
+    def add(self, entry: dict) -> None:
+        """Write an entry."""
+        # At once: Ctrl-C comes before or after.
+        self._file.write((",\n" if self._count else "\n") + json.dumps(entry, indent=1))
+        self._count += 1
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        self._file.write("\n]\n")
+        self._file.close()
+        if kind is None or (kind is KeyboardInterrupt and self._count):
+            os.umask(mask := os.umask(0))
+            os.chmod(self._partial, 0o666 & ~mask)
+            os.replace(self._partial, self._path)
+        else:
+            os.unlink(self._partial)
+
+
+def _predict_images(
+    args: argparse.Namespace, predictor: Any, paths: list[Path], entries: _Entries, unreadable: list[str]
+) -> None:
+    from tqdm import tqdm
+
+    from ..tasks import TaskError
+    from ..tasks.data.images import read_image
+
     names = _picture_names(paths)
-    with tqdm(total=len(paths), unit="image", desc="predicting", disable=not sys.stderr.isatty()) as bar:
+    silent = not paths or not sys.stderr.isatty()
+    with tqdm(total=len(paths), unit="image", desc="predicting", disable=silent) as bar:
         for start in range(0, len(paths), args.batch_size):
             batch = []
             for path in paths[start : start + args.batch_size]:
@@ -83,15 +144,39 @@ def run(args: argparse.Namespace) -> int:
             for (path, image), result in zip(batch, answers, strict=True):
                 picture = args.output / names[path]
                 beside = predictor.draw(image, result, picture)
-                results.append({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})
+                entries.add({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})
                 tqdm.write(f"{path}: {predictor.headline(result)}")
             bar.update(min(args.batch_size, len(paths) - start))
-    text = json.dumps(results, indent=1)
-    write_whole(args.output / "predictions.json", lambda file: Path(file).write_text(text))
-    print(f"{len(results)} pictures and predictions.json: {args.output}")
-    for message in unreadable:
-        print(f"foveate: error: {message}", file=sys.stderr)
-    return 2 if unreadable else 0
+
+
+def _predict_video(args: argparse.Namespace, predictor: Any, video: Any, path: Path, entries: _Entries) -> None:
+    from tqdm import tqdm
+
+    from ..tasks.load import Model
+    from ..tasks.pictures.frames import VideoWriter, annotate
+
+    writer = VideoWriter(path, video.rate / args.every)
+    total = None if video.count is None else -(-video.count // args.every)
+    frames = 0
+    try:
+        results = Model(predictor).stream(video, batch_size=args.batch_size, every=args.every)
+        for place, result in enumerate(
+            tqdm(results, "predicting", total, unit="frame", disable=not sys.stderr.isatty())
+        ):
+            frame = place * args.every
+            seconds = round(frame / video.rate, 3)
+            entries.add({"image": video.name, "frame": frame, "seconds": seconds, "picture": str(path), **result})
+            writer.add(annotate(result))
+            frames += 1
+    finally:
+        writer.close()
+        print(f"{video.name}: {frames} frames, {path}")
+
+
+def _video_names(videos: list[Any]) -> list[str]:
+    """Return a name of an MP4 for each video."""
+    named = _picture_names([Path(video.name.replace(":", "")) for video in videos])
+    return [f"{Path(name).stem}.mp4" for name in named.values()]
 
 
 def _picture_names(paths: list[Path]) -> dict[Path, str]:
