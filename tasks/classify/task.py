@@ -23,6 +23,7 @@ from ..checkpoints import without_start
 from ..data.classification import InputRule
 from ..data.occurrence import check_classes, draw_weights
 from ..dense.build import normalization_of
+from . import multi_label
 
 # Images of a gallery.
 SHOWN = 30
@@ -126,6 +127,7 @@ class Classify:
             "train": None,
             "val": None,
             "num_classes": None,
+            "multi_label": False,
             "holdout": 0.2,
             "holdout_seed": 0,
             "balance": 0.0,
@@ -182,10 +184,15 @@ class Classify:
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])
         self.label_smoothing = loss["label_smoothing"]
-        self.class_weights = class_weights(loss["class_weights"], self.train_set.targets, self.classes)
+        self.several = data["multi_label"]
+        if self.several:
+            self.metric, self.shown = "map", ("map", "f1", "exact", "loss")
+            if mixing := [key for key in ("label_smoothing", "mixup", "cutmix") if loss[key]]:
+                raise TaskError(f"loss.{mixing[0]} is for one class an image; set it to 0 with data.multi_label")
+        labels = [label for labels in self._labels(self.train_set) for label in labels]
+        self.class_weights = class_weights(loss["class_weights"], labels, self.classes)
         if data["balance"]:
-            labels = [[target] for target in self.train_set.targets]
-            self.train_set.weights = draw_weights(labels, len(self.classes), data["balance"])
+            self.train_set.weights = draw_weights(self._labels(self.train_set), len(self.classes), data["balance"])
         self.mixup = None
         if loss["mixup"] > 0 or loss["cutmix"] > 0:
             batch = min(config["batch_size"], len(self.train_set))
@@ -195,19 +202,23 @@ class Classify:
                 loss["mixup"], loss["cutmix"], label_smoothing=self.label_smoothing, num_classes=len(self.classes)
             )
 
+    def _labels(self, samples: Any) -> list[Sequence[int]]:
+        """Return the labels of every image."""
+        return samples.targets if self.several else [(target,) for target in samples.targets]
+
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
 
         Raises:
             TaskError: If there is a single class.
         """
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and not self.several:
             raise TaskError(
                 f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart"
             )
         lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
-            lines += check_classes(part, ([target] for target in samples.targets), self.classes, self._source, "image")
+            lines += check_classes(part, self._labels(samples), self.classes, self._source, "image")
         return lines
 
     def build_model(self) -> nn.Module:
@@ -218,13 +229,18 @@ class Classify:
         )
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return the loss of ``images`` ``[B, C, H, W]`` with ``targets`` ``[B]``, and those that the model reports."""
+        """Return the loss of ``images`` ``[B, C, H, W]`` with their targets, and those that the model reports.
+
+        Targets are ``[B]``, or of several labels ``[B, classes]``.
+        """
         smoothing = self.label_smoothing
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0  # the mixed targets are smooth already
         weight = None if self.class_weights is None else self.class_weights.to(images.device)
         criterion = partial(F.cross_entropy, target=targets, weight=weight, label_smoothing=smoothing)
+        if self.several:
+            criterion = partial(multi_label.loss, targets=targets, weight=weight)
         with collect_losses(criterion) as own:
             logits = model(images)
         return {"loss": criterion(logits)} | {f"loss_{name}": value for name, value in own.items()}
@@ -234,9 +250,11 @@ class Classify:
         return list(model(images).float())
 
     def measure(self, predictions: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions, of what `predict` returned."""
+        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions; of several labels `multi_label.measure`'s."""
         from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
+        if self.several:
+            return multi_label.measure(torch.stack(predictions), torch.stack(targets))
         logits, labels = torch.stack(predictions), torch.as_tensor(targets)
         count = len(self.classes)
         metrics = {
@@ -259,8 +277,11 @@ class Classify:
         """
         from ..pictures.classes import draw_inputs
 
-        images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-        if train and self.mixup is not None and len(items) % 2 == 0:
+        images = torch.stack([image for image, _ in items])
+        labels = None if self.several else torch.tensor([label for _, label in items])
+        if labels is None:
+            names = [multi_label.name(flags > 0, self.classes) for _, flags in items]
+        elif train and self.mixup is not None and len(items) % 2 == 0:
             images, shares = self.mixup(images, labels)
             # Smoothing gives every class a little.
             names = [
@@ -289,6 +310,9 @@ class Classify:
         """
         from ..pictures.classes import draw_confusion, draw_gallery
 
+        if self.several:
+            how = (torch.stack(predictions).sigmoid(), torch.stack(targets), indices, folder, f"epoch {epoch}", SHOWN)
+            return multi_label.draw(self.val_set, *how)
         shares = torch.stack(predictions).softmax(-1)
         labels = torch.as_tensor(targets)
         order = shares[torch.arange(len(labels)), labels].argsort(stable=True).tolist()
@@ -309,7 +333,7 @@ class Classify:
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
         card = classifier_card(self.model["name"], self.model["kwargs"], self.classes, self.rule)
-        return card | {"white": self.train_set.white}
+        return card | {"white": self.train_set.white} | ({"multi_label": True} if self.several else {})
 
 
 def classifier_card(name: str, kwargs: Mapping[str, Any], classes: Sequence[str], rule: InputRule) -> dict[str, Any]:

@@ -190,10 +190,16 @@ def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[
         usual, layout, samples, _ = CLASSES[data["name"]]
         root = _find_root(data, f"name a folder with {layout}", f"; data.root needs {layout}")
         parts = [root / (data.get(split) or name) for split, name in zip(("train", "val"), usual, strict=True)]
+        several = data.get("multi_label", False)
+        if several:
+            if samples != LabelledList.of_root:
+                raise TaskError(f"data.multi_label: of {data['name']} an image has one label; list several in a csv")
+            samples = partial(samples, several=True)
         train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
         if holds_out:
             val = samples(root, parts[0], transforms[1], rule.channels, train.classes, layout=layout)
-            for part, indices in zip((train, val), hold_out(len(train), data, train.targets), strict=True):
+            groups = None if several else train.targets
+            for part, indices in zip((train, val), hold_out(len(train), data, groups), strict=True):
                 part.samples = [part.samples[index] for index in indices]
                 part.targets = [label for _, label in part.samples]
         else:

@@ -92,6 +92,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "data.train": "folder or list in root, or elsewhere; train or train.csv if None",
         "data.val": "the same of the held-out images",
         "data.num_classes": "checked if given",
+        "data.multi_label": 'whether an image of a csv may have several labels, "cat|dog", or none: by binary losses',
         "data.white": "value of 16-bit pixels that is white; of the training images' depth if None",
         "data.size": "side of the images, in pixels",
         "data.channels": "3 of colour, 1 of grey",
