@@ -128,6 +128,8 @@ class Classify:
             "val": None,
             "num_classes": None,
             "multi_label": False,
+            "image_column": None,
+            "label_column": None,
             "holdout": 0.2,
             "holdout_seed": 0,
             "balance": 0.0,
@@ -159,6 +161,8 @@ class Classify:
         "data.num_classes": int,
         "data.white": int,
         "data.normalization": str,
+        "data.image_column": str,
+        "data.label_column": str,
         "loss.class_weights": object,
     }
     metric = "accuracy"
@@ -250,7 +254,7 @@ class Classify:
         return list(model(images).float())
 
     def measure(self, predictions: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions; of several labels `multi_label.measure`'s."""
+        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions; of several labels `multi_label`'s."""
         from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
         if self.several:

@@ -12,7 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import TaskError, nearest
-from . import ade20k, cityscapes, class_folder, class_list, coco, coco_layout, coco_stuff, mask_folder, voc, yolo
+from . import (
+    ade20k,
+    cityscapes,
+    class_folder,
+    class_list,
+    coco,
+    coco_layout,
+    coco_stuff,
+    huggingface,
+    mask_folder,
+    voc,
+    yolo,
+)
 from .annotations import Faults
 from .augment import IGNORE, Augment
 from .class_folder import LabelledFolder
@@ -62,9 +74,13 @@ CLASSES: dict[str, ClassFormat] = {
         LabelledFolder.of_root,
         class_folder.recognise,
     ),
+    "huggingface": ClassFormat(
+        ("train", "validation"), huggingface.LAYOUT, huggingface.LabelledTable.of_root, huggingface.recognise
+    ),
 }
 OBJECTS: dict[str, ObjectFormat] = {
     "coco": ObjectFormat(coco.find_objects, coco_layout.recognise),
+    "huggingface": ObjectFormat(huggingface.find_objects, partial(huggingface.recognise, kind="objects")),
     "voc": ObjectFormat(voc.find_objects, voc.recognise),
     "yolo": ObjectFormat(yolo.find_objects, yolo.recognise),
 }
@@ -195,6 +211,8 @@ def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[
             if samples != LabelledList.of_root:
                 raise TaskError(f"data.multi_label: of {data['name']} an image has one label; list several in a csv")
             samples = partial(samples, several=True)
+        if data["name"] == "huggingface":
+            samples = partial(samples, columns=(data.get("image_column"), data.get("label_column")))
         train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
         if holds_out:
             val = samples(root, parts[0], transforms[1], rule.channels, train.classes, layout=layout)
@@ -332,7 +350,7 @@ def _find_root(
     if data["root"] is None:
         raise TaskError(f"data.root is not set; {cure}")
     root = Path(data["root"]).expanduser()
-    if not root.is_dir():
+    if not root.is_dir() and not (data["name"] == "huggingface" and len(root.parts) < 3 and not root.is_absolute()):
         raise TaskError(f"{root}: no such folder{hint}")
     return root
 

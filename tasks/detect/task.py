@@ -58,6 +58,8 @@ class Detect:
             "broken": "refuse",
             "keep_empty": True,
             "repeat": 1,
+            "image_column": None,
+            "objects_column": None,
             "holdout": 0.2,
             "holdout_seed": 0,
             "balance": 0.0,
@@ -78,6 +80,8 @@ class Detect:
         "data.num_classes": int,
         "data.white": int,
         "data.normalization": str,
+        "data.image_column": str,
+        "data.objects_column": str,
     }
 
     def __init__(self, config: dict):
