@@ -10,6 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="best.pth or last.pth of a run")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as device=cpu batch_size=16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics there")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="also write report.html there, with pictures and a row a class"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -17,7 +20,8 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks import engine
     from ..tasks.checkpoints import write_whole
 
-    metrics, _, _ = engine.evaluate(engine.load_config(args.config, args.overrides), args.checkpoint)
+    config = engine.load_config(args.config, args.overrides)
+    metrics, _, _ = engine.evaluate(config, args.checkpoint, report=args.output)
     if not engine.is_main_process():
         return
     for name, value in metrics.items():

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +11,24 @@ from ..data.classification import SEVERAL
 
 # From this probability on a class is said to be there.
 THRESHOLD = 0.5
+
+
+def measure_classes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return average precision and F1 of each class, ``[classes]``; NaN of those that don't occur.
+
+    Args:
+        logits: ``[B, classes]``.
+        targets: The same, 1 for classes that are there, else 0.
+    """
+    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+
+    shares, truth, count = logits.sigmoid(), targets.long(), logits.shape[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No positive samples")
+        precision = multilabel_average_precision(shares, truth, count, average=None)
+    f1 = multilabel_f1_score(shares, truth, count, THRESHOLD, average=None)
+    occurs = truth.any(dim=0)
+    return {name: values.where(occurs, torch.nan) for name, values in (("ap", precision), ("f1", f1))}
 
 
 def measure(logits: Tensor, targets: Tensor) -> dict[str, float]:
@@ -21,22 +40,14 @@ def measure(logits: Tensor, targets: Tensor) -> dict[str, float]:
         logits: ``[B, classes]``.
         targets: The same, 1 for classes that are there, else 0.
     """
-    from torchmetrics.functional.classification import (
-        multilabel_average_precision,
-        multilabel_exact_match,
-        multilabel_f1_score,
-    )
+    from torchmetrics.functional.classification import multilabel_exact_match
 
-    shares, truth, count = logits.sigmoid(), targets.long(), logits.shape[1]
-    occurs = truth.any(dim=0)
     metrics = {"loss": float(F.binary_cross_entropy_with_logits(logits, targets))}
-    if occurs.any():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "No positive samples")  # such classes don't count
-            precision = multilabel_average_precision(shares, truth, count, average=None)
-        metrics["map"] = float(precision[occurs].mean())
-        metrics["f1"] = float(multilabel_f1_score(shares, truth, count, THRESHOLD, average=None)[occurs].mean())
-    return metrics | {"exact": float(multilabel_exact_match(shares, truth, count, THRESHOLD))}
+    if targets.any():
+        of_class = measure_classes(logits, targets)
+        metrics |= {"map": float(of_class["ap"].nanmean()), "f1": float(of_class["f1"].nanmean())}
+    exact = multilabel_exact_match(logits.sigmoid(), targets.long(), logits.shape[1], THRESHOLD)
+    return metrics | {"exact": float(exact)}
 
 
 def name(flags: Sequence[bool], classes: Sequence[str]) -> str:

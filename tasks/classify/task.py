@@ -270,6 +270,24 @@ class Classify:
             metrics["accuracy_top5"] = multiclass_accuracy(logits, labels, count, average="micro", top_k=5)
         return {name: float(value) for name, value in metrics.items()}
 
+    def measure_classes(self, predictions: list[Tensor], targets: list) -> list[dict[str, Any]]:
+        """Return precision, recall, F1 and images of each class; of several labels average precision instead."""
+        from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+
+        logits = torch.stack(predictions)
+        if self.several:
+            columns, images = multi_label.measure_classes(logits, torch.stack(targets)), torch.stack(targets).sum(0)
+        else:
+            labels, count = torch.as_tensor(targets), len(self.classes)
+            named = {"precision": multiclass_precision, "recall": multiclass_recall, "f1": multiclass_f1_score}
+            columns = {name: of(logits, labels, count, average="none") for name, of in named.items()}
+            images = torch.bincount(labels, minlength=count)
+        values = {name: column.tolist() for name, column in columns.items()}
+        return [
+            {"class": label, **{name: value[index] for name, value in values.items()}, "images": int(images[index])}
+            for index, label in enumerate(self.classes)
+        ]
+
     def draw_inputs(self, items: list[tuple[Tensor, int]], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set as the model sees them.
 

@@ -21,6 +21,7 @@ from ..dense.build import (
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
+from ..metrics.classes import measure_objects
 
 
 class Detect:
@@ -161,6 +162,10 @@ class Detect:
             measured = measure_ap(predictions, targets, kind)
             metrics |= {f"{kind}_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
         return metrics
+
+    def measure_classes(self, predictions: list[dict], targets: list[dict]) -> list[dict[str, Any]]:
+        """Return the average precision of each class, of boxes and of masks, and its objects."""
+        return measure_objects(predictions, targets, self.classes, self._kinds())
 
     def draw(
         self, predictions: list[dict], targets: list[dict], folder: Path, epoch: int, indices: list[int]

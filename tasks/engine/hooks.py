@@ -22,7 +22,7 @@ from ...zoo.library_errors import call_fault
 from .. import TaskError, nearest
 from ..checkpoints import keep_copy
 from ..data.images import FULL_WHITE
-from .config import plain
+from .config import format_config, plain
 from .loading import Samples, derive_seed, share_damaged
 from .run_folder import RunFolder
 from .runner import TaskRunner
@@ -290,6 +290,7 @@ class RunHook(Hook):
         A continued run that had its best epoch before shows the last one, and one that was complete draws nothing new.
         """
         from ..pictures.figures import draw_curve
+        from ..pictures.report import write_report
 
         draw_curve(self._history, self._task.metric, self.output / "curves.png")
         pictures = [("curves.png", "loss and metric over the epochs")]
@@ -297,6 +298,14 @@ class RunHook(Hook):
         epoch, predictions, targets, indices = self._shown or collected
         if targets:
             pictures += self._task.draw(predictions, targets, self.output, epoch, indices)
+            measured = next(entry for entry in self._history if entry["epoch"] == epoch)
+            metrics = {key.removeprefix("val/"): value for key, value in measured.items() if key.startswith("val/")}
+            environment = self.folder.environment
+            facts = {key: environment[key] for key in ("begun", "device", "processes", "again")}
+            facts |= {"epochs": f"{len(self._history)}; measured after {epoch}", "by": _revision(environment)}
+            rows = self._task.measure_classes(predictions, targets)
+            settings = format_config(self._config)
+            write_report(self.output / "report.html", str(self.output), facts, metrics, rows, pictures, settings)
         self.folder.say(f"complete; the same again: {self.folder.environment['again']}")
         self.folder.close()
         return pictures
@@ -335,6 +344,13 @@ class RunHook(Hook):
             f"{what} in epoch {runner.epoch + 1}; lower optimizer.lr (now "
             f"{self._config['optimizer']['lr']}), set optimizer.clip_grad=1.0, or use precision=float32; {good}"
         )
+
+
+def _revision(environment: Mapping[str, Any]) -> str:
+    """Return what the run was done by: the version, and of a checkout the commit."""
+    revision = environment["revision"]
+    commit = "" if revision is None else f", commit {revision['commit'][:12]}{', changed' * revision['changed']}"
+    return f"foveate {environment['packages']['foveate']}, torch {environment['packages']['torch']}{commit}"
 
 
 def _has_finite_weights(net: nn.Module) -> bool:

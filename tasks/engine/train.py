@@ -20,7 +20,7 @@ from ...zoo.library_errors import first_line
 from .. import TaskError
 from ..checkpoints import check_folder, read_checkpoint, remove_partial
 from ..devices import choose_device
-from .config import task_class_of
+from .config import format_config, task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
 from .loading import build_loader, usable_cores
 from .lock import hold_folder
@@ -177,7 +177,10 @@ def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float
 
 
 def evaluate(
-    config: dict[str, Any], checkpoint_path: str | Path | None = None, progress: bool = True
+    config: dict[str, Any],
+    checkpoint_path: str | Path | None = None,
+    progress: bool = True,
+    report: str | Path | None = None,
 ) -> tuple[dict[str, float], list, list]:
     """Measure a model on the validation set of a config.
 
@@ -185,6 +188,7 @@ def evaluate(
         config: What to measure on, and how.
         checkpoint_path: Checkpoint of `train`; None for the weights that the config starts from.
         progress: Whether to show it on a terminal.
+        report: Folder for pictures, and the report that holds them; None for none.
 
     Returns:
         The metrics, and for every image, in the order of the set, the task's prediction and the target; without
@@ -222,9 +226,25 @@ def evaluate(
         )
         if checkpoint is not None:
             load(runner.net, checkpoint["state_dict"], checkpoint_path)
-        metrics = _without_worker_traceback(runner.test)
+        measured = _without_worker_traceback(runner.test)
+    metrics = {key.removeprefix("val/"): value for key, value in measured.items()}
+    if report is not None and is_main_process():
+        _report(task, config, metrics, metric, Path(report), checkpoint_path)
     _leave(distributed)
-    return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected
+    return metrics, *metric.collected
+
+
+def _report(task, config: dict, metrics: dict, metric: Metric, folder: Path, checkpoint: str | Path | None) -> None:
+    """Write what an evaluation found, with pictures, into a folder."""
+    from ..pictures.report import write_report
+
+    check_folder(folder, needed=0)
+    predictions, targets = metric.collected
+    epoch = 0 if checkpoint is None else read_checkpoint(checkpoint, merged=False)["card"].get("epoch", 0)
+    pictures = task.draw(predictions, targets, folder, epoch, metric.indices)
+    facts = {"checkpoint": str(checkpoint or "the weights that the config starts from"), "images": len(targets)}
+    rows = task.measure_classes(predictions, targets)
+    write_report(folder / "report.html", "Evaluation", facts, metrics, rows, pictures, format_config(config))
 
 
 def _check_card(card: dict, expected: dict, path: str | Path) -> None:

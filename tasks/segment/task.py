@@ -216,6 +216,25 @@ class Segment:
             metrics = {f"mask_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
         return {key: value for key, value in metrics.items() if value == value}
 
+    def measure_classes(self, predictions: list, targets: list) -> list[dict[str, Any]]:
+        """Return a row for each class: of labels IoU, accuracy and share, of segments PQ, of instances AP."""
+        from ..metrics.classes import measure_objects
+        from ..metrics.segmentation import count_labels, measure_labels, measure_panoptic
+
+        pairs = zip(predictions, targets, strict=True)
+        if self.output == "instance":
+            return measure_objects(predictions, targets, self.classes, ("mask",))
+        if self.output == "panoptic":
+            values = measure_panoptic(pairs, self.things)["class_pq"].tolist()
+            return [{"class": name, "pq": value} for name, value in zip(self.classes, values, strict=True)]
+        counts = count_labels(pairs, len(self.classes))
+        measured, share = measure_labels(counts), (counts.sum(1) / counts.sum()).tolist()
+        columns = (measured["iou"].tolist(), measured["acc"].tolist(), share)
+        return [
+            dict(zip(("class", "iou", "accuracy", "share of pixels"), row, strict=True))
+            for row in zip(self.classes, *columns, strict=True)
+        ]
+
     def draw(
         self, predictions: list, targets: list, folder: Path, epoch: int, indices: list[int]
     ) -> list[tuple[str, str]]:

@@ -117,7 +117,7 @@ def test_what_is_held_out_is_drawn_once_and_never_everything():
 
 
 def test_what_a_folder_is_not_is_said(tmp_path):
-    with pytest.raises(TaskError, match=r"is in none of the formats of objects, coco, voc, yolo; name it by data.name"):
+    with pytest.raises(TaskError, match=r"is in none of the formats of objects, coco, huggingface, voc, yolo; name"):
         task_of("detect/finetune", tmp_path)
     masks(tmp_path)
     with pytest.raises(TaskError, match=r"is in none of the formats of objects, .*; it holds maps"):

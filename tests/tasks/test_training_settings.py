@@ -18,7 +18,7 @@ from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
 from foveate.tasks.dense.build import freeze_statistics
-from foveate.tasks.engine import run_folder
+from foveate.tasks.engine import hooks, run_folder
 from foveate.tasks.engine import runner as runner_module
 from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.hooks import SeedHook
@@ -86,6 +86,9 @@ class LineTask:
     def measure(self, predictions, targets):
         return {"loss": float(torch.stack(predictions).mean())}
 
+    def measure_classes(self, predictions, targets):
+        return []
+
     def draw(self, predictions, targets, folder, epoch, indices):
         return []
 
@@ -105,6 +108,7 @@ def train(monkeypatch, tmp_path):
             return tasks[-1]
 
         monkeypatch.setattr(import_module("foveate.tasks.engine.train"), "task_class_of", lambda name: make)
+        monkeypatch.setattr(hooks, "format_config", repr)
         monkeypatch.setattr(run_folder, "format_config", repr)  # it knows the keys of the house's tasks alone
         make.FREE, make.DEFAULTS = (), {}
         settings = {"epochs": 1, "batch_size": 4, "ema": None, "precision": "float32"} | settings
