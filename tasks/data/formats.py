@@ -4,6 +4,7 @@ A new format is a file beside this one that reads it, and a row. The bundled dig
 no row.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -311,8 +312,12 @@ def open_maps(
     else:
         root = _find_root(data)
         train = open_part(root, data, "train", skip_damaged, shared | to_train)
-        val = open_part(root, data, "train" if data["val"] is None else "val", skip_damaged, shared)
-        if data["val"] is None:
+        if data["val"] is not None:
+            val = open_part(root, data, "val", skip_damaged, shared)
+        else:
+            # Read and checked once: what is held out is the same images, neither augmented nor repeated.
+            val = copy.copy(train)
+            val.augment, val.pad, val.repeat = None, None, 1
             for part, indices in zip((train, val), hold_out(train.images, data), strict=True):
                 part.keep(indices)
         white = white or choose_white(train.image_files)
