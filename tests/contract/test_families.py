@@ -5,8 +5,6 @@ import pytest
 import torch
 from foveate.tasks.export import Options, export_model
 
-pytestmark = pytest.mark.versions
-
 
 def test_gradients_reach_every_parameter(model, images):
     model.train()
