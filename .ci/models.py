@@ -1,6 +1,6 @@
 """The table of models that the site shows: writes docs/models.csv; `python .ci/models.py --check` only compares it.
 
-What is counted from a model is in the table, so that the site needs no models to be built; a test counts some of it anew.
+What is counted from a model is in the table, so that the site needs no models to be built; a test counts some anew.
 """
 
 import csv
