@@ -65,11 +65,11 @@ def _splits(root: str | Path) -> dict[str, Any]:
 def _column(root: object, table: Any, named: str | None, usual: Sequence[str], key: str) -> str:
     """Return the column that a config names, or else the first usual one."""
     columns = list(table.features)
-    found = named if named is not None else next((name for name in usual if name in columns), None)
-    if found not in columns:
+    column = named if named is not None else next((name for name in usual if name in columns), None)
+    if column not in columns:
         what = f"no column {named!r}{nearest(named, columns)}" if named is not None else f"none of {', '.join(usual)}"
         raise TaskError(f"{root}: has {what}; its columns are {', '.join(columns)}; name it by data.{key}")
-    return found
+    return column
 
 
 def _read(table: Any, column: str, row: int, name: str, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:

@@ -229,20 +229,21 @@ def evaluate(
         measured = _without_worker_traceback(runner.test)
     metrics = {key.removeprefix("val/"): value for key, value in measured.items()}
     if report is not None and is_main_process():
-        _report(task, config, metrics, metric, Path(report), checkpoint_path)
+        epoch = 0 if checkpoint is None else checkpoint["card"].get("epoch", 0)
+        facts = {"checkpoint": str(checkpoint_path or "the weights that the config starts from"), "epoch": epoch}
+        _report(task, config, metrics, metric, Path(report), facts)
     _leave(distributed)
     return metrics, *metric.collected
 
 
-def _report(task, config: dict, metrics: dict, metric: Metric, folder: Path, checkpoint: str | Path | None) -> None:
+def _report(task, config: dict, metrics: dict, metric: Metric, folder: Path, facts: dict[str, Any]) -> None:
     """Write what an evaluation found, with pictures, into a folder."""
     from ..pictures.report import write_report
 
     check_folder(folder, needed=0)
     predictions, targets = metric.collected
-    epoch = 0 if checkpoint is None else read_checkpoint(checkpoint, merged=False)["card"].get("epoch", 0)
-    pictures = task.draw(predictions, targets, folder, epoch, metric.indices)
-    facts = {"checkpoint": str(checkpoint or "the weights that the config starts from"), "images": len(targets)}
+    pictures = task.draw(predictions, targets, folder, facts["epoch"], metric.indices)
+    facts |= {"images": len(targets)}
     rows = task.measure_classes(predictions, targets)
     write_report(folder / "report.html", "Evaluation", facts, metrics, rows, pictures, format_config(config))
 

@@ -49,12 +49,12 @@ def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tu
     """
     styles = [(colour, stripes) for stripes in STRIPES for colour in PALETTE]
     numbers = {label: place for place, label in enumerate(i for i, name in enumerate(classes) if name != "background")}
-    chosen: dict[int, tuple[str, str | None]] = {}
+    of_class: dict[int, tuple[str, str | None]] = {}
     for label in sorted({*labels} & numbers.keys()):
         place = numbers[label]
         free = (styles[(place + step) % len(styles)] for step in range(len(styles)))
-        chosen[label] = next((style for style in free if style not in chosen.values()), styles[place % len(styles)])
-    return chosen
+        of_class[label] = next((style for style in free if style not in of_class.values()), styles[place % len(styles)])
+    return of_class
 
 
 def add_legend(figure: Figure, names: Sequence[str], styles: Sequence[tuple[str, str | None]]) -> None:
