@@ -79,8 +79,8 @@ def test_objects_are_measured_by_class():
     masks = [encode_mask(mask), encode_mask(np.roll(mask, (20, 20), (0, 1)))]
     truth = {"boxes": box.double(), "labels": torch.tensor([0, 2]), "iscrowd": torch.tensor([0, 0]), "size": (40, 40)}
     truth |= {"area": torch.tensor([100.0, 100.0]), "masks": masks}
-    found = {"boxes": box[:1], "labels": torch.tensor([0]), "scores": torch.tensor([0.9]), "masks": masks[:1]}
-    rows = measure_objects([found], [truth], ["cat", "dog", "bird"], ("box", "mask"))
+    detections = {"boxes": box[:1], "labels": torch.tensor([0]), "scores": torch.tensor([0.9]), "masks": masks[:1]}
+    rows = measure_objects([detections], [truth], ["cat", "dog", "bird"], ("box", "mask"))
     assert [row["class"] for row in rows] == ["cat", "dog", "bird"]
     assert [row["objects"] for row in rows] == [1, 0, 1]
     for kind in ("box ap", "mask ap"):

@@ -122,14 +122,14 @@ def test_interrupted_it_leaves_a_playable_file(classifier, tmp_path):
 
 
 def test_frames_are_read_as_they_are_asked_for(tmp_path):
-    """However long a video is: no more frames are held than a batch has."""
+    """However long a video is: no more frames are batches than a batch has."""
     from foveate.tasks.load import Model
 
-    path, held = film(tmp_path / "film.mp4", frames=12), []
+    path, batches = film(tmp_path / "film.mp4", frames=12), []
 
     class Counted(SimpleNamespace):
         def __call__(self, images):
-            held.append(len(images))
+            batches.append(len(images))
             return [[("grey", 1.0)]] * len(images)
 
     predictor = Counted(channels=3, white=65535, classes=["grey"], card=None, draw=None)
@@ -137,7 +137,7 @@ def test_frames_are_read_as_they_are_asked_for(tmp_path):
     stream = Model(predictor).stream(path, batch_size=4)
     for count in range(1, 6):
         next(stream)
-        assert len(held) == -(-count // 4)
+        assert len(batches) == -(-count // 4)
 
 
 def result_of(answer, classes, size=(40, 60), threshold=0.5):
