@@ -122,7 +122,7 @@ def test_interrupted_it_leaves_a_playable_file(classifier, tmp_path):
 
 
 def test_frames_are_read_as_they_are_asked_for(tmp_path):
-    """However long a video is: no more frames are batches than a batch has."""
+    """However long a video is, no more frames are in memory than a batch has."""
     from foveate.tasks.load import Model
 
     path, batches = film(tmp_path / "film.mp4", frames=12), []
