@@ -52,7 +52,7 @@ def checkpoint(head, output, path):
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.normal_(module.weight, std=1.5 * module.weight[0].numel() ** -0.5)
+                nn.init.normal_(module.weight, std=1.2 * module.weight[0].numel() ** -0.5)
     save_checkpoint({"card": card, "state_dict": model.state_dict()}, path)
 
 
@@ -91,7 +91,8 @@ def test_an_onnx_file_answers_as_the_checkpoint(head, output, how, images, tmp_p
     path, file = tmp_path / "model.pth", tmp_path / "model.onnx"
     checkpoint(head, output, path)
     size = ["--size", *map(str, _SIZE)]
-    assert main(["export", str(path), str(file), *size, *how]) == 0
+    # Random weights of such a size let rounding grow.
+    assert main(["export", str(path), str(file), *size, *how, "--tolerance", "1e-4"]) == 0
     expected, got = answers(path, images, tmp_path / "torch"), answers(file, images, tmp_path / "onnx")
     # A file of one size pads what has another shape, which a model sees.
     for name in expected if how else ("same", "larger"):
