@@ -13,14 +13,13 @@ from foveate.tasks.detect.task import detector_card
 from foveate.tasks.segment.task import segmenter_card
 from foveate.tools.cli import main
 from PIL import Image
-from torch import nn
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 _CLASSES = list("abcde")
 _SIZE = 64, 96
-_REGIONS = dict(channels=16, hidden=16, score_threshold=0.15)
+_REGIONS = dict(channels=16, hidden=16, score_threshold=0.2)
 _QUERIES = dict(dim=32, num_queries=10, encoder_layers=1, encoder_hidden=32, decoder_layers=2, decoder_hidden=32)
 OPTIONS = {
     "mask_rcnn": _REGIONS,
@@ -50,9 +49,9 @@ def checkpoint(head, output, path):
         rule = InputRule(*_SIZE, 1, model.mean, model.std)
         card = segmenter_card(described | {"kwargs": options}, _CLASSES, things, output, rule, TEST)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.normal_(module.weight, std=1.2 * module.weight[0].numel() ** -0.5)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
     save_checkpoint({"card": card, "state_dict": model.state_dict()}, path)
 
 
