@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from foveate.tasks import TaskError
 from foveate.tasks.classify import Predictor
 from foveate.tasks.data.classification import Digits, InputRule
-from foveate.tasks.export import Options, export_model
+from foveate.tasks.export import Options, export_model, quantize
 from foveate.tasks.export.preprocess import FromImages
 from foveate.tasks.exported import load_exported
 from foveate.tools.cli import main
@@ -149,3 +150,35 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
 def test_a_smaller_file_needs_data(refused, digits_run, tmp_path):
     assert "--int8 needs --data FOLDER" in refused("export", str(digits_run), str(tmp_path / "a.onnx"), "--int8")
     assert "writes .onnx alone" in refused("export", str(digits_run), str(tmp_path / "a.pt2"), "--int8")
+
+
+def test_detectors_and_segmenters_are_held_to_their_answers_in_float32(monkeypatch, tmp_path):
+    image = Image.new("RGB", (40, 30))
+    boxes, labels = torch.tensor([[2.0, 3, 12, 8], [20, 10, 40, 30]]), torch.tensor([1, 0])
+    objects = {"boxes": boxes, "labels": labels, "scores": torch.tensor([0.9, 0.7])}
+    fewer = {key: value[:1] for key, value in objects.items()}
+    pixels = torch.zeros(30, 40, dtype=torch.uint8)
+    other = pixels.clone()
+    other[:3] = 1
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"x")
+    files = {name: tmp_path / name for name in "ab"}
+    for first, second, expected in ((objects, objects, 1), (objects, fewer, 0.5), (pixels, other, 0.9)):
+        answers = {files["a"]: first, files["b"]: second}
+        monkeypatch.setattr(quantize, "load_exported", lambda path, threads, of=answers: lambda images: [of[path]])
+        rows = quantize.compared(files, [image])
+        assert [row["agreement"] for row in rows] == pytest.approx([1, expected])
+    low = objects | {"scores": torch.tensor([0.3, 0.2])}
+    monkeypatch.setattr(quantize, "load_exported", lambda path, threads: lambda images: [low])
+    with pytest.raises(TaskError, match=r"no object of a score of 0.5"):
+        quantize.compared(files, [image])
+
+
+def test_images_to_calibrate_by_are_not_compared_on(tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(9)]
+    used, others = quantize.split_files(paths, 4)
+    assert len(used) == 4
+    assert {*used, *others} == {*paths}
+    assert len(others) == 5
+    with pytest.raises(TaskError, match="--data holds 9 images, but 5"):
+        quantize.split_files(paths, 5)
