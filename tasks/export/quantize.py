@@ -225,7 +225,7 @@ def _classes(answer: Tensor) -> np.ndarray:
     return (answer if answer.ndim == 2 else answer[..., 0]).numpy()
 
 
-def _objects_agree(truth: Sequence[dict], found: Sequence[dict], images: Sequence[Any], threshold: float) -> float:
+def _objects_agree(truth: Sequence[dict], detections: Sequence[dict], images: Sequence[Any], threshold: float) -> float:
     from ..metrics.average_precision import measure_ap
 
     targets = []
@@ -236,4 +236,4 @@ def _objects_agree(truth: Sequence[dict], found: Sequence[dict], images: Sequenc
         targets.append({key: value for key, value in likely.items() if key != "scores"} | plain)
     if not any(len(target["labels"]) for target in targets):
         raise TaskError(f"--data: no object of a score of {threshold:g} is found in float32, to be compared with")
-    return measure_ap(found, targets, "mask" if "masks" in truth[0] else "box")["ap"]
+    return measure_ap(detections, targets, "mask" if "masks" in truth[0] else "box")["ap"]
