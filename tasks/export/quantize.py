@@ -150,33 +150,34 @@ def split(dataset: Any, calibration: int) -> tuple[list[Tensor], list[Tensor], l
     Raises:
         TaskError: If fewer than as many again are left to measure by.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    if len(order) < 2 * calibration:
-        raise TaskError(
-            f"--data holds {len(order)} images, but {calibration} to calibrate by and as many to measure by are "
-            "needed; lower --calibration"
-        )
-    held_out = [dataset[index] for index in order[calibration:]]
+    used, others = _drawn(len(dataset), calibration)
+    held_out = [dataset[index] for index in others]
     return (
-        [dataset[index][0][None] for index in order[:calibration]],
+        [dataset[index][0][None] for index in used],
         [x for x, _ in held_out],
         [y for _, y in held_out],
     )
 
 
 def split_files(paths: Sequence[Path], calibration: int) -> tuple[list[Path], list[Path]]:
-    """Return images to calibrate by, and others to compare answers on.
+    """Return images to calibrate by, and others to be measured by.
 
     Raises:
-        TaskError: If fewer than as many again are left to compare on.
+        TaskError: If fewer than as many again are left to measure by.
     """
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
-    if len(order) < 2 * calibration:
+    used, others = _drawn(len(paths), calibration)
+    return [paths[index] for index in used], [paths[index] for index in others]
+
+
+def _drawn(count: int, calibration: int) -> tuple[list[int], list[int]]:
+    """Return the indices of images to calibrate by, and those of the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    if count < 2 * calibration:
         raise TaskError(
-            f"--data holds {len(order)} images, but {calibration} to calibrate by and as many to compare on are "
-            "needed; lower --calibration"
+            f"--data holds {count} images, but {calibration} to calibrate by and as many to measure by are needed; "
+            "lower --calibration"
         )
-    return [paths[index] for index in order[:calibration]], [paths[index] for index in order[calibration:]]
+    return order[:calibration], order[calibration:]
 
 
 def network_inputs(predictor: Any, images: Sequence[Any]) -> list[Tensor]:
