@@ -6,6 +6,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from ..kernels.attention import without_cudnn
+from ..kernels.lengths import padding_to
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, Windows, exact, heads_to_map, map_to_heads, number_box
@@ -22,7 +23,7 @@ def stripe_size(length: int, stripe: int) -> int:
 def pad_to_stripes(qkv: Tensor, stripe_height: int, stripe_width: int) -> Tensor:
     """Zero-pad ``[B, H, W, C]`` on all sides, the odd line at the bottom and right, to whole stripes."""
     height, width = qkv.shape[1], qkv.shape[2]
-    pad_y, pad_x = -height % stripe_height, -width % stripe_width
+    pad_y, pad_x = padding_to(height, stripe_height), padding_to(width, stripe_width)
     if pad_y == 0 and pad_x == 0:
         return qkv
     return F.pad(qkv, (0, 0, pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ..kernels.lengths import padding_to
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Given, Recorded, Rows, Softmax, Windows, exact, heads_to_map, map_to_heads
@@ -14,7 +15,7 @@ from .window import cut_windows, join_windows, number_windows
 @register_notrace_function
 def pool_windows(x: Tensor, size: int) -> Tensor:
     """Average the windows of a map ``[B, H, W, C]``, zeros at the bottom and right included: ``[B, windows, C]``."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
+    x = F.pad(x, (0, 0, 0, padding_to(x.shape[2], size), 0, padding_to(x.shape[1], size)))
     return F.avg_pool2d(x.permute(0, 3, 1, 2), size).flatten(2).transpose(1, 2)
 
 

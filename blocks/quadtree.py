@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import quadtree_scores, quadtree_values
 from ..kernels.backends import is_exporting
+from ..kernels.lengths import padding_to
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
 from .layout import channels_last
@@ -39,7 +40,7 @@ class Routes(NamedTuple):
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column of ``x`` ``[B, H, W, C]`` until height and width are multiples."""
     height, width = x.shape[1:3]
-    below, right = -height % multiple, -width % multiple
+    below, right = padding_to(height, multiple), padding_to(width, multiple)
     if below:
         x = torch.cat([x, x[:, -1:].expand(-1, below, -1, -1)], 1)
     if right:

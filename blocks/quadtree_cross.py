@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.lengths import padding_to
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype
 from .quadtree import Routes, from_tree, message, routes_of, to_tree, topk_of_levels
@@ -160,7 +161,7 @@ class QuadTreeCrossAttention2d(nn.Module):
 
 def _padded(x: Tensor, mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor | None]:
     """Pad a map at the bottom and right; what is padded is masked, and what is masked is zero."""
-    below, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    below, right = padding_to(x.shape[1], multiple), padding_to(x.shape[2], multiple)
     if mask is None and (below or right):
         mask = x.new_ones(x.shape[:3], dtype=torch.bool)
     if mask is None:

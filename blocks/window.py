@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from ..kernels.lengths import padding_to
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, Windows, exact, heads_to_map, number_box
@@ -24,7 +25,7 @@ def cut_windows(x: Tensor, window_height: int, window_width: int, shift_y: int, 
 
     The map is first padded with zeros at the bottom and right to whole windows, then rolled up and left by the shift.
     """
-    pad_y, pad_x = -x.shape[1] % window_height, -x.shape[2] % window_width
+    pad_y, pad_x = padding_to(x.shape[1], window_height), padding_to(x.shape[2], window_width)
     if pad_y > 0 or pad_x > 0:
         x = F.pad(x, (0, 0, 0, pad_x, 0, pad_y))
     if shift_y > 0 or shift_x > 0:
@@ -61,8 +62,8 @@ def shift_mask(
     """
     if shift_y == 0 and shift_x == 0:
         return None
-    rows = _axis_regions(height + -height % window_height, window_height, shift_y, x.device)
-    columns = _axis_regions(width + -width % window_width, window_width, shift_x, x.device)
+    rows = _axis_regions(height + padding_to(height, window_height), window_height, shift_y, x.device)
+    columns = _axis_regions(width + padding_to(width, window_width), window_width, shift_x, x.device)
     region = (3 * rows[:, None] + columns)[None, :, :, None]
     region = cut_windows(region, window_height, window_width, 0, 0).squeeze(-1)
     return (region[:, :, None] != region[:, None, :]).to(x.dtype) * -100.0
@@ -209,5 +210,5 @@ class WindowAttention2d(nn.Module):
 
 def number_windows(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Tensor:
     """Return the tokens of each window that `cut_windows` cuts, numbered as `number_box` does: ``[windows, n]``."""
-    padded = [length + -length % side for length, side in zip(size, window, strict=True)]
+    padded = [length + padding_to(length, side) for length, side in zip(size, window, strict=True)]
     return cut_windows(number_box(size, padded)[None, :, :, None], *window, *shift).squeeze(-1)

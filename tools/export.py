@@ -70,16 +70,16 @@ def _add_smaller(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="of classifiers as .onnx: also quantise, by images of --data, and measure it",
+        help="of .onnx: also quantise, by images of --data, and measure it",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of classifiers as .onnx: float16 is written and measured on --data; %(default)s by default",
+        help="of .onnx: float16 is written and measured on --data; %(default)s by default",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="images in a folder a class, for --int8 and --dtype"
+        "--data", type=Path, metavar="FOLDER", help="for --int8 and --dtype: images, of classifiers in a folder a class"
     )
     parser.add_argument(
         "--calibration",
@@ -91,7 +91,8 @@ def _add_smaller(parser: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=float,
         default=0.01,
-        help="greatest loss of accuracy, 0 to 1, that a smaller file may have; %(default)s by default",
+        help="greatest loss that a smaller file may have, 0 to 1, of accuracy, or of agreement with float32; "
+        "%(default)s by default",
     )
 
 
@@ -120,10 +121,6 @@ def run(args: argparse.Namespace) -> None:
     check_exportable(args.output, options)
     predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained)
     model = predictor.model.eval()
-    if smaller and card["task"] != "classify":
-        raise TaskError(
-            f"--int8 and --dtype are measured for classifiers alone; {args.source} is a model to {card['task']}"
-        )
     if args.size is not None:
         height, width = args.size[0], args.size[-1]
     if args.output.suffix != ".safetensors":
@@ -154,6 +151,11 @@ def run(args: argparse.Namespace) -> None:
         raise TaskError(f"{args.source}: does not take images of {height}x{width} pixels: {reason}") from error
     size = "any size" if options.dynamic_size else f"{height}x{width}"
     _report(args, facts, len(model.state_dict()), f"{channels} x {size}")
+    test = card.get("test", {})
+    if not args.features and (
+        test.get("mode", "whole") != "whole" or test.get("flip") or len(test.get("scales", "1")) > 1
+    ):
+        print("the file answers whole images, at one scale; the checkpoint is set to windows, scales or mirror images")
 
 
 def _report(args: argparse.Namespace, facts: dict, count: int, images: str) -> None:
@@ -187,7 +189,7 @@ def _check_smaller(args: argparse.Namespace) -> None:
     if args.dtype == "bfloat16":
         raise TaskError("--dtype bfloat16: onnxruntime has next to no operators of it on CPUs; float16 can be written")
     if args.data is None:
-        raise TaskError(f"{what} needs --data FOLDER, images in a folder a class, to measure what it costs")
+        raise TaskError(f"{what} needs --data FOLDER, images to measure what it costs")
     if args.features or args.preprocess:
         raise TaskError(f"{what} goes with neither --features nor --preprocess")
     if not 0 <= args.max_drop <= 1:
@@ -201,27 +203,41 @@ def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor
     from ..tasks import TaskError
     from ..tasks.checkpoints import write_whole
     from ..tasks.data.class_folder import LabelledFolder
-    from ..tasks.export.quantize import calibrated, halved, measured, split
+    from ..tasks.data.images import find_images, read_image
+    from ..tasks.export.quantize import calibrated, compared, halved, measured, network_inputs, split, split_files
+    from ..tasks.exported import load_exported
     from .tables import as_markdown
 
     if not args.data.is_dir():
-        raise TaskError(f"{args.data}: no such folder; --data needs one folder of images a class")
-    folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
-    folder.white = predictor.white
-    calibration, images, labels = split(folder, args.calibration)
+        raise TaskError(f"{args.data}: no such folder; --data needs one of images")
     kind = "int8" if args.int8 else args.dtype
     target = source.with_name(f"{kind}.onnx")
-    if args.int8:
-        calibrated(source, target, calibration)
+
+    def write(calibration) -> None:
+        if args.int8:
+            calibrated(source, target, calibration)
+        else:
+            halved(source, target)
+
+    files = {"float32": source, kind: target}
+    if card["task"] == "classify":
+        folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
+        folder.white = predictor.white
+        calibration, images, labels = split(folder, args.calibration)
+        write(calibration)
+        rows, measure = measured(files, images, labels), "accuracy"
     else:
-        halved(source, target)
-    rows = measured({"float32": source, kind: target}, images, labels)
-    print(f"On {len(images)} held-out images of {args.data}; medians of alternating calls in one thread:")
+        used, others = split_files(find_images([args.data]), args.calibration)
+        exported = load_exported(source)
+        used, images = ([read_image(path, 3, predictor.white) for path in paths] for paths in (used, others))
+        write(network_inputs(exported, used))
+        rows, measure = compared(files, images), "agreement"
+    print(f"On {len(images)} held-out images of {args.data}; in one thread:")
     print(as_markdown([{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows]))
-    drop = rows[0]["accuracy"] - rows[1]["accuracy"]
+    drop = rows[0][measure] - rows[1][measure]
     if drop > args.max_drop:
         raise TaskError(
-            f"{args.output}: not written: {kind} loses {drop:.4f} of accuracy, more than --max-drop {args.max_drop:g}"
+            f"{args.output}: not written: {kind} loses {drop:.4f} of {measure}, more than --max-drop {args.max_drop:g}"
         )
     write_whole(args.output, lambda file: shutil.copyfile(target, file))
     return [args.output]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
+from ..kernels.lengths import padding_to
 from .checkpoint import Checkpoint
 from .library_errors import unknown_option
 from .loading import WithoutInit, create_model
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
     def _padded(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if self.size is None:
-            below, right = -height % self.multiple, -width % self.multiple
+            below, right = padding_to(height, self.multiple), padding_to(width, self.multiple)
         else:
             below, right = self.size[0] - height, self.size[1] - width
             if below < 0 or right < 0:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ..blocks.dual import ChannelGroupAttention2d
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.window import WindowAttention2d
+from ..kernels.lengths import padding_to
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -46,7 +47,7 @@ _logger = logging.getLogger(__name__)
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad ``x`` ``[B, C, H, W]`` at the bottom and right to a multiple of ``multiple``."""
-    bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    bottom, right = padding_to(x.shape[2], multiple), padding_to(x.shape[3], multiple)
     if torch.compiler.is_compiling() or bottom > 0 or right > 0:
         x = F.pad(x, (0, right, 0, bottom))
     return x

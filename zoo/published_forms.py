@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..kernels.lengths import padding_to
 from .backbone import Backbone
 from .checkpoint import CheckpointError
 from .maps import Maps
@@ -26,7 +27,7 @@ class PadsBeforeItRolls(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         height, width, channels = x.shape[1:]
         rows, columns = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        x = F.pad(x, (0, 0, 0, padding_to(width, columns), 0, padding_to(height, rows)))
         padded = x.shape[1:3]
         down, across = self.shift_size
         rolls = bool(down or across)
@@ -129,7 +130,7 @@ class PublishedBackbone(Backbone):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images ``[B, in_chans, H, W]`` to NCHW maps, from the finest to the coarsest."""
-        x = F.pad(x, (0, -x.shape[-1] % self._patch, 0, -x.shape[-2] % self._patch))
+        x = F.pad(x, (0, padding_to(x.shape[-1], self._patch), 0, padding_to(x.shape[-2], self._patch)))
         maps = list(super().forward(x))
         for index, norm in self.out_norms.items():
             maps[int(index)] = norm(maps[int(index)])

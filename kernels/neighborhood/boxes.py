@@ -47,19 +47,24 @@ class _Cut:
     def _box(self, tile: int) -> int:
         # The last ranks of some groups are one less, which moves their last windows.
         most = max(tile + self.axis.kernel_size - 1, self.axis.kernel_size + 1) + 2 * self._slack
-        return min(most, self.ranks) if self._known else torch.sym_min(most, self.ranks)
+        # Of an unknown length, the least of both would stand in every size of the graph, which sympy is slow at.
+        return min(most, self.ranks) if self._known else most
 
     def _starts(self) -> Tensor:
         """Return the first key of every tile's box, ``[tiles]``."""
         before = self.axis.kernel_size - 1 if self.axis.is_causal else self.axis.kernel_size // 2
         first = torch.arange(self.tiles, device=self._device) * self.tile - (before + self._slack)
-        return first.clamp(min=0).clamp(max=self.ranks - self.box)
+        return first.clamp(max=self.ranks - self.box).clamp(min=0)
+
+    def _boxes(self) -> Tensor:
+        """Return the ranks of all boxes' keys, ``[tiles, box]``; of axes shorter than a box some beyond the end."""
+        return self._starts()[:, None] + torch.arange(self.box, device=self._device)
 
     def keys(self) -> Tensor:
-        """Return the ranks of all boxes' keys, ``[tiles * box]``."""
+        """Return the ranks of all boxes' keys, ``[tiles * box]``; in place of those beyond the end the last."""
         if self._known:
             return torch.from_numpy(self._known_keys().ravel()).to(self._device)
-        return (self._starts()[:, None] + torch.arange(self.box, device=self._device)).flatten()
+        return self._boxes().flatten().clamp(max=self.ranks - 1)
 
     def entries(self) -> Tensor:
         """Return the entry of the bias table, from query to key, ``[groups * tiles, tile, box]``; the last: unseen."""
@@ -67,7 +72,7 @@ class _Cut:
         if self._known:
             return torch.from_numpy(self._known_entries()).to(self._device)
         query = torch.arange(self.tiles * self.tile, device=self._device).view(self.tiles, self.tile)
-        key = self.keys().view(self.tiles, 1, self.box)
+        key = self._boxes()[:, None]
         # How many ranks each group has.
         group = torch.arange(axis.dilation, device=self._device)[:, None, None]
         last = torch.div(axis.length - group + axis.dilation - 1, axis.dilation, rounding_mode="floor") - 1

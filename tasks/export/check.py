@@ -1,7 +1,9 @@
 """Whether what was written computes what the model computes: other images, other sizes, ties allowed to swap."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import TaskError
@@ -61,6 +63,17 @@ def differences(model: nn.Module, got: Sequence[Tensor], expected: Sequence[Tens
     return [_difference(one, other) for one, other in zip(got, expected, strict=True)]
 
 
+def rounding(model: nn.Module, images: Tensor, expected: Sequence[Tensor], tolerance: float) -> float | None:
+    """Return how far a model's outputs are from those that it has in float64, as `differences`; None if it has none."""
+    try:
+        with torch.no_grad():
+            exact = as_list(copy.deepcopy(model).double()(images.double()))
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    exact = [value.to(like.dtype) for value, like in zip(exact, expected, strict=True)]
+    return max(differences(model, expected, exact, tolerance))
+
+
 def _difference(got: Tensor, expected: Tensor) -> float:
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
@@ -89,7 +102,9 @@ def aligned(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
     apart = (got["boxes"][:, None] - expected["boxes"][:, :, None]).abs().amax(-1)
     apart = apart / expected["boxes"].abs().max().clamp(min=1e-12)
     apart = apart + (got["labels"][:, None] != expected["labels"][:, :, None])
-    place = apart.masked_fill(~near, float("inf")).argmin(-1)
+    # What has no counterpart of its score stands for itself, so that the difference told is that of the scores.
+    own = torch.arange(near.shape[-1]).expand(near.shape[:-1])
+    place = torch.where(near.any(-1), apart.masked_fill(~near, float("inf")).argmin(-1), own)
     for value in got.values():
         if value.ndim == 1:
             yield value

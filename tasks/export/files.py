@@ -15,7 +15,7 @@ from ...kernels.backends import Graph, exporting_to
 from ...zoo.library_errors import cause_of
 from .. import TaskError
 from ..checkpoints import write_together, write_whole
-from .check import as_list, check_inputs, differences
+from .check import as_list, check_inputs, differences, rounding
 from .modules import output_names
 from .onnx_file import OPSETS, run_onnx, write_onnx
 from .program import others, run_program, trace, write_program
@@ -171,9 +171,11 @@ def _compared(
             raise TaskError(f"{path}: not written: it can't be run on images of {shape}: {cause_of(error)}") from error
         for name, difference in zip(names, differences(model, got, expected, options.tolerance), strict=True):
             if not difference <= options.tolerance:
+                own = rounding(model, images, expected, options.tolerance)
+                told = "" if own is None else f"; the model's own, in float64, differ by {own:.1e}"
                 raise TaskError(
                     f"{path}: not written: its {name} differs from the model's by {difference:.1e} of its standard "
-                    f"deviation, more than --tolerance {options.tolerance:g}, on images of {shape}"
+                    f"deviation, more than --tolerance {options.tolerance:g}, on images of {shape}{told}"
                 )
             greatest = max(greatest, difference)
     return greatest

@@ -1,5 +1,7 @@
 """Smaller and faster ONNX files, measured on held-out images beside float32: int8 and float16.
 
+Classifiers are held to labels; detectors and segmenters to what they answer in float32.
+
 Quantised are convolutions, and products with weights: of attention's products of two activations the conversions cost
 more than the product saves, and so they stay in float32. The outputs of products stay in float32 too, which spares a
 rounding and a conversion each.
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import TaskError
-from ..exported import OnnxModel
+from ..detections import keep_likely
+from ..exported import OnnxModel, load_exported
 from ..extras import require
 
 
@@ -147,15 +150,91 @@ def split(dataset: Any, calibration: int) -> tuple[list[Tensor], list[Tensor], l
     Raises:
         TaskError: If fewer than as many again are left to measure by.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    if len(order) < 2 * calibration:
-        raise TaskError(
-            f"--data holds {len(order)} images, but {calibration} to calibrate by and as many to measure by are "
-            "needed; lower --calibration"
-        )
-    held_out = [dataset[index] for index in order[calibration:]]
+    used, others = _drawn(len(dataset), calibration)
+    held_out = [dataset[index] for index in others]
     return (
-        [dataset[index][0][None] for index in order[:calibration]],
+        [dataset[index][0][None] for index in used],
         [x for x, _ in held_out],
         [y for _, y in held_out],
     )
+
+
+def split_files(paths: Sequence[Path], calibration: int) -> tuple[list[Path], list[Path]]:
+    """Return images to calibrate by, and others to be measured by.
+
+    Raises:
+        TaskError: If fewer than as many again are left to measure by.
+    """
+    used, others = _drawn(len(paths), calibration)
+    return [paths[index] for index in used], [paths[index] for index in others]
+
+
+def _drawn(count: int, calibration: int) -> tuple[list[int], list[int]]:
+    """Return the indices of images to calibrate by, and those of the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    if count < 2 * calibration:
+        raise TaskError(
+            f"--data holds {count} images, but {calibration} to calibrate by and as many to measure by are needed; "
+            "lower --calibration"
+        )
+    return order[:calibration], order[calibration:]
+
+
+def network_inputs(predictor: Any, images: Sequence[Any]) -> list[Tensor]:
+    """Return what a file's network is given for images, by the predictor that `load_exported` returns."""
+    inputs: list[Tensor] = []
+    handle = predictor.model.network.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    predictor(images)
+    handle.remove()
+    return inputs
+
+
+def compared(files: dict[str, Path], images: Sequence[Any], threshold: float = 0.5) -> list[dict]:
+    """Return a row for each detector's or segmenter's file: agreement with the first, speed of a picture, and size.
+
+    Agreement is the share of pixels of the same class; of objects COCO's average precision, of masks if there are any,
+    where those that the first finds, of at least the score ``threshold``, are the truth.
+
+    Args:
+        files: By what they are called; the first is what the others are compared with.
+        images: Pictures, as `read_image` returns them.
+        threshold: See above.
+
+    Raises:
+        TaskError: If the first finds no object.
+    """
+    rows, answers = [], {}
+    for name, path in files.items():
+        predictor = load_exported(path, threads=1)
+        start = time.perf_counter()
+        answers[name] = predictor(images)
+        seconds = (time.perf_counter() - start) / len(images)
+        rows.append({"file": name, "images/s": 1 / seconds, "MB": path.stat().st_size / 1e6})
+    first, *_ = answers.values()
+    for row, others in zip(rows, answers.values(), strict=True):
+        row["agreement"] = (
+            _objects_agree(first, others, images, threshold)
+            if isinstance(first[0], dict)
+            else (float(np.mean([np.mean(_classes(a) == _classes(b)) for a, b in zip(first, others, strict=True)])))
+        )
+        row["speed"] = row["images/s"] / rows[0]["images/s"]
+    return rows
+
+
+def _classes(answer: Tensor) -> np.ndarray:
+    """Return the class of every pixel, of label maps ``[H, W]`` or of classes and numbers of segments ``[H, W, 2]``."""
+    return (answer if answer.ndim == 2 else answer[..., 0]).numpy()
+
+
+def _objects_agree(truth: Sequence[dict], detections: Sequence[dict], images: Sequence[Any], threshold: float) -> float:
+    from ..metrics.average_precision import measure_ap
+
+    targets = []
+    for answer, image in zip(truth, images, strict=True):
+        likely = keep_likely(answer, threshold)
+        sides = likely["boxes"][:, 2:] - likely["boxes"][:, :2]
+        plain = {"iscrowd": torch.zeros(len(sides)), "area": sides.prod(1), "size": (image.height, image.width)}
+        targets.append({key: value for key, value in likely.items() if key != "scores"} | plain)
+    if not any(len(target["labels"]) for target in targets):
+        raise TaskError(f"--data: no object of a score of {threshold:g} is found in float32, to be compared with")
+    return measure_ap(detections, targets, "mask" if "masks" in truth[0] else "box")["ap"]

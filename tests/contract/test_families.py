@@ -49,3 +49,19 @@ def test_onnxruntime_computes_the_same(model, images, tmp_path):
         expected = model(others).numpy()
     assert np.abs(expected).max() > 1e-4  # of random weights, but of more than rounding
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.heavy
+def test_onnx_files_hold_no_float64_and_no_large_tables(model, images, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "model.onnx"
+    export_model(model.eval(), images, path, {}, Options(tolerance=1e-4))
+    graph = onnx.load(path).graph
+    constants = [attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t")]
+    assert not [
+        tensor.name for tensor in (*graph.initializer, *constants) if tensor.data_type == onnx.TensorProto.DOUBLE
+    ]
+    casts = [attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute]
+    assert onnx.TensorProto.DOUBLE not in casts
+    state = sum(value.nbytes for value in {**model.state_dict(), **dict(model.named_buffers())}.values())
+    assert path.stat().st_size < state + 300_000

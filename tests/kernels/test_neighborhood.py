@@ -131,6 +131,22 @@ def test_boxes_are_cut_alike_where_the_length_is_unknown(monkeypatch):
         monkeypatch.setattr(known, "_known", False)
         assert torch.equal(known.keys(), keys)
         assert torch.equal(known.entries(), entries)
+        # Where boxes are longer than the axis, what is beyond its end isn't seen.
+        unseen, seen = 2 * kernel - 1, (entries < 2 * kernel - 1).sum()
+        pairs = _pairs(keys, entries, known)
+        known.box = known._box(known.tile)
+        assert known.keys().max() < known.ranks
+        entries = known.entries()
+        assert (entries < unseen).sum() == seen
+        assert torch.equal(_pairs(known.keys(), entries, known), pairs)
+
+
+def _pairs(keys, entries, cut):
+    """Return the key and the entry of all pairs that are seen, query by query."""
+    keys = keys.view(1, cut.tiles, 1, cut.box).expand(cut.axis.dilation, -1, cut.tile, -1)
+    entries = entries.view(keys.shape)
+    seen = entries < 2 * cut.axis.kernel_size - 1
+    return torch.stack([keys[seen], entries[seen]])
 
 
 @pytest.mark.parametrize("dilation", [1, (2, 3)])

@@ -24,8 +24,8 @@ DETECTORS = {
 }
 LABELLERS = ("semantic_fpn", "upernet", "deeplabv3", "deeplabv3_plus", "light_ham", "ham_net", "mca", "attention_unet")
 QUERIES = [f"{head} {output}" for head in ("mask2former", "oneformer") for output in OUTPUTS]
-# One with boxes and masks, one by torch.export and one with labels by default.
-BRIEF = ("mask_rcnn .onnx", "retinanet .pt2", "semantic_fpn .onnx")
+# tests/tools/test_serve_dense.py has others as .onnx.
+BRIEF = ("retinanet .pt2",)
 
 
 class Convolutions(nn.Module):
@@ -169,7 +169,9 @@ def test_every_head_is_exported_whole(name, suffix, tmp_path):
     output = name.split()[1] if name in QUERIES else None
     model = whole_model(build(name), output)
     path = tmp_path / f"model{suffix}"
-    facts = export_model(model, example_images(3, 70, 101, 2), path, {}, Options())
+    # Weights that are doubled in every layer let rounding grow.
+    options = Options(tolerance=1e-4 if name in DETECTORS else 1e-5)
+    facts = export_model(model, example_images(3, 70, 101, 2), path, {}, options)
     assert tuple(facts["outputs"]) == model.OUTPUTS
     assert set(facts["operators"]) <= ({"torchvision"} if suffix == ".pt2" else set())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -1,12 +1,17 @@
 """What was exported, used: by foveate predict, with its metadata, its own preprocessing, quantised."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from foveate.tasks import TaskError
+from foveate.tasks.classify import Predictor
 from foveate.tasks.data.classification import Digits, InputRule
+from foveate.tasks.export import Options, export_model, quantize
 from foveate.tasks.export.preprocess import FromImages
+from foveate.tasks.exported import load_exported
 from foveate.tools.cli import main
 from PIL import Image
 
@@ -31,10 +36,26 @@ def _answers(model, images, output, **options):
     return [entry["classes"] for entry in entries], pictures
 
 
-@pytest.mark.parametrize("preprocess", [None, "hwc", pytest.param("chw", marks=pytest.mark.heavy)])
-def test_an_onnx_file_answers_as_the_checkpoint(digits_run, images, tmp_path, preprocess):
+@pytest.fixture(scope="module")
+def exported(digits_run, tmp_path_factory):
+    file = tmp_path_factory.mktemp("exported") / "digits.onnx"
+    assert main(["export", str(digits_run), str(file)]) == 0
+    return file
+
+
+def test_an_onnx_file_answers_as_the_checkpoint(digits_run, images, tmp_path, exported):
+    _check_answers(digits_run, images, tmp_path, exported)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("layout", ["hwc", "chw"])
+def test_a_file_that_resizes_answers_as_the_checkpoint(digits_run, images, tmp_path, layout):
     file = tmp_path / "digits.onnx"
-    assert main(["export", str(digits_run), str(file), *(("--preprocess", preprocess) if preprocess else ())]) == 0
+    assert main(["export", str(digits_run), str(file), "--preprocess", layout]) == 0
+    _check_answers(digits_run, images, tmp_path, file)
+
+
+def _check_answers(digits_run, images, tmp_path, file):
     expected, drawn = _answers(digits_run / "best.pth", images, tmp_path / "torch")
     got, pictures = _answers(file, images, tmp_path / "onnx")
     for one, other in zip(expected, got, strict=True):
@@ -48,6 +69,20 @@ def test_an_onnx_file_answers_as_the_checkpoint(digits_run, images, tmp_path, pr
     assert json.loads(metadata["classes"])[3] == "3"
     assert "resize, bicubic" in metadata["resize"]
     assert json.loads(metadata["foveate"])["preprocessing"]["rule"]["size"] == 32
+
+
+@pytest.mark.parametrize("layout", ["hwc", "chw"])
+def test_resize_is_part_of_a_file(layout, tmp_path):
+    rule = InputRule(16, 3, (0.5,) * 3, (0.25,) * 3, "bilinear", 0.875)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 16), torch.nn.Flatten()).eval()
+    model = FromImages(network, rule, layout)
+    card = {"task": "classify", "classes": list("abcd"), "layout": layout, "preprocessing": {"rule": vars(rule)}}
+    export_model(model, model.example(21, 30), tmp_path / "x.onnx", card, Options(dynamic_size=True))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 19, 3), np.uint8))
+    (got,) = load_exported(tmp_path / "x.onnx")([image])
+    (expected,) = Predictor(network, rule, list("abcd"))([image])
+    assert dict(got) == pytest.approx(dict(expected), abs=0.02)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -86,9 +121,15 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("how", [["--int8"], pytest.param(["--dtype", "float16"], marks=pytest.mark.heavy)])
 def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
-    digits_run, folder, images, tmp_path, capsys, refused, monkeypatch, how
+    digits_run, folder, images, exported, tmp_path, capsys, refused, monkeypatch, how
 ):
     file = tmp_path / "small.onnx"
+
+    def export(model, example, path, *rest):
+        shutil.copyfile(exported, path)
+        return {"outputs": {}, "operators": [], "difference": 0.0}
+
+    monkeypatch.setattr("foveate.tasks.export.export_model", export)
     argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20"]
     assert main([*argv, "--max-drop", "0.1"]) == 0
     text = capsys.readouterr().out
@@ -109,3 +150,35 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
 def test_a_smaller_file_needs_data(refused, digits_run, tmp_path):
     assert "--int8 needs --data FOLDER" in refused("export", str(digits_run), str(tmp_path / "a.onnx"), "--int8")
     assert "writes .onnx alone" in refused("export", str(digits_run), str(tmp_path / "a.pt2"), "--int8")
+
+
+def test_detectors_and_segmenters_are_held_to_their_answers_in_float32(monkeypatch, tmp_path):
+    image = Image.new("RGB", (40, 30))
+    boxes, labels = torch.tensor([[2.0, 3, 12, 8], [20, 10, 40, 30]]), torch.tensor([1, 0])
+    objects = {"boxes": boxes, "labels": labels, "scores": torch.tensor([0.9, 0.7])}
+    fewer = {key: value[:1] for key, value in objects.items()}
+    pixels = torch.zeros(30, 40, dtype=torch.uint8)
+    other = pixels.clone()
+    other[:3] = 1
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"x")
+    files = {name: tmp_path / name for name in "ab"}
+    for first, second, expected in ((objects, objects, 1), (objects, fewer, 0.5), (pixels, other, 0.9)):
+        answers = {files["a"]: first, files["b"]: second}
+        monkeypatch.setattr(quantize, "load_exported", lambda path, threads, of=answers: lambda images: [of[path]])
+        rows = quantize.compared(files, [image])
+        assert [row["agreement"] for row in rows] == pytest.approx([1, expected])
+    low = objects | {"scores": torch.tensor([0.3, 0.2])}
+    monkeypatch.setattr(quantize, "load_exported", lambda path, threads: lambda images: [low])
+    with pytest.raises(TaskError, match=r"no object of a score of 0.5"):
+        quantize.compared(files, [image])
+
+
+def test_images_to_calibrate_by_are_not_compared_on(tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(9)]
+    used, others = quantize.split_files(paths, 4)
+    assert len(used) == 4
+    assert {*used, *others} == {*paths}
+    assert len(others) == 5
+    with pytest.raises(TaskError, match="--data holds 9 images, but 5"):
+        quantize.split_files(paths, 5)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from ....kernels.lengths import padding_to
 from ... import TaskError
 from ...extras import require
 from ..normalize import check_images, check_order, normalize
@@ -118,7 +119,8 @@ class DetectorTransform(nn.Module):
 
     def padded(self, batch: Tensor) -> Tensor:
         """Return images ``[B, C, H, W]``, normalised and of one size, padded as those of a batch are."""
-        return F.pad(batch, (0, -batch.shape[-1] % self.divisor, 0, -batch.shape[-2] % self.divisor))
+        below, right = (padding_to(length, self.divisor) for length in batch.shape[-2:])
+        return F.pad(batch, (0, right, 0, below))
 
     def _check_shape(self, image: Tensor) -> None:
         if image.dim() != 3 or len(image) != len(self.mean) or 0 in image.shape:

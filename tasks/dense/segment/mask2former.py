@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from ....kernels.lengths import padding_to
 from ... import TaskError, nearest
 from ..normalize import check_evaluation
 from .base import BaseSegmenter
@@ -413,4 +414,5 @@ class Mask2Former(BaseSegmenter):
 
     def padded(self, x: Tensor) -> Tensor:
         """Return normalised images ``[B, C, H, W]``, padded as the network takes them."""
-        return F.pad(x, (0, -x.shape[-1] % self.divisor, 0, -x.shape[-2] % self.divisor))
+        below, right = (padding_to(length, self.divisor) for length in x.shape[-2:])
+        return F.pad(x, (0, right, 0, below))
