@@ -58,5 +58,6 @@ setup(
     ext_modules=[
         library("foveate.kernels.neighborhood._native", "kernels/neighborhood/native.c"),
         library("foveate.kernels._deformable", "kernels/deformable.c"),
+        library("foveate.kernels._aggregated", "kernels/aggregated.c"),
     ],
 )

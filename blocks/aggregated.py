@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows, window_tokens
+from ..kernels.aggregated_native import Projected, aggregated_native, obstacle
+from ..kernels.backends import Backend, choose
 from .continuous_bias import AxisTable, ContinuousBias, bias_axes, bias_of_rows, pooling_matrix
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
@@ -232,6 +235,7 @@ def attend_projected(
     pooled: tuple[int, int],
     sr_ratio: int,
     trained_size: tuple[int, int] | None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attend as `AggregatedAttention2d` does, ``[B, H, W, dim]`` before its projection.
 
@@ -248,12 +252,39 @@ def attend_projected(
         pooled: Height and width of the pooled map.
         sr_ratio: As in `bias_axes`, like ``trained_size``.
         trained_size: Maps whose bias is resized, or None.
+        backend: ``"native"``, in C for inference on CPUs, or ``"torch"``; by default the first that can run.
+
+    Raises:
+        ValueError: If there is no such backend or it cannot run; the message says why.
     """
-    unit, scaled, key, value, pooled_key, pooled_value = unit_vectors(
-        query, kv, pooled_kv, temperature, query_embedding, tokens.shape[2], pooled
-    )
     size = (int(query.shape[1]), int(query.shape[2]))
-    rows, columns = bias_axes(size, pooled, sr_ratio, trained_size)
+    axes = bias_axes(size, pooled, sr_ratio, trained_size)
+    tensors = (temperature, query_embedding, local_bias, tokens, token_bias, bias_table)
+    call = Call(Projected(query, kv, pooled_kv, *tensors), pooled, axes)
+    return _BACKENDS[choose("aggregated attention", _BACKENDS, call, backend)].run(call)
+
+
+class Call(NamedTuple):
+    """A call of `attend_projected`: the tensors, the pooled map's height and width, and the tables of both axes."""
+
+    tensors: Projected
+    pooled: tuple[int, int]
+    axes: tuple[AxisTable, AxisTable]
+
+
+def _attend_native(call: Call) -> Tensor:
+    height, width = map(int, call.tensors.query.shape[1:3])
+    window = math.isqrt(call.tensors.local_bias.shape[1])
+    scale = key_scale(height, width, window, math.prod(call.pooled))
+    return aggregated_native(call.tensors, scale, tuple((axis.index, axis.weight) for axis in call.axes))
+
+
+def _attend_in_torch(call: Call) -> Tensor:
+    query, kv, pooled_kv, temperature, query_embedding, local_bias, tokens, token_bias, bias_table = call.tensors
+    unit, scaled, key, value, pooled_key, pooled_value = unit_vectors(
+        query, kv, pooled_kv, temperature, query_embedding, tokens.shape[2], call.pooled
+    )
+    rows, columns = call.axes
     return aggregated_attention(
         scaled,
         key,
@@ -265,6 +296,13 @@ def attend_projected(
         lambda table, first, end: bias_of_rows(table, rows, columns, first, end),
         learned_weights(unit, tokens, token_bias),
     ).flatten(-2)
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "native": Backend(_attend_native, lambda call: obstacle(call.tensors)),
+    "torch": Backend(_attend_in_torch),
+}
 
 
 def unit_vectors(

@@ -1,11 +1,13 @@
 """Aggregated attention: the published modules, all ways to compute it, gradients, positions, sizes, precision."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from foveate.blocks import AggregatedAttention2d, UnitGlobalAttention2d, create_attention
+from foveate.blocks import aggregated as blocks_aggregated
 from foveate.blocks.continuous_bias import (
     ContinuousBias,
     axis_table,
@@ -104,6 +106,71 @@ def test_backends_of_the_window_agree(backend):
     except ValueError as error:
         pytest.skip(str(error))
     torch.testing.assert_close(out, aggregated_reference(*leaves), atol=1e-5, rtol=1e-5)
+
+
+def randomized(*args, **options) -> AggregatedAttention2d:
+    torch.manual_seed(0)
+    attention = AggregatedAttention2d(*args, **options).eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return attention
+
+
+def attend(monkeypatch, attention, x, backend):
+    with monkeypatch.context() as patch, torch.no_grad():
+        call = partial(blocks_aggregated.attend_projected, backend=backend)
+        patch.setattr(blocks_aggregated, "attend_projected", call)
+        return attention(x)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "window", "dim", "options"),
+    [
+        ((14, 14), 3, 72, {}),
+        ((1, 1), 3, 12, {}),
+        ((2, 11), 3, 15, {}),
+        ((5, 6), 5, 72, {}),
+        ((33, 50), 3, 24, dict(sr_ratio=8, pretrain_size=56, trained_size=64)),
+        ((40, 16), 7, 24, dict(fixed_pool_size=5)),
+        ((90, 67), 3, 24, dict(sr_ratio=3)),
+    ],
+)
+def test_attention_in_c_is_that_in_torch(size, window, dim, options, threads, monkeypatch):
+    attention, x = randomized(dim, 3, window, **options), torch.randn(2, *size, dim)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = attend(monkeypatch, attention, x, "native")
+    except ValueError as error:
+        pytest.skip(str(error))
+    finally:
+        torch.set_num_threads(torch_threads)
+    expected = attend(monkeypatch, attention.double(), x.double(), "torch")
+    torch.testing.assert_close(out.double(), expected, atol=2e-5 * float(expected.std()), rtol=0)
+
+
+def test_what_is_not_finite_reaches_in_c_what_it_reaches_in_torch(monkeypatch):
+    attention, x = randomized(24, 2), torch.randn(2, 9, 20, 24)
+    x[1, 4, 3] = torch.tensor([float("nan"), float("inf")]).repeat(12)
+    try:
+        out = attend(monkeypatch, attention, x, "native")
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert out[0].isfinite().all()
+    assert torch.equal(out.isfinite(), attend(monkeypatch, attention, x, "torch").isfinite())
+
+
+def test_attention_in_c_is_refused_where_it_cannot_run(monkeypatch):
+    attention, x = randomized(24, 2), torch.randn(1, 4, 4, 24)
+    with pytest.raises(ValueError, match="native' cannot run here: it computes in float32"):
+        attend(monkeypatch, copy.deepcopy(attention).double(), x.double(), "native")
+    monkeypatch.setattr(
+        blocks_aggregated, "attend_projected", partial(blocks_aggregated.attend_projected, backend="native")
+    )
+    with pytest.raises(ValueError, match="cannot run here: it has no derivatives"):
+        attention(x)
 
 
 def test_a_window_that_is_none_is_one_line():
