@@ -108,6 +108,9 @@ def download(
         if sha256 is not None and (actual := sha256_of(part)) != sha256:
             raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
         checked = check(part)
+        # Bytes before name: a loss of power must not leave the name of a file that is not there.
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
         return checked
     finally:
@@ -129,6 +132,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     start = _size_of(part)
     notes = {} if not start else _read_notes(part)
     start, validator = (start, notes.get("validator")) if notes else (0, None)
+    if start and start == notes.get("total"):
+        return  # it was whole when the process was killed; what it is, is checked next
     headers = {"User-Agent": "foveate", "Accept-Encoding": "identity"}
     if start and validator:
         # The host sends the rest if the file is still the same, and else all of it.
