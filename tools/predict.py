@@ -2,15 +2,18 @@
 
 What is done depends on the checkpoint: classes of the image, boxes and masks of objects, or classes of pixels.
 
-An image that can't be read is reported, and the others are done; the exit code is then 2.
+An image that can't be read, or has no answer, is reported, and the others are done; the exit code is then 2.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from .arguments import at_least
+
+_LONGEST = 200  # bytes of a picture's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=at_least(1), default=16, help="images read at once; %(default)s by default"
     )
+    parser.add_argument(
+        "--max-pixels",
+        type=at_least(1),
+        default=50_000_000,
+        help="of an image whose objects or pixels are labelled, which needs memory for each; %(default)s by default",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, open_predictor
+    from ..zoo.library_errors import first_line
 
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
@@ -68,40 +78,76 @@ def run(args: argparse.Namespace) -> int:
         predictor = open_predictor(checkpoint or args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
+    most = None if (predictor.card or {}).get("task") == "classify" else args.max_pixels
 
-    results, unreadable = [], []
+    results, refused = [], []
     names = _picture_names(paths)
     with tqdm(total=len(paths), unit="image", desc="predicting", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(paths), args.batch_size):
             batch = []
             for path in paths[start : start + args.batch_size]:
                 try:
-                    batch.append((path, read_image(path, predictor.channels, predictor.white)))
+                    image = read_image(path, predictor.channels, predictor.white)
+                    batch.append((path, _of_size(path, image, most)))
                 except TaskError as error:
-                    unreadable.append(str(error))
-            answers = predictor([image for _, image in batch]) if batch else []
-            for (path, image), result in zip(batch, answers, strict=True):
+                    refused.append(str(error))
+            for (path, image), result in zip(batch, _answers(predictor, batch), strict=True):
+                if isinstance(result, Exception):
+                    refused.append(f"{path}: has no answer ({first_line(result)})")
+                    continue
                 picture = args.output / names[path]
-                beside = predictor.draw(image, result, picture)
-                results.append({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})
+                try:
+                    beside = predictor.draw(image, result, picture)
+                except (TaskError, ValueError, ArithmeticError, MemoryError) as error:
+                    refused.append(f"{path}: no picture of it could be made ({first_line(error)})")
+                    beside, picture = {}, None
+                shown = {} if picture is None else {"picture": str(picture)}
+                results.append({"image": str(path), **shown, **beside, **predictor.describe(result)})
                 tqdm.write(f"{path}: {predictor.headline(result)}")
             bar.update(min(args.batch_size, len(paths) - start))
     text = json.dumps(results, indent=1)
     write_whole(args.output / "predictions.json", lambda file: Path(file).write_text(text))
-    print(f"{len(results)} pictures and predictions.json: {args.output}")
-    for message in unreadable:
+    count = sum("picture" in result for result in results)
+    print(f"{count} picture{'s' * (count != 1)} and predictions.json: {args.output}")
+    for message in refused:
         print(f"foveate: error: {message}", file=sys.stderr)
-    return 2 if unreadable else 0
+    return 2 if refused else 0
+
+
+def _of_size(path: Path, image, most: int | None):
+    """Return an image, or raise a TaskError if it has more pixels than may be labelled."""
+    from ..tasks import TaskError
+
+    if most is not None and image.width * image.height > most:
+        raise TaskError(
+            f"{path}: has {image.width * image.height} pixels, and labels of each need memory; make it smaller, or "
+            "allow more by --max-pixels"
+        )
+    return image
+
+
+def _answers(predictor, batch: list) -> list:
+    """Return what is found in every image of a batch, or the error that it ended in: strangers' images do anything."""
+    if not batch:
+        return []
+    try:
+        return predictor([image for _, image in batch])
+    except Exception as error:
+        if len(batch) == 1:
+            return [error]
+        return [_answers(predictor, [pair])[0] for pair in batch]
 
 
 def _picture_names(paths: list[Path]) -> dict[Path, str]:
-    """Return a PNG name for each image; equal stems of several folders or formats are numbered."""
+    """Return a PNG name for each image; equal stems of several folders or formats are numbered, long ones cut."""
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in paths:
-        name, number = f"{path.stem}.png", 2
+        # What is added to it while it is written, and to maps' names, must fit too.
+        stem = os.fsencode(path.stem)[:_LONGEST].decode(errors="ignore")
+        name, number = f"{stem}.png", 2
         while name in taken:
-            name, number = f"{path.stem}-{number}.png", number + 1
+            name, number = f"{stem}-{number}.png", number + 1
         taken.add(name)
         names[path] = name
     return names

@@ -201,6 +201,24 @@ def classes_of(name: str, checkpoint: Checkpoint) -> int | None:
     return _classifier_of(name, backbone_of(checkpoint.state))[1]
 
 
+def input_of(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options with which a model takes images of as many channels as a file's first convolution does.
+
+    How images of other channels than the published ones' were normalised, a file of weights doesn't tell: the mean of
+    the published statistics is taken for each, as for grey images that are shown in three channels.
+    """
+    cfg = get_pretrained_cfg(name)
+    layers = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv or ()
+    state = backbone_of(checkpoint.state)
+    weight = next((state[key] for layer in layers if (key := f"{layer}.weight") in state), None)
+    if weight is None or weight.ndim != 4 or weight.shape[1] == cfg.input_size[0]:
+        return {}
+    channels = weight.shape[1]
+    mean, std = ((sum(values) / len(values),) * channels for values in (cfg.mean, cfg.std))
+    overlay = {"input_size": (channels, *cfg.input_size[1:]), "mean": mean, "std": std}
+    return {"in_chans": channels, "pretrained_cfg_overlay": overlay}
+
+
 def _needed(model: nn.Module, missing: list[str], inner: dict[str, str], fresh: set[str]) -> list[str]:
     """Return which of the missing entries a model can't do without: counts and indices aren't learned."""
     entries = model.state_dict()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
+from pathlib import Path
 
 import timm
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .backbone import dense_settings_of
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of
 from .library_errors import first_line
-from .loading import WithoutInit, silence
+from .loading import WithoutInit, input_of, silence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +118,10 @@ def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:
         if not settings:
             raise CheckpointError(f"{name} has no dense settings")
         options = {"features_only": True, **next(iter(settings.values()))}
+    options |= input_of(name, Checkpoint(Path(), state))
+    overlay = options.pop("pretrained_cfg_overlay", {}) | {"state_dict": dict(state)}
     with WithoutInit():
-        model = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, device="meta", **options
-        )
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, device="meta", **options)
     if dense:
         return Variant(name, True, model.model.load_report, None)
     # The file's count, which loading has left there.
