@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -252,9 +253,25 @@ def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPRespo
             raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
         raise DownloadError(f"the host answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", error), socket.gaierror):
+            raise _nameless(url) from error
         raise _Interrupted(_reason(error)) from error
     except (ValueError, LookupError) as error:  # of addresses and redirects that make no sense
         raise DownloadError(f"the address, or one that it redirects to, makes no sense ({_reason(error)})") from error
+
+
+def check_host(url: str) -> None:
+    """Raise a DownloadError if the name of an address's host is nobody's, which other libraries try for a minute."""
+    if urllib.request.getproxies():
+        return  # which knows the names
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except socket.gaierror as error:
+        raise _nameless(url) from error
+
+
+def _nameless(url: str) -> DownloadError:
+    return DownloadError(f"no network, or no host of the name {urllib.parse.urlsplit(url).hostname}")
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from ._download import DownloadError, check_host
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of, check_classes, faults_of, load
 from .library_errors import load_fault
 from .weights import read
@@ -73,6 +74,8 @@ def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, *
             return model
         if checkpoint is not None:
             return _from_file(name, checkpoint, overlay, options)
+        if options.get("pretrained") and not overlay:
+            _check_hub(name)
         with _watch() as loads:
             model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
         if loads:
@@ -80,6 +83,25 @@ def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, *
             _refuse(name, model, _needed(model, missing, {}, set()), [])
             model.load_report = LoadReport(len(model.state_dict()) - len(missing), tuple(missing))
         return model
+
+
+def _check_hub(name: str) -> None:
+    """Raise a CheckpointError if timm's weights are not here and there is no network, which the hub tries for long."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id or constants.HF_HUB_OFFLINE:
+        return
+    files = (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files if file):
+        return
+    try:
+        check_host(constants.ENDPOINT)
+    except DownloadError as error:
+        raise CheckpointError(
+            f"{name}: its weights can't be had: {error}; give a file (train: model.checkpoint=FILE, export: "
+            "--checkpoint FILE, Python: checkpoint=FILE), or let HF_HUB_CACHE name a folder that has them"
+        ) from error
 
 
 @contextlib.contextmanager

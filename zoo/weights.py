@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ._download import DownloadError, download, sha256_of, shown
+from ._download import DownloadError, check_host, download, sha256_of, shown
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .library_errors import first_line
 
@@ -350,8 +350,8 @@ def _way_out(weights: Weights) -> str:
     if weights.sources[0].kind == "url":
         return "check the address"
     return (
-        f"visit {weights.page} and give the file as checkpoint= or pretrained_cfg_overlay=dict(file=...), or set "
-        "FOVEATE_WEIGHTS_MIRROR"
+        f"visit {weights.page} and give the file (train: model.checkpoint=FILE, export: --checkpoint FILE, Python: "
+        "checkpoint=FILE), or set FOVEATE_WEIGHTS_MIRROR"
     )
 
 
@@ -385,8 +385,10 @@ def _fetch_from(
     pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
     sha256 = source.sha256 or pin.get("sha256")
     if address.startswith("hub: "):
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
 
+        if not _offline():
+            check_host(constants.ENDPOINT)
         try:
             path = Path(hf_hub_download(source.repo, source.name, cache_dir=cache_dir, force_download=renew))
         except Exception as error:

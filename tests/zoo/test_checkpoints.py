@@ -559,3 +559,12 @@ def test_a_state_dict_that_holds_itself_or_too_much_is_refused(tmp_path):
     many = dict.fromkeys(map(str, range(100_001)), torch.zeros(1))
     with pytest.raises(CheckpointError, match="100,001 entries, more than any model"):
         state_of(many)
+
+
+def test_what_else_a_file_holds_is_not_walked(tmp_path):
+    content = {"state_dict": timm.create_model("foveate_host_atto").state_dict(), "args": {}, "log": [1]}
+    content["args"]["all"] = content
+    for _ in range(40):
+        content["log"] = [content["log"], content["log"]]
+    torch.save(content, tmp_path / "file.pth")
+    load("foveate_host_atto", tmp_path / "file.pth")

@@ -19,6 +19,7 @@ import foveate
 import pytest
 import timm
 import torch
+from foveate import zoo
 from foveate.zoo import CheckpointError, _download, variants, weights
 from foveate.zoo.checkpoint import Checkpoint
 from foveate.zoo.weights import Source, Weights, WeightsError, fetch, find, locate
@@ -763,3 +764,23 @@ def test_what_was_whole_when_the_process_was_killed_is_not_downloaded_again(host
     _download.download(address, file)
     assert file.read_bytes() == payload
     assert len(host.requests) == 1
+
+
+def test_without_a_network_nothing_is_tried_again(home, monkeypatch):
+    asked = []
+
+    def nobody(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    sources = (
+        Source("hub", "listed", repo="somebody/something", file="model.safetensors"),
+        Source("authors", "listed", url="http://weights.example/file.pth", file="file.pth"),
+    )
+    with pytest.raises(WeightsError, match=r"no host of the name huggingface\.co; .*weights\.example; visit") as error:
+        fetch(Weights(NAME, "classify", "imagenet-1k", sources, "https://example.org/page"))
+    assert "model.checkpoint=FILE" in str(error.value)
+    with pytest.raises(CheckpointError, match=r"resnet10t: its weights can't be had: no network.*HF_HUB_CACHE"):
+        zoo.loading.create_model("resnet10t", pretrained=True)
+    assert asked == ["huggingface.co", "weights.example", "huggingface.co"]
