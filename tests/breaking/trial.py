@@ -121,19 +121,18 @@ def apart(function: Callable[[], Any], limit: float = 120.0) -> Any:
         finally:
             os._exit(code)
     os.close(writing)
-    timer = time.monotonic() + limit
-    with os.fdopen(reading, "rb") as pipe:
-        os.set_blocking(reading, False)
-        content = b""
-        while time.monotonic() < timer:
-            part = pipe.read()
-            if part == b"":
-                break
-            content += part or b""
-            time.sleep(0.01)
-        else:
+    end, content = time.monotonic() + limit, b""
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            os.set_blocking(reading, False)
+            while time.monotonic() < end and (part := pipe.read()) != b"":
+                content += part or b""
+                time.sleep(0.01)
+    finally:
+        ended, status = os.waitpid(process, 0 if content else os.WNOHANG)
+        if not ended:
             os.kill(process, signal.SIGKILL)
-    status = os.waitpid(process, 0)[1]
+            _, status = os.waitpid(process, 0)
     if not content:
         raise Wrong(f"ends the process with signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "dies")
     kind, answer = pickle.loads(content)

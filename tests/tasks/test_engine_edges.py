@@ -222,20 +222,20 @@ for _ in range(40):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("key", "value"),
     [
-        {"classes": 3},
-        {"classes": None},
-        {"input": None},
-        {"kwargs": [1]},
-        {"model": 7},
-        {"model": None},
-        {"white": DOUBLED},
+        ("classes", 3),
+        ("classes", None),
+        ("input", None),
+        ("kwargs", [1]),
+        ("model", 7),
+        ("model", None),
+        ("white", DOUBLED),
     ],
-    ids=str,
+    ids=["number", "no classes", "no input", "list", "seven", "no model", "doubled"],
 )
-def test_cards_that_make_no_sense_are_one_line(change, tmp_path):
-    torch.save({"card": SAID | change, "state_dict": {"x": torch.zeros(1)}}, tmp_path / "strange.pth")
+def test_cards_that_make_no_sense_are_one_line(key, value, tmp_path):
+    torch.save({"card": SAID | {key: value}, "state_dict": {"x": torch.zeros(1)}}, tmp_path / "strange.pth")
     with pytest.raises(CheckpointError, match=r"strange.pth: ") as error:
         load_predictor(tmp_path / "strange.pth")
     assert "\n" not in str(error.value)
@@ -245,7 +245,7 @@ def test_a_card_that_holds_itself_is_one_line(tmp_path):
     card = dict(SAID)
     card["kwargs"] = card
     torch.save({"card": card, "state_dict": {"x": torch.zeros(1)}}, tmp_path / "strange.pth")
-    with pytest.raises(CheckpointError, match="makes no sense .*nested endlessly"):
+    with pytest.raises(CheckpointError, match=r"makes no sense .*nested endlessly"):
         load_predictor(tmp_path / "strange.pth")
 
 
