@@ -90,8 +90,8 @@ def _check_hub(name: str) -> None:
     """Raise a CheckpointError if timm's weights are not here and there is no network, which the hub tries for long."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cfg = get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id or constants.HF_HUB_OFFLINE:
+    cfg = cfg_of(name)
+    if not cfg.hf_hub_id or constants.HF_HUB_OFFLINE:
         return
     files = (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
     if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files if file):
@@ -230,7 +230,7 @@ def input_of(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
     How images of other channels than the published ones' were normalised, a file of weights doesn't tell: the mean of
     the published statistics is taken for each, as for grey images that are shown in three channels.
     """
-    cfg = get_pretrained_cfg(name)
+    cfg = cfg_of(name)
     layers = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv or ()
     state = backbone_of(checkpoint.state)
     weight = next((state[key] for layer in layers if (key := f"{layer}.weight") in state), None)

@@ -129,8 +129,7 @@ def in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
 
 def lies_in(folder: Path, file: Path) -> bool:
     """Return whether a path leads to a place in a folder; links in it may lead anywhere, for its owner set them."""
-    root = os.path.abspath(folder)
-    return os.path.commonpath([root, os.path.abspath(file)]) == root
+    return os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), ""))
 
 
 def is_number(value: Any) -> bool:
