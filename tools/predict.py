@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..tasks import TaskError
     from ..tasks.checkpoints import write_whole
-    from ..tasks.data.images import FULL_WHITE, find_images, read_image
+    from ..tasks.data.images import FULL_WHITE, find_images
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, open_predictor
@@ -87,22 +87,20 @@ def run(args: argparse.Namespace) -> int:
             batch = []
             for path in paths[start : start + args.batch_size]:
                 try:
-                    image = read_image(path, predictor.channels, predictor.white)
-                    batch.append((path, _of_size(path, image, most)))
+                    batch.append((path, _read(path, predictor, most)))
                 except TaskError as error:
                     refused.append(str(error))
             for (path, image), result in zip(batch, _answers(predictor, batch), strict=True):
                 if isinstance(result, Exception):
                     refused.append(f"{path}: has no answer ({first_line(result)})")
                     continue
-                picture = args.output / names[path]
+                picture, shown = args.output / names[path], {}
                 try:
                     beside = predictor.draw(image, result, picture)
-                except (TaskError, ValueError, ArithmeticError, MemoryError) as error:
+                    shown = {"picture": str(picture), **beside}
+                except (ValueError, ArithmeticError, MemoryError) as error:
                     refused.append(f"{path}: no picture of it could be made ({first_line(error)})")
-                    beside, picture = {}, None
-                shown = {} if picture is None else {"picture": str(picture)}
-                results.append({"image": str(path), **shown, **beside, **predictor.describe(result)})
+                results.append({"image": str(path), **shown, **predictor.describe(result)})
                 tqdm.write(f"{path}: {predictor.headline(result)}")
             bar.update(min(args.batch_size, len(paths) - start))
     text = json.dumps(results, indent=1)
@@ -114,10 +112,12 @@ def run(args: argparse.Namespace) -> int:
     return 2 if refused else 0
 
 
-def _of_size(path: Path, image, most: int | None):
-    """Return an image, or raise a TaskError if it has more pixels than may be labelled."""
+def _read(path: Path, predictor, most: int | None):
+    """Return an image, or raise a TaskError if it can't be read or has more pixels than may be labelled."""
     from ..tasks import TaskError
+    from ..tasks.data.images import read_image
 
+    image = read_image(path, predictor.channels, predictor.white)
     if most is not None and image.width * image.height > most:
         raise TaskError(
             f"{path}: has {image.width * image.height} pixels, and labels of each need memory; make it smaller, or "

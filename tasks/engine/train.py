@@ -15,7 +15,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook
 from torch.utils.data import DataLoader
 
-from ...zoo.checkpoint import CheckpointError, load, open_checkpoint
+from ...zoo.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint
 from ...zoo.library_errors import first_line
 from .. import TaskError
 from ..checkpoints import check_folder, read_checkpoint, remove_partial, taken_as_said
@@ -90,8 +90,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     _check_begun(last, resume)  # again, now that no other run can begin here
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
     device, distributed = _launch(config["device"])
-    with contextlib.nullcontext() if checkpoint is None else taken_as_said(last):
-        task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, last))
+    task = _build_task(config, checkpoint, last)
     remarks += task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
@@ -148,6 +147,15 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     }
 
 
+def _build_task(config: dict, checkpoint: dict | None, path: str | Path | Checkpoint):
+    """Return a config's task; its model is a checkpoint's, if there is one."""
+    build = task_class_of(config["task"])
+    if checkpoint is None:
+        return build(config)
+    with taken_as_said(path):
+        return build(rebuild_config(config, checkpoint, path))
+
+
 def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
     """Return the loop that trains, as mmengine asks for it."""
     iterations = count_iterations(config, epochs, batches)
@@ -194,10 +202,7 @@ def evaluate(
     # What is measured is whole.
     config = config | {"freeze": (), "lora": {**config["lora"], "rank": None}}
     device, distributed = _launch(config["device"])
-    with contextlib.nullcontext() if checkpoint is None else taken_as_said(checkpoint_path):
-        task = task_class_of(config["task"])(
-            config if checkpoint is None else rebuild_config(config, checkpoint, opened)
-        )
+    task = _build_task(config, checkpoint, opened)
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
     for remark in task.check_data(training=False):
