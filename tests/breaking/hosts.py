@@ -104,13 +104,8 @@ def _fetch(trial: Trial, host: _Host, payload: bytes) -> None:
 
     folder = trial.folder / f"cache-{trial.draw.getrandbits(64)}"
     address = f"http://127.0.0.1:{host.server_address[1]}/file.pth"
-    entry = Weights(
-        "foveate_host_atto.x",
-        "classify",
-        "imagenet-1k",
-        (Source("authors", "listed", address, file="file.pth"),),
-        address,
-    )
+    source = Source("authors", "listed", address, file="file.pth")
+    entry = Weights("foveate_host_atto.x", "classify", "imagenet-1k", (source,), address, license="mit")
     try:
         file = fetch(entry, cache_dir=folder)
         if file.read_bytes() != payload:
