@@ -207,7 +207,8 @@ def _classify(network: OnnxModel, rule: dict[str, Any], classes: list[str], whit
     if size is not None and size[0] != size[1]:
         raise TaskError(f"{network.path}: takes {size[0]}x{size[1]} images; only square inputs are predicted from")
     rule = InputRule(**rule | ({"size": size[0]} if size else {}))
-    predictor = Predictor(_Classifier(network), rule, classes, "cpu", **white)
+    several = network.card.get("multi_label", False)
+    predictor = Predictor(_Classifier(network), rule, classes, "cpu", **white, multi_label=several)
     if network.dtype == torch.uint8:
         # The file resizes and normalises by itself.
         chw = network.card["layout"] == "chw"

@@ -10,6 +10,7 @@ _EXTRAS = {
     **dict.fromkeys(("torchmetrics", "yaml"), "all"),
     **dict.fromkeys(("pandas", "supervision"), "results"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "datasets": "datasets",
     "peft": "lora",
 }
 

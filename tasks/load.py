@@ -1,8 +1,10 @@
 """`foveate.load`: from a checkpoint or a published model to results, in three lines of Python."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ..zoo.checkpoint import Checkpoint
 from . import TaskError
@@ -32,41 +34,53 @@ class Model:
         threshold: float | None = None,
         top: int | None = None,
         batch_size: int = 16,
+        every: int = 1,
     ) -> list[Result]:
-        """Return what is found in every image.
+        """Return what is found in every image; `stream` is for more of them than the memory holds.
 
         Args:
             source: A path, a folder, a glob, an address, bytes of a file, an array ``[H, W]``, ``[H, W, 3]`` (RGB) or
-                ``[H, W, 4]`` of uint8, an image of Pillow's, or a list of these.
+                ``[H, W, 4]`` of uint8, an image of Pillow's, a video or an animated picture, a camera (``"camera:0"``),
+                or a list of these.
             threshold: Least score of an object, 0 to 1; the predictor's if None.
             top: Classes that a classifier names; the predictor's if None.
             batch_size: Images read at once.
+            every: Of a video, the first frame and every so-manyth after it are images.
 
         Raises:
             TaskError: If a source doesn't exist, is none, or holds an image that can't be read.
         """
+        return list(self.stream(source, threshold, top, batch_size, every))
+
+    def stream(
+        self,
+        source: Source | Sequence[Source],
+        threshold: float | None = None,
+        top: int | None = None,
+        batch_size: int = 16,
+        every: int = 1,
+    ) -> Iterator[Result]:
+        """Yield what `predict` returns, with ``batch_size`` images in memory."""
         if threshold is not None and not 0 <= threshold <= 1:
             raise TaskError(f"threshold is {threshold}, but must be from 0 to 1")
-        for name, value in (("top", top), ("batch_size", batch_size)):
+        for name, value in (("top", top), ("batch_size", batch_size), ("every", every)):
             if value is not None and value < 1:
                 raise TaskError(f"{name} is {value}, but must be at least 1")
-        predictor, results, batch = self.predictor, [], []
         for name, value in (("threshold", threshold), ("top", top)):
-            if value is not None and hasattr(predictor, name):
-                setattr(predictor, name, value)
-
-        def answer() -> None:
-            images = [image for _, image in batch]
-            for (name, image), prediction in zip(batch, predictor(images) if images else [], strict=True):
-                results.append(Result(predictor, image, prediction, name))
-            batch.clear()
-
-        for name, read in expand_sources(source):
-            batch.append((name, read(predictor.channels, predictor.white)))
+            if value is not None and hasattr(self.predictor, name):
+                setattr(self.predictor, name, value)
+        batch: list[tuple[str, Image.Image]] = []
+        for name, read in expand_sources(source, every):
+            batch.append((name, read(self.predictor.channels, self.predictor.white)))
             if len(batch) == batch_size:
-                answer()
-        answer()
-        return results
+                yield from self._answers(batch)
+                batch = []
+        yield from self._answers(batch)
+
+    def _answers(self, batch: Sequence[tuple[str, Image.Image]]) -> Iterator[Result]:
+        answers = self.predictor([image for _, image in batch]) if batch else []
+        for (name, image), answer in zip(batch, answers, strict=True):
+            yield Result(self.predictor, image, answer, name)
 
 
 def load(source: str | Path | Checkpoint, device: str = "auto") -> Model:

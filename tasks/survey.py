@@ -186,9 +186,10 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         part = samples(root, root / data[split], None, 3, classes, layout=layout)
         counts = np.bincount(part.targets, minlength=len(part.classes)).tolist()
         faults = []
-        for path, _ in part.samples:
+        for index, (path, _) in enumerate(part.samples):
             try:
-                read_size(path)
+                # Where images aren't files, they are read.
+                read_size(path) if Path(path).is_file() else part.image(index)
             except TaskError as error:
                 faults.append(str(error))
         parts.append(Part(split, len(part.samples), counts, faults))

@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="best.pth or last.pth of a run")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as device=cpu batch_size=16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics there")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="also write report.html there, with pictures and a row a class"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,11 +32,12 @@ def run(args: argparse.Namespace) -> None:
         opened = open_checkpoint(args.config)
         with taken_as_said(opened):
             config = engine.config_of(read_checkpoint(opened), opened.path, overrides)
-        metrics, _, _ = engine.evaluate(config, opened)
+        metrics, _, _ = engine.evaluate(config, opened, report=args.output)
     elif args.checkpoint is None:
         raise TaskError("CHECKPOINT is required, such as best.pth of a run; a checkpoint alone is measured as it says")
     else:
-        metrics, _, _ = engine.evaluate(engine.load_config(args.config, args.overrides), args.checkpoint)
+        config = engine.load_config(args.config, args.overrides)
+        metrics, _, _ = engine.evaluate(config, args.checkpoint, report=args.output)
     if not engine.is_main_process():
         return
     for name, value in metrics.items():

@@ -1,6 +1,9 @@
-"""Name what is in images: writes a picture for each, and predictions.json, and prints it in a few words.
+"""Name what is in images and videos: writes a picture or video for each, and predictions.json, and prints a few words.
 
 What is done depends on the checkpoint: classes of the image, boxes and masks of objects, or classes of pixels.
+
+Of a video, an animated picture or a camera ("camera:0") an MP4 is written, with an entry in predictions.json for each
+frame that was looked at. Ctrl-C ends it; what was done until then is whole.
 
 An image that can't be read, or has no answer, is reported, and the others are done; the exit code is then 2.
 """
@@ -9,7 +12,9 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from .arguments import at_least
 
@@ -17,7 +22,7 @@ _LONGEST = 200  # bytes of a picture's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or quoted globs")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, quoted globs, camera:0")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run, or a converted one"
@@ -47,25 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=50_000_000,
         help="of an image whose objects or pixels are labelled, which needs memory for each; %(default)s by default",
     )
+    parser.add_argument(
+        "--every", type=at_least(1), default=1, help="of videos, look at every so-manyth frame; %(default)s by default"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict."""
-    from tqdm import tqdm
-
     from ..tasks import TaskError
-    from ..tasks.checkpoints import write_whole
     from ..tasks.data.images import FULL_WHITE, find_images
+    from ..tasks.data.video import Video, is_video
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, open_predictor
-    from ..zoo.library_errors import first_line
 
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
     if args.white is not None and not 1 <= args.white <= FULL_WHITE:
         raise TaskError(f"--white is {args.white}, but must be from 1 to {FULL_WHITE}")
-    paths = find_images(args.images)
+    sources = list(dict.fromkeys(args.images))
+    videos = [Video(source) for source in sources if is_video(source)]
+    paths = find_images(source for source in sources if not is_video(source))
     device = choose_device(args.device)
     checkpoint = args.checkpoint
     if checkpoint is None and is_file(args.model):
@@ -78,11 +85,65 @@ def run(args: argparse.Namespace) -> int:
         predictor = open_predictor(checkpoint or args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
-    most = None if (predictor.card or {}).get("task") == "classify" else args.max_pixels
 
-    results, refused = [], []
-    names = _picture_names(paths)
-    with tqdm(total=len(paths), unit="image", desc="predicting", disable=not sys.stderr.isatty()) as bar:
+    refused: list[str] = []
+    with _Entries(args.output / "predictions.json") as entries:
+        count = _predict_images(args, predictor, paths, entries, refused)
+        for video, name in zip(videos, _video_names(videos), strict=True):
+            _predict_video(args, predictor, video, args.output / name, entries)
+    counts = ((count, "picture", paths), (len(videos), "video", videos))
+    done = [f"{number} {what}{'s' * (number != 1)}" for number, what, given in counts if given]
+    print(f"{', '.join(done)} and predictions.json: {args.output}")
+    for message in refused:
+        print(f"foveate: error: {message}", file=sys.stderr)
+    return 2 if refused else 0
+
+
+class _Entries:
+    """A JSON list that is written entry by entry, and whole whenever it is left, by Ctrl-C too."""
+
+    def __init__(self, path: Path):
+        self._path, self._count = path, 0
+
+    def __enter__(self) -> "_Entries":
+        from ..tasks.checkpoints import check_folder
+
+        check_folder(self._path.parent, needed=0)
+        handle, self._partial = tempfile.mkstemp(dir=self._path.parent, prefix=f".partial-{self._path.stem}-")
+        self._file = os.fdopen(handle, "w", encoding="utf-8")
+        self._file.write("[")
+        return self
+
+    def add(self, entry: dict) -> None:
+        """Write an entry."""
+        # At once: Ctrl-C comes before or after.
+        self._file.write((",\n" if self._count else "\n") + json.dumps(entry, indent=1))
+        self._count += 1
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        self._file.write("\n]\n")
+        self._file.close()
+        if kind is None or (kind is KeyboardInterrupt and self._count):
+            os.umask(mask := os.umask(0))
+            os.chmod(self._partial, 0o666 & ~mask)
+            os.replace(self._partial, self._path)
+        else:
+            os.unlink(self._partial)
+
+
+def _predict_images(
+    args: argparse.Namespace, predictor: Any, paths: list[Path], entries: _Entries, refused: list[str]
+) -> int:
+    """Return how many pictures were made; ``refused`` get what is wrong with the other images."""
+    from tqdm import tqdm
+
+    from ..tasks import TaskError
+    from ..zoo.library_errors import first_line
+
+    most = None if (predictor.card or {}).get("task") == "classify" else args.max_pixels
+    names, count = _picture_names(paths), 0
+    silent = not paths or not sys.stderr.isatty()
+    with tqdm(total=len(paths), unit="image", desc="predicting", disable=silent) as bar:
         for start in range(0, len(paths), args.batch_size):
             batch = []
             for path in paths[start : start + args.batch_size]:
@@ -97,19 +158,13 @@ def run(args: argparse.Namespace) -> int:
                 picture, shown = args.output / names[path], {}
                 try:
                     beside = predictor.draw(image, result, picture)
-                    shown = {"picture": str(picture), **beside}
+                    shown, count = {"picture": str(picture), **beside}, count + 1
                 except (ValueError, ArithmeticError, MemoryError) as error:
                     refused.append(f"{path}: no picture of it could be made ({first_line(error)})")
-                results.append({"image": str(path), **shown, **predictor.describe(result)})
+                entries.add({"image": str(path), **shown, **predictor.describe(result)})
                 tqdm.write(f"{path}: {predictor.headline(result)}")
             bar.update(min(args.batch_size, len(paths) - start))
-    text = json.dumps(results, indent=1)
-    write_whole(args.output / "predictions.json", lambda file: Path(file).write_text(text))
-    count = sum("picture" in result for result in results)
-    print(f"{count} picture{'s' * (count != 1)} and predictions.json: {args.output}")
-    for message in refused:
-        print(f"foveate: error: {message}", file=sys.stderr)
-    return 2 if refused else 0
+    return count
 
 
 def _read(path: Path, predictor, most: int | None):
@@ -136,6 +191,36 @@ def _answers(predictor, batch: list) -> list:
         if len(batch) == 1:
             return [error]
         return [_answers(predictor, [pair])[0] for pair in batch]
+
+
+def _predict_video(args: argparse.Namespace, predictor: Any, video: Any, path: Path, entries: _Entries) -> None:
+    from tqdm import tqdm
+
+    from ..tasks.load import Model
+    from ..tasks.pictures.frames import VideoWriter, annotate
+
+    writer = VideoWriter(path, video.rate / args.every)
+    total = None if video.count is None else -(-video.count // args.every)
+    frames = 0
+    try:
+        results = Model(predictor).stream(video, batch_size=args.batch_size, every=args.every)
+        for place, result in enumerate(
+            tqdm(results, "predicting", total, unit="frame", disable=not sys.stderr.isatty())
+        ):
+            frame = place * args.every
+            seconds = round(frame / video.rate, 3)
+            entries.add({"image": video.name, "frame": frame, "seconds": seconds, "picture": str(path), **result})
+            writer.add(annotate(result))
+            frames += 1
+    finally:
+        writer.close()
+        print(f"{video.name}: {frames} frames, {path}")
+
+
+def _video_names(videos: list[Any]) -> list[str]:
+    """Return a name of an MP4 for each video."""
+    named = _picture_names([Path(video.name.replace(":", "")) for video in videos])
+    return [f"{Path(name).stem}.mp4" for name in named.values()]
 
 
 def _picture_names(paths: list[Path]) -> dict[Path, str]:

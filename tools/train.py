@@ -2,7 +2,8 @@
 
 Writes to the output folder: config.py (complete), environment.json (versions, revision, the command that does it
 again), log.txt, history.json and history.csv, last.pth (to continue from), best.pth (to evaluate and predict with),
-curves.png, and pictures of predictions. Under torchrun, every process trains on its share of the data:
+curves.png, pictures of predictions, and report.html, which holds them and can be sent. Under torchrun, every process
+trains on its share of the data:
 torchrun --nproc-per-node 2 -m foveate train RECIPE
 """
 
@@ -44,4 +45,5 @@ def run(args: argparse.Namespace) -> None:
     metric = result["metric"]
     print(f"best held-out {metric}: {result['metrics'][metric]:.4f}")
     pictures = ", ".join(name for name, _ in result["pictures"])
-    print(f"run: {output} (config.py, environment.json, log.txt, history.json, {pictures}, best.pth, last.pth)")
+    files = f"config.py, environment.json, log.txt, history.json, {pictures}, report.html, best.pth, last.pth"
+    print(f"run: {output} ({files})")

@@ -14,6 +14,7 @@ from ..checkpoints import read_checkpoint, without_start
 from ..data.class_names import class_names
 from ..data.classification import InputRule
 from ..data.images import FULL_WHITE, to_pixels
+from .multi_label import THRESHOLD
 from .task import classifier_card, create_classifier
 
 
@@ -33,6 +34,7 @@ class Predictor:
         classes: Names of the classes, in the order of the logits.
         device: Where to run.
         white: Value of 16-bit pixels that is white; see `read_image`.
+        multi_label: Whether an image may have several classes, each with a probability of its own, or none.
     """
 
     top = 5
@@ -45,7 +47,9 @@ class Predictor:
         classes: Sequence[str],
         device: str | torch.device = "cpu",
         white: int = FULL_WHITE,
+        multi_label: bool = False,
     ):
+        self.multi_label = multi_label
         self.model = model.eval().to(device)
         self.rule = rule
         self.classes = list(classes)
@@ -66,7 +70,7 @@ class Predictor:
         rule = InputRule(**card["input"])
         model = create_classifier(card["model"], len(card["classes"]), rule, **without_start(card["kwargs"]))
         load(model, checkpoint["state_dict"], path)
-        predictor = cls(model, rule, card["classes"], device, card["white"])
+        predictor = cls(model, rule, card["classes"], device, card["white"], card.get("multi_label", False))
         predictor.card = card
         return predictor
 
@@ -108,7 +112,9 @@ class Predictor:
         pixels = (to_pixels(image, self.channels, self.white) for image in images)
         # Each by itself: sharing a batch would move the last bits.
         logits = [self.model(self.transform(image)[None].to(self.device))[0] for image in pixels]
-        best = torch.stack(logits).float().softmax(-1).topk(min(top or self.top, len(self.classes)))
+        whole = torch.stack(logits).float()
+        shares = whole.sigmoid() if self.multi_label else whole.softmax(-1)
+        best = shares.topk(min(top or self.top, len(self.classes)))
         return [
             [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -119,7 +125,9 @@ class Predictor:
         return {"classes": [{"class": name, "probability": round(probability, 6)} for name, probability in ranking]}
 
     def headline(self, ranking: list[tuple[str, float]]) -> str:
-        """Return the likeliest class in a few words."""
+        """Return the likeliest class, or all that are likely, in a few words."""
+        if self.multi_label:
+            return ", ".join(f"{name} ({share:.1%})" for name, share in ranking if share >= THRESHOLD) or "nothing"
         return f"{ranking[0][0]} ({ranking[0][1]:.1%})"
 
     def draw(self, image: Image.Image, ranking: list[tuple[str, float]], path: Path) -> dict[str, str]:

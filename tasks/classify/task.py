@@ -1,6 +1,7 @@
 """Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ from ...zoo.maps import cfg_of
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
-from ..data.occurrence import check_classes
+from ..data.occurrence import check_classes, draw_weights
 from ..dense.build import normalization_of
+from . import multi_label
 
 # Images of a gallery.
 SHOWN = 30
@@ -73,6 +75,27 @@ def create_classifier(
         raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
 
 
+def class_weights(given: str | Sequence[float] | None, targets: Sequence[int], classes: Sequence[str]) -> Tensor | None:
+    """Return the weight of each class in the loss, ``[classes]``, as a config's ``loss.class_weights`` says.
+
+    Raises:
+        TaskError: If it isn't ``"balanced"``, nor a number for each class.
+    """
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = torch.bincount(torch.as_tensor(targets), minlength=len(classes)).double()
+        # Classes that never occur weigh nothing; check_data names them.
+        return torch.where(counts > 0, len(targets) / ((counts > 0).sum() * counts), 0).float()
+    fits = not isinstance(given, str) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in given)
+    if not fits or len(given) != len(classes) or not any(given):
+        raise TaskError(
+            f"loss.class_weights is {given!r}, but must be balanced or {len(classes)} numbers, one for each class, in "
+            f"the order {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+        )
+    return torch.tensor(given, dtype=torch.float32)
+
+
 def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
     """Return the model that a run started from, as in `Classify.DEFAULTS`, with the classes that its card names."""
     options = {key: model[key] for key in ("pretrained", "checkpoint")}
@@ -104,8 +127,12 @@ class Classify:
             "train": None,
             "val": None,
             "num_classes": None,
+            "multi_label": False,
+            "image_column": None,
+            "label_column": None,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "balance": 0.0,
             "normalization": None,
             "size": 224,
             "channels": 3,
@@ -119,6 +146,7 @@ class Classify:
         },
         "loss": {
             "label_smoothing": 0.0,
+            "class_weights": None,
             "mixup": 0.0,
             "cutmix": 0.0,
         },
@@ -133,6 +161,9 @@ class Classify:
         "data.num_classes": int,
         "data.white": int,
         "data.normalization": str,
+        "data.image_column": str,
+        "data.label_column": str,
+        "loss.class_weights": object,
     }
     metric = "accuracy"
     shown = ("accuracy", "f1", "loss", "accuracy_top5")
@@ -157,6 +188,15 @@ class Classify:
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])
         self.label_smoothing = loss["label_smoothing"]
+        self.several = data["multi_label"]
+        if self.several:
+            self.metric, self.shown = "map", ("map", "f1", "exact", "loss")
+            if mixing := [key for key in ("label_smoothing", "mixup", "cutmix") if loss[key]]:
+                raise TaskError(f"loss.{mixing[0]} is for one class an image; set it to 0 with data.multi_label")
+        labels = [label for labels in self._labels(self.train_set) for label in labels]
+        self.class_weights = class_weights(loss["class_weights"], labels, self.classes)
+        if data["balance"]:
+            self.train_set.weights = draw_weights(self._labels(self.train_set), len(self.classes), data["balance"])
         self.mixup = None
         if loss["mixup"] > 0 or loss["cutmix"] > 0:
             batch = min(config["batch_size"], len(self.train_set))
@@ -166,19 +206,23 @@ class Classify:
                 loss["mixup"], loss["cutmix"], label_smoothing=self.label_smoothing, num_classes=len(self.classes)
             )
 
+    def _labels(self, samples: Any) -> list[Sequence[int]]:
+        """Return the labels of every image."""
+        return samples.targets if self.several else [(target,) for target in samples.targets]
+
     def check_data(self, training: bool = True) -> list[str]:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
 
         Raises:
             TaskError: If there is a single class.
         """
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and not self.several:
             raise TaskError(
                 f"{self._source}: has one class, {self.classes[0]!r}; a classifier tells at least two apart"
             )
         lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:
-            lines += check_classes(part, ([target] for target in samples.targets), self.classes, self._source, "image")
+            lines += check_classes(part, self._labels(samples), self.classes, self._source, "image")
         return lines
 
     def build_model(self) -> nn.Module:
@@ -189,12 +233,18 @@ class Classify:
         )
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return the loss of ``images`` ``[B, C, H, W]`` with ``targets`` ``[B]``, and those that the model reports."""
+        """Return the loss of ``images`` ``[B, C, H, W]`` with their targets, and those that the model reports.
+
+        Targets are ``[B]``, or of several labels ``[B, classes]``.
+        """
         smoothing = self.label_smoothing
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0  # the mixed targets are smooth already
-        criterion = partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
+        weight = None if self.class_weights is None else self.class_weights.to(images.device)
+        criterion = partial(F.cross_entropy, target=targets, weight=weight, label_smoothing=smoothing)
+        if self.several:
+            criterion = partial(multi_label.loss, targets=targets, weight=weight)
         with collect_losses(criterion) as own:
             logits = model(images)
         return {"loss": criterion(logits)} | {f"loss_{name}": value for name, value in own.items()}
@@ -204,9 +254,11 @@ class Classify:
         return list(model(images).float())
 
     def measure(self, predictions: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions, of what `predict` returned."""
+        """Return loss, accuracy, macro F1 and top-5 accuracy, as fractions; of several labels `multi_label`'s."""
         from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
+        if self.several:
+            return multi_label.measure(torch.stack(predictions), torch.stack(targets))
         logits, labels = torch.stack(predictions), torch.as_tensor(targets)
         count = len(self.classes)
         metrics = {
@@ -217,6 +269,24 @@ class Classify:
         if count > 5:
             metrics["accuracy_top5"] = multiclass_accuracy(logits, labels, count, average="micro", top_k=5)
         return {name: float(value) for name, value in metrics.items()}
+
+    def measure_classes(self, predictions: list[Tensor], targets: list) -> list[dict[str, Any]]:
+        """Return precision, recall, F1 and images of each class; of several labels average precision instead."""
+        from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+
+        logits = torch.stack(predictions)
+        if self.several:
+            columns, images = multi_label.measure_classes(logits, torch.stack(targets)), torch.stack(targets).sum(0)
+        else:
+            labels, count = torch.as_tensor(targets), len(self.classes)
+            named = {"precision": multiclass_precision, "recall": multiclass_recall, "f1": multiclass_f1_score}
+            columns = {name: of(logits, labels, count, average="none") for name, of in named.items()}
+            images = torch.bincount(labels, minlength=count)
+        values = {name: column.tolist() for name, column in columns.items()}
+        return [
+            {"class": label, **{name: value[index] for name, value in values.items()}, "images": int(images[index])}
+            for index, label in enumerate(self.classes)
+        ]
 
     def draw_inputs(self, items: list[tuple[Tensor, int]], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set as the model sees them.
@@ -229,8 +299,11 @@ class Classify:
         """
         from ..pictures.classes import draw_inputs
 
-        images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-        if train and self.mixup is not None and len(items) % 2 == 0:
+        images = torch.stack([image for image, _ in items])
+        labels = None if self.several else torch.tensor([label for _, label in items])
+        if labels is None:
+            names = [multi_label.name(flags > 0, self.classes) for _, flags in items]
+        elif train and self.mixup is not None and len(items) % 2 == 0:
             images, shares = self.mixup(images, labels)
             # Smoothing gives every class a little.
             names = [
@@ -259,6 +332,9 @@ class Classify:
         """
         from ..pictures.classes import draw_confusion, draw_gallery
 
+        if self.several:
+            how = (torch.stack(predictions).sigmoid(), torch.stack(targets), indices, folder, f"epoch {epoch}", SHOWN)
+            return multi_label.draw(self.val_set, *how)
         shares = torch.stack(predictions).softmax(-1)
         labels = torch.as_tensor(targets)
         order = shares[torch.arange(len(labels)), labels].argsort(stable=True).tolist()
@@ -279,7 +355,7 @@ class Classify:
     def card(self) -> dict:
         """Return, in plain types, what prediction needs besides the weights."""
         card = classifier_card(self.model["name"], self.model["kwargs"], self.classes, self.rule)
-        return card | {"white": self.train_set.white}
+        return card | {"white": self.train_set.white} | ({"multi_label": True} if self.several else {})
 
 
 def classifier_card(name: str, kwargs: Mapping[str, Any], classes: Sequence[str], rule: InputRule) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import TaskError, nearest
+from .classification import SEVERAL
 from .images import EXTENSIONS, FULL_WHITE, has_image_name, read_image
 
 
@@ -18,7 +20,7 @@ class LabelledList(Dataset):
 
     Attributes:
         classes: Names of the classes: all labels in order, numbers by their value.
-        samples: ``(file, index of its class)`` of every image.
+        samples: ``(file, index of its class)`` of every image; with ``several``, a tuple of indices.
         white: As for `read_image`.
 
     Args:
@@ -27,6 +29,8 @@ class LabelledList(Dataset):
         transform: Applied to the image.
         channels: 1 for grey, 3 for RGB.
         classes: Fixes the order, and then any other label is an error.
+        several: Whether an image may have any number of labels, ``"cat|dog"``, also none. Its target is then
+            ``[classes]``, 1 for those that it has, else 0.
 
     Raises:
         TaskError: If the list is missing or empty, or a line of it is wrong; the message names file and line.
@@ -35,20 +39,32 @@ class LabelledList(Dataset):
     white = FULL_WHITE
     collate = None
 
-    def __init__(self, listing: Path, root: Path, transform, channels: int, classes: Sequence[str] | None = None):
-        entries = _read_list(listing, root)
+    def __init__(
+        self,
+        listing: Path,
+        root: Path,
+        transform,
+        channels: int,
+        classes: Sequence[str] | None = None,
+        several: bool = False,
+    ):
+        entries = _read_list(listing, root, several)
+        named = [_split(label) if several else [label] for _, label, _ in entries]
         if classes is None:
-            labels = {label for _, label, _ in entries}
+            labels = {label for each in named for label in each}
             numbers = all(label.isascii() and label.isdigit() for label in labels)
             classes = sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
-        self.classes = list(classes)
+        self.classes, self.several = list(classes), several
         indices = {label: index for index, label in enumerate(self.classes)}
-        for _, label, line in entries:
-            if label not in indices:
-                raise TaskError(
-                    f"{listing}, line {line}: no training image has the label {label!r}{nearest(label, indices)}"
-                )
-        self.samples = [(path, indices[label]) for path, label, _ in entries]
+        self.samples: list[tuple[str, int | tuple[int, ...]]] = []
+        for (path, _, line), labels in zip(entries, named, strict=True):
+            for label in labels:
+                if label not in indices:
+                    raise TaskError(
+                        f"{listing}, line {line}: no training image has the label {label!r}{nearest(label, indices)}"
+                    )
+            own = tuple(indices[label] for label in labels)
+            self.samples.append((path, own if several else own[0]))
         self.targets = [label for _, label in self.samples]
         self.transform = transform
         self.channels = channels
@@ -62,9 +78,10 @@ class LabelledList(Dataset):
         channels: int,
         classes: Sequence[str] | None = None,
         layout: str = "",
+        several: bool = False,
     ) -> "LabelledList":
         """Return the images of a list of a data set's root."""
-        return cls(listing, root, transform, channels, classes)
+        return cls(listing, root, transform, channels, classes, several)
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is in its file."""
@@ -77,12 +94,21 @@ class LabelledList(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.image(index)), self.samples[index][1]
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        label = self.samples[index][1]
+        if self.several:
+            flags = torch.zeros(len(self.classes))
+            flags[list(label)] = 1
+            label = flags
+        return self.transform(self.image(index)), label
 
 
-def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
-    """Return path, label and number of the line of every entry."""
+def _split(label: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in label.split(SEVERAL) if part.strip()))
+
+
+def _read_list(listing: Path, root: Path, several: bool = False) -> list[tuple[str, str, int]]:
+    """Return path, label and number of the line of every entry; with ``several`` there may be no label."""
     if not listing.is_file():
         raise TaskError(f"{listing}: no such list; it is a CSV file with the columns path and label")
     entries: list[tuple[str, str, int]] = []
@@ -99,7 +125,7 @@ def _read_list(listing: Path, root: Path) -> list[tuple[str, str, int]]:
             for row in rows:
                 line = rows.line_num
                 name, label = ((row[column] or "").strip() for column in ("path", "label"))
-                if not name or not label:
+                if not name or not (label or several):
                     raise TaskError(f"{listing}, line {line}: has no {'label' if name else 'path'}")
                 path = os.path.join(root, os.path.expanduser(name))
                 if not os.path.isfile(path):

@@ -14,6 +14,7 @@ from .. import TaskError, nearest
 from .images import FULL_WHITE
 from .samples import DIGITS_TRAIN, load_digits
 
+SEVERAL = "|"  # between the labels of an image, where it may have several
 CROP_MODES = ("center", "squash", "border")
 
 

@@ -20,7 +20,8 @@ from .coco import (
     read_picture,
     to_run_lengths,
 )
-from .images import FULL_WHITE, to_bytes, white_of_depth
+from .images import FULL_WHITE, DamagedImageError, to_bytes, white_of_depth
+from .mixing import Scene, copy_paste, mosaic
 from .samples import load_nuclei_half
 
 
@@ -33,6 +34,8 @@ class DetectionSet(Dataset):
 
     Attributes:
         white: As for `read_image`.
+        mosaic: How likely a training image is one of four; see `mosaic`.
+        copy_paste: How likely it gets objects of another, which need masks; see `copy_paste`.
 
     Args:
         records: The images.
@@ -42,6 +45,7 @@ class DetectionSet(Dataset):
     """
 
     white = FULL_WHITE
+    mosaic = copy_paste = 0.0
 
     def __init__(
         self, records: Sequence[Record], classes: Sequence[str], augment: Augment | None = None, repeat: int = 1
@@ -68,16 +72,39 @@ class DetectionSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index % len(self.records)]
-        instances, pixels = record.instances, np.asarray(self.image(index))
         if self.augment is None:
-            return _to_tensor(pixels), _measured(instances, record.size)
-        instances = instances.select(~instances.crowd)
+            return _to_tensor(np.asarray(self.image(index))), _measured(record.instances, record.size)
+        scene = self._augmented(self._with_mosaic(self._scene(index)))
+        if self.copy_paste and torch.rand(()) < self.copy_paste and (others := self._others(1)):
+            scene = copy_paste(scene, self._augmented(others[0]))
+        target = {"boxes": torch.from_numpy(scene.boxes).float(), "labels": torch.from_numpy(scene.labels)}
+        if scene.masks is not None:
+            target["masks"] = torch.from_numpy(scene.masks)
+        return _to_tensor(scene.pixels), target
+
+    def _scene(self, index: int) -> Scene:
+        """Return an image with its objects as they are in the data set, without crowds."""
+        record = self.records[index % len(self.records)]
+        instances = record.instances.select(~record.instances.crowd)
         masks = None if instances.masks is None else decode_masks(instances.masks, *record.size)
-        pixels, boxes, masks, left = self.augment.instances(pixels, instances.boxes, masks)
-        target = {"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(instances.labels[left])}
-        if masks is not None:
-            target["masks"] = torch.from_numpy(masks)
-        return _to_tensor(pixels), target
+        return Scene(np.asarray(self.image(index)), instances.boxes, instances.labels, masks)
+
+    def _augmented(self, scene: Scene) -> Scene:
+        pixels, boxes, masks, left = self.augment.instances(scene.pixels, scene.boxes, scene.masks)
+        return Scene(pixels, boxes, scene.labels[left], masks)
+
+    def _with_mosaic(self, scene: Scene) -> Scene:
+        if not self.mosaic or torch.rand(()) >= self.mosaic:
+            return scene
+        others = self._others(3)
+        return mosaic([scene, *others]) if others else scene
+
+    def _others(self, count: int) -> list[Scene]:
+        """Return images of the set, drawn at random; none if one of them is damaged, which its own turn reports."""
+        try:
+            return [self._scene(index) for index in torch.randint(len(self.records), (count,)).tolist()]
+        except DamagedImageError:
+            return []
 
     @staticmethod
     def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

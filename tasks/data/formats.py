@@ -4,6 +4,7 @@ A new format is a file beside this one that reads it, and a row. The bundled dig
 no row.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import TaskError, nearest
-from . import ade20k, cityscapes, class_folder, class_list, coco, coco_layout, coco_stuff, mask_folder, voc, yolo
+from . import (
+    ade20k,
+    cityscapes,
+    class_folder,
+    class_list,
+    coco,
+    coco_layout,
+    coco_stuff,
+    huggingface,
+    mask_folder,
+    voc,
+    yolo,
+)
 from .annotations import Faults
 from .augment import IGNORE, Augment
 from .class_folder import LabelledFolder
@@ -62,9 +75,13 @@ CLASSES: dict[str, ClassFormat] = {
         LabelledFolder.of_root,
         class_folder.recognise,
     ),
+    "huggingface": ClassFormat(
+        ("train", "validation"), huggingface.LAYOUT, huggingface.LabelledTable.of_root, huggingface.recognise
+    ),
 }
 OBJECTS: dict[str, ObjectFormat] = {
     "coco": ObjectFormat(coco.find_objects, coco_layout.recognise),
+    "huggingface": ObjectFormat(huggingface.find_objects, partial(huggingface.recognise, kind="objects")),
     "voc": ObjectFormat(voc.find_objects, voc.recognise),
     "yolo": ObjectFormat(yolo.find_objects, yolo.recognise),
 }
@@ -190,10 +207,18 @@ def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[
         usual, layout, samples, _ = CLASSES[data["name"]]
         root = _find_root(data, f"name a folder with {layout}", f"; data.root needs {layout}")
         parts = [root / (data.get(split) or name) for split, name in zip(("train", "val"), usual, strict=True)]
+        several = data.get("multi_label", False)
+        if several:
+            if samples != LabelledList.of_root:
+                raise TaskError(f"data.multi_label: of {data['name']} an image has one label; list several in a csv")
+            samples = partial(samples, several=True)
+        if data["name"] == "huggingface":
+            samples = partial(samples, columns=(data.get("image_column"), data.get("label_column")))
         train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
         if holds_out:
             val = samples(root, parts[0], transforms[1], rule.channels, train.classes, layout=layout)
-            for part, indices in zip((train, val), hold_out(len(train), data, train.targets), strict=True):
+            groups = None if several else train.targets
+            for part, indices in zip((train, val), hold_out(len(train), data, groups), strict=True):
                 part.samples = [part.samples[index] for index in indices]
                 part.targets = [label for _, label in part.samples]
         else:
@@ -287,8 +312,12 @@ def open_maps(
     else:
         root = _find_root(data)
         train = open_part(root, data, "train", skip_damaged, shared | to_train)
-        val = open_part(root, data, "train" if data["val"] is None else "val", skip_damaged, shared)
-        if data["val"] is None:
+        if data["val"] is not None:
+            val = open_part(root, data, "val", skip_damaged, shared)
+        else:
+            # Read and checked once: what is held out is the same images, neither augmented nor repeated.
+            val = copy.copy(train)
+            val.augment, val.pad, val.repeat = None, None, 1
             for part, indices in zip((train, val), hold_out(train.images, data), strict=True):
                 part.keep(indices)
         white = white or choose_white(train.image_files)
@@ -326,7 +355,7 @@ def _find_root(
     if data["root"] is None:
         raise TaskError(f"data.root is not set; {cure}")
     root = Path(data["root"]).expanduser()
-    if not root.is_dir():
+    if not root.is_dir() and not (data["name"] == "huggingface" and len(root.parts) < 3 and not root.is_absolute()):
         raise TaskError(f"{root}: no such folder{hint}")
     return root
 

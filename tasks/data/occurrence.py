@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .. import TaskError
 
@@ -50,3 +52,23 @@ def check_classes(
         return []
     listed = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
     return [f"{len(absent)} of {len(classes)} classes have no {what} in {looked} {part} images: {listed}{hint()}"]
+
+
+def draw_weights(images: Iterable[Sequence[int]], classes: int, balance: float, repeat: int = 1) -> Tensor:
+    """Return how likely each image is to be drawn, ``[N * repeat]``, so that rare classes are seen more often.
+
+    An image counts as its rarest class, which a share f of the images has, and weighs ``f ** -balance``: with 0.5 as
+    in LVIS's sampling (arXiv 1908.03195), with 1 so that images of one class each are drawn evenly by class. One that
+    holds nothing weighs as little as any.
+
+    Args:
+        images: Of each image the labels that count.
+        classes: How many classes there are.
+        balance: The exponent, 0 or more.
+        repeat: How often the images follow one another.
+    """
+    labels = [np.unique(np.asarray(each, np.int64)) for each in images]
+    counts = np.bincount(np.concatenate(labels), minlength=classes)
+    weights = np.array([(counts[each].min() / len(labels)) ** -balance if len(each) else np.inf for each in labels])
+    weights[np.isinf(weights)] = weights.min()
+    return torch.from_numpy(weights).repeat(repeat)

@@ -1,4 +1,4 @@
-"""Images from wherever they are: files, folders, globs, addresses, bytes, arrays and Pillow's images."""
+"""Images from wherever they are: files, folders, globs, addresses, bytes, arrays, Pillow's images, and videos."""
 
 import io
 import os
@@ -12,19 +12,23 @@ from PIL import Image
 from ...zoo.library_errors import first_line
 from .. import TaskError
 from .images import DamagedImageError, find_images, open_picture, read_image, to_pixels
+from .video import Video, is_video
 
 # Of an address no more is read.
 MAX_BYTES = 1 << 28
 _TIMEOUT = 30  # seconds
-Source = str | os.PathLike | bytes | np.ndarray | Image.Image
+Source = str | os.PathLike | bytes | np.ndarray | Image.Image | Video
 
 
-def expand_sources(source: Source | Sequence[Source]) -> Iterator[tuple[str, Callable[[int, int], Image.Image]]]:
+def expand_sources(
+    source: Source | Sequence[Source], every: int = 1
+) -> Iterator[tuple[str, Callable[[int, int], Image.Image]]]:
     """Yield for every image its name and what reads it, upright, with so many channels and such a white.
 
     Args:
         source: A path, a folder, a glob, an address, bytes of a file, an array ``[H, W]``, ``[H, W, 3]`` (RGB) or
-            ``[H, W, 4]`` (RGBA) of uint8 or uint16, an image of Pillow's, or a list of these.
+            ``[H, W, 4]`` (RGBA) of uint8 or uint16, an image of Pillow's, a video, or a list of these.
+        every: Which of a video's frames are images: the first, and every so-manyth after it.
 
     Raises:
         TaskError: If something is none of these, doesn't exist or holds no image.
@@ -33,6 +37,11 @@ def expand_sources(source: Source | Sequence[Source]) -> Iterator[tuple[str, Cal
     for number, item in enumerate(source if several else [source]):
         if isinstance(item, str) and item.startswith(("http://", "https://")):
             yield item, _reader_of(item)
+        elif isinstance(item, Video) or is_video(item):
+            video = item if isinstance(item, Video) else Video(item)
+            for frame, image in video.frames(every):
+                name = f"{video.name}, frame {frame}"
+                yield name, lambda channels, white, image=image, name=name: to_pixels(image, channels, white, name)
         elif isinstance(item, str | os.PathLike):
             for path in find_images([item]):
                 yield str(path), lambda channels, white, path=path: read_image(path, channels, white)

@@ -70,17 +70,21 @@ def read_yaml(root: Path) -> tuple[Path, dict[str, Any], list[str]]:
     return path, content, names
 
 
-def find_pictures(root: Path, split: str) -> tuple[list[Path], list[Path]]:
+def find_pictures(path: Path, content: dict[str, Any], split: str) -> tuple[list[Path], list[Path]]:
     """Return the images of a split, and the folders among its places, whose labels are all of this split.
 
     Places count from ``path`` in data.yaml where that is a folder, and else from data.yaml's own; ``../`` in front of
     them, as Roboflow writes, is left out where it leads nowhere.
 
+    Args:
+        path: The data.yaml.
+        content: What it says, of `read_yaml`.
+        split: Its key there.
+
     Raises:
         TaskError: If data.yaml has no such split, or a place isn't there or holds no image.
     """
-    path, content, _ = read_yaml(root)
-    places = content.get(split)
+    root, places = path.parent, content.get(split)
     places = [places] if isinstance(places, str) else places
     if not places or not isinstance(places, list) or not all(isinstance(place, str) and place for place in places):
         known = [key for key in ("train", "val", "test") if content.get(key)]
@@ -137,8 +141,8 @@ def read_yolo(
         TaskError: If data.yaml is missing or wrong, or lines are malformed or of unknown classes; one error lists them.
     """
     root = Path(root)
-    _, _, names = read_yaml(root)
-    pictures, folders = find_pictures(root, split)
+    path, content, names = read_yaml(root)
+    pictures, folders = find_pictures(path, content, split)
     faults = Faults(root)
     owners: dict[Path, Path] = {}
     for picture in pictures:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_objects, resolve
-from ..data.occurrence import check_classes
+from ..data.occurrence import check_classes, draw_weights
 from ..dense.build import (
     build_described,
     describe_model,
@@ -21,6 +21,7 @@ from ..dense.build import (
 from ..dense.detect.detector import DETECTORS, create_detector
 from ..dense.detect.transform import DetectorTransform
 from ..detections import to_plain
+from ..metrics.classes import measure_objects
 
 
 class Detect:
@@ -58,9 +59,14 @@ class Detect:
             "broken": "refuse",
             "keep_empty": True,
             "repeat": 1,
+            "image_column": None,
+            "objects_column": None,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "balance": 0.0,
             "normalization": None,
+            "mosaic": 0.0,
+            "copy_paste": 0.0,
             "augment": {},
         },
     }
@@ -75,6 +81,8 @@ class Detect:
         "data.num_classes": int,
         "data.white": int,
         "data.normalization": str,
+        "data.image_column": str,
+        "data.objects_column": str,
     }
 
     def __init__(self, config: dict):
@@ -93,7 +101,15 @@ class Detect:
             with_masks = all(record.instances.masks is not None for record in self.train_set.records)
             self.model["head"] = "mask_rcnn" if with_masks else "faster_rcnn"
             self._said.append(f"objects {'with' if with_masks else 'without'} masks: {self.model['head']}")
+        if data["balance"]:
+            shown, classes = self.train_set.occurring(), len(self.train_set.classes)
+            self.train_set.weights = draw_weights(shown, classes, data["balance"], data["repeat"])
         self.with_masks = DETECTORS[self.model["head"]].needs_masks
+        self.train_set.mosaic, self.train_set.copy_paste = data["mosaic"], data["copy_paste"]
+        if data["copy_paste"] and not self.with_masks:
+            raise TaskError(
+                f"data.copy_paste cuts objects out by their masks; {self.model['head']} has none: set it to 0"
+            )
         self.metric = "mask_ap" if self.with_masks else "box_ap"
         self.shown = [f"{kind}_{name}" for kind in self._kinds() for name in ("ap", "ap50")]
         self._source = data["root"] or data["name"]
@@ -146,6 +162,10 @@ class Detect:
             measured = measure_ap(predictions, targets, kind)
             metrics |= {f"{kind}_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
         return metrics
+
+    def measure_classes(self, predictions: list[dict], targets: list[dict]) -> list[dict[str, Any]]:
+        """Return the average precision of each class, of boxes and of masks, and its objects."""
+        return measure_objects(predictions, targets, self.classes, self._kinds())
 
     def draw(
         self, predictions: list[dict], targets: list[dict], folder: Path, epoch: int, indices: list[int]

@@ -48,6 +48,7 @@ DEFAULTS = {
     "optimizer": {
         "name": "adamw",
         "lr": 1e-3,
+        "lr_batch": None,
         "weight_decay": 0.05,
         "no_decay": None,
         "layer_decay": None,
@@ -74,6 +75,8 @@ DEFAULTS = {
         "targets": ("qkv", "proj", "fc1", "fc2"),
     },
     "ema": None,
+    "ema_warmup": None,
+    "early_stop": None,
     "custom_hooks": (),
 }
 FREE = ("optimizer.kwargs", "optimizer.factors")  # dicts with keys of their own
@@ -86,6 +89,9 @@ OPTIONAL = {
     "optimizer.layer_decay": float,
     "optimizer.clip_grad": float,
     "ema": float,
+    "ema_warmup": int,
+    "early_stop": int,
+    "optimizer.lr_batch": int,
     "lora.rank": int,
 }
 FINETUNE = "classify/nat_tiny_finetune"  # the recipe for any model
@@ -99,6 +105,7 @@ _TYPES = {
     float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
     str: ("a name", lambda value: isinstance(value, str)),
     tuple: ("a list", lambda value: isinstance(value, list | tuple)),
+    object: ("a name or a list", lambda value: isinstance(value, str | list | tuple)),
     dict: ("a dict", lambda value: isinstance(value, dict)),
 }
 
@@ -335,6 +342,12 @@ def _check_values(config: dict) -> None:
             for key, value, least, most, open_, rule in _ranges(config)
         ),
         (
+            "ema_warmup",
+            config["ema_warmup"],
+            config["ema_warmup"] is None or (config["ema"] is not None and config["ema_warmup"] > 0),
+            "at least 1, with ema, or None",
+        ),
+        (
             "schedule.warmup_epochs",
             schedule["warmup_epochs"],
             0 <= schedule["warmup_epochs"] < (config["epochs"] if config["iterations"] is None else math.inf),
@@ -373,6 +386,8 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
     for key in ("epochs", "iterations"):
         yield key, config[key], 1, 10**9, False, "from 1 to 10**9"
     yield "ema", config["ema"], 0, 1, True, "more than 0 and at most 1, or None"
+    yield "early_stop", config["early_stop"], 1, 10**9, False, "at least 1, or None"
+    yield "optimizer.lr_batch", optimizer["lr_batch"], 1, 10**9, False, "at least 1, or None"
     yield "optimizer.lr", optimizer["lr"], 0, largest, False, "at least 0"
     yield "optimizer.weight_decay", optimizer["weight_decay"], 0, largest, False, "at least 0"
     yield "optimizer.clip_grad", optimizer["clip_grad"], 0, largest, True, "more than 0, or None"
@@ -383,6 +398,9 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
         yield f"schedule.{key}", schedule[key], 0, largest, True, "more than 0"
     for key in ("mixup", "cutmix"):
         yield f"loss.{key}", losses.get(key), 0, largest, False, "at least 0"
+    yield "data.balance", config["data"].get("balance"), 0, 10, False, "from 0 to 10"
+    for key in ("mosaic", "copy_paste"):
+        yield f"data.{key}", config["data"].get(key), 0, 1, False, "a probability, from 0 to 1"
     yield "loss.label_smoothing", losses.get("label_smoothing"), 0, 1, False, "from 0 to 1"
 
 

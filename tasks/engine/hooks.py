@@ -22,10 +22,11 @@ from ...zoo.library_errors import call_fault
 from .. import TaskError, nearest
 from ..checkpoints import keep_copy
 from ..data.images import FULL_WHITE
-from .config import plain
+from .config import format_config, plain
 from .loading import Samples, derive_seed, share_damaged
 from .run_folder import RunFolder
 from .runner import TaskRunner
+from .schedule import learning_rate
 
 
 class Metric(BaseMetric):
@@ -122,6 +123,8 @@ class RunHook(Hook):
             self.folder.say(remark)
         if (white := self._task.train_set.white) != FULL_WHITE:
             self.folder.say(f"pixels of 16 bits: {white} is white, 255 (data.white)")
+        if (rate := learning_rate(self._config)) != self._config["optimizer"]["lr"]:
+            self.folder.say(f"learning rate {rate:g}, by optimizer.lr_batch")
         if resume:
             self.folder.say("continued")
 
@@ -130,6 +133,7 @@ class RunHook(Hook):
         if self._config["compile"]:
             # After the EMA's copy, which stays as it is.
             getattr(runner.net, "backbone", runner.net).compile()
+        self._stop_early(runner)
         self._speak = self._progress and runner.rank == 0
         self._began, self._from_iter = time.monotonic(), runner.iter
         # After so many batches the last checkpoint was written, of which this one continues.
@@ -193,6 +197,7 @@ class RunHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Complete the epoch."""
         self._end_epoch(runner, metrics or {})
+        self._stop_early(runner)
 
     def after_train(self, runner: Runner) -> None:
         """Remove the bar."""
@@ -224,6 +229,20 @@ class RunHook(Hook):
             f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
             f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
         )
+
+    def _stop_early(self, runner: Runner) -> None:
+        """End the run if its metric has not become better for as many epochs as the config allows.
+
+        By the history, which a checkpoint holds, so that a continued run ends where it would have.
+        """
+        key, patience = f"val/{self._task.metric}", self._config["early_stop"]
+        measured = [(entry[key], -entry["epoch"]) for entry in self._history if key in entry]
+        if patience is None or not measured or self._history[-1]["epoch"] + max(measured)[1] < patience:
+            return
+        runner.train_loop.stop_training = True
+        if self.folder is not None:
+            best = -max(measured)[1]
+            self.folder.say(f"ends early: {self._task.metric} was best in epoch {best} (early_stop={patience})")
 
     def _save(self, runner: TaskRunner, iteration: int, begun: dict | None = None) -> None:
         """Write what a continuation needs after ``iteration`` batches."""
@@ -271,6 +290,7 @@ class RunHook(Hook):
         A continued run that had its best epoch before shows the last one, and one that was complete draws nothing new.
         """
         from ..pictures.figures import draw_curve
+        from ..pictures.report import write_report
 
         draw_curve(self._history, self._task.metric, self.output / "curves.png")
         pictures = [("curves.png", "loss and metric over the epochs")]
@@ -278,6 +298,14 @@ class RunHook(Hook):
         epoch, predictions, targets, indices = self._shown or collected
         if targets:
             pictures += self._task.draw(predictions, targets, self.output, epoch, indices)
+            measured = next(entry for entry in self._history if entry["epoch"] == epoch)
+            metrics = {key.removeprefix("val/"): value for key, value in measured.items() if key.startswith("val/")}
+            environment = self.folder.environment
+            facts = {key: environment[key] for key in ("begun", "device", "processes", "again")}
+            facts |= {"epochs": f"{len(self._history)}; measured after {epoch}", "by": _revision(environment)}
+            rows = self._task.measure_classes(predictions, targets)
+            settings = format_config(self._config)
+            write_report(self.output / "report.html", str(self.output), facts, metrics, rows, pictures, settings)
         self.folder.say(f"complete; the same again: {self.folder.environment['again']}")
         self.folder.close()
         return pictures
@@ -316,6 +344,13 @@ class RunHook(Hook):
             f"{what} in epoch {runner.epoch + 1}; lower optimizer.lr (now "
             f"{self._config['optimizer']['lr']}), set optimizer.clip_grad=1.0, or use precision=float32; {good}"
         )
+
+
+def _revision(environment: Mapping[str, Any]) -> str:
+    """Return what the run was done by: the version, and of a checkout the commit."""
+    revision = environment["revision"]
+    commit = "" if revision is None else f", commit {revision['commit'][:12]}{', changed' * revision['changed']}"
+    return f"foveate {environment['packages']['foveate']}, torch {environment['packages']['torch']}{commit}"
 
 
 def _has_finite_weights(net: nn.Module) -> bool:

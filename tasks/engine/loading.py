@@ -57,10 +57,14 @@ class Order(Sampler):
         seed: Of the shuffling, and of what samples draw; None for the data set's order.
         rank: Number of this process.
         processes: How many there are.
+        weights: ``[size]``, how likely each sample is to be drawn, again and again; each is had once if None.
     """
 
-    def __init__(self, size: int, seed: int | None, rank: int = 0, processes: int = 1):
+    def __init__(
+        self, size: int, seed: int | None, rank: int = 0, processes: int = 1, weights: torch.Tensor | None = None
+    ):
         self.size, self.seed, self.rank, self.processes = size, seed, rank, processes
+        self.weights = weights
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -72,7 +76,10 @@ class Order(Sampler):
             order = range(self.size)
         else:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-            order = torch.randperm(self.size, generator=generator).tolist()
+            if self.weights is None:
+                order = torch.randperm(self.size, generator=generator).tolist()
+            else:
+                order = torch.multinomial(self.weights, self.size, replacement=True, generator=generator).tolist()
         for place in range(self.rank + self.start * self.processes, len(self) * self.processes, self.processes):
             yield self.epoch, place, order[place % self.size]
 
@@ -176,7 +183,9 @@ def build_loader(
     return DataLoader(
         Samples(dataset, seed, skip_damaged),
         batch_size,
-        sampler=Order(len(dataset), seed, rank, processes),
+        sampler=Order(
+            len(dataset), seed, rank, processes, getattr(dataset, "weights", None) if seed is not None else None
+        ),
         num_workers=workers,
         drop_last=seed is not None and len(dataset) >= batch_size * processes,
         pin_memory=pin_memory,

@@ -34,7 +34,7 @@ def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
         raise TaskError(f"{last}: holds no state of the optimizer to continue with")
     free = FREE + tuple(task.FREE)
     # What a run of an older version could not yet set, it had at its default.
-    before = dict(leaves(plain(DEFAULTS), free)) | dict(leaves(checkpoint["config"], free))
+    before = dict(leaves(plain(DEFAULTS | task.DEFAULTS), free)) | dict(leaves(checkpoint["config"], free))
     now = dict(leaves(plain(config), free))
     for key in now:
         if key in _RESUME_FREE or before.get(key) == now[key]:

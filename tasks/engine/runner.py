@@ -30,7 +30,9 @@ from ..checkpoints import read_checkpoint, save_checkpoint, taken_as_said
 from ..dense.build import freeze_statistics
 from ..frozen import freeze
 from .config import PRECISIONS, plain
+from .groups import group
 from .loading import fingerprint
+from .schedule import learning_rate
 
 # Images of the batch that is tried before the first epoch, where a whole one would take long.
 _TRIED = 2
@@ -294,23 +296,20 @@ class TaskRunner(Runner):
         if isinstance(optim_wrapper, OptimWrapper):
             return optim_wrapper
         settings = self._config["optimizer"]
-        by_name = settings["no_decay"] is not None or settings["factors"]
-        if by_name and settings["layer_decay"] is not None:
-            raise TaskError("optimizer.layer_decay can't be combined with optimizer.no_decay or optimizer.factors")
+        grouped = settings["no_decay"] is not None or settings["factors"] or settings["layer_decay"] is not None
         try:
             optimizer = create_optimizer_v2(
-                _groups_by_name(self.net, settings) if by_name else self.net,
+                group(self.net, settings) if grouped else self.net,
                 settings["name"],
-                lr=settings["lr"],
+                lr=learning_rate(self._config),
                 weight_decay=settings["weight_decay"],
-                layer_decay=settings["layer_decay"],
                 **settings["kwargs"],
             )
         except TypeError as error:
             raise TaskError(f"optimizer.kwargs: {call_fault(error)}") from error
-        for group in optimizer.param_groups:
+        for part in optimizer.param_groups:
             # timm leaves this to its own schedulers.
-            group["lr"] *= group.pop("lr_scale", 1.0)
+            part["lr"] *= part.pop("lr_scale", 1.0)
         return ScaledOptimWrapper(
             optimizer,
             self._device,
@@ -447,27 +446,3 @@ class TrainLoop(EpochBasedTrainLoop):
                 break
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
-
-
-def _groups_by_name(model: nn.Module, settings: dict) -> list[dict]:
-    """Return parameter groups by the parts of names in ``no_decay`` and ``factors``; the longest part wins."""
-    groups: dict[tuple[float, float], dict] = {}
-    unused = {*(settings["no_decay"] or ()), *settings["factors"]}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if settings["no_decay"] is None:
-            plain = parameter.ndim <= 1 or name.endswith(".bias")
-        else:
-            exempt = [part for part in settings["no_decay"] if part in name]
-            unused -= set(exempt)
-            plain = bool(exempt)
-        matches = sorted((part for part in settings["factors"] if part in name), key=len)
-        unused -= set(matches)
-        decay, factor = 0.0 if plain else settings["weight_decay"], settings["factors"][matches[-1]] if matches else 1.0
-        group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_scale": factor})
-        group["params"].append(parameter)
-    strange = sorted(unused & set(settings["factors"]))
-    if strange:
-        raise TaskError(f"optimizer.factors: no parameter's name holds {strange[0]!r}")
-    return list(groups.values())

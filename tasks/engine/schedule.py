@@ -1,11 +1,24 @@
 """How long a run lasts, and its learning rate on the way."""
 
 import math
+import os
 import sys
 
 from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, PolyLR
 
 from .. import TaskError
+
+
+def learning_rate(config: dict) -> float:
+    """Return the learning rate, which grows in proportion to the images of a step where ``lr_batch`` names a number.
+
+    All processes' images count, and those of accumulated batches (arXiv 1706.02677).
+    """
+    optimizer = config["optimizer"]
+    if optimizer["lr_batch"] is None:
+        return optimizer["lr"]
+    images = config["batch_size"] * optimizer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1"))
+    return optimizer["lr"] * images / optimizer["lr_batch"]
 
 
 def count_epochs(config: dict, batches: int) -> int:
@@ -41,7 +54,7 @@ def build_schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
         span = {"begin": 0, "end": sys.maxsize, "by_epoch": False}
         after = {"type": MultiStepLR, "milestones": steps, "gamma": schedule["gamma"], **span}
     elif schedule["name"] == "poly":
-        least = schedule["final_factor"] * config["optimizer"]["lr"]
+        least = schedule["final_factor"] * learning_rate(config)
         after = {"type": PolyLR, "power": schedule["power"], "eta_min": least, **span}
     else:
         after = {

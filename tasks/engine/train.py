@@ -20,7 +20,7 @@ from ...zoo.library_errors import first_line
 from .. import TaskError
 from ..checkpoints import check_folder, read_checkpoint, remove_partial, taken_as_said
 from ..devices import choose_device
-from .config import task_class_of
+from .config import format_config, task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
 from .loading import build_loader, usable_cores
 from .lock import hold_folder
@@ -123,7 +123,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
             custom_hooks=[
                 SeedHook(config["seed"]),
                 run_hook := RunHook(task, config, history, metric, progress),
-                *([EMAHook(momentum=config["ema"])] if config["ema"] is not None else []),
+                *([_average(config)] if config["ema"] is not None else []),
                 *build_hooks(config["custom_hooks"]),
             ],
             load_from=str(last) if resume else None,
@@ -162,6 +162,13 @@ def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
     return {"type": TrainLoop, "max_epochs": epochs, "val_interval": config["val_interval"], "iterations": iterations}
 
 
+def _average(config: dict) -> EMAHook:
+    """Return the hook that keeps the running average of the weights."""
+    if config["ema_warmup"] is None:
+        return EMAHook(momentum=config["ema"])
+    return EMAHook("MomentumAnnealingEMA", momentum=config["ema"], gamma=config["ema_warmup"])
+
+
 def _check_begun(last: Path, resume: bool) -> None:
     """Raise unless there is a run to continue, or none where one is to begin."""
     try:
@@ -180,7 +187,10 @@ def _best_metrics(history: list[dict[str, Any]], metric: str) -> dict[str, float
 
 
 def evaluate(
-    config: dict[str, Any], checkpoint_path: str | Path | None = None, progress: bool = True
+    config: dict[str, Any],
+    checkpoint_path: str | Path | None = None,
+    progress: bool = True,
+    report: str | Path | None = None,
 ) -> tuple[dict[str, float], list, list]:
     """Measure a model on the validation set of a config.
 
@@ -188,6 +198,7 @@ def evaluate(
         config: What to measure on, and how.
         checkpoint_path: Checkpoint of `train`; None for the weights that the config starts from.
         progress: Whether to show it on a terminal.
+        report: Folder for pictures, and the report that holds them; None for none.
 
     Returns:
         The metrics, and for every image, in the order of the set, the task's prediction and the target; without
@@ -225,9 +236,26 @@ def evaluate(
         )
         if checkpoint is not None:
             load(runner.net, checkpoint["state_dict"], checkpoint_path)
-        metrics = _without_worker_traceback(runner.test)
+        measured = _without_worker_traceback(runner.test)
+    metrics = {key.removeprefix("val/"): value for key, value in measured.items()}
+    if report is not None and is_main_process():
+        epoch = 0 if checkpoint is None else checkpoint["card"].get("epoch", 0)
+        facts = {"checkpoint": str(checkpoint_path or "the weights that the config starts from"), "epoch": epoch}
+        _report(task, config, metrics, metric, Path(report), facts)
     _leave(distributed)
-    return {key.removeprefix("val/"): value for key, value in metrics.items()}, *metric.collected
+    return metrics, *metric.collected
+
+
+def _report(task, config: dict, metrics: dict, metric: Metric, folder: Path, facts: dict[str, Any]) -> None:
+    """Write what an evaluation found, with pictures, into a folder."""
+    from ..pictures.report import write_report
+
+    check_folder(folder, needed=0)
+    predictions, targets = metric.collected
+    pictures = task.draw(predictions, targets, folder, facts["epoch"], metric.indices)
+    facts |= {"images": len(targets)}
+    rows = task.measure_classes(predictions, targets)
+    write_report(folder / "report.html", "Evaluation", facts, metrics, rows, pictures, format_config(config))
 
 
 def _check_card(card: dict, expected: dict, path: str | Path) -> None:

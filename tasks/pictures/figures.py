@@ -42,12 +42,19 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tuple[str, str | None]]:
-    """Return a colour and a pattern of stripes, or None, for each class that a picture shows; background has none."""
-    shown = sorted(label for label in set(labels) if label < len(classes) and classes[label] != "background")
-    return {
-        label: (PALETTE[place % len(PALETTE)], STRIPES[place // len(PALETTE) % len(STRIPES)])
-        for place, label in enumerate(shown)
-    }
+    """Return a colour and a pattern of stripes, or None, for each class that a picture shows; background has none.
+
+    They are a class's own, so that it has them in every picture. Of more than 32 classes several have the same; where a
+    picture shows two of these, the second takes the next that is free.
+    """
+    styles = [(colour, stripes) for stripes in STRIPES for colour in PALETTE]
+    numbers = {label: place for place, label in enumerate(i for i, name in enumerate(classes) if name != "background")}
+    of_class: dict[int, tuple[str, str | None]] = {}
+    for label in sorted({*labels} & numbers.keys()):
+        place = numbers[label]
+        free = (styles[(place + step) % len(styles)] for step in range(len(styles)))
+        of_class[label] = next((style for style in free if style not in of_class.values()), styles[place % len(styles)])
+    return of_class
 
 
 def add_legend(figure: Figure, names: Sequence[str], styles: Sequence[tuple[str, str | None]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_maps, resolve
-from ..data.occurrence import check_classes
+from ..data.occurrence import check_classes, draw_weights
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..dense.build import (
     build_described,
@@ -68,6 +68,7 @@ class Segment:
             "repeat": 1,
             "holdout": 0.2,
             "holdout_seed": 0,
+            "balance": 0.0,
             "normalization": None,
             "tile": None,
             "short": 512,
@@ -127,6 +128,9 @@ class Segment:
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
+        if data["balance"]:
+            shown, classes = self.train_set.occurring(), len(self.train_set.classes)
+            self.train_set.weights = draw_weights(shown, classes, data["balance"], data["repeat"])
         self._source, self._by_values = (
             data["root"] or data["name"],
             data["name"] == "folder" and data["unlabelled"] is None,
@@ -211,6 +215,25 @@ class Segment:
             measured = measure_ap(predictions, targets, "mask")
             metrics = {f"mask_{name}": measured[name] for name in NUMBERS if measured[name] >= 0}
         return {key: value for key, value in metrics.items() if value == value}
+
+    def measure_classes(self, predictions: list, targets: list) -> list[dict[str, Any]]:
+        """Return a row for each class: of labels IoU, accuracy and share, of segments PQ, of instances AP."""
+        from ..metrics.classes import measure_objects
+        from ..metrics.segmentation import count_labels, measure_labels, measure_panoptic
+
+        pairs = zip(predictions, targets, strict=True)
+        if self.output == "instance":
+            return measure_objects(predictions, targets, self.classes, ("mask",))
+        if self.output == "panoptic":
+            values = measure_panoptic(pairs, self.things)["class_pq"].tolist()
+            return [{"class": name, "pq": value} for name, value in zip(self.classes, values, strict=True)]
+        counts = count_labels(pairs, len(self.classes))
+        measured, share = measure_labels(counts), (counts.sum(1) / counts.sum()).tolist()
+        columns = (measured["iou"].tolist(), measured["acc"].tolist(), share)
+        return [
+            dict(zip(("class", "iou", "accuracy", "share of pixels"), row, strict=True))
+            for row in zip(self.classes, *columns, strict=True)
+        ]
 
     def draw(
         self, predictions: list, targets: list, folder: Path, epoch: int, indices: list[int]

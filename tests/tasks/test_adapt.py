@@ -10,7 +10,9 @@ from foveate.tasks.adapters import is_target, merge
 from foveate.tasks.checkpoints import read_checkpoint
 from foveate.tasks.frozen import freeze, stage_names
 from foveate.tasks.predictors import load_predictor
+from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
+from PIL import Image
 from torch import nn
 
 
@@ -31,6 +33,15 @@ def base(tmp_path):
     path = tmp_path / "base.pth"
     torch.save(model.state_dict(), path)
     return path
+
+
+# Dense runs of two short epochs, with what has to be small in each.
+DENSE = {
+    "segment/upernet_nat_atto_nuclei": ("data.augment.crop=64", "model.kwargs.channels=16"),
+    "segment/mask2former_nat_atto_nuclei": ("data.augment.crop=64", "model.kwargs.dim=32", "data.tile=64"),
+    "detect/mask_rcnn_nat_atto_nuclei": ("data.augment.crop=64", "model.kwargs.max_detections=5"),
+    "detect/dino_nat_atto_nuclei": ("data.augment.crop=64", "model.kwargs.num_queries=20"),
+}
 
 
 def lora(base):
@@ -79,6 +90,51 @@ def test_adapters_are_trained_saved_merged_and_resumed(config_file, base, tmp_pa
     with pytest.raises(CheckpointError, match=r"holds adapters of .*base.pth, which is no longer the same"):
         load_predictor(whole["last"])
     base.unlink()
+    with pytest.raises(CheckpointError, match=r"holds adapters of .*base.pth, which can't be had"):
+        load_predictor(whole["last"])
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe if "upernet" in recipe else pytest.param(recipe, marks=pytest.mark.heavy) for recipe in DENSE]
+)
+def test_adapters_of_a_dense_model_are_measured_resumed_predicted_with_and_exported(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = tmp_path / "base.pth"
+    torch.save(timm.create_model("nat_atto").state_dict(), base)
+    overrides = (*DENSE[recipe], f"model.backbone_checkpoint={base}", "lora=True", "epochs=2", "data.repeat=4")
+    overrides += ("batch_size=2", "schedule.warmup_iterations=0", "ema=0.5")
+    monkeypatch.setattr(f"foveate.tasks.{recipe.partition('/')[0]}.Task.draw", lambda *args: [])
+    config = engine.load_config(recipe, overrides)
+    whole = engine.train(config, tmp_path / "run", progress=False)
+    state = saved(whole["last"])["state_dict"]
+    assert sum(".lora_A." in name for name in state) == 40
+    assert all(".lora_" in name for name in state if name.startswith("backbone."))
+    assert any(value.abs().max() > 0 for name, value in state.items() if ".lora_B." in name)
+    metrics, _, _ = engine.evaluate(config, whole["last"], progress=False)
+    assert metrics == pytest.approx(
+        {key[4:]: x for key, x in whole["history"][-1].items() if key[:4] == "val/"}, abs=1e-3
+    )
+    # Resumed after the first epoch, it ends with the same bits.
+    stopped = tmp_path / "stopped"
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.tasks.engine.hooks.RunHook._keep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            engine.train(config, stopped, progress=False)
+    again = saved(engine.train(config, stopped, resume=True, progress=False)["last"])["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    # What is exported is whole: the base weights aren't needed any longer.
+    exported = tmp_path / "whole.safetensors"
+    assert main(["export", str(whole["last"]), str(exported)]) == 0
+    merged = load_predictor(whole["last"]).model.state_dict()
+    base.unlink()
+    predictor = load_predictor(exported)
+    assert all(torch.equal(value, merged[name]) for name, value in predictor.model.state_dict().items())
+    assert predictor([Image.new("RGB", (64, 64))])
     with pytest.raises(CheckpointError, match=r"holds adapters of .*base.pth, which can't be had"):
         load_predictor(whole["last"])
 

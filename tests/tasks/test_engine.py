@@ -147,8 +147,6 @@ def test_parameters_are_told_apart_by_their_names(config_file, tmp_path):
     assert found[0.0, 1e-3] > 4
     with pytest.raises(TaskError, match="no parameter's name holds 'haed'"):
         train(config_file, tmp_path / "wrong", "optimizer.factors={'haed': 10.0}")
-    with pytest.raises(TaskError, match="layer_decay can't be combined"):
-        train(config_file, tmp_path / "both", *overrides, "optimizer.layer_decay=0.9")
 
 
 def test_lower_layers_learn_more_slowly_under_layer_decay(config_file, tmp_path):

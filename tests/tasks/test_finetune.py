@@ -8,6 +8,7 @@ import timm
 from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Task as Classify
 from foveate.tasks.data.formats import hold_out
+from foveate.tasks.data.segmentation import LabelMaps
 from foveate.tasks.detect import Task as Detect
 from foveate.tasks.segment import Task as Segment
 from PIL import Image
@@ -82,6 +83,22 @@ def test_a_segmenter_takes_masks_and_polygons(tmp_path):
     assert len(task.check_data()) == 1
 
 
+def test_label_maps_are_read_once_where_some_are_held_out(tmp_path, monkeypatch):
+    for index in range(5):
+        picture(tmp_path / "images" / "train" / f"{index}.png")
+        picture(tmp_path / "masks" / "train" / f"{index}.png", maps=True)
+    (tmp_path / "classes.txt").write_text("ground\ntree\n")
+    looked = []
+    look = LabelMaps._look_at
+    monkeypatch.setattr(LabelMaps, "_look_at", lambda self, index: (looked.append(index), look(self, index))[1])
+    _, task = task_of("segment/finetune", tmp_path, "model.backbone=nat_atto", "data.augment.crop=32", *SMALL)
+    assert sorted(looked) == [0, 1, 2, 3, 4]
+    assert (task.train_set.images, task.val_set.images) == (4, 1)
+    assert not {*task.train_set.files} & {*task.val_set.files}
+    assert task.train_set[0][0].shape == (3, 32, 32)
+    assert task.val_set[0][1].shape == (40, 60)
+
+
 def test_classes_in_folders_alone_are_split_evenly(tmp_path):
     for name, count in (("cat", 10), ("dog", 3)):
         for index in range(count):
@@ -117,7 +134,7 @@ def test_what_is_held_out_is_drawn_once_and_never_everything():
 
 
 def test_what_a_folder_is_not_is_said(tmp_path):
-    with pytest.raises(TaskError, match=r"is in none of the formats of objects, coco, voc, yolo; name it by data.name"):
+    with pytest.raises(TaskError, match=r"is in none of the formats of objects, coco, huggingface, voc, yolo; name"):
         task_of("detect/finetune", tmp_path)
     masks(tmp_path)
     with pytest.raises(TaskError, match=r"is in none of the formats of objects, .*; it holds maps"):

@@ -18,7 +18,7 @@ from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import task as classify
 from foveate.tasks.data.images import FULL_WHITE
 from foveate.tasks.dense.build import freeze_statistics
-from foveate.tasks.engine import run_folder
+from foveate.tasks.engine import hooks, run_folder
 from foveate.tasks.engine import runner as runner_module
 from foveate.tasks.engine.config import task_class_of
 from foveate.tasks.engine.hooks import SeedHook
@@ -86,6 +86,9 @@ class LineTask:
     def measure(self, predictions, targets):
         return {"loss": float(torch.stack(predictions).mean())}
 
+    def measure_classes(self, predictions, targets):
+        return []
+
     def draw(self, predictions, targets, folder, epoch, indices):
         return []
 
@@ -105,6 +108,7 @@ def train(monkeypatch, tmp_path):
             return tasks[-1]
 
         monkeypatch.setattr(import_module("foveate.tasks.engine.train"), "task_class_of", lambda name: make)
+        monkeypatch.setattr(hooks, "format_config", repr)
         monkeypatch.setattr(run_folder, "format_config", repr)  # it knows the keys of the house's tasks alone
         make.FREE, make.DEFAULTS = (), {}
         settings = {"epochs": 1, "batch_size": 4, "ema": None, "precision": "float32"} | settings
@@ -320,8 +324,9 @@ def test_every_batch_and_process_has_a_seed_of_its_own():
 def optimizer_of(net, **settings):
     """The optimizer that the engine builds, its groups' rates and decays by parameter."""
     defaults = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05, "kwargs": {}, "layer_decay": None, "no_decay": None}
-    config = {"optimizer": {**defaults, "factors": {}, "accumulate": 1, "clip_grad": None, **settings}}
-    run = SimpleNamespace(_config=config | {"precision": "float32"}, net=net, _device=torch.device("cpu"))
+    defaults |= {"factors": {}, "accumulate": 1, "clip_grad": None, "lr_batch": None}
+    config = {"optimizer": defaults | settings, "precision": "float32", "batch_size": 8}
+    run = SimpleNamespace(_config=config, net=net, _device=torch.device("cpu"))
     wrapper = runner_module.TaskRunner.build_optim_wrapper(run, None)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     groups = wrapper.optimizer.param_groups
@@ -342,6 +347,33 @@ def test_rates_decay_by_layer():
         assert rates[name] == pytest.approx(0.1 * 0.5 ** (last - layer)), name
 
 
+def test_rates_decay_by_layer_beside_names_and_factors():
+    net = timm.create_model("nat_atto", num_classes=2)
+    plain = optimizer_of(net, layer_decay=0.5)
+    both = optimizer_of(net, layer_decay=0.5, no_decay=("rpb",), factors={"stages.1": 3.0})
+    for name, (rate, decay) in both.items():
+        assert rate == pytest.approx(plain[name][0] * (3.0 if "stages.1" in name else 1.0)), name
+        assert (decay == 0) == ("rpb" in name)
+    with pytest.raises(TaskError, match="Line has no layers that timm tells apart"):
+        optimizer_of(Line(), layer_decay=0.5)
+
+
+@pytest.mark.parametrize(("backbone", "layers"), [("nat_atto", 11), ("resnet18", 5)])
+def test_rates_of_a_detector_decay_by_its_backbone_s_layers_or_stages(backbone, layers):
+    net = foveate.create_detector("faster_rcnn", backbone, num_classes=2, channels=16)
+    rates = {name: rate for name, (rate, _) in optimizer_of(net, layer_decay=0.5).items()}
+    assert {rate for name, rate in rates.items() if not name.startswith("backbone.features.")} == {0.1}
+    inside = {rate for name, rate in rates.items() if name.startswith("backbone.features.")}
+    assert sorted(inside) == pytest.approx([0.1 * 0.5**step for step in range(layers, 0, -1)])
+
+
+def test_the_rate_is_in_proportion_to_the_images_of_a_step(monkeypatch):
+    net = timm.create_model("nat_atto", num_classes=2)
+    assert {rate for rate, _ in optimizer_of(net, lr_batch=32, accumulate=2).values()} == {0.05}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert {rate for rate, _ in optimizer_of(net, lr_batch=32, accumulate=2).values()} == {0.2}
+
+
 def test_biases_norms_and_named_parameters_do_not_decay():
     net = timm.create_model("nat_atto", num_classes=2)
     settings = optimizer_of(net)
@@ -352,6 +384,39 @@ def test_biases_norms_and_named_parameters_do_not_decay():
     named = optimizer_of(net, no_decay=("rpb", "fc"), factors={"head": 10.0})
     assert all((decay == 0) == ("rpb" in name or "fc" in name) for name, (_, decay) in named.items())
     assert all(rate == pytest.approx(1.0 if "head" in name else 0.1) for name, (rate, _) in named.items())
+
+
+def test_the_average_forgets_the_start_while_it_warms_up(train):
+    task, last = train(epochs=3, ema=0.1, ema_warmup=2)
+    weights = [weight for weight, _, _ in task.model.seen[2:]] + [last["ema_state_dict"]["module.net.fc.weight"]]
+    average = START.clone()
+    for step, weight in enumerate(weights):
+        # mmengine begins with the first weights that it sees.
+        average = weight.clone() if step == 0 else average.lerp(weight, max(0.1, 2 / (2 + step)))
+    torch.testing.assert_close(last["state_dict"]["fc.weight"], average)
+
+
+class Worse(LineTask):
+    """Its metric is best after the second epoch."""
+
+    metric = "score"
+    shown = ("score",)
+    scores = (1.0, 3.0, 2.0, 3.0, 2.0, 9.0)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.measured = iter(self.scores)
+
+    def measure(self, predictions, targets):
+        return {"score": next(self.measured)}
+
+
+def test_a_run_ends_when_its_metric_gets_no_better(train, tmp_path):
+    _, last = train(Worse, epochs=6, early_stop=2)
+    assert [entry["val/score"] for entry in last["history"]] == [1.0, 3.0, 2.0, 3.0]
+    assert "ends early: score was best in epoch 2 (early_stop=2)" in (tmp_path / "run" / "log.txt").read_text()
+    _, last = train(Worse, "again", epochs=6, early_stop=2, val_interval=2)
+    assert [entry.get("val/score") for entry in last["history"]] == [None, 1.0, None, 3.0, None, 2.0]
 
 
 EPOCHS = 6

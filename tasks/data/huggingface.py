@@ -1,0 +1,254 @@
+"""Tables of the library ``datasets``, from the hub or a folder: images with a label, or with objects.
+
+A folder is one that ``save_to_disk`` wrote, or holds parquet files or what else ``load_dataset`` reads. Objects are, as
+most tables have them, a column of dicts with lists: ``bbox`` (``x, y, width, height`` in pixels, as COCO's) and
+``category`` (or ``categories``, ``category_id``, ``label``), and perhaps ``segmentation``, polygons or run lengths.
+"""
+
+import io
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...zoo.library_errors import first_line
+from .. import TaskError, nearest
+from ..extras import require
+from .annotations import Faults
+from .coco import Instances, Record, check_object
+from .images import FULL_WHITE, DamagedImageError, open_picture, to_pixels
+
+LAYOUT = "a folder of save_to_disk or of parquet files, or a name on the hub"
+_IMAGES, _LABELS, _OBJECTS = ("image", "img", "pixel_values"), ("label", "labels", "class", "fine_label"), ("objects",)
+_CATEGORIES = ("category", "categories", "category_id", "label", "labels")
+_HELD_OUT = ("validation", "val", "valid", "test")
+# Of what `datasets` writes and reads.
+_MARKS = ("dataset_dict.json", "dataset_info.json", "*.parquet", "data/*.parquet", "*/*.parquet")
+
+
+def open_table(root: str | Path, split: str) -> Any:
+    """Return the split of a data set, whose images stay encoded.
+
+    Raises:
+        TaskError: If the library isn't installed, or the data set, or the split, can't be had.
+    """
+    table = _splits(root)
+    if split not in table:
+        raise TaskError(f"{root}: has no split {split!r}; it has {', '.join(table)}")
+    return table[split]
+
+
+def _splits(root: str | Path) -> dict[str, Any]:
+    datasets = require("datasets")
+    root = Path(root)
+    try:
+        if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+            table = datasets.load_from_disk(str(root))
+        else:
+            table = datasets.load_dataset(str(root))
+    except Exception as error:
+        raise TaskError(f"{root}: `datasets` can't read it ({type(error).__name__}: {first_line(error)})") from error
+    table = table if isinstance(table, dict) else {"train": table}
+    plain = datasets.Image(decode=False)
+    for split, part in table.items():
+        for column, kind in part.features.items():
+            if isinstance(kind, datasets.Image):
+                part = part.cast_column(column, plain)
+        table[split] = part
+    return table
+
+
+def _column(root: object, table: Any, named: str | None, usual: Sequence[str], key: str) -> str:
+    """Return the column that a config names, or else the first usual one."""
+    columns = list(table.features)
+    column = named if named is not None else next((name for name in usual if name in columns), None)
+    if column not in columns:
+        what = f"no column {named!r}{nearest(named, columns)}" if named is not None else f"none of {', '.join(usual)}"
+        raise TaskError(f"{root}: has {what}; its columns are {', '.join(columns)}; name it by data.{key}")
+    return column
+
+
+def _read(table: Any, column: str, row: int, name: str, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:
+    """Return the image of a row, upright, as `read_image` does of a file."""
+    cell = table[row][column]
+    content = cell.get("bytes") if isinstance(cell, dict) else None
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if content is None and path is None:
+        raise DamagedImageError(f"{name}: holds no image")
+    try:
+        picture = open_picture(path if content is None else io.BytesIO(content))
+        picture.load()
+    except TaskError as error:
+        raise DamagedImageError(f"{name}: {str(error).partition(': ')[2]}") from error
+    except Exception as error:
+        raise DamagedImageError(f"{name}: not an image, or damaged ({first_line(error)})") from error
+    return to_pixels(picture, channels, white, name)
+
+
+class LabelledTable(Dataset):
+    """Images with a label, a row each.
+
+    Attributes:
+        classes: Names of the classes: the features', or else all labels in order.
+        samples: ``(split/row, index of its class)`` of every image.
+        white: As for `read_image`.
+
+    Args:
+        root: Folder, or name on the hub.
+        split: Of it.
+        transform: Applied to the image.
+        channels: 1 for grey, 3 for RGB.
+        classes: Fixes the order, and then any other label is an error.
+        columns: Names of the columns of images and labels; the usual ones if None.
+
+    Raises:
+        TaskError: If the data set, a split or a column isn't there, or a label is none.
+    """
+
+    white = FULL_WHITE
+    collate = None
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        transform,
+        channels: int,
+        classes: Sequence[str] | None = None,
+        columns: tuple[str | None, str | None] = (None, None),
+    ):
+        self._root, self._table = root, open_table(root, split)
+        self._column = _column(root, self._table, columns[0], _IMAGES, "image_column")
+        column = _column(root, self._table, columns[1], _LABELS, "label_column")
+        names = getattr(self._table.features[column], "names", None)
+        labels = self._table[column][:]
+        for row, label in enumerate(labels):
+            if label is None or (names is not None and not 0 <= label < len(names)):
+                raise TaskError(f"{root}, {split}, row {row}: {column} is {label!r}, which is no class")
+        if names is None:
+            names = [str(label) for label in sorted(set(labels))]
+            named = [str(label) for label in labels]
+        else:
+            named = [names[label] for label in labels]
+        self.classes = list(names if classes is None else classes)
+        indices = {name: index for index, name in enumerate(self.classes)}
+        if unknown := sorted({*named} - indices.keys()):
+            raise TaskError(f"{root}, {split}: no training image has the label {unknown[0]!r}")
+        self.samples = [(f"{split}/{row}", indices[name]) for row, name in enumerate(named)]
+        self.targets = [label for _, label in self.samples]
+        self.transform, self.channels = transform, channels
+        if not self.samples:
+            raise TaskError(f"{root}, {split}: has no row")
+
+    @classmethod
+    def of_root(
+        cls,
+        root: Path,
+        place: Path,
+        transform,
+        channels: int,
+        classes: Sequence[str] | None = None,
+        layout: str = "",
+        columns: tuple[str | None, str | None] = (None, None),
+    ) -> "LabelledTable":
+        """Return a split of a data set, named by its place below the root."""
+        return cls(root, str(place.relative_to(root)), transform, channels, classes, columns)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is in its row."""
+        name = self.samples[index][0]
+        row = int(name.rpartition("/")[2])
+        return _read(self._table, self._column, row, f"{self._root}, {name}", self.channels, self.white)
+
+    def inventory(self) -> list[tuple[str, int]]:
+        """Return every row with its class."""
+        return self.samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.image(index)), self.samples[index][1]
+
+
+def find_objects(
+    root: Path, data: dict, split: str, with_masks: bool | None, skip_damaged: bool
+) -> tuple[list[Record], list[str]]:
+    """Return the images of a split with their objects, and the classes."""
+    name = data[split]["split"]
+    table = open_table(root, name)
+    image_column = _column(root, table, data.get("image_column"), _IMAGES, "image_column")
+    column = _column(root, table, data.get("objects_column"), _OBJECTS, "objects_column")
+    kinds = _fields(table.features[column])
+    category = next((key for key in _CATEGORIES if key in kinds), None)
+    if category is None or "bbox" not in kinds:
+        raise TaskError(f"{root}: {column} needs bbox and one of {', '.join(_CATEGORIES)}; it has {', '.join(kinds)}")
+    names = getattr(_inner(kinds[category]), "names", None)
+    rows = [_by_field(cell) for cell in table[column][:]]
+    if names is None:
+        names = [str(label) for label in sorted({label for row in rows for label in row.get(category, ())})]
+        numbers = {name: number for number, name in enumerate(names)}
+        rows = [row | {category: [numbers[str(label)] for label in row.get(category, ())]} for row in rows]
+    records, faults = [], Faults(root)
+    for number, row in enumerate(rows):
+        place = f"{root}, {name}/{number}"
+        picture = partial(_read, table, image_column, number, place)
+        try:
+            size = picture().size[::-1]
+        except DamagedImageError as error:
+            if not skip_damaged:
+                faults.add("damaged", error)
+            continue
+        objects = []
+        for index, label in enumerate(row.get(category, ())):
+            annotation = {"bbox": list(row["bbox"][index])}
+            for key in ("segmentation", "iscrowd"):
+                if row.get(key):
+                    annotation[key] = row[key][index]
+            checked = check_object(
+                annotation, {"height": size[0], "width": size[1]}, with_masks, faults, f"{place}, object {index}"
+            )
+            if checked is not None:
+                objects.append((*checked, label))
+        gathered = Instances.gather(objects, with_masks)
+        records.append(Record(Path(f"{name}/{number}"), size, number, gathered, picture))
+    faults.settle(data["broken"], "correct the data set", len(records))
+    return records, list(names)
+
+
+def _fields(feature: Any) -> dict[str, Any]:
+    """Return the fields of a column of objects: a dict of lists, or a list of dicts."""
+    feature = _inner(feature)
+    return dict(feature) if isinstance(feature, dict) else {}
+
+
+def _inner(feature: Any) -> Any:
+    feature = getattr(feature, "feature", feature)
+    return feature[0] if isinstance(feature, list) else feature
+
+
+def _by_field(cell: Any) -> dict[str, list]:
+    """Return the objects of a row as lists by field, however they are written."""
+    if isinstance(cell, dict):
+        return cell
+    return {key: [entry[key] for entry in cell] for key in (cell[0] if cell else ())}
+
+
+def recognise(root: Path, kind: str = "classes") -> dict[str, Any] | None:
+    """Return the settings of ``data`` by which a folder is read, if it is a data set of such a kind; else None."""
+    if not any(next(root.glob(mark), None) for mark in _MARKS):
+        return None
+    table = _splits(root)
+    columns = list(next(iter(table.values())).features)
+    usual = _LABELS if kind == "classes" else _OBJECTS
+    if not any(name in columns for name in usual) or not any(name in columns for name in _IMAGES):
+        return None
+    train = "train" if "train" in table else next(iter(table))
+    val = next((name for name in _HELD_OUT if name in table and name != train), None)
+    if kind == "classes":
+        return {"train": train, "val": val}
+    return {"train": {"split": train}, "val": None if val is None else {"split": val}}

@@ -1,0 +1,132 @@
+"""Tables of `datasets`: images with labels and with objects, from a folder of parquet or of save_to_disk."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from foveate.tasks import TaskError, engine
+from foveate.tasks.classify import Task as Classify
+from foveate.tasks.data.images import DamagedImageError
+from foveate.tasks.detect import Task as Detect
+from foveate.tools.cli import main
+from PIL import Image
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def png(value, size=(30, 20)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 0)).save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def labelled(values, labels, names=("cat", "dog")):
+    feature = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    return datasets.Dataset.from_dict({"image": list(map(png, values)), "label": labels}, features=features)
+
+
+@pytest.fixture
+def table(tmp_path):
+    parts = {"train": labelled(range(10, 60, 10), [0, 1, 1, 0, 1]), "validation": labelled([70, 80], [1, 0])}
+    for split, part in parts.items():
+        part.to_parquet(tmp_path / "parquet" / "data" / f"{split}-00000-of-00001.parquet")
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    return tmp_path
+
+
+def task_of(root, *overrides):
+    options = (f"data.root={root}", "model.name=nat_atto", "model.pretrained=False", *overrides)
+    return Classify(engine.load_config("classify/finetune", options))
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_labels_come_with_their_names(table, form, capsys):
+    task = task_of(table / form, "data.size=32")
+    assert task.classes == ["cat", "dog"]
+    assert (task.train_set.targets, task.val_set.targets) == ([0, 1, 1, 0, 1], [1, 0])
+    assert [np.asarray(task.train_set.image(index))[0, 0].tolist() for index in (0, 4)] == [[10, 0, 0], [50, 0, 0]]
+    image, label = task.val_set[0]
+    assert (image.shape, label) == (torch.Size([3, 32, 32]), 1)
+    assert main(["data", "check", str(table / form)]) == 0
+    assert "huggingface" in (text := capsys.readouterr().out)
+    assert "cat" in text
+
+
+def test_a_split_is_named_or_held_out(table):
+    task = task_of(table / "saved", "data.name=huggingface", "data.train=validation", "data.val=train")
+    assert (len(task.train_set), len(task.val_set)) == (2, 5)
+    labelled(range(10), [0, 1] * 5, names=None).save_to_disk(table / "alone")
+    task = task_of(table / "alone")
+    assert task.classes == ["0", "1"]
+    assert (len(task.train_set), len(task.val_set)) == (8, 2)
+    assert not {name for name, _ in task.train_set.samples} & {name for name, _ in task.val_set.samples}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=trian"], r"has no split 'trian'; it has train, validation"),
+        (["data.label_column=lable"], r"has no column 'lable'; did you mean 'label'.* name it by data.label_column"),
+        (["data.val=test"], r"has no split 'test'"),
+        (["data.multi_label=True"], r"data.multi_label: of huggingface an image has one label"),
+    ],
+)
+def test_what_isn_t_there_is_said(table, overrides, message):
+    with pytest.raises(TaskError, match=message):
+        task_of(table / "saved", "data.name=huggingface", *overrides)
+
+
+def test_what_is_broken_is_said(table):
+    (table / "broken").mkdir()
+    (table / "broken" / "train.parquet").write_bytes(b"no table")
+    with pytest.raises(TaskError, match=r"broken: `datasets` can't read it") as caught:
+        task_of(table / "broken")
+    assert "\n" not in str(caught.value)
+    part = labelled([1, 2], [0, 1]).cast_column("image", datasets.Image(decode=False))
+    part = part.map(lambda row, index: {"image": {"bytes": b"no image"} if index else row["image"]}, with_indices=True)
+    datasets.DatasetDict({"train": part, "validation": part}).save_to_disk(table / "images")
+    task = task_of(table / "images", "data.name=huggingface")
+    with pytest.raises(DamagedImageError, match=r"images, train/1: not an image, or damaged"):
+        task.train_set[1]
+
+
+def objects(kind):
+    category = datasets.ClassLabel(names=["cell", "dust"])
+    entry = {"bbox": datasets.Sequence(datasets.Value("float32"), 4), "category": category}
+    cells = [
+        {"bbox": [[2, 3, 10, 8], [15, 5, 6, 6]], "category": [0, 1]},
+        {"bbox": [], "category": []},
+        {"bbox": [[0, 0, 30, 20]], "category": [1]},
+    ]
+    if kind == "list":
+        feature = [entry]
+        cells = [
+            [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)] for cell in cells
+        ]
+    else:
+        feature = {key: datasets.Sequence(value) for key, value in entry.items()}
+    features = datasets.Features({"image": datasets.Image(), "objects": feature})
+    return datasets.Dataset.from_dict({"image": list(map(png, (10, 20, 30))), "objects": cells}, features=features)
+
+
+@pytest.mark.parametrize("kind", ["dict", "list"])
+def test_objects_are_read_as_coco_s(kind, tmp_path):
+    datasets.DatasetDict({"train": objects(kind), "test": objects(kind)}).save_to_disk(tmp_path / "cells")
+    options = (f"data.root={tmp_path / 'cells'}", "model.backbone=nat_atto", "model.pretrained=False")
+    task = Detect(engine.load_config("detect/finetune", options))
+    assert (task.classes, task.model["head"]) == (["cell", "dust"], "faster_rcnn")
+    assert (len(task.train_set), len(task.val_set)) == (3, 3)
+    image, target = task.val_set[0]
+    assert image.shape == (3, 20, 30)
+    assert target["boxes"].tolist() == [[2, 3, 12, 11], [15, 5, 21, 11]]
+    assert target["labels"].tolist() == [0, 1]
+    assert len(task.val_set[1][1]["labels"]) == 0
+    assert task.check_data()[0].endswith("cells holds objects in the format huggingface")
