@@ -1,17 +1,20 @@
 """Checkpoints of `foveate train`: plain tensors and types, written whole or not at all, loaded completely or not."""
 
+import contextlib
 import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from ..zoo.backbone import UnknownModelError
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..zoo.library_errors import first_line
+from ..zoo.maps import BackboneError
 from . import TaskError
 from .adapters import open_merged
 from .data.images import FULL_WHITE
@@ -28,6 +31,8 @@ _RENAMED = {"recipe": "setting", "segments": "output"}
 _RENAMED_IN_MODEL = {"recipe": "setting", "task": "output"}
 # Of files that are being written; a process that is killed leaves one.
 _PARTIAL = ".partial-"
+# A card or config holds no more things, nor deeper ones.
+_MOST_SAID, _DEEPEST_SAID = 1_000_000, 32
 
 
 def write_whole(path: str | Path, write: Callable[[str], None], durable: bool = False) -> None:
@@ -224,6 +229,13 @@ def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None, merg
     card, content = opened.card, opened.content
     if card is None:
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
+    with taken_as_said(path):
+        return _read(path, opened, card, content, task)
+
+
+def _read(path: str | Path | Checkpoint, opened: Checkpoint, card: dict, content: Mapping, task: str | None) -> dict:
+    for said in (card, content.get("config")):
+        _check_said(said)
     if task is not None and card.get("task") != task:
         raise CheckpointError(f"{path}: holds {_kind_of(card)}, not a model to {task}")
     model = card.get("model", card.get("backbone"))
@@ -235,6 +247,42 @@ def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None, merg
     if isinstance(config := content.get("config"), dict):
         content = content | {"config": renamed(config)}
     return content | {"card": with_white(card, content)}
+
+
+@contextlib.contextmanager
+def taken_as_said(path: str | Path | Checkpoint) -> Iterator[None]:
+    """Turn whatever comes of taking a file's card or config by its word into an error that names the file.
+
+    Raises:
+        CheckpointError: If entries are missing, of another type, or make no sense together.
+    """
+    try:
+        yield
+    except (TaskError, CheckpointError, BackboneError, UnknownModelError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path}: what it says of its model or run makes no sense ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _check_said(said: Any) -> None:
+    """Raise a ValueError if plain types are nested too deeply, hold themselves or mean very many things."""
+    left, level = _MOST_SAID, [said]
+    for _ in range(_DEEPEST_SAID):
+        level = [
+            inner
+            for item in level
+            for inner in (
+                item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
+            )
+        ]
+        left -= len(level)
+        if not level:
+            return
+        if left < 0:
+            break
+    raise ValueError("it is nested endlessly, or means too much")
 
 
 def renamed(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..zoo.backbone import head_options_of
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..zoo.weights import table
 from . import TASKS, TaskError
-from .checkpoints import read_checkpoint
+from .checkpoints import read_checkpoint, taken_as_said
 from .data.class_names import class_names
 from .dense.build import with_told
 
@@ -43,7 +43,8 @@ def load_predictor(path: str | Path | Checkpoint, device: str | torch.device = "
         )
     if task not in TASKS:
         raise CheckpointError(f"{path}: holds a model to {task}; this version predicts to {', '.join(TASKS)}")
-    return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(checkpoint, device)
+    with taken_as_said(path):
+        return importlib.import_module(f".{task}", __package__).Predictor.from_checkpoint(checkpoint, device)
 
 
 def load_classifier(path: str | Path, what: str, device: str | torch.device = "cpu") -> Any:

@@ -55,7 +55,9 @@ def read_history(folder: Path) -> list[dict]:
         history = json.loads(path.read_text())
         if not history or not all(isinstance(entry.get("epoch"), int) for entry in history):
             raise ValueError("no epochs")
-    except (ValueError, AttributeError, TypeError):
+        if not all(isinstance(value, int | float | None) for entry in history for value in entry.values()):
+            raise ValueError("no numbers")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         raise TaskError(f"{path}: is no history of foveate train") from None
     return history
 

@@ -55,7 +55,8 @@ def _of_the_model(args: argparse.Namespace, cfg) -> list[tuple[str, str]]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         macs = count_macs(model, (channels, height, width))
-        cost = f"{macs / 1e9:.2f} GMACs at {height}x{width}, as executed on the CPU"
+        count = f"{macs / 1e9:.2f} GMACs" if macs >= 1e8 else f"{macs / 1e6:.3g} MMACs"
+        cost = f"{count} at {height}x{width}, as executed on the CPU"
     except NotImplementedError as error:
         cost = f"not counted: {str(error).splitlines()[0]}"
     facts = [

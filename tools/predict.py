@@ -5,7 +5,7 @@ What is done depends on the checkpoint: classes of the image, boxes and masks of
 Of a video, an animated picture or a camera ("camera:0") an MP4 is written, with an entry in predictions.json for each
 frame that was looked at. Ctrl-C ends it; what was done until then is whole.
 
-An image that can't be read is reported, and the others are done; the exit code is then 2.
+An image that can't be read, or has no answer, is reported, and the others are done; the exit code is then 2.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import at_least
+
+_LONGEST = 200  # bytes of a picture's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size", type=at_least(1), default=16, help="images read at once; %(default)s by default"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=at_least(1),
+        default=50_000_000,
+        help="of an image whose objects or pixels are labelled, which needs memory for each; %(default)s by default",
     )
     parser.add_argument(
         "--every", type=at_least(1), default=1, help="of videos, look at every so-manyth frame; %(default)s by default"
@@ -78,16 +86,17 @@ def run(args: argparse.Namespace) -> int:
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
 
-    unreadable: list[str] = []
+    refused: list[str] = []
     with _Entries(args.output / "predictions.json") as entries:
-        _predict_images(args, predictor, paths, entries, unreadable)
+        count = _predict_images(args, predictor, paths, entries, refused)
         for video, name in zip(videos, _video_names(videos), strict=True):
             _predict_video(args, predictor, video, args.output / name, entries)
-    done = [f"{len(paths) - len(unreadable)} pictures"] * bool(paths) + [f"{len(videos)} videos"] * bool(videos)
+    counts = ((count, "picture", paths), (len(videos), "video", videos))
+    done = [f"{number} {what}{'s' * (number != 1)}" for number, what, given in counts if given]
     print(f"{', '.join(done)} and predictions.json: {args.output}")
-    for message in unreadable:
+    for message in refused:
         print(f"foveate: error: {message}", file=sys.stderr)
-    return 2 if unreadable else 0
+    return 2 if refused else 0
 
 
 class _Entries:
@@ -123,30 +132,65 @@ class _Entries:
 
 
 def _predict_images(
-    args: argparse.Namespace, predictor: Any, paths: list[Path], entries: _Entries, unreadable: list[str]
-) -> None:
+    args: argparse.Namespace, predictor: Any, paths: list[Path], entries: _Entries, refused: list[str]
+) -> int:
+    """Return how many pictures were made; ``refused`` get what is wrong with the other images."""
     from tqdm import tqdm
 
     from ..tasks import TaskError
-    from ..tasks.data.images import read_image
+    from ..zoo.library_errors import first_line
 
-    names = _picture_names(paths)
+    most = None if (predictor.card or {}).get("task") == "classify" else args.max_pixels
+    names, count = _picture_names(paths), 0
     silent = not paths or not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="image", desc="predicting", disable=silent) as bar:
         for start in range(0, len(paths), args.batch_size):
             batch = []
             for path in paths[start : start + args.batch_size]:
                 try:
-                    batch.append((path, read_image(path, predictor.channels, predictor.white)))
+                    batch.append((path, _read(path, predictor, most)))
                 except TaskError as error:
-                    unreadable.append(str(error))
-            answers = predictor([image for _, image in batch]) if batch else []
-            for (path, image), result in zip(batch, answers, strict=True):
-                picture = args.output / names[path]
-                beside = predictor.draw(image, result, picture)
-                entries.add({"image": str(path), "picture": str(picture), **beside, **predictor.describe(result)})
+                    refused.append(str(error))
+            for (path, image), result in zip(batch, _answers(predictor, batch), strict=True):
+                if isinstance(result, Exception):
+                    refused.append(f"{path}: has no answer ({first_line(result)})")
+                    continue
+                picture, shown = args.output / names[path], {}
+                try:
+                    beside = predictor.draw(image, result, picture)
+                    shown, count = {"picture": str(picture), **beside}, count + 1
+                except (ValueError, ArithmeticError, MemoryError) as error:
+                    refused.append(f"{path}: no picture of it could be made ({first_line(error)})")
+                entries.add({"image": str(path), **shown, **predictor.describe(result)})
                 tqdm.write(f"{path}: {predictor.headline(result)}")
             bar.update(min(args.batch_size, len(paths) - start))
+    return count
+
+
+def _read(path: Path, predictor, most: int | None):
+    """Return an image, or raise a TaskError if it can't be read or has more pixels than may be labelled."""
+    from ..tasks import TaskError
+    from ..tasks.data.images import read_image
+
+    image = read_image(path, predictor.channels, predictor.white)
+    if most is not None and image.width * image.height > most:
+        raise TaskError(
+            f"{path}: has {image.width * image.height} pixels, and labels of each need memory; make it smaller, or "
+            "allow more by --max-pixels"
+        )
+    return image
+
+
+def _answers(predictor, batch: list) -> list:
+    """Return what is found in every image of a batch, or the error that it ended in: strangers' images do anything."""
+    if not batch:
+        return []
+    try:
+        return predictor([image for _, image in batch])
+    except Exception as error:
+        if len(batch) == 1:
+            return [error]
+        return [_answers(predictor, [pair])[0] for pair in batch]
 
 
 def _predict_video(args: argparse.Namespace, predictor: Any, video: Any, path: Path, entries: _Entries) -> None:
@@ -180,13 +224,15 @@ def _video_names(videos: list[Any]) -> list[str]:
 
 
 def _picture_names(paths: list[Path]) -> dict[Path, str]:
-    """Return a PNG name for each image; equal stems of several folders or formats are numbered."""
+    """Return a PNG name for each image; equal stems of several folders or formats are numbered, long ones cut."""
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in paths:
-        name, number = f"{path.stem}.png", 2
+        # What is added to it while it is written, and to maps' names, must fit too.
+        stem = os.fsencode(path.stem)[:_LONGEST].decode(errors="ignore")
+        name, number = f"{stem}.png", 2
         while name in taken:
-            name, number = f"{path.stem}-{number}.png", number + 1
+            name, number = f"{stem}-{number}.png", number + 1
         taken.add(name)
         names[path] = name
     return names

@@ -14,7 +14,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="recipe, such as classify/nat_atto_digits, or a Python file")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="recipe, such as classify/nat_atto_digits, or a Python file, which is run"
+    )
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="such as epochs=3 optimizer.lr=1e-3"
     )

@@ -57,7 +57,8 @@ def build(
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     checkpoint = _weights(name, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")) if pretrained else None
     if checkpoint is not None:
-        overlay |= {"state_dict": checkpoint.content, "source": None}
+        # timm copies what it is given, and what else a stranger's file holds may have no end.
+        overlay |= {"state_dict": checkpoint.state, "source": None}
         overlay |= {"file": str(checkpoint)} if isinstance(overlay.get("file"), Checkpoint) else {}
     try:
         model = build_model_with_cfg(

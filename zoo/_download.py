@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -108,6 +109,9 @@ def download(
         if sha256 is not None and (actual := sha256_of(part)) != sha256:
             raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
         checked = check(part)
+        # Bytes before name: a loss of power must not leave the name of a file that is not there.
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
         return checked
     finally:
@@ -129,6 +133,8 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
     start = _size_of(part)
     notes = {} if not start else _read_notes(part)
     start, validator = (start, notes.get("validator")) if notes else (0, None)
+    if start and start == notes.get("total"):
+        return  # it was whole when the process was killed; what it is, is checked next
     headers = {"User-Agent": "foveate", "Accept-Encoding": "identity"}
     if start and validator:
         # The host sends the rest if the file is still the same, and else all of it.
@@ -247,9 +253,25 @@ def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPRespo
             raise _Interrupted(f"the host answers {error.code} {error.reason}") from error
         raise DownloadError(f"the host answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", error), socket.gaierror):
+            raise _nameless(url) from error
         raise _Interrupted(_reason(error)) from error
     except (ValueError, LookupError) as error:  # of addresses and redirects that make no sense
         raise DownloadError(f"the address, or one that it redirects to, makes no sense ({_reason(error)})") from error
+
+
+def check_host(url: str) -> None:
+    """Raise a DownloadError if the name of an address's host is nobody's, which other libraries try for a minute."""
+    if urllib.request.getproxies():
+        return  # which knows the names
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except socket.gaierror as error:
+        raise _nameless(url) from error
+
+
+def _nameless(url: str) -> DownloadError:
+    return DownloadError(f"no network, or no host of the name {urllib.parse.urlsplit(url).hostname}")
 
 
 def _check_space(folder: Path, needed: int) -> None:

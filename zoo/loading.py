@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from ._download import DownloadError, check_host
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of, check_classes, faults_of, load
 from .library_errors import load_fault
 from .maps import cfg_of
@@ -74,6 +75,8 @@ def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, *
             return model
         if checkpoint is not None:
             return _from_file(name, checkpoint, overlay, options)
+        if options.get("pretrained") and not overlay:
+            _check_hub(name)
         with _watch() as loads:
             model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
         if loads:
@@ -81,6 +84,25 @@ def create_model(name: str, checkpoint: str | Path | Checkpoint | None = None, *
             _refuse(name, model, _needed(model, missing, {}, set()), [])
             model.load_report = LoadReport(len(model.state_dict()) - len(missing), tuple(missing))
         return model
+
+
+def _check_hub(name: str) -> None:
+    """Raise a CheckpointError if timm's weights are not here and there is no network, which the hub tries for long."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cfg = cfg_of(name)
+    if not cfg.hf_hub_id or constants.HF_HUB_OFFLINE:
+        return
+    files = (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files if file):
+        return
+    try:
+        check_host(constants.ENDPOINT)
+    except DownloadError as error:
+        raise CheckpointError(
+            f"{name}: its weights can't be had: {error}; give a file (train: model.checkpoint=FILE, export: "
+            "--checkpoint FILE, Python: checkpoint=FILE), or let HF_HUB_CACHE name a folder that has them"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -200,6 +222,24 @@ def _classifier_of(name: str, state: dict[str, Tensor]) -> tuple[set[str], int |
 def classes_of(name: str, checkpoint: Checkpoint) -> int | None:
     """Return how many classes a file of a model has a classifier for; None without one."""
     return _classifier_of(name, backbone_of(checkpoint.state))[1]
+
+
+def input_of(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the options with which a model takes images of as many channels as a file's first convolution does.
+
+    How images of other channels than the published ones' were normalised, a file of weights doesn't tell: the mean of
+    the published statistics is taken for each, as for grey images that are shown in three channels.
+    """
+    cfg = cfg_of(name)
+    layers = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv or ()
+    state = backbone_of(checkpoint.state)
+    weight = next((state[key] for layer in layers if (key := f"{layer}.weight") in state), None)
+    if weight is None or weight.ndim != 4 or weight.shape[1] == cfg.input_size[0]:
+        return {}
+    channels = weight.shape[1]
+    mean, std = ((sum(values) / len(values),) * channels for values in (cfg.mean, cfg.std))
+    overlay = {"input_size": (channels, *cfg.input_size[1:]), "mean": mean, "std": std}
+    return {"in_chans": channels, "pretrained_cfg_overlay": overlay}
 
 
 def _needed(model: nn.Module, missing: list[str], inner: dict[str, str], fresh: set[str]) -> list[str]:

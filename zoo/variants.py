@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 from collections import Counter
+from pathlib import Path
 
 import timm
 import torch
+from timm.models import is_model, model_entrypoint
 from torch import Tensor
 
 from .backbone import dense_settings_of
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of
-from .loading import WithoutInit, silence
+from .library_errors import first_line
+from .loading import WithoutInit, input_of, silence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ def variants_of(checkpoint: Checkpoint, names: list[str]) -> list[Variant]:
     """
     # Detectors of ours keep the backbone behind timm's wrapper for features.
     state = {key.removeprefix("features.model."): value for key, value in backbone_of(checkpoint.state).items()}
-    state = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+    state = _without_storage(state)
     shapes = Counter(tuple(value.shape) for value in state.values())
     fitting = []
     with silence(__package__):
@@ -61,6 +64,45 @@ def variants_of(checkpoint: Checkpoint, names: list[str]) -> list[Variant]:
     return exact or fitting
 
 
+def identity_fault(name: str, task: str, checkpoint: Checkpoint) -> str | None:
+    """Return why a file can't be a published one of a model, by its names and shapes; None if it can be.
+
+    A classifier's must fit. Of a detector's or segmenter's, whose heads are many, most of the backbone's shapes must be
+    there. What models of equal shapes differ in, such as NAT and DiNAT in their dilations, no file tells.
+
+    Args:
+        name: The model's registered name; of others, nothing is known.
+        task: ``"classify"``, ``"detect"``, ``"segment"`` or ``"other"``.
+        checkpoint: The file.
+    """
+    if task == "other" or not is_model(name):
+        return None
+    try:
+        state = _without_storage(backbone_of(checkpoint.state))
+    except CheckpointError as error:
+        return str(error)
+    own = model_entrypoint(name).__module__.startswith(f"{__package__}.")
+    if task == "classify" and own:
+        try:
+            with silence(__package__):
+                _fitted(name, state, dense=False)
+        except CheckpointError as error:
+            return str(error)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"the checkpoint is not one of {name} ({first_line(error)})"
+        return None
+    shapes, own_shapes = Counter(tuple(value.shape) for value in state.values()), _shapes(name)
+    shared, most = (own_shapes & shapes).total(), max(own_shapes.total(), shapes.total())
+    # timm's names of others' backbones are of several forms, whose shapes differ.
+    if shared < (0.75 if own else 0.5) * most:
+        return f"the checkpoint is not one of {name}: {shared} of {most} entries of its backbone have their shapes"
+    return None
+
+
+def _without_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+
+
 @functools.cache
 def _shapes(name: str) -> Counter:
     with WithoutInit():
@@ -76,10 +118,10 @@ def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:
         if not settings:
             raise CheckpointError(f"{name} has no dense settings")
         options = {"features_only": True, **next(iter(settings.values()))}
+    options |= input_of(name, Checkpoint(Path(), state))
+    overlay = options.pop("pretrained_cfg_overlay", {}) | {"state_dict": dict(state)}
     with WithoutInit():
-        model = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}, device="meta", **options
-        )
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, device="meta", **options)
     if dense:
         return Variant(name, True, model.model.load_report, None)
     # The file's count, which loading has left there.

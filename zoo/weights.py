@@ -26,14 +26,13 @@ import logging
 import os
 import re
 import urllib.parse
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from ._download import DownloadError, download, sha256_of, shown
+from ._download import DownloadError, check_host, download, sha256_of, shown
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .library_errors import first_line
 
@@ -247,8 +246,14 @@ def cached(weights: Weights, cache_dir: str | Path | None = None) -> Path | None
     """Return the weights' file if it is here already, and is what it was when it came.
 
     Raises:
-        WeightsError: If it has changed since.
+        WeightsError: If it has changed since, or can't be these weights.
     """
+    file = _cached(weights, cache_dir)
+    return None if file is None else _path_of(file)
+
+
+def _cached(weights: Weights, cache_dir: str | Path | None) -> Path | Checkpoint | None:
+    """Return the weights' file if it is here; it is read already if nothing was recorded of it yet."""
     for source in weights.sources:
         path = cache_folder(cache_dir) / weights.name / source.name
         if not path.is_file() and source.repo:
@@ -276,29 +281,52 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
 
 def _fetched(weights: Weights, cache_dir: str | Path | None = None, renew: bool = False) -> Path | Checkpoint:
     """Return the weights' file, which is read already if it has just come."""
-    if not renew and (path := cached(weights, cache_dir)):
-        return path
+    if not renew and (file := _cached(weights, cache_dir)):
+        return file
     if weights.license is None and weights.sources[0].kind != "url":
         _logger.warning(f"{weights.name}: its authors state no license; ask them before you use it")
     elif weights.license in _CONDITIONS:
         _logger.warning(f"{weights.name}: its license is {weights.license}: {_CONDITIONS[weights.license]}")
     folder = cache_folder(cache_dir) / weights.name
     addresses, failures = list(_addresses(weights)), []
-    if not addresses:
-        raise _failure(weights, folder, [])
+    # A file of a mirror's folder is used where it is, and needs no cache that can be written.
+    here = [pair for pair in addresses if _is_path(pair[1])]
+    for source, address in here:
+        if fetched := _try(weights, source, address, folder, renew, cache_dir, failures):
+            return fetched
+    if len(here) == len(addresses):
+        raise _failure(weights, folder, failures)
     with _alone(folder / ".lock", f"{weights.name} is being fetched by another process; waiting for it"):
         # Another process may have fetched it meanwhile.
-        if not renew and (path := cached(weights, cache_dir)):
-            return path
-        for source, address in addresses:
-            try:
-                pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
-                fetched = _fetch_from(source, address, folder, source.sha256 or pin.get("sha256"), renew, cache_dir)
-                _pinned(weights, source, fetched.path, cache_dir, address, renew)
+        if not renew and (file := _cached(weights, cache_dir)):
+            return file
+        for source, address in addresses[len(here) :]:
+            if fetched := _try(weights, source, address, folder, renew, cache_dir, failures):
                 return fetched
-            except DownloadError as error:
-                failures.append(f"{shown(address)}: {error}")
     raise _failure(weights, folder, failures)
+
+
+def _try(
+    weights: Weights,
+    source: Source,
+    address: str,
+    folder: Path,
+    renew: bool,
+    cache_dir: str | Path | None,
+    failures: list[str],
+) -> Checkpoint | None:
+    """Return what an address gives, which is recorded; if it gives nothing, ``failures`` get the reason."""
+    try:
+        fetched = _fetch_from(weights, source, address, folder, renew, cache_dir)
+        _pinned(weights, source, fetched.path, cache_dir, address, renew)
+        return fetched
+    except DownloadError as error:
+        failures.append(f"{shown(address)}: {error}")
+        return None
+
+
+def _is_path(address: str) -> bool:
+    return not address.startswith(("hub: ", "http://", "https://"))
 
 
 def _failure(weights: Weights, folder: Path, failures: list[str]) -> WeightsError:
@@ -322,8 +350,8 @@ def _way_out(weights: Weights) -> str:
     if weights.sources[0].kind == "url":
         return "check the address"
     return (
-        f"visit {weights.page} and give the file as checkpoint= or pretrained_cfg_overlay=dict(file=...), or set "
-        "FOVEATE_WEIGHTS_MIRROR"
+        f"visit {weights.page} and give the file (train: model.checkpoint=FILE, export: --checkpoint FILE, Python: "
+        "checkpoint=FILE), or set FOVEATE_WEIGHTS_MIRROR"
     )
 
 
@@ -347,51 +375,62 @@ def _addresses(weights: Weights) -> Iterator[tuple[Source, str]]:
 
 
 def _fetch_from(
-    source: Source, address: str, folder: Path, sha256: str | None, renew: bool, cache_dir: str | Path | None
+    weights: Weights,
+    source: Source,
+    address: str,
+    folder: Path,
+    renew: bool,
+    cache_dir: str | Path | None,
 ) -> Checkpoint:
+    pin = {} if renew else pins(cache_dir).get(f"{weights.name}/{source.name}", {})
+    sha256 = source.sha256 or pin.get("sha256")
     if address.startswith("hub: "):
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
 
+        if not _offline():
+            check_host(constants.ENDPOINT)
         try:
             path = Path(hf_hub_download(source.repo, source.name, cache_dir=cache_dir, force_download=renew))
         except Exception as error:
             # The errors of the HTTP library below have no base class that it names.
             raise DownloadError(first_line(error)) from error
-        return _checked(path, sha256)
-    if not address.startswith(("http://", "https://")):
+        return _checked(weights, path, sha256)
+    if _is_path(address):
         path = Path(address)
         if not path.is_file():
             raise DownloadError("no such file")
-        return _checked(path, sha256)
+        return _checked(weights, path, sha256)
     path = folder / source.name
-    return dataclasses.replace(download(address, path, source.size, sha256, _checked), path=path)
+    check = functools.partial(_checked, weights)
+    return dataclasses.replace(download(address, path, source.size, sha256, check), path=path)
 
 
-def _checked(path: Path, sha256: str | None = None) -> Checkpoint:
-    """Read a file; raise a DownloadError unless it is a whole and safe checkpoint, with the hash if one is given."""
+def _checked(weights: Weights, path: Path, sha256: str | None = None) -> Checkpoint:
+    """Read a file; raise a DownloadError unless it is a whole and safe checkpoint of these weights' model.
+
+    If a hash is given, it must have that.
+    """
     if sha256 is not None and (actual := sha256_of(path)) != sha256:
         raise DownloadError(f"wrong file: its sha256 is {actual}, not {sha256}")
     with open(path, "rb") as file:
         start = file.read(64)
     if start.lstrip()[:1] == b"<":
         raise DownloadError("the host answers with a web page, not with the file")
-    if (bad := _damaged_entry(path)) is not None:
-        raise DownloadError(f"damaged on the way: the checksum of {bad} is another")
     try:
-        return open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         raise DownloadError(str(error).removeprefix(f"{path}: ")) from error
+    if fault := _fault_of(weights, checkpoint):
+        raise DownloadError(fault)
+    return checkpoint
 
 
-def _damaged_entry(path: Path) -> str | None:
-    """Return the first entry of a file of torch, a zip, whose bytes are not those that were written."""
-    if not zipfile.is_zipfile(path):
-        return None
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
-        return "its table of contents"
+def _fault_of(weights: Weights, checkpoint: Checkpoint) -> str | None:
+    """Return why a file can't be these weights, by the names and shapes in it; None if it can be."""
+    # That file builds models, which load their weights by this one.
+    from .variants import identity_fault
+
+    return identity_fault(weights.model, weights.task, checkpoint)
 
 
 def pins(cache_dir: str | Path | None = None) -> dict[str, dict]:
@@ -426,8 +465,11 @@ def _pinned(
     cache_dir: str | Path | None,
     address: str | None = None,
     renew: bool = False,
-) -> Path:
-    """Return ``path`` if it is what it was on its first use, which is recorded if this is it."""
+) -> Path | Checkpoint:
+    """Return ``path`` if it is what it was on its first use, which is recorded if this is it.
+
+    On its first use, a file for which no address is given is read, and must be one of the weights' model.
+    """
     key = f"{weights.name}/{source.name}"
     known = None if renew else pins(cache_dir).get(key)
     status = path.stat()
@@ -447,31 +489,39 @@ def _pinned(
             f"{path}: has changed: its sha256 is {actual}, but {expected} was recorded {since}; run "
             f"`foveate weights fetch --renew {weights.name}`"
         )
+    file: Path | Checkpoint = path
+    if not known and address is None:
+        file = open_checkpoint(path)
+        if fault := _fault_of(weights, file):
+            raise WeightsError(
+                f"{path}: {fault}; run `foveate weights fetch --renew {weights.name}`, or remove the file"
+            )
     today = known["date"] if known else datetime.date.today().isoformat()
     came_from = shown(address) if address else (known or {}).get("address")
     record = {"sha256": actual, **seen, "date": today, "address": came_from}
     _write_pins(cache_dir, {key: record})
-    return path
+    return file
 
 
 def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
     folder = cache_folder(cache_dir)
-    if not os.access(folder, os.W_OK) and folder.exists():
-        _logger.info(f"{folder} is read-only: the hashes of these weights are not recorded")
-        return
-    with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
-        records = pins(cache_dir) | changes
-        temporary = folder / f".pins-{os.getpid()}.json"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(json.dumps(records, indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / "pins.json")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            _logger.warning(f"{folder / 'pins.json'}: can't be written ({error.strerror}): hashes are not recorded")
+    try:
+        with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
+            records = pins(cache_dir) | changes
+            temporary = folder / f".pins-{os.getpid()}.json"
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(records, indent=1))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, folder / "pins.json")
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise WeightsError(f"{folder / 'pins.json'}: can't be written ({error.strerror})") from error
+    except WeightsError as error:
+        # A cache may be read-only, and its files are used all the same.
+        _logger.warning(f"{error}: hashes are not recorded")
 
 
 def _patience() -> float:
@@ -503,6 +553,8 @@ def _alone(path: Path, message: str) -> Iterator[None]:
                 f"{path.parent}: another process has kept it for {patience:g} seconds; end that one, or set "
                 "FOVEATE_WEIGHTS_WAIT to more seconds"
             ) from None
+    except OSError as error:  # of a folder that can't be written, or knows no locks
+        raise WeightsError(f"{path.parent} can't be locked ({error.strerror}); set TORCH_HOME to another") from error
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """What is wrong with a data set's annotations, collected, so that one message lists all of it with counts."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from .images import DamagedImageError, read_size
 # What each kind of fault is called for one and for many of them.
 KINDS = {
     "image": ("missing image", "missing images"),
+    "elsewhere": ("file name that leads out of its folder", "file names that lead out of their folder"),
     "pair": ("image without a label map", "images without a label map"),
     "damaged": ("damaged file", "damaged files"),
     "rotated": (
@@ -123,6 +125,11 @@ def in_threads(function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
     """Return what ``function`` does with every item, which waits for disks, or decodes, more than it computes."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(function, items))
+
+
+def lies_in(folder: Path, file: Path) -> bool:
+    """Return whether a path leads to a place in a folder; links in it may lead anywhere, for its owner set them."""
+    return os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), ""))
 
 
 def is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import TaskError
 from ..dense.detect.boxes import has_area
-from .annotations import Faults, distinct, in_threads, is_count, is_number
+from .annotations import Faults, distinct, in_threads, is_count, is_number, lies_in
 from .images import FULL_WHITE, DamagedImageError, read_image
 
 # COCO's own boxes leave their image by rounding, by less than this many pixels.
@@ -326,9 +326,12 @@ def _check_images(images: dict[Any, dict | None], folder: Path, faults: Faults, 
         name = image["file_name"]
         places = [folder / name, folder / name.replace("\\", "/")]
         places += [folder / _last(name)] if lasts[_last(name)] == 1 else []
+        inside = [place for place in places if lies_in(folder, place)]
         # Unlike Path's, it takes names that no file can have.
-        file = next((place for place in places if os.path.isfile(place)), None)
-        if file is None:
+        file = next((place for place in inside if os.path.isfile(place)), None)
+        if file is None and len(inside) < len(places):
+            faults.add("elsewhere", _short(name))
+        elif file is None:
             faults.add("image", folder / _short(name).strip("'\""))
         else:
             there[key] = image | {"file": file}
@@ -512,7 +515,9 @@ def read_panoptic(
             continue
         segments = _read_segments(annotation["segments_info"], label_of, faults, place)
         picture = maps / annotation["file_name"]
-        if not os.path.isfile(picture):
+        if not lies_in(maps, picture):
+            faults.add("elsewhere", _short(annotation["file_name"]))
+        elif not os.path.isfile(picture):
             faults.add("image", maps / _short(annotation["file_name"]).strip("'\""))
         elif key in present:
             image = present[key]

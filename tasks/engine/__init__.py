@@ -18,7 +18,7 @@ except ImportError as error:
         "pip install --force-reinstall --no-deps opencv-python-headless"
     ) from error
 
-from .config import DEFAULTS, format_config, load_config
+from .config import DEFAULTS, config_of, format_config, load_config
 from .train import evaluate, is_main_process, train
 
-__all__ = ["DEFAULTS", "evaluate", "format_config", "is_main_process", "load_config", "train"]
+__all__ = ["DEFAULTS", "config_of", "evaluate", "format_config", "is_main_process", "load_config", "train"]

@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     given = _read(Path(path))
     if Path(path).with_name("environment.json").is_file():  # beside a run's own config, perhaps of an older version
         given = renamed(given)
+    return _complete(given, overrides, path)
+
+
+def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Complete the config that a checkpoint of a run holds as data: to measure by, no Python is run for it.
+
+    What names code, reports elsewhere or changes training images alone is left out.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        path: Its file, for messages.
+        overrides: As for `load_config`.
+
+    Raises:
+        TaskError: If it holds none, or as `load_config` does.
+    """
+    given = checkpoint.get("config")
+    if not isinstance(given, Mapping):
+        raise TaskError(f"{path}: holds no config; name one: foveate eval CONFIG {path}")
+    given = {key: value for key, value in given.items() if key not in ("custom_hooks", "log")}
+    if isinstance(given.get("data"), Mapping):
+        given["data"] = {key: value for key, value in given["data"].items() if key != "augment"}
+    return _complete(given, overrides, path)
+
+
+def _complete(given: dict[str, Any], overrides: Sequence[str], path: str | Path) -> dict[str, Any]:
+    """Return a config with every key, checked."""
     defaults = copy.deepcopy(DEFAULTS)
     task = given.get("task")
     if task not in TASKS:

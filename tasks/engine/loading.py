@@ -117,9 +117,9 @@ class Samples(Dataset):
                 continue
             try:
                 return self.dataset[number]
-            except DamagedImageError:
+            except DamagedImageError as error:
                 if not self.skip_damaged:
-                    raise
+                    raise DamagedImageError(f"{error}; damaged_images=skip leaves such images out") from error
                 self.damaged[number] = True
         raise TaskError("every image of the data set is damaged")
 

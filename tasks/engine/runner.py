@@ -1,5 +1,6 @@
 """mmengine's Runner with a task's model, timm's optimizers, any device, and safe and complete checkpoints."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ...zoo.checkpoint import load
 from ...zoo.library_errors import call_fault, first_line
 from .. import TaskError
 from ..adapters import add_adapters, describe_base, fingerprint_base, is_new, is_saved
-from ..checkpoints import read_checkpoint, save_checkpoint
+from ..checkpoints import read_checkpoint, save_checkpoint, taken_as_said
 from ..dense.build import freeze_statistics
 from ..frozen import freeze
 from .config import PRECISIONS, plain
@@ -381,6 +382,11 @@ class TaskRunner(Runner):
                 torch.distributed.all_reduce(gradient)
                 gradient /= self.world_size
         return gradients
+
+    def load_or_resume(self) -> None:
+        """Load what the run continues from, if it does."""
+        with contextlib.nullcontext() if self._load_from is None else taken_as_said(self._load_from):
+            super().load_or_resume()
 
     def load_checkpoint(self, filename: str, map_location="cpu", **kwargs) -> dict:
         """Read a checkpoint of `save_checkpoint` and load its weights, all of them, and what else is ours in it."""

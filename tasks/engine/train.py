@@ -15,10 +15,10 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook
 from torch.utils.data import DataLoader
 
-from ...zoo.checkpoint import CheckpointError, load, open_checkpoint
+from ...zoo.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint
 from ...zoo.library_errors import first_line
 from .. import TaskError
-from ..checkpoints import check_folder, read_checkpoint, remove_partial
+from ..checkpoints import check_folder, read_checkpoint, remove_partial, taken_as_said
 from ..devices import choose_device
 from .config import format_config, task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
@@ -90,7 +90,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     _check_begun(last, resume)  # again, now that no other run can begin here
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, last))
+    task = _build_task(config, checkpoint, last)
     remarks += task.check_data()
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
@@ -98,10 +98,11 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     metric = Metric(task, val_loader.dataset)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
-        check_resumable(checkpoint, config, task, output)
-        history = checkpoint["history"]
-        if is_main_process():
-            restore(output, checkpoint, config["checkpoint"]["keep"])
+        with taken_as_said(last):
+            check_resumable(checkpoint, config, task, output)
+            history = checkpoint["history"]
+            if is_main_process():
+                restore(output, checkpoint, config["checkpoint"]["keep"])
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # The schedule counts batches, and with accumulation the first step comes later.
         warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
@@ -144,6 +145,15 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
         "last": last,
         "pictures": pictures,
     }
+
+
+def _build_task(config: dict, checkpoint: dict | None, path: str | Path | Checkpoint):
+    """Return a config's task; its model is a checkpoint's, if there is one."""
+    build = task_class_of(config["task"])
+    if checkpoint is None:
+        return build(config)
+    with taken_as_said(path):
+        return build(rebuild_config(config, checkpoint, path))
 
 
 def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:
@@ -203,7 +213,7 @@ def evaluate(
     # What is measured is whole.
     config = config | {"freeze": (), "lora": {**config["lora"], "rank": None}}
     device, distributed = _launch(config["device"])
-    task = task_class_of(config["task"])(config if checkpoint is None else rebuild_config(config, checkpoint, opened))
+    task = _build_task(config, checkpoint, opened)
     if checkpoint is not None:
         _check_card(checkpoint["card"], task.card(), checkpoint_path)
     for remark in task.check_data(training=False):
@@ -251,8 +261,8 @@ def _report(task, config: dict, metrics: dict, metric: Metric, folder: Path, fac
 def _check_card(card: dict, expected: dict, path: str | Path) -> None:
     """Raise a TaskError unless a checkpoint is of the model and the classes that are expected."""
     for key in ("model", "classes"):
-        if card[key] != expected[key]:
-            raise TaskError(f"{path}: its {key} is {card[key]}, but the config's is {expected[key]}")
+        if card.get(key) != expected[key]:
+            raise TaskError(f"{path}: its {key} is {card.get(key)}, but the config's is {expected[key]}")
 
 
 def _launch(device_name: str) -> tuple[torch.device, bool]:

@@ -17,7 +17,9 @@ from foveate.tasks.engine.lock import hold_folder
 from foveate.tasks.engine.run_folder import RunFolder
 from foveate.tasks.engine.runner import TaskRunner
 from foveate.tasks.pictures.figures import new_figure, save_figure
+from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
+from foveate.zoo import CheckpointError
 from PIL import Image
 
 QUICK = ("epochs=2", "schedule.warmup_epochs=0", "batch_size=7", "checkpoint.keep=2")
@@ -211,3 +213,47 @@ def test_a_folder_is_checked_by_what_lies_in_it(tmp_path):
     folder.path = tmp_path
     with pytest.raises(TaskError, match="removed or renamed"):
         folder.check()
+
+
+SAID = {"task": "classify", "model": "nat_atto", "kwargs": {}, "classes": ["a", "b"], "input": {}}
+DOUBLED = [1]
+for _ in range(40):
+    DOUBLED = [DOUBLED, DOUBLED]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("classes", 3),
+        ("classes", None),
+        ("input", None),
+        ("kwargs", [1]),
+        ("model", 7),
+        ("model", None),
+        ("white", DOUBLED),
+    ],
+    ids=["number", "no classes", "no input", "list", "seven", "no model", "doubled"],
+)
+def test_cards_that_make_no_sense_are_one_line(key, value, tmp_path):
+    torch.save({"card": SAID | {key: value}, "state_dict": {"x": torch.zeros(1)}}, tmp_path / "strange.pth")
+    with pytest.raises(CheckpointError, match=r"strange.pth: ") as error:
+        load_predictor(tmp_path / "strange.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_card_that_holds_itself_is_one_line(tmp_path):
+    card = dict(SAID)
+    card["kwargs"] = card
+    torch.save({"card": card, "state_dict": {"x": torch.zeros(1)}}, tmp_path / "strange.pth")
+    with pytest.raises(CheckpointError, match=r"makes no sense .*nested endlessly"):
+        load_predictor(tmp_path / "strange.pth")
+
+
+def test_the_config_in_a_checkpoint_is_data(config_file):
+    given = {"task": "classify", "model": {"name": "nat_atto"}, "custom_hooks": ["somebody.Hook"], "log": ["wandb"]}
+    given["data"] = {"root": "images", "augment": {"transforms": ["x"]}}
+    config = engine.config_of({"config": given}, "last.pth", ["data.root=elsewhere"])
+    assert (config["custom_hooks"], config["log"], config["data"]["augment"]) == ((), (), {})
+    assert config["data"]["root"] == "elsewhere"
+    with pytest.raises(TaskError, match=r"last.pth: holds no config; name one: foveate eval CONFIG last.pth"):
+        engine.config_of({}, "last.pth")

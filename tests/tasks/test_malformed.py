@@ -169,6 +169,11 @@ FORMS = {
     "fraction of a width": (image(width=40.5), "image 5: width 40.5"),
     "no file name": (without("instances", "images", 0, "file_name"), "image 5: no file_name"),
     "null file name": (image(file_name=None), "image 5: file_name None"),
+    "name that leads out": (
+        image(file_name="../maps/b.png"),
+        "1 file name that leads out of its folder ('../",
+    ),
+    "name of a root": (image(file_name="/etc/hostname"), "1 file name that leads out of its folder ('/etc/hostname')"),
     "name no file can have": (image(file_name="a" * 5000), "1 missing image"),
     "name with a zero byte": (image(file_name="a\0.png"), "1 missing image"),
     "list as an id": (image(id=[1]), "image 1 of the list: id [1]"),

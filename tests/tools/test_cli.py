@@ -145,6 +145,14 @@ def test_evaluation_reproduces_the_number_of_training(digits_run, capsys, tmp_pa
     assert f"{metrics['accuracy']:.4f}" in capsys.readouterr().out
 
 
+def test_a_checkpoint_alone_is_measured_as_it_says_and_runs_nothing(digits_run, capsys, refused, monkeypatch):
+    monkeypatch.setattr("mmengine.config.Config.fromfile", lambda *_, **__: pytest.fail("Python is run"))
+    assert main(["eval", str(digits_run / "last.pth"), "batch_size=397"]) == 0
+    accuracy = json.loads((digits_run / "history.json").read_text())[-1]["val/accuracy"]
+    assert f"accuracy       {accuracy:.4f}" in capsys.readouterr().out
+    assert "CHECKPOINT is required" in refused("eval", "classify/nat_atto_digits")
+
+
 def test_a_checkpoint_of_another_model_is_refused(digits_run, refused):
     message = refused("eval", "classify/nat_atto_digits", str(digits_run / "last.pth"), "model.name=nat_mini")
     assert "its model is nat_atto, but the config's is nat_mini" in message

@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from foveate.tasks.checkpoints import read_checkpoint
+from foveate.tasks.classify import Predictor
 from foveate.tasks.data.classification import Digits
 from foveate.tools.cli import main
 from foveate.zoo._download import DownloadError
@@ -60,6 +63,41 @@ def test_a_damaged_image_is_named_and_the_others_are_done(digits_run, tmp_path, 
     assert captured.err.startswith(f"foveate: error: {tmp_path}/bad.png: not an image, or damaged")
     assert captured.err.count("\n") == 1
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 1
+
+
+def test_what_an_image_does_ends_no_batch(digits_run, tmp_path, capsys, monkeypatch):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    names = ["a.png", "b.png", f"{'n' * 240}.png", f"{'n' * 240}.tiff"]
+    for name in names:
+        Digits("val").image(0).save(source / name)
+    Image.fromarray(np.zeros((1, 90), np.uint8)).save(source / "one.png")
+    Image.fromarray(np.zeros((70, 90), np.uint8)).save(source / "large.png")
+    called = Predictor.__call__
+
+    def call(self, images, top=None):
+        if any(image.width == 90 and image.height == 1 for image in images):
+            raise ZeroDivisionError("of such an image")
+        return called(self, images, top)
+
+    monkeypatch.setattr(Predictor, "__call__", call)
+    monkeypatch.setattr("foveate.tasks.classify.predict.read_checkpoint", without_card)
+    argv = ["predict", str(source), "--checkpoint", str(digits_run / "best.pth"), "--output", str(output)]
+    assert main([*argv, "--max-pixels", "6000"]) == 2
+    captured = capsys.readouterr()
+    assert "one.png: has no answer (of such an image)" in captured.err
+    assert "large.png: has 6300 pixels, and labels of each need memory; make it smaller, or allow more" in captured.err
+    assert captured.err.count("\n") == 2
+    assert "4 pictures and predictions.json" in captured.out
+    entries = json.loads((output / "predictions.json").read_text())
+    assert [Path(entry["image"]).name for entry in entries] == names
+    assert all(Path(entry["picture"]).is_file() for entry in entries)
+
+
+def without_card(path, task):
+    """Read a checkpoint whose task isn't told afterwards, as if it labelled pixels."""
+    checkpoint = read_checkpoint(path, task)
+    return checkpoint | {"card": checkpoint["card"] | {"task": "segment"}}
 
 
 def test_what_has_no_weights_is_refused(refused, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import torchvision
 from foveate.tasks.classify import create_classifier
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
+from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError, weights
 from foveate.zoo.checkpoint import open_checkpoint
@@ -443,3 +444,45 @@ def test_real_weights_of_another_library_are_read(tmp_path, home, photos):
     pixels = torch.stack([facts.transforms()(Image.open(photo)) for photo in photos])
     best = [facts.meta["categories"][index] for index in model.eval()(pixels).argmax(-1).tolist()]
     assert best == ["Egyptian cat", "espresso"]
+
+
+@pytest.mark.parametrize("name", ["foveate_host_atto", "resnet10t"])
+def test_a_grey_classifier_is_converted_and_read_again(name, tmp_path, capsys):
+    model = timm.create_model(name, num_classes=3, in_chans=1)
+    torch.save(model.state_dict(), tmp_path / "grey.pth")
+    converted = tmp_path / "grey.safetensors"
+    assert main(["weights", "convert", str(tmp_path / "grey.pth"), "--model", name, str(converted)]) == 0
+    predictor = load_predictor(converted)
+    assert predictor.channels == 1
+    x = torch.randn(1, 1, 224, 224)
+    assert torch.equal(predictor.model(x), model.eval()(x))
+
+
+@pytest.fixture
+def pushed(tmp_path) -> tuple[Path, torch.nn.Module]:
+    """A folder made of weights of one's own, of a model that has published ones, and the model."""
+    model = timm.create_model("resnet10t", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    folder = tmp_path / "hub"
+    assert main(["weights", "push", str(tmp_path / "own.pth"), "--model", "resnet10t", "--output", str(folder)]) == 0
+    return folder, model.eval()
+
+
+def test_nothing_is_said_of_others_weights_about_ones_own(pushed):
+    folder, model = pushed
+    assert "authors" not in (folder / "README.md").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert "license" not in config["pretrained_cfg"]
+    assert "tag" not in config["pretrained_cfg"]
+    assert "num_classes" not in config["model_args"]
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x), model(x))
+
+
+@pytest.mark.heavy  # transformers takes seconds to import
+def test_transformers_reads_what_was_pushed(pushed):
+    transformers = pytest.importorskip("transformers")
+    folder, model = pushed
+    x = torch.randn(1, 3, 64, 64)
+    other = transformers.AutoModelForImageClassification.from_pretrained(str(folder)).eval()
+    torch.testing.assert_close(other(x).logits, model(x))

@@ -2,11 +2,13 @@
 
 import argparse
 import collections
+import io
 import json
 import os
 import pickle
 import sys
 import types
+import zipfile
 from functools import partial
 
 import foveate
@@ -15,7 +17,8 @@ import pytest
 import timm
 import torch
 from foveate import zoo
-from foveate.zoo.checkpoint import CheckpointError, arrays, open_checkpoint
+from foveate.zoo.checkpoint import CheckpointError, arrays, open_checkpoint, state_of
+from foveate.zoo.checkpoint.arrays import MAX_STEPS
 
 
 def load(name, path, **options):
@@ -488,3 +491,80 @@ def test_doubled_lists_are_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="not read"):
         open_checkpoint(path)
     assert len(calls) < 100
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    path = tmp_path / "file.pth"
+    torch.save({"state_dict": {"weight": torch.ones(1000)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(9).numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path)["state_dict"]["weight"].sum() != 1000
+    with pytest.raises(CheckpointError, match=r"damaged: the checksum of .*data/0 is another"):
+        open_checkpoint(path)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert open_checkpoint(tmp_path / "file.pth").state["weight"].sum() == 3
+
+
+def compressed(path):
+    torch.save({"weight": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def of_many_things(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02(" + b"}" * (MAX_STEPS + 9) + b"l.")
+        archive.writestr("archive/version", b"3")
+
+
+def of_many_things_before_1_6(path):
+    legacy = io.BytesIO()
+    torch.save({}, legacy, _use_new_zipfile_serialization=False)
+    start = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    assert legacy.getvalue().startswith(start)
+    path.write_bytes(start + b"\x80\x02(" + b"}" * (MAX_STEPS + 9) + b"l.")
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [(compressed, "compressed"), (of_many_things, "more than"), (of_many_things_before_1_6, "more than")],
+)
+def test_small_files_that_mean_much_are_not_read(write, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("foveate.zoo.checkpoint.reading.MAX_STEPS", 10_000)
+    monkeypatch.setitem(globals(), "MAX_STEPS", 10_000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it is read"))
+    write(tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"not read: .*{reason}"):
+        open_checkpoint(tmp_path / "file.pth")
+
+
+def test_a_state_dict_that_holds_itself_or_too_much_is_refused(tmp_path):
+    inner, outer = {"weight": torch.zeros(1)}, {}
+    inner["model"], outer["state_dict"] = outer, inner
+    outer["module"] = inner
+    torch.save(inner, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="holds itself, endlessly"):
+        _ = open_checkpoint(tmp_path / "file.pth").state
+    many = dict.fromkeys(map(str, range(100_001)), torch.zeros(1))
+    with pytest.raises(CheckpointError, match="100,001 entries, more than any model"):
+        state_of(many)
+
+
+def test_what_else_a_file_holds_is_not_walked(tmp_path):
+    content = {"state_dict": timm.create_model("foveate_host_atto").state_dict(), "args": {}, "log": [1]}
+    content["args"]["all"] = content
+    for _ in range(40):
+        content["log"] = [content["log"], content["log"]]
+    torch.save(content, tmp_path / "file.pth")
+    load("foveate_host_atto", tmp_path / "file.pth")

@@ -19,7 +19,9 @@ import foveate
 import pytest
 import timm
 import torch
-from foveate.zoo import CheckpointError, _download, weights
+from foveate import zoo
+from foveate.zoo import CheckpointError, _download, variants, weights
+from foveate.zoo.checkpoint import Checkpoint
 from foveate.zoo.weights import Source, Weights, WeightsError, fetch, find, locate
 from timm.models import get_pretrained_cfg, is_model
 
@@ -687,3 +689,98 @@ def test_another_process_is_not_waited_for_without_end(host, home, monkeypatch):
     (home / NAME).mkdir(parents=True)
     with filelock.FileLock(home / NAME / ".lock"), pytest.raises(WeightsError, match=r"kept it for 0.1 seconds.*WAIT"):
         fetch(published(host.address("ok/file.pth")))
+
+
+@pytest.fixture
+def mirror(home, tmp_path, monkeypatch) -> Path:
+    """A mirror's folder of the published weights, empty."""
+    folder = tmp_path / "mirror"
+    (folder / NAME).mkdir(parents=True)
+    monkeypatch.setenv("FOVEATE_WEIGHTS_MIRROR", str(folder))
+    return folder / NAME
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A file that anybody can read, of another model."""
+    path = tmp_path_factory.mktemp("other") / "file.pth"
+    torch.save(timm.create_model("foveate_host_atto").state_dict(), path)
+    return path
+
+
+def test_another_models_file_is_not_recorded_and_the_right_one_is_taken_then(home, mirror, payload, other):
+    entry = published("http://127.0.0.1:9/file.pth")
+    file = mirror / "file.pth"
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(WeightsError, match=rf"{file}: the checkpoint is not one of nat_atto: \d+ of \d+ entries match"):
+        fetch(entry)
+    assert not weights.pins()
+    file.write_bytes(payload)
+    assert fetch(entry) == file
+    assert list(weights.pins()) == [f"{NAME}/file.pth"]
+
+
+def test_a_file_put_into_the_cache_must_be_the_models(home, other, payload):
+    entry = published("http://127.0.0.1:9/file.pth")
+    (home / NAME).mkdir(parents=True)
+    file = home / NAME / "file.pth"
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(WeightsError, match=rf"not one of nat_atto.*foveate weights fetch --renew {NAME}"):
+        fetch(entry)
+    assert not weights.pins()
+    file.write_bytes(payload)
+    assert fetch(entry) == file
+
+
+def test_a_dense_file_must_have_its_backbones_shapes(state, other):
+    def fault(entries, name="nat_atto"):
+        content = {"state_dict": {f"backbone.{key}": value for key, value in entries.items()}}
+        return variants.identity_fault(name, "detect", Checkpoint(Path("file.pth"), content))
+
+    assert fault(state) is None
+    assert "have their shapes" in fault(torch.load(other))
+    assert fault(torch.load(other), "a_model_that_nobody_knows") is None
+
+
+def test_a_mirrors_folder_needs_no_cache(mirror, payload, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("no folder can be made here")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file" / "torch"))
+    (mirror / "file.pth").write_bytes(payload)
+    assert fetch(published("http://127.0.0.1:9/file.pth")) == mirror / "file.pth"
+    assert "hashes are not recorded" in caplog.text
+
+
+def test_what_was_whole_when_the_process_was_killed_is_not_downloaded_again(host, home, payload, tmp_path):
+    address, file = host.address("ok/file.pth"), home / "file.pth"
+    before = {}
+
+    def killed(part):
+        before.update({path: path.read_bytes() for path in home.iterdir()})
+
+    _download.download(address, file, check=killed)
+    file.unlink()
+    for path, content in before.items():
+        path.write_bytes(content)
+    _download.download(address, file)
+    assert file.read_bytes() == payload
+    assert len(host.requests) == 1
+
+
+def test_without_a_network_nothing_is_tried_again(home, monkeypatch):
+    asked = []
+
+    def nobody(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    sources = (
+        Source("hub", "listed", repo="somebody/something", file="model.safetensors"),
+        Source("authors", "listed", url="http://weights.example/file.pth", file="file.pth"),
+    )
+    with pytest.raises(WeightsError, match=r"no host of the name huggingface\.co; .*weights\.example; visit") as error:
+        fetch(Weights(NAME, "classify", "imagenet-1k", sources, "https://example.org/page"))
+    assert "model.checkpoint=FILE" in str(error.value)
+    with pytest.raises(CheckpointError, match=r"resnet10t: its weights can't be had: no network.*HF_HUB_CACHE"):
+        zoo.loading.create_model("resnet10t", pretrained=True)
+    assert asked == ["huggingface.co", "weights.example", "huggingface.co"]

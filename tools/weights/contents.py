@@ -1,6 +1,7 @@
 """What a file of weights holds: a classifier, a detector, a segmenter, or a dense backbone alone; loaded strictly."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from ...tasks.predictors import dense_head_of, is_published, load_dense, load_pr
 from ...zoo import CheckpointError, create_backbone, list_models, weights
 from ...zoo.backbone import check_name, dense_settings_of
 from ...zoo.checkpoint import Checkpoint
-from ...zoo.loading import classes_of
+from ...zoo.loading import classes_of, input_of
 from ...zoo.published import likely_model_of
 from ...zoo.variants import Variant, variants_of
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +239,13 @@ def _load(file: File, name: str, setting: str | None) -> Contents:
     classes = fitting[0].classes if fitting else classes_of(name, file.checkpoint)
     if (fitting and fitting[0].dense) or (not is_own and not classes):
         return Backbone(file, name, setting or next(iter(dense_settings_of(name)), None))
-    # Loaded with the classifier that it has, whatever its classes.
-    model = create_classifier(name, classes, checkpoint=file.checkpoint).eval()
+    # Loaded with the classifier and the channels that it has, whatever they are.
+    how = input_of(name, file.checkpoint)
+    if how:
+        rule = how["pretrained_cfg_overlay"]
+        _logger.warning(
+            f"{file.path}: channels of its images: {how['in_chans']}; it doesn't say how they are normalised, taken as "
+            f"mean {rule['mean'][0]:.4g} and std {rule['std'][0]:.4g}"
+        )
+    model = create_classifier(name, classes, checkpoint=file.checkpoint, **how).eval()
     return Classifier(file, name, Predictor.from_model(name, model))

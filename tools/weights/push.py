@@ -1,6 +1,7 @@
 """Make a folder for the Hugging Face hub of a classifier, and upload it."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir()
     try:
         save_for_hf(contents.model, str(folder), model_config=labels, data_config=data, safe_serialization=True)
+        _settle_config(folder / "config.json", contents, stated)
         card = generate_readme(_card(contents, stated, args.repo), (args.repo or args.output.name).rpartition("/")[2])
         (folder / "README.md").write_text(card, encoding="utf-8")
         # safetensors' files are private otherwise.
@@ -71,6 +73,21 @@ def run(args: argparse.Namespace) -> None:
         _upload(args.output, args.repo)
 
 
+def _settle_config(path: Path, contents: "Contents", stated: str | None) -> None:
+    """Leave out of timm's file what transformers refuses, and what is said of other weights than these."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # It stands at the top, too, and transformers gives both to timm.
+    config.get("model_args", {}).pop("num_classes", None)
+    described = config["pretrained_cfg"]
+    described.pop("license", None)
+    if stated:
+        described["license"] = stated
+    if contents.file.entry is None:
+        for key in ("tag", "notes", "paper_ids", "paper_name"):
+            described.pop(key, None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
 def _card(contents: "Contents", stated: str | None, repo: str | None) -> dict:
     cfg = contents.model.pretrained_cfg
     where = f"hf-hub:{repo}" if repo else "local-dir:FOLDER"
@@ -86,11 +103,12 @@ def _card(contents: "Contents", stated: str | None, repo: str | None) -> dict:
     if entry:
         details |= {"Dataset": "ImageNet-1k" if entry.data == "imagenet-1k" else "ImageNet-22k"}
         details |= {f"Stated {name}": value for name, value in entry.stated.items()}
+    numbers = "; the numbers are the authors'" if entry and entry.stated else ""
     unknown = {} if stated else {"license_name": "not-stated"}
     return unknown | {
         "license": stated or "other",
         "tags": ["image-classification", "timm", "foveate"],
-        "description": f"{contents.name}, converted by `foveate weights push`; the numbers are the authors'.",
+        "description": f"{contents.name}, converted by `foveate weights push`{numbers}.",
         "details": details,
         "usage": (
             f'```python\nimport foveate, timm  # foveate registers the model\n\nmodel = timm.create_model("{where}", '

@@ -15,7 +15,7 @@ import torch
 # As torch.save began its files until 1.6; those are for torch.load.
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_DEPTH = 32
-_MAX_STEPS = 5_000_000
+MAX_STEPS = 5_000_000
 # Raw bytes longer than that are handed to their array and not remembered, so that they are never there twice.
 _SMALL = 4096
 _KINDS = "fiub"
@@ -159,13 +159,13 @@ class _Machine:
 
     def run(self, file: _Bounded) -> Any:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if step > _MAX_STEPS:
-                raise UnsafePickleError(f"it has more than {_MAX_STEPS:,} opcodes")
+            if step > MAX_STEPS:
+                raise UnsafePickleError(f"it has more than {MAX_STEPS:,} opcodes")
             if opcode.name == "STOP":
                 break
             self._follow(opcode.name, argument)
         (result,) = self.stack
-        self._left = _MAX_STEPS
+        self._left = MAX_STEPS
         self._done: dict[int, tuple[Any, Any, int]] = {}
         return self._finished(result)
 

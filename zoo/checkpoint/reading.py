@@ -5,20 +5,26 @@ import dataclasses
 import functools
 import json
 import pickle
+import pickletools
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..library_errors import first_line, needs_unpickling
-from .arrays import PlainType, UnsafePickleError, is_pickle, plain_scalar, read_arrays
+from .arrays import MAX_STEPS, PlainType, UnsafePickleError, is_pickle, plain_scalar, read_arrays
 
 # In order of trust: the averaged weights are the published ones where a file holds both.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
+# The largest models have a few thousand.
+_MOST_ENTRIES = 100_000
+# Torch's files before 1.6 are so many pickles, and then the numbers.
+_LEGACY_PICKLES = 5
 
 
 class _Unread:
@@ -124,8 +130,11 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     try:
         if safe:
             return _of_safetensors(path)
+        _check_archive(path)
         with torch.serialization.safe_globals(_DATA_TYPES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
         objects = needs_unpickling(error)
@@ -136,6 +145,43 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return Checkpoint(path, checkpoint)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a CheckpointError if a file of torch is damaged, or would fill the memory: torch looks for neither."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise CheckpointError(f"{path}: not read: its entries are compressed, which torch's never are")
+            for entry in entries:
+                # A byte is an opcode at most.
+                if entry.filename.endswith("data.pkl") and entry.file_size > MAX_STEPS:
+                    with archive.open(entry) as file:
+                        _count_steps(path, file, pickles=1)
+            # torch can be told to write none.
+            if any(entry.CRC for entry in entries) and (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is another; write or fetch it again")
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
+        # No zip, or a truncated one, which torch says.
+        if path.stat().st_size > MAX_STEPS and not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                _count_steps(path, file, _LEGACY_PICKLES)
+
+
+def _count_steps(path: Path, file: BinaryIO, pickles: int) -> None:
+    """Raise a CheckpointError if pickles at the start of a file have more opcodes than any checkpoint needs."""
+    steps = 0
+    try:
+        for _ in range(pickles):
+            for _ in pickletools.genops(file):
+                steps += 1
+                if steps > MAX_STEPS:
+                    raise CheckpointError(f"{path}: not read: it pickles more than {MAX_STEPS:,} things")
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        # No pickle, which torch says.
 
 
 def _of_safetensors(path: Path) -> Checkpoint:
@@ -168,9 +214,14 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If there is none.
     """
-    state = content
+    state, outer = content, []
     while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None):
+        if any(inner is known for known in (state, *outer)):
+            raise CheckpointError("the checkpoint holds itself, endlessly")
+        outer.append(state)
         state = inner
+    if len(state) > _MOST_ENTRIES:
+        raise CheckpointError(f"the checkpoint holds {len(state):,} entries, more than any model")
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
