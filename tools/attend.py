@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="A,B", help="timm names, with commas; nat_atto by default")
     parser.add_argument("--untrained", action="store_true", help="with IMAGE or --table: random weights")
     parser.add_argument(
-        "--at", nargs="+", metavar="X,Y", help="queries, in pixels of the image, upright; its centre by default"
+        "--at",
+        nargs="+",
+        metavar="X,Y",
+        help="queries, in pixels of the image, upright; its centre by default. Rollout and relevance begin there",
     )
     parser.add_argument(
         "--box", nargs="+", metavar="N|X,Y", help="objects of a detector, the best is 1, or by a place within"
