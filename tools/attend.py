@@ -2,8 +2,9 @@
 
 IMAGE draws on the photo, for places --at X,Y in its pixels, what each stage uses: windows, neighborhoods, routed
 regions, sampled points, agents, levels of a tree; gates and channels where there are no others; or one map by --method
-rollout, relevance or cam. Beside the picture are the numbers as arrays (npz) and in words (JSON). --animate moves the
-query from one place to the next (GIF).
+rollout, relevance or cam, of what the classifier reads. With --at, rollout and relevance begin at those places of the
+last map instead, and cam marks them. Beside the picture are the numbers as arrays (npz) and in words (JSON). --animate
+moves the query from one place to the next (GIF).
 
 Of detectors and segmenters it is what the backbone used for a --box or --segment of theirs, the mean of all queries
 within; the best object or largest segment by default. Panoptic segments have the numbers that `foveate predict` gives

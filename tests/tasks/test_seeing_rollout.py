@@ -5,7 +5,6 @@ import pytest
 import timm
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.seeing.rollout import Pixel
 
 ROLLOUTS = {"mean.cls": {}, "min.cls": {"fuse": "min"}, "max.cls": {"fuse": "max"}, "mean.gap": {"read": "mean"}}
 
@@ -176,7 +175,7 @@ def test_what_cant_be_carried_is_refused_by_name(golden_module):
         ({"discard": 1}, "discard is"),
         ({"read": "class"}, "has no class token"),
         ({"read": (8, 0)}, "the last map is 8x8"),
-        ({"read": Pixel(64, 0)}, "the image is 64x64 pixels"),
+        ({"read": foveate.explain.Pixel(64, 0)}, "the image is 64x64 pixels"),
         ({"layers": "blocks.*"}, "no attention is named"),
     ):
         with pytest.raises(TaskError, match=words):
@@ -186,7 +185,7 @@ def test_what_cant_be_carried_is_refused_by_name(golden_module):
 def test_a_pixel_is_read_where_it_lies(golden_module):
     model, x = tiny("nat_atto", golden_module), torch.randn(1, 3, 64, 64)
     # The last map is 8x8.
-    position, pixel = (foveate.explain.rollout(model, x, read=read) for read in ((6, 2), Pixel(20, 50)))
+    position, pixel = (foveate.explain.rollout(model, x, read=read) for read in ((6, 2), foveate.explain.Pixel(20, 50)))
     assert torch.equal(position, pixel)
 
 
