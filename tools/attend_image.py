@@ -47,6 +47,8 @@ def draw(args: argparse.Namespace) -> None:
         raise TaskError("--animate takes at least 2 pictures, and at least 2 places --at to go from and to")
     if args.method not in attention.METHODS:
         raise TaskError(f"--method is one of {', '.join(attention.METHODS)}; got {args.method!r}")
+    if args.animate is not None and args.method != "query":
+        raise TaskError(f"--animate is of --method query; {args.method} draws one map")
     if args.heads and args.method != "query":
         raise TaskError(f"--heads is of --method query; {args.method} draws one map of all heads")
     if args.target is not None and args.method in ("query", "rollout"):

@@ -49,7 +49,7 @@ _PANELS = 4
 # Inches that fit a page, so that words of 8 points can be read there, and what stands side by side.
 _WIDTH, _COLUMNS, _HEADS = 8.3, 3, 4
 # So many numbers at a bar that none runs into the next.
-_FEW = MaxNLocator(4)
+_TICKS = 4
 # Pixels of a photo's longer side that are drawn.
 _SIDE = 1000
 
@@ -152,9 +152,9 @@ def picture(
         elif not (0 <= query[0] < width and 0 <= query[1] < height):
             raise TaskError(f"the image is {width}x{height} pixels; {tuple(query)} is not on it")
     if method != "query":
-        return _draw_maps(
-            explain_image(model, x, method, layers, target, queries) if observed is None else observed, photo
-        )
+        if observed is None:
+            observed = explain_image(model, x, method, layers, target, queries)
+        return _draw_maps(observed, photo)
     if observed is None:
         calls = drawable(record_once(model, x, layers), layers)
         queries = queries or [(width / 2, height / 2)]
@@ -413,7 +413,9 @@ def _draw_heads(at: Look, photo: _Photo) -> Figure:
             title += f": {bits:.1f} of {math.log2(max(1, seen[head].sum())):.1f} bits"
         axes.set_title(title, fontsize=8)
     figure.suptitle(_titles(call, use.rest[0].mean().item()).replace("\n", "; "), fontsize=9)
-    bar = figure.colorbar(shades, ax=list(panels), location="bottom", shrink=0.5, aspect=40, pad=0.02, ticks=_FEW)
+    bar = figure.colorbar(
+        shades, ax=list(panels), location="bottom", shrink=0.5, aspect=40, pad=0.02, ticks=MaxNLocator(_TICKS)
+    )
     if not call.signed:
         bar.ax.xaxis.set_major_formatter(PercentFormatter(1))
     bar.ax.tick_params(labelsize=7)
@@ -476,7 +478,9 @@ def _draw_maps(maps: Sequence[Explained], photo: _Photo) -> Figure:
             names = "; ".join(photo.name(place) for place in explained.marks)
             words.append(f"marked: {names}" if explained.method == "cam" else f"for the {names}")
         part.suptitle("\n".join(words), fontsize=8)
-        bar = part.colorbar(shades, ax=[bare, axes], location="bottom", shrink=0.6, aspect=40, ticks=_FEW)
+        bar = part.colorbar(
+            shades, ax=[bare, axes], location="bottom", shrink=0.6, aspect=40, ticks=MaxNLocator(_TICKS)
+        )
         bar.set_label(_UNITS[explained.method], fontsize=7.5)
         bar.ax.xaxis.set_major_formatter(FormatStrFormatter("%.3g"))
         bar.ax.tick_params(labelsize=7)

@@ -171,7 +171,9 @@ def _start(model: nn.Module, call: AttentionCall, size: tuple[int, int], path: _
             height, width = path.image_size
             if not (0 <= read.x < width and 0 <= read.y < height):
                 raise TaskError(f"the image is {width}x{height} pixels; {tuple(read)} is not on it")
-            read = int(read.y * size[0] / height), int(read.x * size[1] / width)
+            steps = (step * own / new for step, own, new in zip(call.pixel_steps(), call.map_size, size, strict=True))
+            axes = zip((read.y, read.x), steps, size, strict=True)
+            read = tuple(min(int(place // step), length - 1) for place, step, length in axes)
         if isinstance(read, str) or len(read) != 2:
             raise TaskError(f"read is 'auto', 'class', 'mean' or (row, column); got {read!r}")
         row, column = read
