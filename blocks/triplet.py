@@ -8,6 +8,13 @@ from .record import Recorded, tell_gate
 
 __all__ = ["TripletAttention"]
 
+# From the names in the authors' networks to those of their module.
+_AUTHORS_NAMES = {
+    "ChannelGateH.spatial.": "cw.conv.",
+    "ChannelGateW.spatial.": "hc.conv.",
+    "SpatialGate.spatial.": "hw.conv.",
+}
+
 
 class _Gate(nn.Module):
     """Gate over two axes of ``[B, Z, Y, X]`` from the maximum and the mean over Z."""
@@ -26,7 +33,8 @@ class TripletAttention(nn.Module):
     """Scale a map by the mean of three gates: over channel and width, over height and channel, over height and width.
 
     Each gate is a 7x7 convolution with batch norm of the maximum and the mean over the third axis; 300 parameters in
-    all, whatever the channels. Parameter names are the authors' (github.com/landskape-ai/triplet-attention).
+    all, whatever the channels. Parameter names are those of the authors' module (github.com/landskape-ai/
+    triplet-attention); ``load_state_dict`` also reads those of their networks, where the gates are called otherwise.
 
     The class is an attention layer of timm: ``timm.create_model("resnet18",
     block_args=dict(attn_layer=TripletAttention))``.
@@ -50,6 +58,7 @@ class TripletAttention(nn.Module):
         self.cw = _Gate(kernel_size, **dd)
         self.hc = _Gate(kernel_size, **dd)
         self.hw = _Gate(kernel_size, **dd) if spatial else None
+        self.register_load_state_dict_pre_hook(_from_authors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x`` ``[B, channels, H, W]``."""
@@ -66,3 +75,14 @@ class TripletAttention(nn.Module):
     def recorded(self, x: Tensor) -> Recorded:
         """Tell what a call with ``x`` did; see `blocks.record`."""
         return tell_gate(x, self._gate(x))
+
+
+def _from_authors(module: TripletAttention, state: dict[str, Tensor], prefix: str, *_) -> None:
+    read_authors_names(state, prefix)
+
+
+def read_authors_names(state: dict[str, Tensor], prefix: str) -> None:
+    """Rename, in place, what the gates under ``prefix`` are called in the authors' networks."""
+    for published, name in _AUTHORS_NAMES.items():
+        for key in [key for key in state if key.startswith(prefix + published)]:
+            state[prefix + name + key.removeprefix(prefix + published)] = state.pop(key)

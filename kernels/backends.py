@@ -16,6 +16,8 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 _logger = logging.getLogger(__name__)
 
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
 
 def _none(problem: Any) -> str | None:
     return None
@@ -63,10 +65,8 @@ def check_name(operator: str, backends: Mapping[str, Backend], name: str) -> Non
 
 def is_exporting() -> bool:
     """Return whether torch.export follows the model."""
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    # In torch 2.6 both torch.compile and torch.export say that they compile, and only the former is dynamo.
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    # The public function says so of torch.compile too in torch 2.9.
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
 def exporting() -> bool:

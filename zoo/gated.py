@@ -3,27 +3,32 @@
 Papers: CBAM, arXiv 1807.06521; Rotate to Attend (triplet attention), arXiv 2010.03045; Polarized Self-Attention, arXiv
 2107.00782; DAS, arXiv 2311.12091; ULSAM, arXiv 2006.15102.
 
-Code after the papers: the network is timm's, the gates are in ``blocks/``, and no published file was opened.
+Code after the papers: the network is timm's, the gates are in ``blocks/``, and no published file was opened. Places,
+names and first values of CBAM's and triplet attention's were read in the authors' code, PSA's place in its HRNet.
 
     * CBAM, triplet attention: on the output of each residual branch, before the sum (the authors' ResNet-50).
-    * Polarized attention: after the 3x3 convolution of each branch, on its fewer channels (the authors' HRNet).
+    * Polarized attention: after the 3x3 convolution of each branch, on its fewer channels: the paper's "after the first
+      3x3 convolution in every residual block", as the basic blocks of the authors' HRNet have it.
     * DAS there too, ULSAM where CBAM is. The places are ours: DAS has no public code, ULSAM's hosts are MobileNets.
 
 Origins: github.com/Jongchan/attention-module (MIT) and github.com/landskape-ai/triplet-attention (MIT), whose names of
 parameters are read. Files of other ResNet-50 of timm load too; then the attention starts fresh, with a warning.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from timm.models import register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..blocks.cbam import CBAM, read_authors_names
+from ..blocks.cbam import CBAM
+from ..blocks.cbam import read_authors_names as read_cbam_names
 from ..blocks.das import DeformableGate
 from ..blocks.polarized import PolarizedAttention
 from ..blocks.subspace import SubspaceAttention
 from ..blocks.triplet import TripletAttention
+from ..blocks.triplet import read_authors_names as read_triplet_names
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from .ela import InnerAttentionBottleneck, with_fresh_attention
 
@@ -45,12 +50,28 @@ def convert_checkpoint(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
         converted[key] = value
     for name, module in model.named_modules():
         if isinstance(module, CBAM):
-            read_authors_names(converted, f"{name}.")
+            read_cbam_names(converted, f"{name}.")
+        elif isinstance(module, TripletAttention):
+            read_triplet_names(converted, f"{name}.")
     return with_fresh_attention(converted, model)
 
 
+def _cbam(channels: int, **kwargs) -> CBAM:
+    """Return CBAM as the authors' network starts it: the norm of the spatial gate at zero."""
+    attention = CBAM(channels, **kwargs)
+    nn.init.zeros_(attention.spatial.conv.bn.weight)
+    return attention
+
+
+def _triplet(channels: int, **kwargs) -> TripletAttention:
+    """Return triplet attention as the authors' network starts it, like `_cbam`."""
+    attention = TripletAttention(channels, **kwargs)
+    nn.init.zeros_(attention.hw.conv.bn.weight)
+    return attention
+
+
 def _resnet50(
-    name: str, pretrained: bool, options: dict, attention: type[nn.Module], block: type[nn.Module] = Bottleneck
+    name: str, pretrained: bool, options: dict, attention: Callable[..., nn.Module], block: type[nn.Module] = Bottleneck
 ) -> ResNet:
     if options.get("features_only"):
         # timm counts the stem's map as the first of this network.
@@ -87,13 +108,13 @@ default_cfgs = cfgs_with_links(
 @register_model
 def cbam_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
     """ResNet-50 with CBAM, 28.09 M parameters."""
-    return _resnet50("cbam_resnet50", pretrained, kwargs, CBAM)
+    return _resnet50("cbam_resnet50", pretrained, kwargs, _cbam)
 
 
 @register_model
 def triplet_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
     """ResNet-50 with triplet attention of 7x7 convolutions, 25.56 M parameters."""
-    return _resnet50("triplet_resnet50", pretrained, kwargs, TripletAttention)
+    return _resnet50("triplet_resnet50", pretrained, kwargs, _triplet)
 
 
 @register_model

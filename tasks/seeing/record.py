@@ -279,7 +279,8 @@ def record_attention(model: nn.Module, layers: str | Sequence[str] | None = None
 
     Args:
         model: Any model, or an attention by itself. All of foveate's attentions are read, and timm's of ViT (with
-            rotary positions too), Swin, DaViT, Twins, MaxViT and PVTv2; others are named in ``record.skipped``.
+            rotary positions too), Swin, DaViT, Twins, MaxViT, PVTv2 and HaloNet; others are named in
+            ``record.skipped``.
         layers: Globs of module names, such as ``"stages.3.*"``; all by default.
 
     Yields:
@@ -324,5 +325,7 @@ def record_attention(model: nn.Module, layers: str | Sequence[str] | None = None
 def _nothing(model: nn.Module, skipped: Mapping[str, str]) -> str:
     why = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in list(skipped.items())[:3])
     more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    read = "foveate's attentions, and timm's of ViT, EVA, DINOv3, Swin, DaViT, Twins, MaxViT and PVTv2 are read"
+    read = (
+        "foveate's attentions, and timm's of ViT, EVA, DINOv3, Swin, DaViT, Twins, MaxViT, PVTv2 and HaloNet are read"
+    )
     return f"nothing to record in {type(model).__name__}: {why or 'it has no attention that is known'}{more} ({read})"

@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, SEModule, apply_rot_embed_cat
 from timm.layers.cbam import CbamModule
+from timm.layers.halo_attn import HaloAttn
 from timm.models import davit, eva, maxxvit, pvt_v2, swin_transformer, twins
 from torch import Tensor, nn
 
 from ...blocks.cbam import gate_of
 from ...blocks.record import (
+    Landing,
     Recorded,
     Softmax,
     Windows,
@@ -305,6 +308,43 @@ def read_maxvit(
     return recorded
 
 
+def read_halo(site: Site, around: Around, image_size: Size, x: Tensor) -> Recorded:
+    """Read HaloNet's blocks of queries, which see the block and a halo of cells around it."""
+    module, map_size = site.module, tuple(x.shape[2:])
+    heads, halo, window, block = module.num_heads, module.halo_size, module.win_size, module.block_size_ds
+    numbers = number_box(map_size, [length + 2 * halo for length in map_size], [halo, halo]).to(x.device)
+    q = module.q(x).unflatten(1, (heads, -1))
+    # What lies around the map is zero and has its share of the softmax.
+    kv = F.pad(module.kv(x), [halo] * 4).unflatten(1, (heads, -1)).flatten(3).mT[:, :, numbers.flatten().argsort()]
+    k, v = kv.split([module.dim_head_qk, module.dim_head_v], -1)
+
+    rows, columns = query_size = tuple(q.shape[3:])
+    cells = torch.arange(rows * columns, device=x.device).view(1, rows, columns, 1)
+    in_blocks = Windows(cut_windows(cells, block, block, 0, 0).squeeze(-1))
+    windows = numbers.unfold(0, window, module.block_size).unfold(1, window, module.block_size).flatten(2).flatten(0, 1)
+    queries = cut_windows(q.flatten(0, 1).permute(0, 2, 3, 1), block, block, 0, 0)
+    position = module.pos_embed(queries.unflatten(0, (len(x) * heads, -1))).unflatten(0, (-1, heads))
+    if module.scale_pos_embed:
+        position = position * module.scale
+
+    def project(out: Tensor) -> Tensor:
+        return module.pool(_to_nchw(out, query_size))
+
+    operator = Softmax(
+        q.flatten(3).mT * module.scale,
+        k,
+        lambda queries: windows[in_blocks.window[queries]][None, None],
+        lambda queries, _: exact(position)[:, :, in_blocks.window[queries], in_blocks.place[queries]],
+    )
+    landing = None
+    if query_size != map_size:
+        tokens = torch.arange(map_size[0] * map_size[1], device=x.device)
+        step = module.block_stride
+        coarse = tokens // map_size[1] // step * columns + tokens % map_size[1] // step
+        landing = Landing(tokens, coarse[None], torch.ones_like(coarse, dtype=v.dtype)[None])
+    return Recorded("window", query_size, operator, exact(v), project, landing=landing)
+
+
 def read_cbam(site: Site, around: Around, image_size: Size, x: Tensor) -> Recorded:
     """Read CBAM's gate."""
     return tell_gate(x, gate_of(site.module, x))
@@ -337,6 +377,7 @@ READERS: dict[type[nn.Module], Callable[..., Recorded]] = {
     pvt_v2.Attention: read_reduced,
     maxxvit.Attention2d: read_maxvit,
     maxxvit.AttentionCl: read_maxvit,
+    HaloAttn: read_halo,
     CbamModule: read_cbam,
     SEModule: read_squeeze_excite,
 }

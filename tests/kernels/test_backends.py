@@ -10,7 +10,7 @@ from foveate.kernels import (
     quadtree_backends,
     routing_backends,
 )
-from foveate.kernels.backends import Backend, choose, contiguous_rows, report
+from foveate.kernels.backends import Backend, choose, contiguous_rows, exporting, report
 from foveate.kernels.pointwise import pointwise
 from foveate.kernels.triton_launch import TileSize, power_of_two, size_for
 
@@ -35,6 +35,23 @@ def test_requests_are_obeyed_or_refused():
         choose("op", TABLE, 3, "fast")
     with pytest.raises(ValueError, match="op has no backend 'faster'; it has 'fast', 'slow', 'reference'"):
         choose("op", TABLE, 3, "faster")
+
+
+class _SaysSo(torch.nn.Module):
+    """Adds 1 where a graph is made for other runtimes."""
+
+    def forward(self, x):
+        return x + 1 if exporting() else x + 0
+
+
+@pytest.mark.versions
+def test_compiling_is_not_exporting():
+    x, module = torch.zeros(2), _SaysSo()
+    assert not module(x).any()
+    assert not torch.compile(module, backend="eager", fullgraph=True)(x).any()
+    for strict in (False, True):
+        assert torch.export.export(module, (x,), strict=strict).module()(x).all()
+    assert not module(x).any()
 
 
 def deformable_report(backend=None, device="cpu"):

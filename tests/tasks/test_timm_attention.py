@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 from foveate.tasks import TaskError, engine
+from timm.layers.halo_attn import HaloAttn
 
-# With the size of its images and what is told of its attention; HaloNet's has no reader, ConvMixer has no attention.
+# With the size of its images and what is told of its attention; ConvMixer has no attention.
 MODELS = {
     "maxvit_tiny_tf_224": (dict(img_size=64, embed_dim=(32, 32), depths=(1, 1), stem_width=16), 64, {"gate", "window"}),
     "twins_svt_small": (
@@ -16,7 +17,7 @@ MODELS = {
         64,
         {"window", "global"},
     ),
-    "halonet26t": ({}, 256, None),
+    "halonet26t": ({}, 256, {"window"}),
     "convmixer_768_32": ({}, 32, None),
 }
 
@@ -52,3 +53,22 @@ def record_of(model, x):
     with foveate.record_attention(model) as record, torch.no_grad():
         out = model(x)
     return record, out
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(stride=2), dict(stride=2, avg_down=True), dict(scale_pos_embed=True, dim_head=16)], ids=str
+)
+def test_halos_are_recorded_at_every_stride(options):
+    torch.manual_seed(0)
+    attention = HaloAttn(16, 32, num_heads=2, block_size=4, halo_size=1, **options).eval()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    record, _ = record_of(attention, torch.randn(2, 16, 8, 12))
+    call = record[record.layers[0]]
+    assert call.check() < 1e-5
+    use = call.use([0])
+    # The first block sees itself, one cell more to the right and below, and zeros elsewhere.
+    seen = 9 if options == dict(stride=2) else 25
+    assert int((use.weights[0, 0] > 0).sum()) == seen
+    assert (use.rest > 0).all()
+    torch.testing.assert_close(use.weights.sum((2, 3)) + use.rest, torch.ones(2, 2))
