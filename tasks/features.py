@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..zoo.backbone import check_name
+from ..zoo.maps import cfg_of
 from . import TaskError
 from .checkpoints import write_whole
 from .data.classification import InputRule
@@ -90,7 +90,7 @@ def open_encoder(
         white = predictor.white
     else:
         check_name(source)
-        cfg = get_pretrained_cfg(source)
+        cfg = cfg_of(source)
         options = {"img_size": size} if size is not None and cfg.fixed_input_size else {}
         if not untrained and not cfg.has_weights:
             raise TaskError(

@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "torch" not in sys.modules:
         # OpenMP's threads spin while they wait, and starve whoever shares their cores. It reads this as torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "matplotlib" not in sys.modules:
+        # Pictures are written, not shown; a notebook's own choice is one that this process may not have.
+        os.environ["MPLBACKEND"] = "agg"
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

@@ -13,13 +13,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, model_entrypoint
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of, check_classes, faults_of, load
 from .library_errors import load_fault
+from .maps import cfg_of
 from .weights import read
 
 # Options of timm's features, which the whole model doesn't know.
@@ -131,7 +132,7 @@ def _from_file(name: str, checkpoint: Checkpoint, overlay: dict, options: dict) 
         for module in (model, getattr(model, "model", None), getattr(model, "body", None)):
             if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
                 cfg.pop("state_dict", None)
-                cfg["num_classes"] = file_classes or get_pretrained_cfg(name).num_classes
+                cfg["num_classes"] = file_classes or cfg_of(name).num_classes
     if not features:
         check_classes(name, file_classes, classes, explicit)
     arrived = {inner[key] for key in inner.keys() - set(missing)}
@@ -189,7 +190,7 @@ def _under_own_names(state: dict[str, Tensor], whole_state: dict[str, Tensor]) -
 
 def _classifier_of(name: str, state: dict[str, Tensor]) -> tuple[set[str], int | None]:
     """Return the names of a model's and of a file's classifier, and how many classes the file has, if it has one."""
-    layers = get_pretrained_cfg(name).classifier or ()
+    layers = cfg_of(name).classifier or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     classifier = next((layer for layer in (*layers, *_CLASSIFIERS) if f"{layer}.weight" in state), None)
     names = {f"{layer}.{leaf}" for layer in (*layers, *filter(None, [classifier])) for leaf in ("weight", "bias")}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from .library_errors import first_line, needs_values, unknown_option
@@ -110,6 +110,11 @@ def said_maps(features: nn.Module) -> Maps:
     )
 
 
+def cfg_of(name: str) -> PretrainedCfg:
+    """Return timm's settings of a model; its default ones of a model that was registered without any."""
+    return get_pretrained_cfg(name) or PretrainedCfg()
+
+
 def measure(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], Maps]:
     """Return the options that let a timm model take images of any size, as far as there are any, and all of its maps.
 
@@ -157,7 +162,7 @@ def _measured(name: str, options: _Options) -> tuple[dict[str, Any], Maps]:
 def _build(name: str, options: Mapping[str, Any], device: str) -> tuple[dict[str, Any], nn.Module, tuple[int, ...]]:
     """Return the options that free the input size, features with all maps, and these maps' indices."""
     freedoms = (*_FREE_SIZE, {})
-    if "img_size" in options or not get_pretrained_cfg(name).fixed_input_size:
+    if "img_size" in options or not cfg_of(name).fixed_input_size:
         freedoms = ({},)
     for free in freedoms:
         try:
@@ -218,7 +223,7 @@ def _measure(name: str, options: Mapping[str, Any], features: nn.Module, indices
         strides, border = _strides(aligned[0], small, said)
         if strides is not None:
             return Maps(indices, tuple(channels), strides, aligned[1], multiple, None, border)
-    size = options.get("img_size") or get_pretrained_cfg(name).input_size[1:]
+    size = options.get("img_size") or cfg_of(name).input_size[1:]
     size = (size, size) if isinstance(size, int) else tuple(size)
     seen = see(size)
     if seen is None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ...blocks.losses import collect_losses
@@ -17,6 +16,7 @@ from ...zoo.backbone import check_name
 from ...zoo.checkpoint import Checkpoint, CheckpointError
 from ...zoo.library_errors import call_fault, first_line, unknown_option
 from ...zoo.loading import create_model
+from ...zoo.maps import cfg_of
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
@@ -57,7 +57,7 @@ def create_classifier(
         kwargs["num_classes"] = num_classes
     if rule is not None:
         kwargs["in_chans"] = rule.channels
-        if get_pretrained_cfg(name).fixed_input_size:
+        if cfg_of(name).fixed_input_size:
             kwargs.setdefault("img_size", rule.size)
     try:
         return create_model(name, checkpoint, **kwargs)

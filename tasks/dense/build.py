@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg, is_model
+from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +14,7 @@ from ...zoo import BackboneError, CheckpointError, create_backbone
 from ...zoo.backbone import Backbone, UnknownModelError, check_name, dense_settings_of
 from ...zoo.checkpoint import Checkpoint, LoadReport, absent_counters, load
 from ...zoo.library_errors import call_fault, first_line, unknown_option
+from ...zoo.maps import cfg_of
 from ...zoo.published import (
     TOLD_OPTIONS,
     Layout,
@@ -234,8 +235,8 @@ def normalization_of(source: str | None, name: str) -> dict[str, tuple[float, ..
     if source != "backbone":
         raise TaskError(f"data.normalization is {source!r}, but must be backbone or None")
     check_name(name)
-    cfg = get_pretrained_cfg(name)
-    return {} if cfg is None else {"mean": tuple(cfg.mean), "std": tuple(cfg.std)}
+    cfg = cfg_of(name)
+    return {"mean": tuple(cfg.mean), "std": tuple(cfg.std)}
 
 
 def freeze_stages(backbone: nn.Module, count: int) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from ...tasks.export import Options, export_model
 from ...tasks.export.quantize import calibrated
 from ...tasks.exported import OnnxModel
 from ...zoo.backbone import check_name
+from ...zoo.maps import cfg_of
 from ..timing import alternate
 
 
@@ -31,7 +32,7 @@ def bench_exports(name: str, batch: int, size: int, rounds: int) -> list[dict]:
 
     All get as many threads as torch has. int8 is calibrated on noise: of its speed alone this tells.
     """
-    fixed = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    fixed = {"img_size": size} if cfg_of(name).fixed_input_size else {}
     model = timm.create_model(name, **fixed).eval()
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -10,6 +10,7 @@ from timm.utils import reparameterize_model
 
 from ...tasks.cost import count_macs
 from ...zoo.backbone import check_name
+from ...zoo.maps import cfg_of
 from ..timing import alternate
 
 
@@ -32,7 +33,7 @@ def bench_models(
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     models = {}
     for name in dict.fromkeys((*names, peer)):
-        fixed = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        fixed = {"img_size": size} if cfg_of(name).fixed_input_size else {}
         model = timm.create_model(name, **fixed).eval().to(device, dtype)
         models[name] = reparameterize_model(model, inplace=True)
     with torch.inference_mode():

@@ -1,0 +1,179 @@
+"""Pages that mkdocs makes from tables: each family of models, the list of all, and what packages export.
+
+The tables are docs/models.csv (`python .ci/models.py` writes it), zoo/weights.json and the recipes.
+"""
+
+import ast
+import csv
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+# How a family is called, and what nobody else runs of it; in the order in which they are shown.
+FAMILIES = {
+    "nat": ("NAT, DiNAT", "with the position bias of the published files, on CPUs too"),
+    "biformer": ("BiFormer", "its links are dead; dense forms at any size"),
+    "dat": ("DAT, DAT++", "any size, without mmcv"),
+    "quadtree": ("QuadTree", "without a CUDA build; cross attention as a block"),
+    "dual": ("DaViT", "the authors' dense files; huge and giant"),
+    "agent": ("Agent Attention", "on DeiT, PVT, Swin and CSWin, at any size"),
+    "inline": ("InLine", "on the same hosts"),
+    "transnext": ("TransNeXt, MoH", "without its CUDA operator"),
+    "overlock": ("OverLoCK", "without the operators that NATTEN removed, on CPUs too"),
+    "van": ("VAN, MSCAN", "with SegNeXt's heads, in four libraries' names"),
+    "shiftvit": ("ShiftViT", "at home nowhere else"),
+    "litv2": ("LITv2", "without a compiled deformable convolution"),
+    "ela": ("ELA", "on ResNet and MobileNetV2"),
+    "gated": ("Gated ResNet-50", "CBAM, triplet attention, PSA, DAS, ULSAM after their papers"),
+    "host": ("Neutral host", "every attention in the same network"),
+}
+_PACKAGES = {"blocks": "Blocks", "kernels": "Kernels"}
+_STATES = {
+    "listed": "a direct link",
+    "derived": "a direct link, made from a page",
+    "browser": "by hand: a page for people",
+    "dead": "dead",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages."""
+    models, weights = _models(), json.loads((ROOT / "zoo" / "weights.json").read_text())
+    files.append(File.generated(config, "models/index.md", content=_index(models, weights)))
+    for family in FAMILIES:
+        rows = [row for row in models if row["family"] == family]
+        files.append(File.generated(config, f"models/{family}.md", content=_family(family, rows, weights)))
+    for package, title in _PACKAGES.items():
+        files.append(File.generated(config, f"reference/{package}.md", content=_reference(package, title)))
+    return files
+
+
+def _reference(package: str, title: str) -> str:
+    """Return the reference of all that a package exports."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    parts = [f"# {title}", ast.get_docstring(tree)]
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            parts += [f"::: foveate.{package}.{alias.name}" for alias in node.names]
+    return "\n\n".join(parts) + "\n"
+
+
+def _models() -> list[dict[str, str]]:
+    with (ROOT / "docs" / "models.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if unknown := {row["family"] for row in rows} - set(FAMILIES):
+        raise ValueError(f"docs/pages.py doesn't name the families {sorted(unknown)}")
+    return rows
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _docstring(family: str) -> str:
+    """Return what a family's source says of it, as markdown."""
+    text = ast.get_docstring(ast.parse((ROOT / "zoo" / f"{family}.py").read_text()))
+    title, _, rest = text.partition("\n\n")
+    paragraphs = [" ".join(title.split()), *(_paragraph(part) for part in rest.split("\n\n"))]
+    text = "\n\n".join(paragraphs).replace("``", "`")
+    text = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    return re.sub(r"(?<![/\w(])(github\.com/[\w./-]*\w)", r"[\1](https://\1)", text)
+
+
+def _paragraph(text: str) -> str:
+    """Return a paragraph with its indented lists as markdown's."""
+    lines = [re.sub(r"^ {4}(?=\* )", "", line) for line in text.splitlines()]
+    for number in range(len(lines) - 1, 0, -1):
+        if lines[number].startswith("* ") and not lines[number - 1].startswith(("* ", "  ")):
+            lines.insert(number, "")
+    return "\n".join(lines)
+
+
+def _files_of(model: str, weights: dict) -> dict[str, dict]:
+    return {name: entry for name, entry in weights.items() if name.partition(".")[0] == model}
+
+
+def _best_state(entry: dict) -> str:
+    states = [source["state"] for source in entry["sources"]]
+    return next((state for state in _STATES if state in states), "none")
+
+
+def _stated(entry: dict) -> str:
+    return ", ".join(f"{metric} {value}" for metric, value in entry.get("stated", {}).items()) or "-"
+
+
+def _index(models: list[dict[str, str]], weights: dict) -> str:
+    families = []
+    for family, (title, what) in FAMILIES.items():
+        rows = [row for row in models if row["family"] == family]
+        sizes = [float(row["parameters (M)"]) for row in rows]
+        span = f"{min(sizes):.0f} to {max(sizes):.0f}" if round(min(sizes)) != round(max(sizes)) else f"{sizes[0]:.0f}"
+        families.append((f"[{title}]({family}.md)", str(len(rows)), span, what))
+    every = [(f"[`{row['model']}`]({row['family']}.md)", *list(row.values())[2:]) for row in models]
+    return f"""# Models
+
+All of them are timm's: `timm.create_model(NAME, features_only=True)`, `num_classes=`, `in_chans=` and the rest work as
+for timm's own. `foveate info NAME` says what is on these pages for one model.
+
+{_table(("family", "models", "parameters (M)", "here"), families)}
+
+Every family is compared with its authors' code: outputs under weights that are rebuilt from names and shapes. No
+published file could be opened where this was made, so that no accuracy below is measured by us; they are the papers'.
+
+## All models
+
+{_table(("model", *list(models[0])[2:]), every)}
+
+Parameters in millions with the classifier; multiply-adds in billions at the input size, as executed on the CPU.
+"""
+
+
+def _family(family: str, rows: list[dict[str, str]], weights: dict) -> str:
+    title, _ = FAMILIES[family]
+    parts = [f"# {title}", _docstring(family), "## Models"]
+    models = []
+    for row in rows:
+        files = [entry for entry in _files_of(row["model"], weights).values() if entry["task"] == "classify"]
+        stated = next((entry["stated"]["top-1"] for entry in files if "top-1" in entry.get("stated", {})), "-")
+        models.append((f"`{row['model']}`", *list(row.values())[2:], str(stated)))
+    parts.append(_table(("model", *list(rows[0])[2:], "top-1, the paper's"), models))
+    files = [(name, entry) for row in rows for name, entry in _files_of(row["model"], weights).items()]
+    if files:
+        parts += ["## Weights", _weights(files)]
+    if recipes := _recipes([row["model"] for row in rows]):
+        parts += ["## Recipes", "\n".join(f"* `foveate train {name}`" for name in recipes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _weights(files: list[tuple[str, dict]]) -> str:
+    rows = []
+    for name, entry in files:
+        page = entry.get("page")
+        state = _STATES.get(_best_state(entry), "none")
+        rows.append(
+            (
+                f"`{name}`",
+                entry["data"],
+                _stated(entry),
+                entry.get("license") or "not stated",
+                f"[{state}]({page})" if page else state,
+            )
+        )
+    return (
+        _table(("file", "data", "the authors' numbers", "license", "where"), rows)
+        + "\n\n`foveate weights fetch NAME` brings one, `foveate weights verify FILE` reads it strictly. "
+        "Files were not opened by us; links are as they were last reported."
+    )
+
+
+def _recipes(models: list[str]) -> list[str]:
+    from foveate.configs import recipes_of_model
+
+    return sorted({recipe for model in models for recipe in recipes_of_model(model)})
