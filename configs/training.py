@@ -502,10 +502,11 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "detect/dino_*swin_large_*",
         dict(
+            grad_checkpointing=True,
             model=dict(
                 backbone="swin_large_patch4_window12_384.ms_in22k",
                 backbone_kwargs=dict(drop_path_rate=0.2, dense=True, out_norms=(0, 1, 2, 3)),
-            )
+            ),
         ),
     ),
     ("detect/dino_*swin_large_*_3x_*", dict(schedule=dict(steps=(27, 33)))),

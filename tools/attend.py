@@ -2,8 +2,9 @@
 
 IMAGE draws on the photo, for places --at X,Y in its pixels, what each stage uses: windows, neighborhoods, routed
 regions, sampled points, agents, levels of a tree; gates and channels where there are no others; or one map by --method
-rollout, relevance or cam. Beside the picture are the numbers as arrays (npz) and in words (JSON). --animate moves the
-query from one place to the next (GIF).
+rollout, relevance or cam, of what the classifier reads. With --at, rollout and relevance begin at those places of the
+last map instead, and cam marks them. Beside the picture are the numbers as arrays (npz) and in words (JSON). --animate
+moves the query from one place to the next (GIF).
 
 Of detectors and segmenters it is what the backbone used for a --box or --segment of theirs, the mean of all queries
 within; the best object or largest segment by default. Panoptic segments have the numbers that `foveate predict` gives
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="A,B", help="timm names, with commas; nat_atto by default")
     parser.add_argument("--untrained", action="store_true", help="with IMAGE or --table: random weights")
     parser.add_argument(
-        "--at", nargs="+", metavar="X,Y", help="queries, in pixels of the image, upright; its centre by default"
+        "--at",
+        nargs="+",
+        metavar="X,Y",
+        help="queries, in pixels of the image, upright; its centre by default. Rollout and relevance begin there",
     )
     parser.add_argument(
         "--box", nargs="+", metavar="N|X,Y", help="objects of a detector, the best is 1, or by a place within"

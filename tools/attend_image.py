@@ -45,10 +45,18 @@ def draw(args: argparse.Namespace) -> None:
     places = places_in(args.at)
     if args.animate is not None and (args.animate < 2 or len(places or ()) < 2):
         raise TaskError("--animate takes at least 2 pictures, and at least 2 places --at to go from and to")
+    if args.method not in attention.METHODS:
+        raise TaskError(f"--method is one of {', '.join(attention.METHODS)}; got {args.method!r}")
+    if args.animate is not None and args.method != "query":
+        raise TaskError(f"--animate is of --method query; {args.method} draws one map")
+    if args.heads and args.method != "query":
+        raise TaskError(f"--heads is of --method query; {args.method} draws one map of all heads")
+    if args.target is not None and args.method in ("query", "rollout"):
+        raise TaskError(f"--class is of --method relevance and cam; {args.method} is the same for every class")
     paths = find_images(args.images)
     predictor = load_any(args)
     task = predictor.card["task"]
-    _check_options(args, task)
+    _check_task(args, task)
     if args.checkpoint is None:
         predictor.white = choose_white(paths)
     for path in paths:
@@ -57,18 +65,27 @@ def draw(args: argparse.Namespace) -> None:
         told = _asked(args, predictor, photo, places, path)
         queries = [_query(one, given, path) for one in told]
         stem = args.output / f"{path.stem}_{args.method}"
-        observed = attention.observe(given.network, given.x, args.method, args.layers, args.target)
-        frame = {"image": given.photo, "extent": given.extent, "observed": observed, "layers": args.layers}
-        figure = attention.picture(given.network, given.x, queries, args.method, heads=args.heads, **frame)
+        frame = {"image": given.photo, "extent": given.extent}
+        record = None
+        if args.method == "query":
+            record = attention.record_once(given.network, given.x, args.layers)
+            calls = attention.drawable(record, args.layers)
+            observed = [attention.look(calls, query) for query in queries]
+            arrays, words = _numbers_of_queries(observed, told, record.skipped)
+        else:
+            asked = queries if args.at else []
+            observed = attention.explain_image(given.network, given.x, args.method, args.layers, args.target, asked)
+            arrays, words = _numbers_of_maps(observed, told)
+        shown = {"heads": args.heads, "observed": observed, **frame}
+        figure = attention.picture(given.network, given.x, queries, args.method, **shown)
         save_figure(figure, stem.with_suffix(".png"))
-        arrays, words = _numbers(observed, told, queries, args)
         write_whole(stem.with_suffix(".npz"), lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
         text = json.dumps({"image": str(path), "method": args.method, **words}, indent=1)
         write_whole(stem.with_suffix(".json"), lambda file, text=text: Path(file).write_text(text))
         print(f"{path}: {stem}.png, .npz and .json")
         if args.animate is not None:
-            frame["observed"] = observed if args.method == "query" else None
-            pictures = list(attention.frames(given.network, given.x, queries, args.animate, **frame))
+            more = {"layers": args.layers, "observed": record, **frame}
+            pictures = list(attention.frames(given.network, given.x, queries, args.animate, **more))
             write_whole(stem.with_suffix(".gif"), lambda file, pictures=pictures: _save_gif(pictures, file))
             print(f"{path}: {stem}.gif")
 
@@ -109,7 +126,7 @@ def load_any(args: argparse.Namespace) -> Any:
     return open_predictor(args.model, device)
 
 
-def _check_options(args: argparse.Namespace, task: str) -> None:
+def _check_task(args: argparse.Namespace, task: str) -> None:
     from ..tasks import TaskError
 
     if task == "classify":
@@ -273,26 +290,33 @@ def _query(one: dict[str, Any], given: _Input, path: Path) -> Any:
     return Region(mask.astype(bool), f"{one['kind']} {one['number']}: {one['class']}{score}")
 
 
-def _numbers(observed: Any, told: list[dict], queries: list, args: argparse.Namespace) -> tuple[dict, dict]:
-    """Return what a picture shows as arrays by name, and in plain types."""
-    from ..tasks.pictures import attention
+def _numbers_of_maps(maps: list, told: list[dict]) -> tuple[dict, dict]:
+    """Return maps as arrays by name, ``"map"`` if there is one alone, and in plain types."""
+    names = ["map"] if len(maps) == 1 else [f"{number}.map" for number in range(len(maps))]
+    arrays = {name: one.values.cpu().numpy() for name, one in zip(names, maps, strict=True)}
+    words: dict[str, Any] = {name: one.words for name, one in zip(names, maps, strict=True)}
+    if maps[0].marks:
+        words["at"] = [one["at"] for one in told]
+        words["at_input"] = [place for one in maps for place in one.marks]
+    return arrays, words
 
-    if args.method != "query":
-        values, words = observed
-        return {"map": values.cpu().numpy()}, {"map": words}
+
+def _numbers_of_queries(observed: list, told: list[dict], skipped: dict[str, str]) -> tuple[dict, dict]:
+    """Return what a picture of queries shows as arrays by name, and in plain types."""
     arrays, rows = {}, []
-    for number, (one, query) in enumerate(zip(told, queries, strict=True)):
+    for number, (one, looks) in enumerate(zip(told, observed, strict=True)):
         if "mask" in one:
             arrays[f"{number}.mask"] = one["mask"]
         plain = {name: value for name, value in one.items() if name != "mask"}
         if "at" in one:
-            plain["at_input"] = query
-        for call in attention.drawable(observed, args.layers):
-            array, facts = _facts(call, query)
+            plain["at_input"] = looks[0].query
+        for at in looks:
+            call = at.call
+            array, facts = _facts(at)
             arrays[f"{number}.{call.name}"] = array
             shared = {"layer": call.name, "kind": call.kind, "map": list(call.map_size)}
             rows.append({**plain, **shared, **facts, "check": _check(call), "note": call.note})
-    return arrays, {"queries": rows, "skipped": observed.skipped}
+    return arrays, {"queries": rows, "skipped": skipped}
 
 
 def _check(call: Any) -> float | None:
@@ -303,17 +327,14 @@ def _check(call: Any) -> float | None:
         return None
 
 
-def _facts(call: Any, query: Any) -> tuple[Any, dict[str, Any]]:
+def _facts(at: Any) -> tuple[Any, dict[str, Any]]:
     """Return the numbers of a query in one attention, of a gate or of channels: an array, and what is said of it."""
-    from ..tasks.pictures.attention_marks import queries_of
-
+    call, _, tokens, use = at
     if call.kind == "gate":
         gate = call.gate[0].float().cpu().numpy()
         return gate, {"least": float(gate.min()), "mean": float(gate.mean()), "largest": float(gate.max())}
     if call.kind == "channel":
         return call.matrix()[0].cpu().numpy(), {}
-    tokens = queries_of(call, query)
-    use = call.use(tokens)
     maps = use.weights[0].cpu().numpy()
     mean = maps.mean(0)
     best = [

@@ -13,16 +13,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .. import TaskError
 from ..seeing.call import AttentionCall, Use
-from ..seeing.cam import Target, cam_layer, chosen_logits, evaluating, grad_cam, target_indices
+from ..seeing.cam import Target, cam_layer, evaluating, grad_cam, target_indices, target_logits
 from ..seeing.record import Record, record_attention
-from ..seeing.rollout import relevance, rollout
+from ..seeing.rollout import Pixel, Read, relevance, rollout
 from .attention_marks import (
     ALPHA,
     HEAT,
@@ -48,10 +48,44 @@ _UNITS = {"rollout": "share of a token", "relevance": "relevance of a token", "c
 _PANELS = 4
 # Inches that fit a page, so that words of 8 points can be read there, and what stands side by side.
 _WIDTH, _COLUMNS, _HEADS = 8.3, 3, 4
+# So many numbers at a bar that none runs into the next.
+_TICKS = 4
 # Pixels of a photo's longer side that are drawn.
 _SIDE = 1000
 
 Extent = tuple[float, float, float, float]
+
+
+class Look(NamedTuple):
+    """What one query uses in one attention.
+
+    Attributes:
+        call: The attention.
+        query: What was asked about.
+        tokens: The query's numbers in the attention; none of a gate or of channels.
+        use: What they use on average; None of a gate or of channels.
+    """
+
+    call: AttentionCall
+    query: Query
+    tokens: list[int]
+    use: Use | None
+
+
+class Explained(NamedTuple):
+    """A map of an image by a method other than ``"query"``.
+
+    Attributes:
+        method: The method.
+        values: Of tokens or of pixels, ``[h, w]``.
+        words: What is said of it.
+        marks: Places in pixels of the input that were asked about.
+    """
+
+    method: str
+    values: Tensor
+    words: str
+    marks: list[Place]
 
 
 def picture(
@@ -64,7 +98,7 @@ def picture(
     heads: bool = False,
     image: Image.Image | None = None,
     extent: Extent | None = None,
-    observed: Record | tuple[Tensor, str] | None = None,
+    observed: Sequence[Sequence[Look]] | Sequence[Explained] | None = None,
 ) -> Figure:
     """Draw what a model's attention uses, on the photo as it is.
 
@@ -74,20 +108,22 @@ def picture(
     regions with their rank (routing), levels (a tree), points with their offsets and sizes (deformable), and the agents
     that a query reads from, with a panel of what the one gathers that is read most (agent). Attention between channels
     is drawn as the matrix that it is, and gates, which are drawn where there is nothing else, as what they multiply by.
-    The other methods draw one map of the image: `rollout`, `relevance` (without what came through shortcuts alone) or
-    `grad_cam`.
+    The other methods draw one map of the image: `rollout`, `relevance` (without what came through shortcuts alone),
+    both for each query if there are any, else of what the classifier reads; or `grad_cam`, with the queries marked.
 
     Args:
         model: A model that `record_attention` reads; a classifier for ``"relevance"`` and ``"cam"``.
         x: One image ``[1, C, H, W]``, normalised.
-        at: Queries ``(x, y)`` in pixels of ``x``, or `Region`s of it, whose queries are averaged; else the centre.
+        at: Queries ``(x, y)`` in pixels of ``x``, or `Region`s of it, whose queries are averaged; the centre by
+            default, if the method is ``"query"``.
         method: ``"query"``, ``"rollout"``, ``"relevance"`` or ``"cam"``.
         layers: Globs of attentions; by default the last one on each size of map, or four of all depths.
         target: Class that is explained; the likeliest if None.
         heads: Whether to draw each head of the last of the layers, for one query, instead of their mean.
         image: The photo; made of ``x`` by the model's mean and standard deviation by default.
         extent: Where the photo's left, right, bottom and top edge are in pixels of ``x``; those of ``x`` by default.
-        observed: What `observe` returned of the same, where it was asked already.
+        observed: What is drawn, where it was asked already: for each query what `look` returned, or what
+            `explain_image` did.
 
     Returns:
         A figure of matplotlib, with ``savefig``.
@@ -105,42 +141,34 @@ def picture(
     if x.ndim != 4 or len(x) != 1:
         raise TaskError(f"a picture is of one image [1, C, H, W]; got {list(x.shape)}")
     photo = _photo(model, x, image, extent)
-    if method != "query":
-        if observed is None:
-            observed = explain_image(model, x, method, layers, target)
-        return _draw_map(observed, method, photo)
     height, width = photo.size
-    queries = [(width / 2, height / 2)] if at is None else [at] if _is_one(at) else list(at)
+    queries = [] if at is None else [at] if _is_one(at) else list(at)
     for query in queries:
+        if isinstance(query, Region) and method != "query":
+            raise TaskError(f"{method} is of places, not of regions such as {query.name}")
         if isinstance(query, Region):
             if query.mask.shape != (height, width) or not query.mask.any():
                 raise TaskError(f"{query.name} is no part of an image of {width}x{height} pixels")
         elif not (0 <= query[0] < width and 0 <= query[1] < height):
             raise TaskError(f"the image is {width}x{height} pixels; {tuple(query)} is not on it")
-    calls = drawable(record_once(model, x, layers) if observed is None else observed, layers)
+    if method != "query":
+        if observed is None:
+            observed = explain_image(model, x, method, layers, target, queries)
+        return _draw_maps(observed, photo)
+    if observed is None:
+        calls = drawable(record_once(model, x, layers), layers)
+        queries = queries or [(width / 2, height / 2)]
+        observed = [look(calls, query) for query in queries]
     if not heads:
-        return _draw_queries(calls, queries, photo)
-    mixing = [call for call in calls if _mixes(call)]
+        return _draw_queries(observed, photo)
+    mixing = [at for at in observed[0] if at.use is not None]
     if not mixing:
         raise TaskError("what was recorded are gates or channels, which have no heads that look at positions")
-    return _draw_heads(mixing[-1], queries[0], photo)
+    return _draw_heads(mixing[-1], photo)
 
 
 def _is_one(at: Query | Sequence[Query]) -> bool:
     return isinstance(at, Region) or np.isscalar(at[0])
-
-
-def observe(
-    model: nn.Module, x: Tensor, method: str, layers: str | Sequence[str] | None = None, target: Target = None
-) -> Record | tuple[Tensor, str]:
-    """Return what `picture` draws, arguments as there: a record of ``"query"``; of the other methods a map and a title.
-
-    Raises:
-        TaskError: If the method is unknown.
-    """
-    if method not in METHODS:
-        raise TaskError(f"method is one of {', '.join(map(repr, METHODS))}; got {method!r}")
-    return record_once(model, x, layers) if method == "query" else explain_image(model, x, method, layers, target)
 
 
 @torch.no_grad()
@@ -173,6 +201,15 @@ def drawable(record: Record, layers: str | Sequence[str] | None = None) -> list[
     if len({call.map_size for call in last}) > 1 or len(calls) < _PANELS:
         return last
     return [calls[round(place * (len(calls) - 1) / (_PANELS - 1))] for place in range(_PANELS)]
+
+
+def look(calls: Sequence[AttentionCall], query: Query) -> list[Look]:
+    """Return what a query uses in each of some attentions, for `picture` and for numbers beside it."""
+    looks = []
+    for call in calls:
+        tokens = queries_of(call, query) if _mixes(call) else []
+        looks.append(Look(call, query, tokens, call.use(tokens) if tokens else None))
+    return looks
 
 
 class _Photo(NamedTuple):
@@ -250,15 +287,16 @@ def _add_bar(figure: Figure, axes: Axes, shades: ScalarMappable, label: str, equ
 _Panel = Callable[[Figure, Axes, Legend], None]
 
 
-def _panels(call: AttentionCall, query: Query, photo: _Photo) -> list[_Panel]:
+def _panels(at: Look, photo: _Photo) -> list[_Panel]:
     """Return the panels of one attention."""
+    call = at.call
     if call.kind == "gate":
         return [partial(_draw_gate, call, photo)]
     if call.kind == "channel":
         return [partial(_draw_channels, call)]
-    panels: list[_Panel] = [partial(_draw_use, call, query, photo)]
+    panels: list[_Panel] = [partial(_draw_use, at, photo)]
     if "through" in call.details:
-        panels.append(partial(_draw_gathered, call, query, photo))
+        panels.append(partial(_draw_gathered, at, photo))
     return panels
 
 
@@ -274,13 +312,12 @@ def _draw_place(query: Query, photo: _Photo, figure: Figure, axes: Axes, legend:
     unseen.outline.set_visible(False)
 
 
-def _draw_use(call: AttentionCall, query: Query, photo: _Photo, figure: Figure, axes: Axes, legend: Legend) -> None:
-    queries = queries_of(call, query)
-    use = call.use(queries)
+def _draw_use(at: Look, photo: _Photo, figure: Figure, axes: Axes, legend: Legend) -> None:
+    call, query, tokens, use = at
     _show(axes, photo)
     mean, seen = use.weights[0].mean(0).cpu().numpy(), use.seen[0].any(0).cpu().numpy()
     shades = draw_heat(axes, call, mean, seen, symmetric(mean))
-    draw_marks(axes, call, queries, use, legend)
+    draw_marks(axes, call, tokens, use, legend)
     mark_query(axes, call, query, legend)
     axes.set_title(_titles(call, use.rest[0].mean().item()), fontsize=8)
     label = "weight of a token, mean of heads"
@@ -290,12 +327,10 @@ def _draw_use(call: AttentionCall, query: Query, photo: _Photo, figure: Figure, 
         _add_bar(figure, axes, shades, f"{label} (line: equal)", 1 / max(1, int(seen.sum())))
 
 
-def _draw_gathered(
-    call: AttentionCall, query: Query, photo: _Photo, figure: Figure, axes: Axes, legend: Legend
-) -> None:
+def _draw_gathered(at: Look, photo: _Photo, figure: Figure, axes: Axes, legend: Legend) -> None:
     _show(axes, photo)
-    shades, count = draw_gathered(axes, call, queries_of(call, query), legend)
-    axes.set_title(f"{call.name}\nwhat the agent that is read most gathers", fontsize=8)
+    shades, count = draw_gathered(axes, at.call, at.tokens, legend)
+    axes.set_title(f"{at.call.name}\nwhat the agent that is read most gathers", fontsize=8)
     _add_bar(figure, axes, shades, "weight of a token, mean of heads (line: equal)", 1 / max(1, count))
 
 
@@ -323,10 +358,10 @@ def _draw_channels(call: AttentionCall, figure: Figure, axes: Axes, legend: Lege
     _add_bar(figure, axes, shades, "weight of a channel (line: equal)", 1 / len(matrix))
 
 
-def _draw_queries(calls: Sequence[AttentionCall], queries: Sequence[Query], photo: _Photo) -> Figure:
+def _draw_queries(queries: Sequence[Sequence[Look]], photo: _Photo) -> Figure:
     blocks = [
-        [partial(_draw_place, query, photo), *(panel for call in calls for panel in _panels(call, query, photo))]
-        for query in queries
+        [partial(_draw_place, looks[0].query, photo), *(panel for at in looks for panel in _panels(at, photo))]
+        for looks in queries
     ]
     columns = min(_COLUMNS, len(blocks[0]))
     rows = -(-len(blocks[0]) // columns)
@@ -351,8 +386,8 @@ def _add_legend(figure: Figure, legend: Legend) -> None:
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def _draw_heads(call: AttentionCall, query: Query, photo: _Photo) -> Figure:
-    use = call.use(queries_of(call, query))
+def _draw_heads(at: Look, photo: _Photo) -> Figure:
+    call, query, _, use = at
     weights, seen = use.weights[0].cpu().numpy(), use.seen[0].cpu().numpy()
     count = len(weights)
     columns = min(count, _HEADS)
@@ -370,13 +405,17 @@ def _draw_heads(call: AttentionCall, query: Query, photo: _Photo) -> Figure:
         draw_seen(axes, call, own, legend)
         mark_query(axes, call, query, legend)
         title = f"head {head}"
-        if not call.signed:
+        if not seen[head].any():
+            title += ": switched off"
+        elif not call.signed:
             share = np.clip(weights[head] / max(weights[head].sum(), 1e-12), 1e-12, None)
             bits = -(share * np.log2(share)).sum()
             title += f": {bits:.1f} of {math.log2(max(1, seen[head].sum())):.1f} bits"
         axes.set_title(title, fontsize=8)
     figure.suptitle(_titles(call, use.rest[0].mean().item()).replace("\n", "; "), fontsize=9)
-    bar = figure.colorbar(shades, ax=list(panels), location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar = figure.colorbar(
+        shades, ax=list(panels), location="bottom", shrink=0.5, aspect=40, pad=0.02, ticks=MaxNLocator(_TICKS)
+    )
     if not call.signed:
         bar.ax.xaxis.set_major_formatter(PercentFormatter(1))
     bar.ax.tick_params(labelsize=7)
@@ -386,35 +425,65 @@ def _draw_heads(call: AttentionCall, query: Query, photo: _Photo) -> Figure:
 
 
 def explain_image(
-    model: nn.Module, x: Tensor, method: str, layers: str | Sequence[str] | None = None, target: Target = None
-) -> tuple[Tensor, str]:
-    """Return a map by rollout or relevance, of the first layer's tokens, or by Grad-CAM, of pixels; and its title."""
+    model: nn.Module,
+    x: Tensor,
+    method: str,
+    layers: str | Sequence[str] | None = None,
+    target: Target = None,
+    places: Sequence[Place] = (),
+) -> list[Explained]:
+    """Return maps by rollout or relevance, of the first layer's tokens, or one by Grad-CAM, of pixels.
+
+    Rollout and relevance begin at each of the places, or once at what the classifier reads if there are none.
+    """
+    reads: list[tuple[Read, list[Place]]] = [(Pixel(*place), [place]) for place in places] or [("auto", [])]
     if method == "rollout":
-        return rollout(model, x, layers=layers)[0], "rollout, of no class"
+        return [
+            Explained(method, rollout(model, x, read=read, layers=layers)[0], "rollout, of no class", marks)
+            for read, marks in reads
+        ]
     with torch.no_grad(), evaluating(model):
         logits = model(x)
-    chosen_logits(model, logits, target)
+    target_logits(model, logits, target)
     index = target_indices(model, logits, target)[0].item()
     words = f"class {index}, probability {logits.float().softmax(1)[0, index]:.1%}"
     if method == "relevance":
-        return relevance(model, x, target, layers=layers, shortcut=False)[0], f"relevance for {words}"
+        return [
+            Explained(
+                method, relevance(model, x, index, read, layers, shortcut=False)[0], f"relevance for {words}", marks
+            )
+            for read, marks in reads
+        ]
     layer = layers[0] if isinstance(layers, (list, tuple)) and layers else layers
-    return grad_cam(model, x, target, layer), f"Grad-CAM at {layer or cam_layer(model, x, target)} for {words}"
+    words = f"Grad-CAM at {layer or cam_layer(model, x, target)} for {words}"
+    return [Explained(method, grad_cam(model, x, target, layer)[0], words, list(places))]
 
 
-def _draw_map(observed: tuple[Tensor, str], method: str, photo: _Photo) -> Figure:
-    values, words = observed
+def _draw_maps(maps: Sequence[Explained], photo: _Photo) -> Figure:
     height, width = photo.size
-    figure = new_figure(_WIDTH * 2 / 3, _WIDTH / 3 * height / width + 1.1)
-    bare, axes = figure.subplots(1, 2)
-    _show(bare, photo)
-    _show(axes, photo)
-    look = {"cmap": HEAT, "alpha": ALPHA, "extent": (0, width, height, 0), "interpolation": "nearest"}
-    shades = axes.imshow(values.cpu().numpy(), vmin=0, vmax=max(values.max().item(), 1e-12), **look)
-    figure.suptitle(words, fontsize=8)
-    bar = figure.colorbar(shades, ax=[bare, axes], location="bottom", shrink=0.6, aspect=40)
-    bar.set_label(_UNITS[method], fontsize=7.5)
-    bar.ax.tick_params(labelsize=7)
+    figure = new_figure(_WIDTH * 2 / 3, (_WIDTH / 3 * height / width + 1.1) * len(maps))
+    legend: Legend = {}
+    for part, explained in zip(np.ravel(figure.subfigures(len(maps), 1)), maps, strict=True):
+        bare, axes = part.subplots(1, 2)
+        _show(bare, photo)
+        _show(axes, photo)
+        look = {"cmap": HEAT, "alpha": ALPHA, "extent": (0, width, height, 0), "interpolation": "nearest"}
+        largest = max(explained.values.max().item(), 1e-12)
+        shades = axes.imshow(explained.values.cpu().numpy(), vmin=0, vmax=largest, **look)
+        for place in explained.marks:
+            mark_query(bare, None, place, legend)
+            mark_query(axes, None, place, legend)
+        words = [explained.words]
+        if explained.marks:
+            names = "; ".join(photo.name(place) for place in explained.marks)
+            words.append(f"marked: {names}" if explained.method == "cam" else f"for the {names}")
+        part.suptitle("\n".join(words), fontsize=8)
+        bar = part.colorbar(
+            shades, ax=[bare, axes], location="bottom", shrink=0.6, aspect=40, ticks=MaxNLocator(_TICKS)
+        )
+        bar.set_label(_UNITS[explained.method], fontsize=7.5)
+        bar.ax.xaxis.set_major_formatter(FormatStrFormatter("%.3g"))
+        bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -448,6 +517,6 @@ def frames(
     lengths = np.concatenate([[0], np.hypot(*np.diff(corners, axis=0).T).cumsum()])
     for length in np.linspace(0, lengths[-1], count):
         place = tuple(float(np.interp(length, lengths, axis)) for axis in corners.T)
-        figure = _draw_queries(calls, [place], photo)
+        figure = _draw_queries([look(calls, place)], photo)
         figure.canvas.draw()
         yield Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")

@@ -135,6 +135,7 @@ def draw_seen(axes: Axes, call: AttentionCall, use: Use, legend: Legend) -> None
     whole = use.whole[0].cpu().numpy()
     sets = [mask for mask in np.unique(whole, axis=0) if mask.any() and not mask.all()]
     pooled = bool((use.seen & ~use.whole).any())
+    everything = bool(whole.all((1, 2)).any())
     if len(sets) > 2:
         sets = [whole.any(0)]
     for number, mask in enumerate(sets):
@@ -142,7 +143,9 @@ def draw_seen(axes: Axes, call: AttentionCall, use: Use, legend: Legend) -> None
         _add_lines(axes, _outline(mask, call.pixel_steps()), colour, 1.5, style)
         what = "seen token by token, the rest pooled" if pooled else "what the query can see"
         if len(sets) > 1 or (pooled and not whole.any((1, 2)).all()):
-            what = f"{what}, by {('some', 'the other')[number]} heads"
+            what = f"{what}, by {('some', 'the other' if not everything else 'other')[number]} heads"
+        elif everything:
+            what = "what some heads can see; the others see everything"
         legend[what] = Line2D([], [], color=colour, lw=1.6, ls=style)
 
 
@@ -219,10 +222,9 @@ def _draw_points(axes: Axes, call: AttentionCall, queries: list[int], legend: Le
             linewidth=0.6,
             zorder=6,
         )
-    what = f"the {_POINTS} heaviest sampled points" if weights.numel() > _POINTS else "sampled points"
-    if groups > 1:
-        what += ", a shape for each group of heads"
-    legend[f"{what}; area by weight"] = Line2D([], [], ls="", marker="o", mfc=ORANGE, mec="black", markersize=7)
+    # One entry for all panels, of one group or several.
+    what = f"sampled points, {_POINTS} at most, area by weight, a shape for each group of heads"
+    legend[what] = Line2D([], [], ls="", marker="o", mfc=ORANGE, mec="black", markersize=7)
     legend["where they started"] = Line2D([], [], color="black", lw=0.8, marker="o", mfc="white", markersize=3.5)
     if weights.numel() > _POINTS:
         legend["other sampled points"] = Line2D([], [], ls="", marker=".", mfc="black", mec="white", markersize=5)

@@ -3,9 +3,10 @@
 from .cam import cam_layer, grad_cam, grad_cam_plus_plus, layer_cam
 from .heads import describe_heads
 from .judge import deletion, insertion, max_box_acc_v2, pixel_ap, pointing_game
-from .rollout import relevance, rollout
+from .rollout import Pixel, relevance, rollout
 
 __all__ = [
+    "Pixel",
     "Region",
     "cam_layer",
     "deletion",

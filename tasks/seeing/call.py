@@ -380,7 +380,8 @@ class AttentionCall:
             rows = operator.rows(part)
             if rows.keys is None:
                 total[..., :-1] += rows.weights.sum(2)
-                seen += 1
+                # Some of the heads see windows of it (HiLo).
+                seen[..., :-1] += (rows.weights != 0).any(2)
             else:
                 keys = torch.where(rows.keys < 0, operator.keys, rows.keys).expand_as(rows.weights).flatten(2)
                 total.scatter_add_(2, keys, rows.weights.flatten(2))

@@ -216,10 +216,10 @@ def _score(model: nn.Module, x: Tensor, target: Target, hooks: dict[nn.Module, C
         for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         logits = model(x.detach().clone().requires_grad_(x.is_floating_point()))
-    return chosen_logits(model, logits, target).sum()
+    return target_logits(model, logits, target).sum()
 
 
-def chosen_logits(model: nn.Module, logits: Tensor, target: Target) -> Tensor:
+def target_logits(model: nn.Module, logits: Tensor, target: Target) -> Tensor:
     """Return the logit ``[B]`` of each image's target; of the likeliest class if there is none.
 
     Raises:

@@ -16,8 +16,8 @@ from ...blocks.hilo import HiLoAttention2d
 from ...blocks.record import spread_rows
 from .. import TaskError
 from .call import AttentionCall, land
-from .cam import chosen_logits, evaluating
-from .record import chosen, record_attention
+from .cam import evaluating, target_logits
+from .record import is_named, record_attention
 
 # Numbers held at once.
 _CHUNK = 2**22
@@ -102,7 +102,7 @@ def _describe(
     calls = {
         name: call
         for name, call in record.items()
-        if chosen(name.partition("#")[0], layers) and call.kind not in ("gate", "channel") and len(call.map_size) == 2
+        if is_named(name.partition("#")[0], layers) and call.kind not in ("gate", "channel") and len(call.map_size) == 2
     }
     if not calls:
         raise TaskError(f"{type(model).__name__} has no attention between positions of that name")
@@ -122,10 +122,10 @@ def _describe(
 
 def _score(model: nn.Module, logits: Tensor, original: Tensor, labels: Tensor | None) -> float:
     if labels is not None:
-        chosen_logits(model, logits, labels)
+        target_logits(model, logits, labels)
         return (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
     classes = original.argmax(1) if isinstance(original, Tensor) and original.ndim == 2 else None
-    chosen_logits(model, logits, classes)
+    target_logits(model, logits, classes)
     return logits.float().softmax(1).gather(1, classes[:, None]).mean().item()
 
 

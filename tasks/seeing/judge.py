@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import TaskError
-from .cam import Target, chosen_logits, evaluating, target_indices
+from .cam import Target, evaluating, target_indices, target_logits
 
 # wsolevaluation's: where maps are cut for boxes, from which IoU a box is right, and the bins of pixels' values.
 _BOX_CUTS = np.arange(0, 1, 0.01)
@@ -78,7 +78,7 @@ def _run(
     scores = []
     with evaluating(model):
         logits = model(x)
-        chosen_logits(model, logits, target)  # refuses what gives no logits
+        target_logits(model, logits, target)  # refuses what gives no logits
         classes = target_indices(model, logits, target)[:, None]
         for done in range(count + 1):
             logits = model(torch.where(turn < done, end, start))

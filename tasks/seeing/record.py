@@ -69,8 +69,8 @@ class _Plan(NamedTuple):
     skipped: dict[str, str]
 
 
-def chosen(name: str, layers: Sequence[str] | None) -> bool:
-    """Return whether globs name a module; None names all."""
+def is_named(name: str, layers: Sequence[str] | None) -> bool:
+    """Return whether one of the globs fits a module's name; None fits all."""
     return layers is None or any(fnmatchcase(name, pattern) for pattern in layers)
 
 
@@ -100,18 +100,18 @@ def _plan(model: nn.Module, layers: Sequence[str] | None) -> _Plan:
             continue
         seen.add(id(module))
         if id(module) in parts:
-            if chosen(name, layers) and _tells(module):
+            if is_named(name, layers) and _tells(module):
                 skipped[name] = f"it is recorded as a part of {parts[id(module)] or 'the model'}"
             continue
         if _lost(module, parents):
-            if chosen(name, layers):
+            if is_named(name, layers):
                 skipped[name] = f"{type(module).__name__} is read only inside of timm's own blocks, which know the map"
         elif _tells(module):
-            if chosen(name, layers):
+            if is_named(name, layers):
                 sites[name] = Site(module, parents.get(id(module)), _owner(model, name))
             for part in module.modules():
                 parts[id(part)] = name
-        elif chosen(name, layers):
+        elif is_named(name, layers):
             reason = getattr(module, "unrecorded", None)
             if reason is None and _NAMED_ATTENTION.search(type(module).__name__):
                 if any(_tells(part) for part in module.modules()):

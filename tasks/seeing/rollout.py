@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from ...blocks.record import Rows, gather_keys, spread_rows
 from .. import TaskError
 from .call import AttentionCall, land
-from .cam import Target, chosen_logits, evaluating
-from .record import Record, chosen, record_attention
+from .cam import Target, evaluating, target_logits
+from .record import Record, is_named, record_attention
 
-Read = str | tuple[int, int]
+
+class Pixel(NamedTuple):
+    """A place in pixels of the image, for ``read``: the position of the last map that it lies in."""
+
+    x: float
+    y: float
+
+
+Read = str | tuple[int, int] | Pixel
 
 _FUSES = ("mean", "min", "max")
 # Numbers held at once where heads are compared, which takes all of a row.
@@ -144,9 +152,9 @@ def _mixes(call: AttentionCall) -> bool:
     return call.kind not in ("gate", "channel")
 
 
-def _start(model: nn.Module, call: AttentionCall, size: tuple[int, int], batch: int, read: Read) -> Tensor:
+def _start(model: nn.Module, call: AttentionCall, size: tuple[int, int], path: _Path, read: Read) -> Tensor:
     """Return where the classifier reads, ``[B, prefix + h * w]``."""
-    prefix, count = call.prefix, size[0] * size[1]
+    prefix, count, batch = call.prefix, size[0] * size[1], call.values.shape[0]
     r = torch.zeros(batch, prefix + count, dtype=torch.float64, device=call.values.device)
     if read == "auto":
         read, tokens = _reads(model, prefix)
@@ -159,6 +167,13 @@ def _start(model: nn.Module, call: AttentionCall, size: tuple[int, int], batch: 
     elif read == "mean":
         r[:, prefix:] = 1 / count
     else:
+        if isinstance(read, Pixel):
+            height, width = path.image_size
+            if not (0 <= read.x < width and 0 <= read.y < height):
+                raise TaskError(f"the image is {width}x{height} pixels; {tuple(read)} is not on it")
+            steps = (step * own / new for step, own, new in zip(call.pixel_steps(), call.map_size, size, strict=True))
+            axes = zip((read.y, read.x), steps, size, strict=True)
+            read = tuple(min(int(place // step), length - 1) for place, step, length in axes)
         if isinstance(read, str) or len(read) != 2:
             raise TaskError(f"read is 'auto', 'class', 'mean' or (row, column); got {read!r}")
         row, column = read
@@ -196,7 +211,7 @@ def _carry(
     """Carry what the classifier reads down through a forward pass; ``step`` goes through an attention."""
     layers = [layers] if isinstance(layers, str) else layers
     names = list(path.record)
-    selected = [name for name in names if chosen(name.partition("#")[0], layers) and _mixes(path.record[name])]
+    selected = [name for name in names if is_named(name.partition("#")[0], layers) and _mixes(path.record[name])]
     if not selected:
         raise TaskError(f"no attention is named {layers}; there are {', '.join(names[:4])}, ...")
     calls = {index: name for index, name in enumerate(names) if _mixes(path.record[name])}
@@ -209,8 +224,8 @@ def _carry(
         (event.size for event in events[: events.index(calls[max(calls)])] if isinstance(event, _Shrink)),
         last.map_size,
     )
-    prefix, batch = last.prefix, last.values.shape[0]
-    r = _start(model, last, size, batch, read)
+    prefix = last.prefix
+    r = _start(model, last, size, path, read)
     maps = {}
     for place, event in enumerate(events):
         if isinstance(event, _Shrink):
@@ -381,7 +396,8 @@ def rollout(
         fuse: ``"mean"`` of the heads; ``"min"`` and ``"max"`` are brought to rows of 1 after the identity is added.
         discard: Part of the smallest entries of each attention that become 0, after the heads are fused.
         read: Where to begin: at the ``"class"`` token, at the ``"mean"`` of the last map, or at one of its positions
-            ``(row, column)``. ``"auto"``: what the classifier reads; both class tokens of a distilled model.
+            ``(row, column)``, or at that of a `Pixel` of the image. ``"auto"``: what the classifier reads; both class
+            tokens of a distilled model.
         layers: Globs of the attentions to count; others are taken for the identity.
         every_layer: Whether to return a map for each attention, of what it was given.
         pixels: Whether to go on to the pixels, through the convolutions of the stem.
@@ -453,7 +469,7 @@ def relevance(
         TaskError: As `rollout`, or if the model gives no logits, or there is no such class.
     """
     path = _run(model, x, gradients=True)
-    score = chosen_logits(model, path.output, target).sum()
+    score = target_logits(model, path.output, target).sum()
     names = [name for name, call in path.record.items() if _mixes(call) and call.output.requires_grad]
     outputs = [path.record[name].output for name in names]
     gradients = torch.autograd.grad(score, outputs, allow_unused=True)

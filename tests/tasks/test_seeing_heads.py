@@ -66,13 +66,15 @@ PICTURES = {
     "dat_tiny": dict(
         stages=("LS", "S", "LD", "D"), img_size=64, embed_dim=16, num_heads=(1, 2, 2, 4), groups=(1, 1, 2, 4)
     ),
+    "litv2_small": dict(embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1), alpha=0.5),
     "agent_deit_tiny": dict(embed_dim=16, num_heads=2, depth=4, agent_blocks=2, img_size=64),
 }
 LEGENDS = {
     "nat_atto": "what the query can see",
     "biformer_tiny": "routed regions, numbered by rank",
     "quadtree_b0": "level 2 of the tree, of any head (level 1: everything)",
-    "dat_tiny": "sampled points, a shape for each group of heads; area by weight",
+    "dat_tiny": "sampled points, 49 at most, area by weight, a shape for each group of heads",
+    "litv2_small": "what some heads can see; the others see everything",
     "agent_deit_tiny": "agents, area by what the query reads",
 }
 

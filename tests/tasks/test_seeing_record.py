@@ -266,6 +266,17 @@ def test_learned_tokens_and_weights_of_heads_are_told_apart(golden_module):
     assert learned.abs().max() > 0.01
 
 
+def test_heads_within_windows_see_no_more(golden_module):
+    attention = seeded(blocks.HiLoAttention2d(16, 2, alpha=0.5), golden_module)
+    with foveate.record_attention(attention) as record:
+        attention(torch.randn(1, 6, 8, 16))
+    call = record[""]
+    use = call.use([call.token_at((3, 5))])
+    within = [(4, 2), (4, 3), (5, 2), (5, 3)]
+    assert [tuple(place) for place in use.seen[0, 0].nonzero().tolist()] == within
+    assert use.seen[0, 1].all()
+
+
 def small():
     return timm.create_model("nat_atto", embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=3).eval()
 

@@ -175,10 +175,18 @@ def test_what_cant_be_carried_is_refused_by_name(golden_module):
         ({"discard": 1}, "discard is"),
         ({"read": "class"}, "has no class token"),
         ({"read": (8, 0)}, "the last map is 8x8"),
+        ({"read": foveate.explain.Pixel(64, 0)}, "the image is 64x64 pixels"),
         ({"layers": "blocks.*"}, "no attention is named"),
     ):
         with pytest.raises(TaskError, match=words):
             foveate.explain.rollout(model, x, **options)
+
+
+def test_a_pixel_is_read_where_it_lies(golden_module):
+    model, x = tiny("nat_atto", golden_module), torch.randn(1, 3, 64, 64)
+    # The last map is 8x8.
+    position, pixel = (foveate.explain.rollout(model, x, read=read) for read in ((6, 2), foveate.explain.Pixel(20, 50)))
+    assert torch.equal(position, pixel)
 
 
 def test_relevance_without_shortcuts_is_what_attentions_add(golden_module):

@@ -46,6 +46,20 @@ def test_a_picture_has_its_numbers_beside_it(photo, tmp_path, capsys):
     assert weights[best["row"], best["column"]] == weights.max()
 
 
+def test_a_map_has_its_numbers_beside_it(photo, tmp_path):
+    command = ["attend", photo, *MODEL, "--at", "40,30", "55,20", "--output", str(tmp_path)]
+    assert main([*command, "--method", "rollout"]) == 0
+    told, arrays = json.loads((tmp_path / "photo_rollout.json").read_text()), np.load(tmp_path / "photo_rollout.npz")
+    # A map for each place that it begins at.
+    assert told["at"] == [[40.0, 30.0], [55.0, 20.0]]
+    assert all(arrays[f"{number}.map"].sum() == pytest.approx(1, abs=1e-5) for number in (0, 1))
+    assert main([*command, "--method", "cam", "--class", "3"]) == 0
+    told, arrays = json.loads((tmp_path / "photo_cam.json").read_text()), np.load(tmp_path / "photo_cam.npz")
+    assert "for class 3" in told["map"]
+    assert len(told["at_input"]) == 2
+    assert arrays["map"].shape == (32, 32)
+
+
 def test_a_table_has_a_row_for_each_head(photo, tmp_path):
     assert main(["attend", photo, "--table", *MODEL, "--layers", "stages.2.*.0.*", "--output", str(tmp_path)]) == 0
     with (tmp_path / "heads.csv").open(newline="") as lines:
@@ -64,6 +78,9 @@ def test_a_table_has_a_row_for_each_head(photo, tmp_path):
         (["PHOTO", *MODEL, "--at", "2,30"], "2,30 is cropped away"),
         (["PHOTO", *MODEL, "--box", "1"], "--box is of detectors and segmenters"),
         (["PHOTO", *MODEL, "--animate", "5"], "at least 2 places"),
+        (["PHOTO", *MODEL, "--method", "roll"], "--method is one of query, rollout, relevance, cam"),
+        (["PHOTO", *MODEL, "--method", "rollout", "--heads"], "--heads is of --method query"),
+        (["PHOTO", *MODEL, "--method", "rollout", "--class", "3"], "the same for every class"),
         (["PHOTO", *MODEL, "--layers", "stage.*"], "no module of NAT is named"),
         (["PHOTO", "--evaluate"], "neither an IMAGE"),
     ],
@@ -98,7 +115,9 @@ def test_photos_are_upright_and_grey_ones_are_drawn(tmp_path):
     exif[274] = 6  # the camera was turned: 60 wide, 80 high
     turned.save(tmp_path / "turned.jpg", exif=exif)
     command = ["attend", str(tmp_path / "turned.jpg"), *MODEL, "--layers", "stages.1.*", "--output", str(tmp_path)]
-    assert main([*command, "--at", "30,40"]) == 0
+    assert main([*command, "--at", "30,40", "30,60", "--animate", "2"]) == 0
+    with Image.open(tmp_path / "turned_query.gif") as moving:
+        assert moving.n_frames == 2
     told = json.loads((tmp_path / "turned_query.json").read_text())
     assert told["queries"][0]["at_input"] == pytest.approx([16, 16], abs=0.51)
 
