@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import EMAHook
+from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 
 from ...zoo.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint
@@ -89,6 +91,8 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     last = output / "last.pth"
     _check_begun(last, resume)  # again, now that no other run can begin here
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
+    if config["compile"]:
+        _check_guards()
     device, distributed = _launch(config["device"])
     task = _build_task(config, checkpoint, last)
     remarks += task.check_data()
@@ -263,6 +267,16 @@ def _check_card(card: dict, expected: dict, path: str | Path) -> None:
     for key in ("model", "classes"):
         if card.get(key) != expected[key]:
             raise TaskError(f"{path}: its {key} is {card.get(key)}, but the config's is {expected[key]}")
+
+
+def _check_guards() -> None:
+    """Refuse to compile where a model that goes into evaluation would go on as in training, and say nothing."""
+    # CPython 3.13.0 tells torch's guards of attributes that are no longer so (python/cpython#125608).
+    if sys.version_info[:3] == (3, 13, 0) and TorchVersion(torch.__version__) < (2, 12):
+        raise TaskError(
+            f"compile=True: torch {torch.__version__} on Python 3.13.0 would validate the model as in training; take "
+            "another Python, such as 3.13.1, torch 2.12 or newer, or compile=False"
+        )
 
 
 def _launch(device_name: str) -> tuple[torch.device, bool]:
