@@ -37,9 +37,9 @@ def test_detectors_are_timed_against_torchvision(tmp_path):
 
 @pytest.mark.heavy
 def test_dino_is_timed_by_parts(tmp_path):
-    argv = ["bench", "dino", "resnet10t", "--image", "96", "128", "--rounds", "1", "--output", str(tmp_path)]
-    assert main(argv) == 0
-    rows = {row["part"]: row for row in csv.DictReader((tmp_path / "dino.csv").open())}
+    argv = ["bench", "detectors", "resnet10t", "--head", "dino", "--image", "96", "128", "--rounds", "1"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    rows = {row["part"]: row for row in csv.DictReader((tmp_path / "detectors.csv").open())}
     assert {"backbone", "encoder", "decoder"} < rows.keys()
     assert float(rows["encoder, forward and backward"]["times grid_sample's memory"]) < 0.7
     assert float(rows["encoder, forward and backward, by grid_sample"]["times grid_sample's time"]) == 1.0

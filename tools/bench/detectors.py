@@ -12,9 +12,12 @@ from torchvision.models.detection.rpn import AnchorGenerator
 
 from ...tasks.dense.detect import create_detector
 from ..timing import alternate
+from .dino import bench_dino
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
+    if args.head == "dino":
+        return bench_dino(args.models, tuple(args.image), args.rounds, args.device)
     return bench_detectors(args.models, tuple(args.image), args.rounds, args.device)
 
 

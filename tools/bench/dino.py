@@ -1,6 +1,5 @@
 """DINO by parts beside transformers' deformable DETR, and its encoder in training against grid_sample's formulation."""
 
-import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,10 +16,6 @@ from ..timing import alternate
 
 PEER = "encoder, forward and backward, by grid_sample"
 DETR = "deformable DETR of transformers: "
-
-
-def measure(args: argparse.Namespace) -> list[dict]:
-    return bench_dino(args.models, tuple(args.image), args.rounds, args.device)
 
 
 def bench_dino(names: Sequence[str], image_size: tuple[int, int], rounds: int, device: str) -> list[dict]:
