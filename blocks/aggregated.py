@@ -142,6 +142,7 @@ class AggregatedAttention2d(nn.Module):
             pooled,
             self.sr_ratio,
             self.cpb.trained_size,
+            None,  # a function that TorchScript ignores has no defaults in it
         )
         return self.proj_drop(self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out))
 

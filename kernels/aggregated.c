@@ -8,6 +8,10 @@
  *
  * Nothing here knows torch.
  */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inline functions alone */
+#endif
+
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,7 +1,6 @@
 """Aggregated attention: the published modules, all ways to compute it, gradients, positions, sizes, precision."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -117,10 +116,15 @@ def randomized(*args, **options) -> AggregatedAttention2d:
     return attention
 
 
+def asking_for(backend):
+    """Return `attend_projected` by a backend; the module leaves the choice, its last argument, open."""
+    call = blocks_aggregated.attend_projected
+    return lambda *arguments: call(*arguments[:-1], backend)
+
+
 def attend(monkeypatch, attention, x, backend):
     with monkeypatch.context() as patch, torch.no_grad():
-        call = partial(blocks_aggregated.attend_projected, backend=backend)
-        patch.setattr(blocks_aggregated, "attend_projected", call)
+        patch.setattr(blocks_aggregated, "attend_projected", asking_for(backend))
         return attention(x)
 
 
@@ -166,9 +170,7 @@ def test_attention_in_c_is_refused_where_it_cannot_run(monkeypatch):
     attention, x = randomized(24, 2), torch.randn(1, 4, 4, 24)
     with pytest.raises(ValueError, match="native' cannot run here: it computes in float32"):
         attend(monkeypatch, copy.deepcopy(attention).double(), x.double(), "native")
-    monkeypatch.setattr(
-        blocks_aggregated, "attend_projected", partial(blocks_aggregated.attend_projected, backend="native")
-    )
+    monkeypatch.setattr(blocks_aggregated, "attend_projected", asking_for("native"))
     with pytest.raises(ValueError, match="cannot run here: it has no derivatives"):
         attention(x)
 

@@ -10,7 +10,7 @@ from foveate.configs.published import read_published
 from foveate.tasks import engine
 from foveate.tasks.data.coco import encode_mask
 from foveate.tasks.engine.config import task_class_of
-from foveate.tasks.engine.runner import _groups_by_name
+from foveate.tasks.engine.groups import group
 from foveate.tools.cli import main
 from PIL import Image
 
@@ -126,16 +126,16 @@ def build(name):
 def test_a_recipe_s_model_and_parameter_groups_can_be_built(name):
     config, model = build(name)
     settings = config["optimizer"]
-    groups = _groups_by_name(model, settings)
-    assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
-    listed = {parameter for group in groups if group["weight_decay"] == 0 for parameter in group["params"]}
+    groups = group(model, settings)
+    assert sum(len(part["params"]) for part in groups) == len([*model.parameters()])
+    listed = {parameter for part in groups if part["weight_decay"] == 0 for parameter in part["params"]}
     names = dict(model.named_parameters())
     assert bool(listed) == bool(settings["no_decay"])
     if settings["no_decay"]:
         # Batch norms of heads are called bn, and decay.
         assert all(names[key] not in listed for key in names if ".bn." in key and "norm" not in key)
         assert any(names[key] in listed for key in names if key.startswith("backbone.") and "norm" in key)
-    assert {group["lr_scale"] for group in groups} == {1.0, *settings["factors"].values()}
+    assert {part["lr_scale"] for part in groups} == {1.0, *settings["factors"].values()}
 
 
 @pytest.mark.parametrize("task", ["detect", "segment"])

@@ -71,6 +71,7 @@ def test_a_run_leaves_safe_and_complete_files(config_file, tmp_path):
     result = train(config_file, tmp_path / "run", "epochs=2")
     pictures = {"best.png", "confusion.png", "curves.png", "worst.png"}
     written = {"best.pth", "config.py", "environment.json", "history.csv", "history.json", "last.pth", "log.txt"}
+    written.add("report.html")
     assert {path.name for path in (tmp_path / "run").iterdir()} == written | pictures
     for name in ("best.pth", "last.pth"):
         assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "run" / name) == []

@@ -121,6 +121,7 @@ def test_a_published_model_names_imagenet_classes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "timm.create_model", lambda name, pretrained, **kwargs: create(name, pretrained=False, **kwargs).eval()
     )
+    monkeypatch.setattr("foveate.zoo.loading.check_host", lambda url: None)
     Image.fromarray(np.zeros((40, 90), np.uint8)).save(tmp_path / "image.png")
     torch.manual_seed(0)
     argv = ["predict", str(tmp_path / "image.png"), "--model", "resnet18", "--output", str(tmp_path / "out")]

@@ -78,7 +78,7 @@ def test_a_video_is_annotated_and_described(classifier, tmp_path, capsys):
     argv = ["predict", str(path), "--checkpoint", str(classifier), "--output", str(out)]
     assert main([*argv, "--every", "2", "--top", "1", "--batch-size", "3"]) == 0
     assert "4 frames" in (text := capsys.readouterr().out)
-    assert f"1 videos and predictions.json: {out}" in text
+    assert f"1 video and predictions.json: {out}" in text
     assert sorted(file.name for file in out.iterdir()) == ["film.mp4", "predictions.json"]
     entries = json.loads((out / "predictions.json").read_text())
     assert [(entry["frame"], entry["seconds"]) for entry in entries] == [(0, 0), (2, 0.2), (4, 0.4), (6, 0.6)]

@@ -575,6 +575,7 @@ def test_the_hub_is_asked_through_its_own_library(home, payload, monkeypatch, tm
         return str(tmp_path / "hub.bin")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("foveate.zoo.weights.check_host", lambda url: None)
     sources = tuple(Source("hub", "listed", repo=repo, file="hub.bin") for repo in ("gone/gone", "some/where"))
     entry = Weights(NAME, "classify", "imagenet-1k", sources, "https://example.org/page")
     assert fetch(entry) == tmp_path / "hub.bin"
@@ -589,6 +590,7 @@ def test_the_hubs_library_takes_what_it_is_given(host, home, payload, monkeypatc
 
     theirs = functools.partial(huggingface_hub.hf_hub_download, endpoint=host.address("").rstrip("/"))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", theirs)
+    monkeypatch.setattr("foveate.zoo.weights.check_host", lambda url: None)
     sources = tuple(Source("hub", "listed", repo=repo, file="file.bin") for repo in ("gone/model", "hub/model"))
     entry = Weights(NAME, "classify", "imagenet-1k", sources, "https://example.org/page")
     path = fetch(entry, cache_dir=tmp_path / "cache")
