@@ -105,6 +105,16 @@ def _best_state(entry: dict) -> str:
     return next((state for state in _STATES if state in states), "none")
 
 
+def _where(model: str, weights: dict) -> str:
+    """Return where a classifier's weights are."""
+    files = [entry for entry in _files_of(model, weights).values() if entry["task"] == "classify"]
+    states = [_best_state(entry) for entry in files]
+    best = next((state for state in _STATES if state in states), None)
+    if best == "browser":
+        return f"by hand: [page]({files[states.index(best)]['page']})"
+    return "none" if best is None else _STATES[best]
+
+
 def _stated(entry: dict) -> str:
     return ", ".join(f"{metric} {value}" for metric, value in entry.get("stated", {}).items()) or "-"
 
@@ -116,7 +126,10 @@ def _index(models: list[dict[str, str]], weights: dict) -> str:
         sizes = [float(row["parameters (M)"]) for row in rows]
         span = f"{min(sizes):.0f} to {max(sizes):.0f}" if round(min(sizes)) != round(max(sizes)) else f"{sizes[0]:.0f}"
         families.append((f"[{title}]({family}.md)", str(len(rows)), span, what))
-    every = [(f"[`{row['model']}`]({row['family']}.md)", *list(row.values())[2:]) for row in models]
+    every = [
+        (f"[`{row['model']}`]({row['family']}.md)", *list(row.values())[2:], _where(row["model"], weights))
+        for row in models
+    ]
     return f"""# Models
 
 All of them are timm's: `timm.create_model(NAME, features_only=True)`, `num_classes=`, `in_chans=` and the rest work as
@@ -129,7 +142,7 @@ published file could be opened where this was made, so that no accuracy below is
 
 ## All models
 
-{_table(("model", *list(models[0])[2:]), every)}
+{_table(("model", *list(models[0])[2:], "weights"), every)}
 
 Parameters in millions with the classifier; multiply-adds in billions at the input size, as executed on the CPU.
 """

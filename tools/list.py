@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--timm", action="store_true", help="list timm's own models too, by name only")
     kind.add_argument("--detectors", action="store_true", help="list the published detectors")
     kind.add_argument("--segmenters", action="store_true", help="list the published segmenters")
-    kind.add_argument("--markdown", action="store_true", help="print the table of README")
+    kind.add_argument("--markdown", action="store_true", help="print a table in markdown")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,7 +100,7 @@ def _published_elsewhere(name: str) -> str:
 
 
 def markdown(names: Iterable[str]) -> str:
-    """Return the facts as the table that README shows."""
+    """Return the facts as a table in markdown."""
     lines = ["| model | params (M) | input | top-1 | weights |", "| --- | ---: | ---: | ---: | --- |"]
     for row in facts(names):
         line = re.sub(r"by hand: (\S+)", r"by hand: [page](\1)", " | ".join(row))

@@ -65,6 +65,8 @@ def train(config: dict[str, Any], output: str | Path, resume: bool = False, prog
         CheckpointError: If there is no checkpoint to continue from, or one can't be read or doesn't fit.
     """
     output = Path(output)
+    if config["compile"]:
+        _check_guards()
     _check_begun(output / "last.pth", resume)
     if not is_main_process():
         return _train(config, output, resume, progress, [])
@@ -91,8 +93,6 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     last = output / "last.pth"
     _check_begun(last, resume)  # again, now that no other run can begin here
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
-    if config["compile"]:
-        _check_guards()
     device, distributed = _launch(config["device"])
     task = _build_task(config, checkpoint, last)
     remarks += task.check_data()

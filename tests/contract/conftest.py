@@ -75,7 +75,16 @@ def _build(name: str) -> nn.Module:
 
 # One of each file of the zoo, and of each host: what `.ci/wide versions` takes.
 _SHORT = (
-    *("nat_atto", "biformer_tiny", "quadtree_b0", "dat_tiny", "dat_pp_tiny", "agent_swin_tiny", "inline_pvt_tiny"),
+    *(
+        "nat_atto",
+        "biformer_tiny",
+        "quadtree_b0",
+        "dat_tiny",
+        "dat_pp_tiny",
+        "agent_swin_tiny",
+        "agent_deit_tiny",
+        "inline_pvt_tiny",
+    ),
     *("litv2_small", "ela_s_mobilenetv2", "shiftvit_light_tiny", "overlock_xt", "transnext_micro"),
     *("moh_transnext_base_50", "van_b0", "mscan_t", "foveate_davit_tiny", "foveate_host_atto"),
 )
@@ -85,6 +94,16 @@ _SHORT = (
 def family(request) -> str:
     """Return the name of a model of every family in turn."""
     return request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.versions if name in _SHORT else pytest.mark.heavy) for name in FAMILIES
+    ]
+)
+def exported(request) -> nn.Module:
+    """Return what `model` does, by default of one model of each file of the zoo: writing a file takes long."""
+    return _build(request.param)
 
 
 @pytest.fixture

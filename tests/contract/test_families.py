@@ -35,18 +35,18 @@ def test_compiled_models_compute_the_same(model, images):
         torch.testing.assert_close(compiled_gradient / scale, gradient / scale, atol=1e-3, rtol=0)
 
 
-def test_onnxruntime_computes_the_same(model, images, tmp_path):
+def test_onnxruntime_computes_the_same(exported, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path = tmp_path / "model.onnx"
     # A family that is right to the last bits of float32 may differ by more in units of so small a model's logits.
-    facts = export_model(model.eval(), images, path, {}, Options(tolerance=1e-4))
+    facts = export_model(exported.eval(), images, path, {}, Options(tolerance=1e-4))
     assert facts["operators"] == []
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     others = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     (logits,) = session.run(["output"], {"images": others.numpy()})
     with torch.no_grad():
-        expected = model(others).numpy()
+        expected = exported(others).numpy()
     assert np.abs(expected).max() > 1e-4  # of random weights, but of more than rounding
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
