@@ -1,6 +1,7 @@
 """DINO by parts beside transformers' deformable DETR, and its encoder in training against grid_sample's formulation."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from unittest.mock import patch
@@ -89,6 +90,9 @@ def _peer_parts(backbone: str, batch: Tensor, queries: int) -> dict[str, Callabl
     """Return the parts of transformers' deformable DETR on a timm model, by the names of ours."""
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
 
+    # It takes no more queries than its four maps have positions.
+    positions = sum(math.prod(-(-side // step) for side in batch.shape[2:]) for step in (8, 16, 32, 64))
+    queries = min(queries, positions)
     config = DeformableDetrConfig(
         backbone_config=TimmBackboneConfig(backbone=backbone, out_indices=[-3, -2, -1], use_pretrained_backbone=False),
         num_queries=queries,
