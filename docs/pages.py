@@ -5,10 +5,10 @@ The tables are docs/models.csv (`python .ci/models.py` writes it), zoo/weights.j
 
 import ast
 import csv
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -43,7 +43,9 @@ _STATES = {
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages."""
-    models, weights = _models(), json.loads((ROOT / "zoo" / "weights.json").read_text())
+    from foveate.zoo.weights import table
+
+    models, weights = _models(), table()
     files.append(File.generated(config, "models/index.md", content=_index(models, weights)))
     for family in FAMILIES:
         rows = [row for row in models if row["family"] == family]
@@ -96,27 +98,21 @@ def _paragraph(text: str) -> str:
     return "\n".join(lines)
 
 
-def _files_of(model: str, weights: dict) -> dict[str, dict]:
-    return {name: entry for name, entry in weights.items() if name.partition(".")[0] == model}
-
-
-def _best_state(entry: dict) -> str:
-    states = [source["state"] for source in entry["sources"]]
-    return next((state for state in _STATES if state in states), "none")
+def _files_of(model: str, weights: dict) -> dict:
+    return {name: entry for name, entry in weights.items() if entry.model == model}
 
 
 def _where(model: str, weights: dict) -> str:
     """Return where a classifier's weights are."""
-    files = [entry for entry in _files_of(model, weights).values() if entry["task"] == "classify"]
-    states = [_best_state(entry) for entry in files]
-    best = next((state for state in _STATES if state in states), None)
-    if best == "browser":
-        return f"by hand: [page]({files[states.index(best)]['page']})"
-    return "none" if best is None else _STATES[best]
+    files = [entry for entry in _files_of(model, weights).values() if entry.task == "classify"]
+    best = min(files, key=lambda entry: [*_STATES].index(entry.state), default=None)
+    if best is None:
+        return "none"
+    return f"by hand: [page]({best.page})" if best.state == "browser" else _STATES[best.state]
 
 
-def _stated(entry: dict) -> str:
-    return ", ".join(f"{metric} {value}" for metric, value in entry.get("stated", {}).items()) or "-"
+def _stated(entry: Any) -> str:
+    return ", ".join(f"{metric} {value}" for metric, value in entry.stated.items()) or "-"
 
 
 def _index(models: list[dict[str, str]], weights: dict) -> str:
@@ -153,8 +149,8 @@ def _family(family: str, rows: list[dict[str, str]], weights: dict) -> str:
     parts = [f"# {title}", _docstring(family), "## Models"]
     models = []
     for row in rows:
-        files = [entry for entry in _files_of(row["model"], weights).values() if entry["task"] == "classify"]
-        stated = next((entry["stated"]["top-1"] for entry in files if "top-1" in entry.get("stated", {})), "-")
+        files = [entry for entry in _files_of(row["model"], weights).values() if entry.task == "classify"]
+        stated = next((entry.stated["top-1"] for entry in files if "top-1" in entry.stated), "-")
         models.append((f"`{row['model']}`", *list(row.values())[2:], str(stated)))
     parts.append(_table(("model", *list(rows[0])[2:], "top-1, the paper's"), models))
     files = [(name, entry) for row in rows for name, entry in _files_of(row["model"], weights).items()]
@@ -165,20 +161,11 @@ def _family(family: str, rows: list[dict[str, str]], weights: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _weights(files: list[tuple[str, dict]]) -> str:
+def _weights(files: list[tuple[str, Any]]) -> str:
     rows = []
     for name, entry in files:
-        page = entry.get("page")
-        state = _STATES.get(_best_state(entry), "none")
-        rows.append(
-            (
-                f"`{name}`",
-                entry["data"],
-                _stated(entry),
-                entry.get("license") or "not stated",
-                f"[{state}]({page})" if page else state,
-            )
-        )
+        where = f"[{_STATES[entry.state]}]({entry.page})"
+        rows.append((f"`{name}`", entry.data, _stated(entry), entry.license or "not stated", where))
     return (
         _table(("file", "data", "the authors' numbers", "license", "where"), rows)
         + "\n\n`foveate weights fetch NAME` brings one, `foveate weights verify FILE` reads it strictly. "

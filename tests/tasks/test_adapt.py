@@ -1,5 +1,6 @@
 """What doesn't learn stays as it is; adapters alone are trained, saved and merged."""
 
+import contextlib
 import json
 
 import pytest
@@ -48,6 +49,19 @@ def lora(base):
     return (f"model.checkpoint={base}", "epochs=2", "lora=True", "schedule.warmup_epochs=0", "optimizer.lr=1e-2")
 
 
+@contextlib.contextmanager
+def stopped_after_an_epoch(monkeypatch):
+    """Interrupt the run within, once its first epoch is complete."""
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.tasks.engine.hooks.RunHook._keep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def test_adapters_are_trained_saved_merged_and_resumed(config_file, base, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     whole = train(config_file, tmp_path / "run", *lora(base))
@@ -74,14 +88,8 @@ def test_adapters_are_trained_saved_merged_and_resumed(config_file, base, tmp_pa
     assert set(predictor.model.state_dict()) == set(start)
     # Resumed after the first epoch, it ends with the same bits.
     stopped = tmp_path / "stopped"
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("foveate.tasks.engine.hooks.RunHook._keep", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config_file, stopped, *lora(base))
+    with stopped_after_an_epoch(monkeypatch):
+        train(config_file, stopped, *lora(base))
     resumed = train(config_file, stopped, *lora(base), resume=True)
     again = saved(resumed["last"])["state_dict"]
     assert all(torch.equal(value, again[name]) for name, value in last["state_dict"].items())
@@ -117,14 +125,8 @@ def test_adapters_of_a_dense_model_are_measured_resumed_predicted_with_and_expor
     )
     # Resumed after the first epoch, it ends with the same bits.
     stopped = tmp_path / "stopped"
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("foveate.tasks.engine.hooks.RunHook._keep", stop)
-        with pytest.raises(KeyboardInterrupt):
-            engine.train(config, stopped, progress=False)
+    with stopped_after_an_epoch(monkeypatch):
+        engine.train(config, stopped, progress=False)
     again = saved(engine.train(config, stopped, resume=True, progress=False)["last"])["state_dict"]
     assert all(torch.equal(value, again[name]) for name, value in state.items())
     # What is exported is whole: the base weights aren't needed any longer.
