@@ -48,6 +48,7 @@ def library(name: str, source: str) -> Extension:
             "-Wno-psabi",
         ],
         libraries=["m", "pthread"],
+        depends=["kernels/lanes.h"],
         optional=True,
     )
 
@@ -59,5 +60,6 @@ setup(
         library("foveate.kernels.neighborhood._native", "kernels/neighborhood/native.c"),
         library("foveate.kernels._deformable", "kernels/deformable.c"),
         library("foveate.kernels._aggregated", "kernels/aggregated.c"),
+        library("foveate.kernels._point_attention", "kernels/point_attention.c"),
     ],
 )

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..kernels.aggregated import aggregated_attention, join_rows, rows_at_once, run_rows, window_tokens
+from ..kernels.aggregated import aggregated_attention, window_tokens
 from ..kernels.aggregated_native import Projected, aggregated_native, obstacle
 from ..kernels.backends import Backend, choose
+from ..kernels.rows import join_rows, rows_at_once, run_rows
 from .continuous_bias import AxisTable, ContinuousBias, bias_axes, bias_of_rows, pooling_matrix
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis

@@ -10,6 +10,7 @@ from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.bilinear import neighbors, sample_aligned
+from ..kernels.point_attention import displacement_bias, point_attention
 from .layout import channels_last
 from .plain import is_plain
 from .record import Landing, Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
@@ -51,11 +52,11 @@ def reference_points(height: int, width: int, plus: bool, like: Tensor) -> Tenso
 
 
 @register_notrace_function
-def query_points(height: int, width: int, plus: bool, like: Tensor) -> Tensor:
-    """Return the points ``[height, width, 2]``, (y, x), of the queries of a map, for the position bias."""
+def query_axes(height: int, width: int, plus: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the rows ``[height]`` and the columns ``[width]`` of a map's queries lie, for the position bias."""
     if plus:
-        return _grid(_axis_corners(height, like), _axis_corners(width, like))
-    return reference_points(height, width, False, like)
+        return _axis_corners(height, like), _axis_corners(width, like)
+    return _axis_centres(height, height, like), _axis_centres(width, width, like)
 
 
 @register_notrace_function
@@ -91,30 +92,33 @@ def sample(x: Tensor, points: Tensor) -> Tensor:
     return sample_aligned(x.to(points.dtype), points.flip(-1)).to(x.dtype)
 
 
+# What follows takes the table and the points of an attention to its operators, for a map of one size: the table
+# ``[heads, rows, columns]``, whose heads of a group are contiguous; keys ``[B * groups, h, w, 2]``, (y, x).
+@register_notrace_function
+def fit_table(table: Tensor, height: int, width: int, plus: bool) -> Tensor:
+    """Return the table for maps of a size: in DAT it belongs to one (bicubic); in DAT++ it is stretched over any."""
+    if plus or (table.shape[1] == 2 * height - 1 and table.shape[2] == 2 * width - 1):
+        return table
+    return resize_bias_table(table, [2 * height - 1, 2 * width - 1])
+
+
 @register_notrace_function
 def position_bias(table: Tensor, points: Tensor, height: int, width: int, groups: int, plus: bool) -> Tensor:
-    """Return the bias ``[B, heads, height * width, keys]`` of a map's queries for keys at ``points``.
+    """Return the bias ``[B, heads, height * width, keys]`` of a map's queries for keys at ``points``."""
+    rows, columns = query_axes(height, width, plus, points)
+    keys = points.flatten(1, 2).unflatten(0, (-1, groups))
+    return displacement_bias(fit_table(table, height, width, plus), keys, rows, columns)
 
-    Half the displacement, query minus key, reads the table ``[heads, 2H - 1, 2W - 1]``, bilinear and zero outside. In
-    DAT the table belongs to the map's size and is first resampled to it (bicubic); in DAT++ it is stretched over any.
 
-    Args:
-        table: ``[heads, rows, columns]``; heads of a group are contiguous.
-        points: Keys ``[B * groups, h, w, 2]``, (y, x).
-        height: Height of the map.
-        width: Width of the map.
-        groups: Groups of heads with keys of their own.
-        plus: Whether the geometry is that of DAT++.
-    """
-    if not plus and (table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1):
-        table = resize_bias_table(table, [2 * height - 1, 2 * width - 1])
-    # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
-    queries = (query_points(height, width, plus, points).flatten(0, 1) * 0.5).flip(-1)
-    displacement = queries[:, None] - (points.flatten(1, 2)[:, None] * 0.5).flip(-1)
-    batch = points.shape[0] // groups
-    tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    bias = sample_aligned(tables, displacement)
-    return bias.unflatten(0, (batch, groups)).flatten(1, 2)
+@register_notrace_function
+def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, points: Tensor, groups: int, plus: bool) -> Tensor:
+    """Return what the queries ``[B, C, H, W]`` find in keys and values ``[B, C, h, w]``, ``[B, H, W, C]``."""
+    height, width = q.shape[2], q.shape[3]
+    query, key, value = (x.permute(0, 2, 3, 1).unflatten(3, (table.shape[0], -1)) for x in (q, k, v))
+    keys = points.flatten(1, 2).unflatten(0, (-1, groups))
+    axes = query_axes(height, width, plus, points)
+    table = fit_table(table, height, width, plus)
+    return point_attention(query, key.flatten(1, 2), value.flatten(1, 2), table, keys, *axes).flatten(3)
 
 
 class DeformableAttention2d(nn.Module):
@@ -227,9 +231,19 @@ class DeformableAttention2d(nn.Module):
         q = self.q(x)
         points = self._points(q)
         k, v = self._keys_values(x, points)
-        out = F.scaled_dot_product_attention(_tokens(q, self.num_heads), k, v, attn_mask=self._bias(q, points))
-        out = out.transpose(1, 2).flatten(2).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
-        return self.proj_drop(self.proj(out)).permute(0, 2, 3, 1)
+        out = self._attend(q, k, v, points) if torch.jit.is_scripting() else self._attend_fast(q, k, v, points)
+        return self.proj_drop(self.proj(out.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, points: Tensor) -> Tensor:
+        """Return what the queries ``[B, dim, H, W]`` find in keys and values ``[B, dim, h, w]``, ``[B, H, W, dim]``."""
+        heads, bias = self.num_heads, self._bias(q, points)
+        out = F.scaled_dot_product_attention(_tokens(q, heads), _tokens(k, heads), _tokens(v, heads), attn_mask=bias)
+        return out.transpose(1, 2).flatten(2).unflatten(1, (q.shape[2], q.shape[3]))
+
+    def _attend_fast(self, q: Tensor, k: Tensor, v: Tensor, points: Tensor) -> Tensor:
+        if self.rpe_table is None:
+            return self._attend(q, k, v, points)
+        return attend(q, k, v, self.rpe_table, points, self.groups, self.plus)
 
     def _points(self, q: Tensor) -> Tensor:
         """Return where the keys of each group lie, ``[B * groups, h, w, 2]``, (y, x)."""
@@ -254,7 +268,7 @@ class DeformableAttention2d(nn.Module):
         return offset.unflatten(1, (self.groups, -1)).flatten(0, 1)
 
     def _keys_values(self, x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values ``[B, heads, keys, dim / heads]`` at the points of each group."""
+        """Return keys and values ``[B, dim, h, w]`` at the points of each group."""
         if self.offset_conv is None:
             features = F.adaptive_avg_pool2d(x, points.shape[1:3])
         else:
@@ -262,7 +276,7 @@ class DeformableAttention2d(nn.Module):
             groups = x.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
             features = sample(groups.permute(0, 3, 1, 2), points).unflatten(0, (-1, self.groups)).flatten(1, 2)
         features = channels_last(features)
-        return _tokens(self.k(features), self.num_heads), _tokens(self.v(features), self.num_heads)
+        return self.k(features), self.v(features)
 
     def _bias(self, q: Tensor, points: Tensor) -> Tensor | None:
         """Return the position bias ``[B, heads, H * W, keys]`` in the dtype of ``q``, if there is one."""
@@ -294,7 +308,8 @@ class DeformableAttention2d(nn.Module):
         q = self.q(x)
         points = self._points(q)
         k, _ = self._keys_values(x, points)
-        scores = _tokens(q, self.num_heads) * k.shape[-1] ** -0.5 @ k.transpose(2, 3)
+        queries, keys = _tokens(q, self.num_heads), _tokens(k, self.num_heads)
+        scores = queries * keys.shape[-1] ** -0.5 @ keys.transpose(2, 3)
         bias = self._bias(q, points)
         weights = (scores if bias is None else scores + bias).softmax(-1)
         return weights.unflatten(3, points.shape[1:3]).unflatten(2, x.shape[2:])
@@ -311,9 +326,11 @@ class DeformableAttention2d(nn.Module):
         points = self._points(q)
         k, v = self._keys_values(image, points)
         bias = self._bias(q, points)
-        queries = _tokens(q, self.num_heads)
+        queries, keys = _tokens(q, self.num_heads), _tokens(k, self.num_heads)
         operator = Softmax(
-            queries * k.shape[-1] ** -0.5, k, bias=None if bias is None else lambda rows, _: exact(bias)[:, :, rows]
+            queries * keys.shape[-1] ** -0.5,
+            keys,
+            bias=None if bias is None else lambda rows, _: exact(bias)[:, :, rows],
         )
         details = {}
         if self.offset_conv is None:
@@ -327,7 +344,7 @@ class DeformableAttention2d(nn.Module):
             "deformable",
             size,
             operator,
-            exact(v),
+            exact(_tokens(v, self.num_heads)),
             lambda heads: self.proj(heads_to_map(heads, size).permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
             landing=landing,
             note="values are the sampled points; those of all groups share in a point's weight" * (self.groups > 1),

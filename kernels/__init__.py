@@ -19,6 +19,7 @@ from .neighborhood import (
     set_neighborhood_backend,
     unfused_neighborhood_backends,
 )
+from .point_attention import point_attention, point_attention_backends
 from .pointwise import pointwise_backends
 from .quadtree import quadtree_backends, quadtree_scores, quadtree_values
 from .routing import routed_attention, routing_backends
@@ -42,6 +43,8 @@ __all__ = [
     "na3d_qk",
     "neighborhood_backends",
     "neighborhood_cost",
+    "point_attention",
+    "point_attention_backends",
     "pointwise_backends",
     "quadtree_backends",
     "quadtree_scores",

@@ -13,13 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .backends import exporting
 from .neighborhood.unfused import na2d_av, na2d_qk
-
-# Scores held at once, over all images and heads: what a few megabytes hold.
-CHUNK = 1 << 21
+from .rows import join_rows, rows_at_once, run_rows
 
 
 @functools.lru_cache(maxsize=128)
@@ -188,18 +185,6 @@ def _softmax_rows(
     return weights[..., :slots], weights[..., slots:] @ pooled_value.transpose(1, 2)
 
 
-def rows_at_once(height: int, scores: int) -> int:
-    """Return how many rows of a map to work on at once, whose scores are ``scores`` numbers in all."""
-    return height if exporting() else max(1, min(height, CHUNK * height // max(scores, 1)))
-
-
-def run_rows(function: Callable, *arguments: Tensor):
-    """Call ``function`` for some rows of a larger map, and again in the backward pass instead of keeping its scores."""
-    if torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(*arguments)
-
-
 def aggregated_attention(
     query: Tensor,
     key: Tensor,
@@ -267,11 +252,6 @@ def aggregated_attention(
         window_weights = window_weights + added_weights
     out = cut_window_values(window_weights, value, window, backend=backend)
     return out + join_rows(pooled).transpose(1, 2).unflatten(1, (height, width))
-
-
-def join_rows(parts: list[Tensor]) -> Tensor:
-    """Join what was made row by row, ``[B, heads, n, ...]``."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def aggregated_reference(

@@ -6,27 +6,9 @@
  *
  * A point that is not finite gives values that are not numbers. Nothing here knows torch.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "lanes.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define LANES 16
 #define PIECE 256 /* queries that a thread takes at once in the forward pass */
-/* Compiled for several instruction sets, one of which the loader chooses. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* One call, as deformable_native.py packs it: eight bytes a field. */
 typedef struct {
@@ -71,15 +53,15 @@ INLINE void shares(const corners *c, float *share) {
 
 INLINE void add(float *out, const float *x, float factor, int64_t dim) {
     int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) *(vector *)(out + d) += *(const vector *)(x + d) * factor;
+    for (; d + LANES <= dim; d += LANES) *(V *)(out + d) += *(const V *)(x + d) * factor;
     for (; d < dim; d++) out[d] += x[d] * factor;
 }
 
 INLINE float dot(const float *a, const float *b, int64_t dim) {
-    vector sums = {0};
+    V sums = {0};
     float sum = 0;
     int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) sums += *(const vector *)(a + d) * *(const vector *)(b + d);
+    for (; d + LANES <= dim; d += LANES) sums += *(const V *)(a + d) * *(const V *)(b + d);
     for (; d < dim; d++) sum += a[d] * b[d];
     for (int i = 0; i < LANES; i++) sum += sums[i];
     return sum;
@@ -164,13 +146,9 @@ static void work(void *data) {
     }
 }
 
-/* `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */
 EXPORT void foveate_deformable(const call *a) {
     int64_t pieces = a->grad_out ? 1 : (a->queries + PIECE - 1) / PIECE;
     job j = {a, 0, a->batch * a->heads * pieces, pieces};
     int64_t threads = a->threads < j.tasks ? a->threads : j.tasks;
-    if (a->parallel && threads > 1)
-        ((void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)a->parallel)(work, &j, threads, 0);
-    else
-        work(&j);
+    share_out(a->parallel, threads, work, &j);
 }

@@ -15,7 +15,7 @@ from foveate.blocks.continuous_bias import (
     coordinates,
     pooling_matrix,
 )
-from foveate.kernels import aggregated
+from foveate.kernels import rows as rows_of_maps
 from foveate.kernels.aggregated import aggregated_attention, aggregated_reference
 
 PUBLISHED = {
@@ -74,7 +74,7 @@ def fast(query, key, value, pooled_key, pooled_value, local_bias, table, added, 
 @pytest.mark.parametrize("chunk", [1 << 21, 300], ids=["whole", "rows"])
 @pytest.mark.parametrize(("size", "window"), [((5, 7), 3), ((1, 4), 3), ((3, 3), 3), ((5, 6), 5), ((4, 9), 5)])
 def test_every_way_equals_the_reference_with_all_gradients(size, window, chunk, monkeypatch):
-    monkeypatch.setattr(aggregated, "CHUNK", chunk)
+    monkeypatch.setattr(rows_of_maps, "CHUNK", chunk)
     leaves = [x.requires_grad_() for x in problem(size, window)]
     expected = aggregated_reference(*leaves)
     out = fast(*leaves)

@@ -1,0 +1,96 @@
+/* Vectors of sixteen numbers, and what else the C libraries of the kernels have in common.
+ *
+ * A library is one file that includes this one, knows nothing of torch, and gets a call as numbers of eight bytes.
+ * `neighborhood/native.c` has vectors of its own: it is compiled for each instruction set by itself.
+ */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inline functions alone */
+#endif
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < n; i++) /* unrolled */
+#define LANES 16
+#define LOG2E 1.44269504088896340736f
+
+/* Compiled for several instruction sets, one of which the loader chooses. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef float F __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t N __attribute__((vector_size(16)));
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (N){__VA_ARGS__})
+#endif
+
+INLINE V all(float x) { return (V){0} + x; }
+INLINE V load(const float *x) { return *(const V *)x; }
+INLINE void store(float *x, V v) { *(V *)x = v; }
+INLINE V pick(I mask, V x, V other) { return (V)((mask & (I)x) | (~mask & (I)other)); }
+
+/* 2 ** x to 1.2e-7, 0 for -inf, NaN for NaN; the polynomial is the minimax one of degree 6. */
+INLINE V power_of_2(V x) {
+    I low = (I)(x < all(-126.0f));
+    x = pick(low, all(-126.0f), x);
+    x = pick((I)(x > all(127.99999f)), all(128.0f), x);
+    V n = x + all(0x1.8p23f + 127);
+    V power = (V)((U)n << 23); /* the low bits of n hold the nearest integer, and an exponent's bias */
+    n -= all(0x1.8p23f + 127);
+    V r = x - n, y = all(0.00015345810970757157f);
+    y = y * r + 0.0013399930903688073f;
+    y = y * r + 0.009618489071726799f;
+    y = y * r + 0.05550328642129898f;
+    y = y * r + 0.24022646248340607f;
+    y = y * r + 0.6931471824645996f;
+    y = y * r + 1.0f;
+    y *= power; /* a sum of bits would turn some NaN into numbers */
+    return (V)(~low & (I)y);
+}
+
+/* Copy `count` rows of `dim` numbers to as many columns. */
+INLINE void transpose(const float *x, int64_t step, float *out, int64_t out_step, int64_t count, int64_t dim) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4, x += 4 * step) {
+        int64_t d = 0;
+        for (; d + 4 <= dim; d += 4) {
+            F a = *(const F *)(x + d), b = *(const F *)(x + step + d);
+            F c = *(const F *)(x + 2 * step + d), e = *(const F *)(x + 3 * step + d);
+            F ab = MIX(a, b, 0, 4, 1, 5), ce = MIX(c, e, 0, 4, 1, 5), ba = MIX(a, b, 2, 6, 3, 7);
+            F ec = MIX(c, e, 2, 6, 3, 7);
+            float *to = out + d * out_step + i;
+            *(F *)to = MIX(ab, ce, 0, 1, 4, 5);
+            *(F *)(to + out_step) = MIX(ab, ce, 2, 3, 6, 7);
+            *(F *)(to + 2 * out_step) = MIX(ba, ec, 0, 1, 4, 5);
+            *(F *)(to + 3 * out_step) = MIX(ba, ec, 2, 3, 6, 7);
+        }
+        for (; d < dim; d++) EACH(k, 4) out[d * out_step + i + k] = x[k * step + d];
+    }
+    for (; i < count; i++, x += step)
+        for (int64_t d = 0; d < dim; d++) out[d * out_step + i] = x[d];
+}
+
+/* Let `threads` threads work on a job. `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */
+INLINE void share_out(int64_t parallel, int64_t threads, void (*work)(void *), void *job) {
+    if (parallel && threads > 1)
+        ((void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)parallel)(work, job, (unsigned)threads, 0);
+    else
+        work(job);
+}

@@ -1,0 +1,156 @@
+"""Attention from every position of a map to points, with a bias by displacement (DAT, arXiv 2201.00520, eq. 9)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import Backend, choose, exporting, report
+from .bilinear import sample_aligned
+from .point_attention_native import obstacle, point_attention_native
+from .rows import join_rows, rows_at_once, run_rows
+
+
+class Problem(NamedTuple):
+    """A call of `point_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    table: Tensor
+    points: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def point_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from every position of a map to points, whose scores get a bias by the displacement from the query.
+
+    Half the displacement, query minus point, reads a table, bilinear and zero outside; -1 is the centre of the table's
+    first row or column, 1 that of the last.
+
+    Args:
+        query: ``[B, H, W, heads, dim]``.
+        key: ``[B, P, heads, dim]``.
+        value: ``[B, P, heads, dim_v]``.
+        table: ``[heads, rows, columns]``.
+        points: Where the keys lie, ``[B, groups, P, 2]``, (y, x), for groups of neighboring heads; in float32 or
+            float64.
+        rows: Where the rows of queries lie, ``[H]``, evenly spaced.
+        columns: Where their columns lie, ``[W]``, evenly spaced.
+        backend: ``"native"`` (CPU, float32, without gradients, in C, where it was compiled: one pass, neither scores
+            nor biases reach memory), ``"rows"`` (some rows of queries at a time, computed again in the backward pass)
+            or ``"whole"``, the reference. By default native where it can run and rows are not short, rows where the
+            scores are many, else whole, of which graphs are built.
+
+    Returns:
+        ``[B, H, W, heads, dim_v]`` in the dtype of ``value``. Gradients of any order flow to all but rows and columns.
+
+    Raises:
+        ValueError: If there is no such backend or it cannot run; the message says why.
+
+    Example:
+        >>> query, key = torch.randn(1, 5, 7, 2, 16), torch.randn(1, 6, 2, 16)
+        >>> places = torch.rand(1, 1, 6, 2) * 2 - 1
+        >>> axes = torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 7)
+        >>> point_attention(query, key, key, torch.randn(2, 9, 13), places, *axes).shape
+        torch.Size([1, 5, 7, 2, 16])
+    """
+    problem = Problem(query, key, value, table, points, rows, columns)
+    return _BACKENDS[choose("point_attention", _BACKENDS, problem, backend)].run(problem)
+
+
+def point_attention_backends(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    backend: str | None = None,
+) -> dict[str, str]:
+    """Say which backends can run a call of `point_attention`, whose arguments these are, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    problem = Problem(query, key, value, table, points, rows, columns)
+    return report("point_attention", _BACKENDS, problem, backend)
+
+
+def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the bias ``[B, heads, H * W, P]`` of `point_attention`, in the dtype of the points."""
+    batch, groups = points.shape[0], points.shape[1]
+    # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
+    y, x = rows[:, None].expand(-1, columns.shape[0]), columns[None].expand(rows.shape[0], -1)
+    queries = torch.stack([x, y], dim=-1).flatten(0, 1) * 0.5
+    displacement = queries[:, None] - (points.flatten(0, 1)[:, None] * 0.5).flip(-1)
+    tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    return sample_aligned(tables, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
+
+
+def _whole(problem: Problem) -> Tensor:
+    query, key, value, *places = problem
+    out = _attend(query.flatten(1, 2).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *places)
+    return out.transpose(1, 2).unflatten(1, query.shape[1:3])
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, points: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    bias = displacement_bias(table, points, rows, columns).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def _by_rows(problem: Problem) -> Tensor:
+    query, key, value, table, points, rows, columns = problem
+    height, width = query.shape[1:3]
+    step = rows_at_once(height, _scores(problem))
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    parts = []
+    for first in range(0, height, step):
+        part = slice(first, first + step)
+        queries = query[:, part].flatten(1, 2).transpose(1, 2)
+        parts.append(run_rows(_attend, queries, key, value, table, points, rows[part], columns))
+    return join_rows(parts).transpose(1, 2).unflatten(1, (height, width))
+
+
+def _scores(problem: Problem) -> int:
+    return problem.query.shape[:-1].numel() * problem.key.shape[1]
+
+
+def _rows_drawback(problem: Problem) -> str | None:
+    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "graphs and transforms take all rows at once"
+    height = problem.query.shape[1]
+    return "the scores are few" if rows_at_once(height, _scores(problem)) == height else None
+
+
+def _native_obstacle(problem: Problem) -> str | None:
+    if 0 in problem.query.shape or 0 in problem.key.shape or 0 in problem.value.shape:
+        return "it takes no empty tensors"
+    return obstacle(problem)
+
+
+def _native_drawback(problem: Problem) -> str | None:
+    # Measured on maps of 7 and 14.
+    return "rows of so few queries fill no vector" if problem.query.shape[2] < 12 else None
+
+
+# In order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "native": Backend(lambda problem: point_attention_native(*problem), _native_obstacle, _native_drawback),
+    "rows": Backend(_by_rows, drawback=_rows_drawback),
+    "whole": Backend(_whole),
+}

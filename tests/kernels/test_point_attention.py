@@ -1,0 +1,124 @@
+"""Attention to points: every backend against the formula in loops, gradients, and what is chosen when."""
+
+import math
+
+import pytest
+import torch
+from foveate.kernels import point_attention, point_attention_backends, rows
+
+# Batch, height, width, points, heads, groups, dim, dim_v, table: tables finer and coarser than the map, rows of several
+# vectors and of less than one, a map of one position.
+PROBLEMS = [
+    (2, 5, 7, 6, 4, 2, 8, 8, (9, 13)),
+    (1, 3, 37, 70, 2, 1, 16, 5, (5, 11)),
+    (1, 4, 10, 9, 1, 1, 3, 12, (31, 61)),
+    (1, 1, 1, 1, 2, 2, 4, 4, (1, 1)),
+]
+BACKENDS = ["rows", "whole"]
+if not any("compiler" in reason for reason in point_attention_backends(*[torch.zeros(1, 1, 1, 1, 1)] * 7).values()):
+    BACKENDS.insert(0, "native")
+
+
+def problem(batch, height, width, points, heads, groups, dim, dim_v, table, dtype=torch.float32):
+    """Return a call whose points lie inside of the map and beyond it."""
+    torch.manual_seed(0)
+    places = torch.rand(batch, groups, points, 2, dtype=dtype) * 2.6 - 1.3
+    axes = (torch.linspace(-1, 1, n, dtype=dtype) if n > 1 else torch.zeros(1, dtype=dtype) for n in (height, width))
+    return [
+        torch.randn(batch, height, width, heads, dim, dtype=dtype),
+        torch.randn(batch, points, heads, dim, dtype=dtype),
+        torch.randn(batch, points, heads, dim_v, dtype=dtype),
+        torch.randn(heads, *table, dtype=dtype),
+        places,
+        *axes,
+    ]
+
+
+def read(table, y, x):
+    """Return the table's number at a normalised place, bilinear, zero outside."""
+    height, width = table.shape
+    y, x = (y + 1) / 2 * (height - 1), (x + 1) / 2 * (width - 1)
+    total = 0.0
+    for row in (math.floor(y), math.floor(y) + 1):
+        for column in (math.floor(x), math.floor(x) + 1):
+            if 0 <= row < height and 0 <= column < width:
+                total += (1 - abs(y - row)) * (1 - abs(x - column)) * table[row, column].item()
+    return total
+
+
+def by_loops(query, key, value, table, points, row_places, column_places):
+    """Return what `point_attention` does, one query after the other."""
+    batch, height, width, heads, dim = query.shape
+    out = query.new_zeros(batch, height, width, heads, value.shape[-1])
+    for b in range(batch):
+        for h in range(heads):
+            places = points[b, h // (heads // points.shape[1])].tolist()
+            for i in range(height):
+                for j in range(width):
+                    y, x = row_places[i].item(), column_places[j].item()
+                    bias = [read(table[h], (y - py) / 2, (x - px) / 2) for py, px in places]
+                    scores = key[b, :, h] @ query[b, i, j, h] * dim**-0.5 + query.new_tensor(bias)
+                    out[b, i, j, h] = scores.softmax(0) @ value[b, :, h]
+    return out
+
+
+@pytest.mark.parametrize("shape", PROBLEMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_formula(backend, shape, monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK", 50)
+    call = problem(*shape)
+    expected = by_loops(*(x.double() for x in call))
+    torch.testing.assert_close(point_attention(*call, backend=backend).double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the C library was not compiled")
+def test_the_way_into_the_library_is_free_of_the_tensors_layout():
+    call = problem(*PROBLEMS[0])
+    expected = point_attention(*call, backend="native")
+    query, key, value = call[0].permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2), call[1], call[2]
+    key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (key, value))
+    torch.testing.assert_close(
+        point_attention(query, key, value, *call[3:], backend="native"), expected, rtol=0, atol=0
+    )
+
+
+def test_rows_have_the_gradients_of_the_whole(monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK", 50)
+    call = problem(*PROBLEMS[0], dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in call[:5]]
+    outs = [point_attention(*call, backend=backend) for backend in ("rows", "whole")]
+    weights = torch.randn_like(outs[0])
+    first, second = (torch.autograd.grad((out * weights).sum(), leaves, create_graph=True) for out in outs)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+    twice = [torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in (first, second)]
+    for a, b in zip(*twice, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_chosen(monkeypatch):
+    large, short = problem(*PROBLEMS[1]), problem(*PROBLEMS[0])
+    assert point_attention_backends(*short)["whole"] == "chosen"
+    if "native" in BACKENDS:
+        assert point_attention_backends(*large)["native"] == "chosen"
+    large[0].requires_grad_()
+    assert point_attention_backends(*large)["whole"] == "chosen"
+    monkeypatch.setattr(rows, "CHUNK", 50)
+    assert point_attention_backends(*large)["rows"] == "chosen"
+    with pytest.raises(ValueError, match="'native' cannot run here"):
+        point_attention(*large, backend="native")
+
+
+def test_what_is_not_a_number_stays_so_and_alone():
+    call = problem(*PROBLEMS[1])
+    call[0][0, 1, 2] = float("nan")
+    for backend in BACKENDS:
+        out = point_attention(*call, backend=backend)
+        assert out[0, 1, 2].isnan().all(), backend
+        assert out.isnan().sum() == out[0, 1, 2].numel(), backend
+
+
+def test_nothing_to_attend_to():
+    call = problem(*PROBLEMS[0])
+    call = [call[0][:0], call[1][:0], call[2][:0], call[3], call[4][:0], *call[5:]]
+    assert point_attention(*call).shape == (0, 5, 7, 4, 8)
