@@ -18,7 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / ".ci" / "versions.csv"
 MARK = "<!-- versions -->"
-SUITE = ("-m", "versions and not heavy", "tests/contract/test_families.py", "tests/kernels", "tests/tasks/test_engine_runs.py")
+SUITE = (
+    "-m",
+    "versions and not heavy",
+    "tests/contract/test_families.py",
+    "tests/kernels",
+    "tests/tasks/test_engine_runs.py",
+)
 
 
 def read_rows() -> list[dict[str, str]]:
