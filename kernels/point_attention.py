@@ -48,8 +48,8 @@ def point_attention(
             float64.
         rows: Where the rows of queries lie, ``[H]``, evenly spaced.
         columns: Where their columns lie, ``[W]``, evenly spaced.
-        backend: ``"native"`` (CPU, float32, without gradients, in C, where it was compiled: one pass, neither scores
-            nor biases reach memory), ``"rows"`` (some rows of queries at a time, computed again in the backward pass)
+        backend: ``"native"`` (CPU, float32, in C, where it was compiled: one pass, neither scores nor biases reach
+            memory), ``"rows"`` (some rows of queries at a time, computed again in the backward pass)
             or ``"whole"``, the reference. By default native where it can run and rows are not short, rows where the
             scores are many, else whole, of which graphs are built.
 
@@ -137,6 +137,10 @@ def _rows_drawback(problem: Problem) -> str | None:
     return "the scores are few" if rows_at_once(height, _scores(problem)) == height else None
 
 
+def _again(*tensors: Tensor) -> Tensor:
+    return _by_rows(Problem(*tensors))
+
+
 def _native_obstacle(problem: Problem) -> str | None:
     if 0 in problem.query.shape or 0 in problem.key.shape or 0 in problem.value.shape:
         return "it takes no empty tensors"
@@ -144,13 +148,14 @@ def _native_obstacle(problem: Problem) -> str | None:
 
 
 def _native_drawback(problem: Problem) -> str | None:
-    # Measured on maps of 7 and 14.
-    return "rows of so few queries fill no vector" if problem.query.shape[2] < 12 else None
+    # Measured on maps of 7, 14 and 28.
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in problem)
+    return "rows of so few queries fill no vectors" if problem.query.shape[2] < (24 if differentiated else 12) else None
 
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
-    "native": Backend(lambda problem: point_attention_native(*problem), _native_obstacle, _native_drawback),
+    "native": Backend(lambda problem: point_attention_native(*problem, _again), _native_obstacle, _native_drawback),
     "rows": Backend(_by_rows, drawback=_rows_drawback),
     "whole": Backend(_whole),
 }

@@ -82,18 +82,51 @@ def test_the_way_into_the_library_is_free_of_the_tensors_layout():
     )
 
 
-def test_rows_have_the_gradients_of_the_whole(monkeypatch):
+@pytest.mark.parametrize("shape", PROBLEMS)
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
+def test_gradients_are_those_of_the_whole(backend, shape, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK", 50)
-    call = problem(*PROBLEMS[0], dtype=torch.float64)
+    call = problem(*shape)
     leaves = [x.requires_grad_() for x in call[:5]]
-    outs = [point_attention(*call, backend=backend) for backend in ("rows", "whole")]
-    weights = torch.randn_like(outs[0])
-    first, second = (torch.autograd.grad((out * weights).sum(), leaves, create_graph=True) for out in outs)
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b)
-    twice = [torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in (first, second)]
-    for a, b in zip(*twice, strict=True):
-        torch.testing.assert_close(a, b)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    weights = torch.randn(*call[0].shape[:-1], call[2].shape[-1])
+    grads = torch.autograd.grad(point_attention(*call, backend=backend), leaves, weights)
+    whole = point_attention(*exact, *(x.double() for x in call[5:]), backend="whole")
+    for grad, expected in zip(grads, torch.autograd.grad(whole, exact, weights.double()), strict=True):
+        torch.testing.assert_close(grad.double(), expected, atol=2e-5 * max(1, expected.std()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
+def test_second_derivatives(backend, monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK", 50)
+    seconds = []
+    for name, dtype in ((backend, torch.float32), ("whole", torch.float64)):
+        call = [x.to(dtype) for x in problem(*PROBLEMS[0])]
+        leaves = [x.requires_grad_() for x in call[:5]]
+        out = point_attention(*call, backend=name)
+        firsts = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(first.square().sum() for first in firsts), leaves))
+    for grad, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(grad.double(), expected, atol=1e-4 * expected.std(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_on_the_tables_own_pixels_the_slope_is_the_one_to_the_right(threads):
+    call = problem(2, 5, 9, 6, 4, 2, 8, 8, (9, 17))
+    call[4] = torch.zeros(2, 2, 6, 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for x in call[3:5]:
+            x.requires_grad_()
+        grads = [
+            torch.autograd.grad(point_attention(*call, backend=name).square().sum(), call[3:5]) for name in BACKENDS
+        ]
+    finally:
+        torch.set_num_threads(before)
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_chosen(monkeypatch):
@@ -101,7 +134,7 @@ def test_what_is_chosen(monkeypatch):
     assert point_attention_backends(*short)["whole"] == "chosen"
     if "native" in BACKENDS:
         assert point_attention_backends(*large)["native"] == "chosen"
-    large[0].requires_grad_()
+    large = [x.double() for x in large]
     assert point_attention_backends(*large)["whole"] == "chosen"
     monkeypatch.setattr(rows, "CHUNK", 50)
     assert point_attention_backends(*large)["rows"] == "chosen"
