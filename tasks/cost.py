@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,8 +30,8 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> float:
     return counter.get_total_flops() / 2
 
 
-def peak_memory(name: str, batch: int, size: int, device: str, **kwargs: Any) -> int:
-    """Return by how many bytes inference on ``[batch, 3, size, size]`` raises the memory in use, at its peak.
+def peak_memory(name: str, batch: int, size: int | tuple[int, int], device: str, **kwargs: Any) -> int:
+    """Return by how many bytes inference on ``[batch, 3, *size]`` raises the memory in use, at its peak.
 
     On the CPU a fresh process measures, since a process keeps memory that earlier work has freed.
     """
@@ -38,12 +39,12 @@ def peak_memory(name: str, batch: int, size: int, device: str, **kwargs: Any) ->
         return executor.submit(_peak_here, name, batch, size, device, kwargs, torch.get_num_threads()).result()
 
 
-def _peak_here(name: str, batch: int, size: int, device: str, kwargs: dict, threads: int) -> int:
+def _peak_here(name: str, batch: int, size: int | tuple[int, int], device: str, kwargs: dict, threads: int) -> int:
     import foveate  # noqa: F401 (registers the models)
 
     torch.set_num_threads(threads)
     model = timm.create_model(name, **kwargs).eval().to(device)
-    images = torch.randn(batch, 3, size, size, device=device)
+    images = torch.randn(batch, 3, *to_2tuple(size), device=device)
     with torch.inference_mode():
         # Libraries load, and their work spaces come, with the first call.
         model(images[:1, :, :64, :64])

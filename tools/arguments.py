@@ -17,3 +17,11 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read a size in pixels, ``SIDE`` or ``HEIGHTxWIDTH``, as argparse's types do."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"must be a side or HEIGHTxWIDTH in pixels; got {text}")
+    return int(sides[0]), int(sides[-1])

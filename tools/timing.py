@@ -12,10 +12,18 @@ SAMPLE_SECONDS = 0.02
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Call everything in turn, ``rounds`` times over, and return the median seconds of a call of each.
+    """Return the median seconds of a call of each, as `sample` measures them."""
+    return {name: statistics.median(samples) for name, samples in sample(calls, rounds, device).items()}
+
+
+def sample(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str, deadline: float | None = None
+) -> dict[str, list[float]]:
+    """Call everything in turn, ``rounds`` times over, and return the seconds of a call of each, round by round.
 
     Whatever is timed is called once before, so that it finds its own data in the caches, and a short call is repeated
-    until it has taken ``SAMPLE_SECONDS``, as timeit does.
+    until it has taken ``SAMPLE_SECONDS``, as timeit does. No round begins after the ``deadline``, a time of
+    `time.monotonic`, but the first.
     """
 
     def seconds(call: Callable[[], object], number: int = 1) -> float:
@@ -30,11 +38,13 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) 
         seconds(call)
     numbers = {name: max(1, round(SAMPLE_SECONDS / seconds(call))) for name, call in calls.items()}
     times = {name: [] for name in calls}
-    for _ in range(rounds):
+    for round_ in range(rounds):
+        if round_ and deadline is not None and time.monotonic() > deadline:
+            break
         for name, call in calls.items():
             seconds(call)
             times[name].append(seconds(call, numbers[name]))
-    return {name: statistics.median(samples) for name, samples in times.items()}
+    return times
 
 
 def run_pass(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> None:

@@ -1,13 +1,19 @@
 """`foveate bench`: tables that agree with what was run, on shapes small enough for a test."""
 
+import copy
 import csv
 
 import pytest
+import timm
 import torch
+from foveate.tasks.cost import count_macs
 from foveate.tools.bench.deformable import bench_deformable
 from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
+from foveate.tools.bench.floor import Floor
 from foveate.tools.bench.kernels import SIDES, bench_kernels, plot
+from foveate.tools.bench.models import stated_accuracy
 from foveate.tools.cli import main
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_models_are_timed_against_their_peer(tmp_path, capsys):
@@ -24,6 +30,59 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
     )
     assert low - 0.0005 <= ratios[1] <= high + 0.0005
     assert (tmp_path / "models.md").read_text().splitlines()[-1] in capsys.readouterr().out
+
+
+def test_models_are_measured_in_all_ways_and_sizes(tmp_path):
+    argv = ["bench", "models", "nat_atto", "--peers", "resnet10t", "test_vit", "--sizes", "160", "160x192"]
+    argv += ["--batches", "1", "2", "--rounds", "1", "--also", "floor", "train", "bfloat16", "memory", "latency"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "models.csv").open()))
+    assert [(row["size"], row["batch"]) for row in rows[::3]] == [(s, b) for s in ("160", "160x192") for b in "12"]
+    assert [row["model"] for row in rows[:3]] == ["nat_atto", "resnet10t", "test_vit"]
+    for row in rows:
+        numbers = ("over floor", "training step over forward", "bfloat16 times forward", "peak MB", "ms for one image")
+        assert all(float(row[column]) > 0 for column in numbers)
+        assert row["machine moved"].endswith("%")
+        assert row["model"] != "resnet10t" or float(row["training steps times resnet10t"]) == 1
+    assert (tmp_path / "models.png").stat().st_size > 5_000
+
+
+def test_a_moving_machine_is_said(monkeypatch, capsys, tmp_path):
+    def moving(calls, rounds, device, deadline=None):
+        return {key: [1.0, 1.07] if key[1] == "product" else [0.5, 0.5] for key in calls}
+
+    monkeypatch.setattr("foveate.tools.bench.models.sample", moving)
+    argv = ["bench", "models", "nat_atto", "--peers", "resnet10t", "--size", "64", "--quick", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    assert "the machine was not quiet: the same matrix product took up to 7% longer" in capsys.readouterr().err
+    assert "over floor" not in (tmp_path / "models.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["nat_atto", "biformer_tiny", "dat_tiny", "quadtree_b0", "resnet10t"])
+def test_the_floor_holds_every_layers_product(name):
+    """Multiply-adds of the layers, as their shapes say, are those of what is replayed."""
+    model = timm.create_model(name).eval()
+    floor = Floor(model, torch.randn(1, 3, 224, 224))
+    expected = sum(isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) for layer in model.modules())
+    assert len({id(layer) for layer, _ in floor.operators}) == expected
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        floor()
+    macs = count_macs(copy.deepcopy(model).to("meta"), (3, 224, 224))
+    assert 0.75 < counter.get_total_flops() / 2 / macs <= 1
+
+
+def test_accuracy_is_the_authors():
+    assert stated_accuracy("nat_tiny") == 83.2
+    assert stated_accuracy("resnet10t") is None
+
+
+@pytest.mark.heavy
+def test_models_are_timed_with_a_compiler(tmp_path):
+    argv = ["bench", "models", "nat_atto", "--peers", "resnet10t", "--size", "64", "--rounds", "1"]
+    assert main([*argv, "--also", "compile", "freeze", "--output", str(tmp_path)]) == 0
+    for row in csv.DictReader((tmp_path / "models.csv").open()):
+        assert min(float(row["compile times forward"]), float(row["freeze times forward"])) > 0
 
 
 @pytest.mark.heavy

@@ -2,7 +2,9 @@
 
 ``kernels`` times neighborhood attention at the shapes of the zoo and beyond, by every backend that can run, fused and
 unfused, against FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window;
-then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against a peer.
+then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against peers, and over
+their floor, the time of their linear and convolution layers alone; by ``--also`` training steps, bfloat16, compilers,
+memory and latency too.
 ``detectors`` times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of
 one image; with ``--head dino``, DINO by parts, beside transformers' deformable DETR where it is installed, and its
 encoder in training against the usual formulation with grid_sample. ``deformable`` times multi-scale deformable
@@ -17,11 +19,13 @@ import argparse
 import importlib
 from pathlib import Path
 
-from ..arguments import at_least
+from ..arguments import at_least, image_size
 
 # What can be timed. Each is a module of that name, with measure(args), which returns the rows of a table.
 KINDS = ("kernels", "models", "detectors", "deformable", "depthwise", "loader", "exports")
 DTYPES = ("float32", "float16", "bfloat16")
+# What `models` measures beside inference; see `bench.models.bench_models`.
+EXTRAS = ("floor", "train", "bfloat16", "compile", "freeze", "memory", "latency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +38,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", nargs="*", default=["nat_tiny"], metavar="MODEL", help="timm names; nat_tiny by default"
     )
     parser.add_argument(
-        "--peer", default="swin_tiny_patch4_window7_224", help="timm model to compare with; %(default)s by default"
+        "--peers",
+        nargs="+",
+        default=["swin_tiny_patch4_window7_224"],
+        metavar="MODEL",
+        help="models: timm models to compare with, ratios are to the first; %(default)s by default",
     )
     parser.add_argument("--batch", type=at_least(1), default=4, help="images at once; %(default)s by default")
     parser.add_argument(
         "--size", type=at_least(1), default=224, help="side of the images, in pixels; %(default)s by default"
     )
+    parser.add_argument(
+        "--sizes", type=image_size, nargs="+", metavar="SIZE", help="models: several sizes, such as 224 448 800x1344"
+    )
+    parser.add_argument("--batches", type=at_least(1), nargs="+", metavar="N", help="models: several batches")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        choices=EXTRAS,
+        default=["floor"],
+        help="models: what to measure beside inference; floor by default",
+    )
+    parser.add_argument("--quick", action="store_true", help="models: inference alone, in about two minutes")
     parser.add_argument(
         "--image",
         type=at_least(1),
