@@ -112,6 +112,18 @@ def test_deformable_attention_is_timed_against_grid_sample():
     assert all(row["ms"] > 0 for row in rows)
 
 
+def test_transnext_agrees_with_its_formulas_before_it_is_timed(tmp_path):
+    argv = ["bench", "aggregated", "transnext_micro", "--sizes", "64x96", "--batch", "1", "--rounds", "1"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    ours, theirs = csv.DictReader((tmp_path / "aggregated.csv").open())
+    assert (ours["path"], theirs["path"], theirs["times as fast"], theirs["of the memory"]) == (
+        "ours",
+        "unfolded",
+        "1.0",
+        "1.0",
+    )
+
+
 def test_depthwise_convolutions_are_timed_against_torchs():
     rows = bench_depthwise([(8, 9)], 1, 1, "cpu")
     assert {row["kernel"] for row in rows} == set(LARGE_KERNELS)
