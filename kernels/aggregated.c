@@ -12,8 +12,6 @@
 
 #include "lanes.h"
 
-#define VECTORS 2 /* of queries, which are computed together */
-#define BLOCK (LANES * VECTORS)
 #define KEYS 4  /* of the pooled map, whose scores are computed together */
 #define DIMS 8  /* whose sums are computed together */
 #define TAPS 3  /* of a window's row, likewise */
@@ -144,7 +142,7 @@ INLINE void sum_values(
 }
 
 /* Turn scores into weights, which the learned tokens add to. */
-INLINE void soften(const job *j, float *score, const float *added) {
+INLINE void weigh(const job *j, float *score, const float *added) {
     const int64_t count = j->slots + j->keys;
     EACH(v, VECTORS) {
         float *s = score + v * LANES;
@@ -258,7 +256,7 @@ CLONES static void attend(const job *j, int64_t task, float *scratch) {
                 score_keys(scaled, pooled + i * dim, bias + i * j->biases + begin, j->biases, dim, KEYS, s + i * BLOCK);
             for (; i < j->keys; i++)
                 score_keys(scaled, pooled + i * dim, bias + i * j->biases + begin, j->biases, dim, 1, s + i * BLOCK);
-            soften(j, score, added);
+            weigh(j, score, added);
             int64_t d = 0;
             const float *pooled_value = pooled_kv + a->heads * dim;
             for (; d + DIMS <= dim; d += DIMS)

@@ -14,6 +14,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < n; i++) /* unrolled */
 #define LANES 16
+#define VECTORS 2 /* of queries, which are computed together; one where a row ends */
+#define BLOCK (LANES * VECTORS)
 #define LOG2E 1.44269504088896340736f
 
 /* Compiled for several instruction sets, one of which the loader chooses. */
@@ -85,6 +87,28 @@ INLINE void transpose(const float *x, int64_t step, float *out, int64_t out_step
     }
     for (; i < count; i++, x += step)
         for (int64_t d = 0; d < dim; d++) out[d * out_step + i] = x[d];
+}
+
+/* Turn scores for base 2, [count][BLOCK], into weights beside the largest so far; what was summed before shrinks by
+ * `fade`. */
+INLINE void soften(float *score, int64_t count, const int vectors, float *most, float *total, float *fade) {
+    EACH(v, vectors) {
+        float *s = score + v * LANES;
+        V before = load(most + v * LANES), top = before, sum = {0};
+        for (int64_t i = 0; i < count; i++) {
+            V x = load(s + i * BLOCK);
+            top = pick((I)(top > x), top, x); /* x if it is NaN */
+        }
+        V factor = power_of_2(before - top);
+        for (int64_t i = 0; i < count; i++) {
+            V x = power_of_2(load(s + i * BLOCK) - top);
+            store(s + i * BLOCK, x);
+            sum += x;
+        }
+        store(total + v * LANES, load(total + v * LANES) * factor + sum);
+        store(most + v * LANES, top);
+        store(fade + v * LANES, factor);
+    }
 }
 
 /* Let `threads` threads work on a job. `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */

@@ -14,8 +14,6 @@
 
 #include "lanes.h"
 
-#define VECTORS 2 /* of queries, which are computed together; one where a row ends */
-#define BLOCK (LANES * VECTORS)
 #define POINTS 4 /* whose scores are computed together */
 #define DIMS 8   /* whose sums are computed together */
 #define TILE 64  /* points whose scores are held at once */
@@ -151,27 +149,6 @@ INLINE void score_points(
     for (int64_t d = 0; d < dim; d++)
         EACH(i, points) EACH(v, vectors) s[i][v] += load(query + d * lanes + v * LANES) * key[i * dim + d];
     EACH(i, points) EACH(v, vectors) store(score + i * BLOCK + v * LANES, s[i][v]);
-}
-
-/* Turn the scores of a tile into weights beside the largest score so far; what was summed before shrinks by `fade`. */
-INLINE void soften(float *score, int64_t count, const int vectors, float *most, float *total, float *fade) {
-    EACH(v, vectors) {
-        float *s = score + v * LANES;
-        V before = load(most + v * LANES), top = before, sum = {0};
-        for (int64_t i = 0; i < count; i++) {
-            V x = load(s + i * BLOCK);
-            top = pick((I)(top > x), top, x); /* x if it is NaN */
-        }
-        V factor = power_of_2(before - top);
-        for (int64_t i = 0; i < count; i++) {
-            V x = power_of_2(load(s + i * BLOCK) - top);
-            store(s + i * BLOCK, x);
-            sum += x;
-        }
-        store(total + v * LANES, load(total + v * LANES) * factor + sum);
-        store(most + v * LANES, top);
-        store(fade + v * LANES, factor);
-    }
 }
 
 INLINE void sum_values(

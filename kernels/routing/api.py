@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends import Backend, choose, default_scale, export_obstacle, report, transform_obstacle
 from ..triton_launch import off_gpu, triton_obstacle
+from .native import obstacle as native_obstacle
 from .operator import routed_attention_op
 from .reference import routed_attention_reference
 
@@ -40,6 +41,9 @@ def _triton_obstacle(problem: Problem) -> str | None:
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend(partial(_operator, backend="triton"), _triton_obstacle, lambda problem: off_gpu(problem.query)),
+    "native": Backend(
+        partial(_operator, backend="native"), lambda problem: native_obstacle(problem.query, problem.value)
+    ),
     "chunked": Backend(
         partial(_operator, backend="chunked"), lambda problem: transform_obstacle(), lambda problem: export_obstacle()
     ),
@@ -70,9 +74,10 @@ def routed_attention(
         routes: Integers ``[B, regions, topk]``, each below ``regions``; one that is named twice counts twice.
         region_size: Height and width of a region, in tokens.
         scale: Factor on the scores; ``dim ** -0.5`` by default.
-        backend: ``"triton"`` (GPU; reads the regions in place), ``"chunked"`` (plain torch, a few regions at a time)
-            or ``"reference"`` (gathers all regions at once). By default triton where it runs, else chunked; graphs
-            for export, and traced ones, are built from the reference, whose operators other runtimes know.
+        backend: ``"triton"`` (GPU; reads the regions in place), ``"native"`` (CPU, float32, in C, where it was
+            compiled: likewise, in the forward pass), ``"chunked"`` (plain torch, a few regions at a time) or
+            ``"reference"`` (gathers all regions at once). By default the first that runs; graphs for export, and
+            traced ones, are built from the reference, whose operators other runtimes know.
 
     Returns:
         ``[B, H, W, heads, dim_v]``. Gradients of the first order flow to query, key and value.

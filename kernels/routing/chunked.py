@@ -58,12 +58,18 @@ def _put(rows: Tensor, chunk: tuple[slice, slice], width: int, x: Tensor) -> Non
     target.copy_(x.transpose(1, 2).unflatten(1, (-1, width)).unflatten(0, target.shape[:2]))
 
 
-def _flat_routes(routes: Tensor, columns: int) -> Tensor:
-    """Number the regions through the whole batch: ``[B, regions, topk]`` to ``[B * rows, columns, topk]``."""
-    batch, regions = routes.shape[:2]
+def check_routes(routes: Tensor) -> None:
+    """Raise an IndexError if routes ``[B, regions, topk]`` on a CPU name a region that there is not."""
+    regions = routes.shape[1]
     # On a GPU the check would wait for the device; indexing by a wrong route is undefined there.
     if routes.device.type == "cpu" and routes.numel() and not 0 <= routes.min() <= routes.max() < regions:
         raise IndexError(f"routes must be in [0, {regions}); got {routes.min().item()} to {routes.max().item()}")
+
+
+def _flat_routes(routes: Tensor, columns: int) -> Tensor:
+    """Number the regions through the whole batch: ``[B, regions, topk]`` to ``[B * rows, columns, topk]``."""
+    check_routes(routes)
+    batch, regions = routes.shape[:2]
     first = torch.arange(0, batch * regions, max(1, regions), device=routes.device)
     return (routes + first[:, None, None]).reshape(-1, columns, routes.shape[2])
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..precision import full_precision
 from .chunked import chunked_backward, chunked_forward
+from .native import native_forward
 
 
 @torch.library.custom_op("foveate::routed_attention", mutates_args=())
@@ -16,6 +17,8 @@ def routed_attention_op(
         from .triton_kernels import triton_forward
 
         return triton_forward(query, key, value, routes, (height, width), scale)
+    if backend == "native":
+        return native_forward(query, key, value, routes, (height, width), scale), query.new_empty(0)
     out = chunked_forward(query, key, value, routes, (height, width), scale)
     return out, query.new_empty(0, dtype=torch.float32)
 

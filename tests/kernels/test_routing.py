@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from foveate.kernels import routed_attention
-from foveate.kernels.routing import chunked
+from foveate.kernels import routed_attention, routing_backends
+from foveate.kernels.routing import chunked, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.versions
 
 BACKENDS = ("reference", "chunked")
+needs_native = pytest.mark.skipif(native._library is None, reason="the C library was not compiled")
 
 
 def tensors(batch, grid, region, heads, dim, topk, dtype=torch.float64, value_dim=None, seed=0):
@@ -77,6 +78,52 @@ def test_chunks_equal_the_reference_forward_and_backward(chunk, monkeypatch):
     check()
 
 
+# Grid, region, heads, topk, dim of keys and of values: regions of one token to several blocks of lanes, keys of one
+# tile and of several.
+NATIVE = [
+    ((2, 3), (1, 1), 1, 5, 16, 16),
+    ((3, 2), (2, 2), 3, 4, 32, 16),
+    ((2, 2), (3, 3), 2, 4, 32, 32),
+    ((3, 1), (3, 5), 2, 2, 16, 48),
+    ((2, 2), (10, 12), 2, 3, 32, 32),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("problem", NATIVE)
+def test_native_equals_the_reference_forward_and_backward(problem):
+    grid, region, heads, topk, dim, value_dim = problem
+    q, k, v, routes = tensors(2, grid, region, heads, dim, topk, torch.float32, value_dim)
+    q, k = torch.stack([q, k], 3).unbind(3)  # neighbors in memory, as a projection leaves them
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    weight = torch.randn(*q.shape[:-1], value_dim)
+    outputs = [routed_attention(*inputs, routes, region, backend=name) for name in ("native", "reference")]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad((output * weight).sum(), inputs) for output in outputs]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("region", [(2, 2), (4, 5)])
+def test_native_keeps_what_a_query_does_not_see_out(region):
+    q, k, v, routes = tensors(1, (2, 2), region, 2, 16, 2, torch.float32)
+    routes[:] = torch.tensor([1, 2])
+    k[0, 0, 0], v[0, -1, -1], q[0, 1, 1] = float("nan"), float("inf"), float("nan")
+    out = routed_attention(q, k, v, routes, region, backend="native")
+    assert out[0, 1, 1].isnan().all()
+    assert out.isnan().sum() == out[0, 1, 1].numel()
+
+
+@needs_native
+def test_native_says_what_it_cannot_take():
+    q, k, v, routes = tensors(1, (2, 2), (2, 2), 1, 8, 2, torch.float32)
+    assert "multiples of 16; got 8 and 8" in routing_backends(q, k, v, routes, 2)["native"]
+    assert "float32; got torch.float64" in routing_backends(*(x.double() for x in (q, k, v)), routes, 2)["native"]
+    q, k, v = (x.repeat(1, 1, 1, 1, 2) for x in (q, k, v))
+    with pytest.raises(IndexError, match=r"routes must be in \[0, 4\); got 4 to 4"):
+        routed_attention(q, k, v, torch.full_like(routes, 4), 2, backend="native")
+
+
 def test_operator_keeps_torchs_rules():
     """Schema, fake tensors, autograd registration and tracing, as torch's own checker sees them."""
     q, k, v, routes = tensors(2, (2, 3), (2, 3), 2, 4, 2)
@@ -142,7 +189,11 @@ R = torch.zeros(1, 6, 2, dtype=torch.int64)
         ((X, X, X, R[:, :5], (4, 3)), {}, r"= \[1, 6, 1 or more\]; got \[1, 5, 2\]"),
         ((X, X, X, R[..., :0], (4, 3)), {}, r"got \[1, 6, 0\]"),
         ((X, X, X, R.float(), (4, 3)), {}, "routes in int32 or int64"),
-        ((X, X, X, R, (4, 3)), {"backend": "flash"}, "no backend 'flash'; it has 'triton', 'chunked', 'reference'"),
+        (
+            (X, X, X, R, (4, 3)),
+            {"backend": "flash"},
+            "no backend 'flash'; it has 'triton', 'native', 'chunked'",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, options, message):

@@ -1,0 +1,265 @@
+/* Routed attention on CPU cores, forward, float32: regions of keys are read where they lie.
+ *
+ * In a region of many tokens a lane is one query: queries are transposed to [dim][lane], keys and values are numbers that
+ * all lanes take. In a region of a few tokens, lanes would be idle: there a lane is a channel, and the products of four
+ * queries and four keys are summed across lanes together. A task is a row of regions of one head of one image.
+ *
+ * Nothing here knows torch.
+ */
+#include <stdlib.h>
+
+#include "../lanes.h"
+
+#define KEYS 4    /* whose scores are computed together */
+#define QUERIES 4 /* of a small region, likewise */
+#define DIMS 8    /* whose sums are computed together */
+#define TILE 64   /* keys whose scores are held at once */
+#define FEW 12    /* tokens that a region needs for lanes of queries */
+
+enum { DONE, NO_MEMORY };
+
+/* Address and strides in numbers; a head's channels lie side by side. */
+typedef struct {
+    int64_t data, batch, row, column, head;
+} tensor;
+
+/* One call, as native.py packs it: eight bytes a field. */
+typedef struct {
+    int64_t threads, parallel, batch, height, width, heads, dim, dim_v, region_height, region_width, topk;
+    double scale;
+    tensor query, key, value, out;
+    int64_t routes; /* int64 [batch][regions][topk] */
+} call;
+
+typedef struct {
+    const call *a;
+    int64_t next, tasks, rows, columns, tokens, keys, scratch; /* rows and columns of regions; tokens of one */
+    int status;
+} job;
+
+INLINE float *at(const tensor *t, int64_t image, int64_t head) {
+    return (float *)(intptr_t)t->data + image * t->batch + head * t->head;
+}
+
+INLINE int64_t offset(const tensor *t, int64_t row, int64_t column) { return row * t->row + column * t->column; }
+
+/* Where the keys, or the values, of a region's queries lie. */
+INLINE void find_tokens(const job *j, const tensor *t, const int64_t *routes, int64_t *place) {
+    const call *a = j->a;
+    for (int64_t k = 0; k < a->topk; k++) {
+        int64_t top = routes[k] / j->columns * a->region_height, left = routes[k] % j->columns * a->region_width;
+        for (int64_t y = top; y < top + a->region_height; y++)
+            for (int64_t x = left; x < left + a->region_width; x++) *place++ = offset(t, y, x);
+    }
+}
+
+/* Scores of a block of queries, [dim][BLOCK], with some keys. */
+INLINE void score_keys(
+    const float *query, const float *key, const int64_t *place, int64_t dim, const int keys, const int vectors, float *score
+) {
+    V s[KEYS][VECTORS] = {0};
+    const float *row[KEYS];
+    EACH(i, keys) row[i] = key + place[i];
+    for (int64_t d = 0; d < dim; d++)
+        EACH(i, keys) EACH(v, vectors) s[i][v] += load(query + d * BLOCK + v * LANES) * row[i][d];
+    EACH(i, keys) EACH(v, vectors) store(score + i * BLOCK + v * LANES, s[i][v]);
+}
+
+INLINE void sum_values(
+    const float *weight, int64_t count, const float *value, const int64_t *place, const int dims, const int vectors,
+    const float *fade, float *sums
+) {
+    V sum[DIMS][VECTORS];
+    EACH(d, dims) EACH(v, vectors) sum[d][v] = load(sums + d * BLOCK + v * LANES) * load(fade + v * LANES);
+    for (int64_t i = 0; i < count; i++) {
+        const float *row = value + place[i];
+        EACH(d, dims) EACH(v, vectors) sum[d][v] += load(weight + i * BLOCK + v * LANES) * row[d];
+    }
+    EACH(d, dims) EACH(v, vectors) store(sums + d * BLOCK + v * LANES, sum[d][v]);
+}
+
+/* What a task works with. */
+typedef struct {
+    const float *key, *value;
+    int64_t *key_at, *value_at;
+    float *query, *score, *sums, *most, *total, *fade;
+} work_space;
+
+/* The queries of a block, which are transposed already, over all keys. */
+INLINE void attend_block(const job *j, const work_space *w, const int vectors) {
+    const int64_t dim = j->a->dim, dim_v = j->a->dim_v;
+    memset(w->sums, 0, dim_v * BLOCK * sizeof(float));
+    for (int64_t lane = 0; lane < BLOCK; lane++) w->most[lane] = -INFINITY, w->total[lane] = 0;
+    for (int64_t from = 0; from < j->keys; from += TILE) {
+        int64_t count = j->keys - from < TILE ? j->keys - from : TILE, i = 0;
+        for (; i + KEYS <= count; i += KEYS)
+            score_keys(w->query, w->key, w->key_at + from + i, dim, KEYS, vectors, w->score + i * BLOCK);
+        for (; i < count; i++)
+            score_keys(w->query, w->key, w->key_at + from + i, dim, 1, vectors, w->score + i * BLOCK);
+        soften(w->score, count, vectors, w->most, w->total, w->fade);
+        for (int64_t d = 0; d < dim_v; d += DIMS)
+            sum_values(w->score, count, w->value + d, w->value_at + from, DIMS, vectors, w->fade, w->sums + d * BLOCK);
+    }
+    EACH(v, vectors) {
+        V factor = 1 / load(w->total + v * LANES);
+        for (int64_t d = 0; d < dim_v; d++)
+            store(w->sums + d * BLOCK + v * LANES, load(w->sums + d * BLOCK + v * LANES) * factor);
+    }
+}
+
+/* A region of many tokens, whose first is at `top` and `left`. */
+INLINE void attend_region(
+    const job *j, const work_space *w, int64_t image, int64_t head, int64_t top, int64_t left
+) {
+    const call *a = j->a;
+    const float *query = at(&a->query, image, head), scale = (float)a->scale * LOG2E;
+    float *out = at(&a->out, image, head);
+    for (int64_t first = 0; first < j->tokens; first += BLOCK) {
+        int64_t count = j->tokens - first < BLOCK ? j->tokens - first : BLOCK;
+        for (int64_t pass = 0; pass < 2; pass++) {
+            for (int64_t lane = 0, run; lane < count; lane += run) { /* of tokens side by side */
+                int64_t y = (first + lane) / a->region_width, x = (first + lane) % a->region_width;
+                run = a->region_width - x < count - lane ? a->region_width - x : count - lane;
+                if (pass == 0)
+                    transpose(
+                        query + offset(&a->query, top + y, left + x), a->query.column, w->query + lane, BLOCK, run, a->dim
+                    );
+                else
+                    transpose(
+                        w->sums + lane, BLOCK, out + offset(&a->out, top + y, left + x), a->out.column, a->dim_v, run
+                    );
+            }
+            if (pass == 1) break;
+            for (int64_t i = 0; i < a->dim * BLOCK; i++) w->query[i] *= scale;
+            if (count > LANES)
+                attend_block(j, w, 2);
+            else
+                attend_block(j, w, 1);
+        }
+    }
+}
+
+#if defined(__clang__)
+#define MIX_LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX_LANES(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
+#endif
+
+/* Sum each of sixteen vectors: the i-th lane has the i-th sum. */
+INLINE V sum_lanes(V *x) {
+    EACH(i, 8) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    EACH(i, 4) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    EACH(i, 2) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return MIX_LANES(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* Turn the first `count` of a query's scores, in whole vectors, into weights, and return one over their sum. */
+INLINE float weigh(float *score, int64_t count) {
+    const V least = all(-INFINITY);
+    V most = least, sum = {0};
+    for (int64_t i = count; i % LANES; i++) score[i] = -INFINITY;
+    for (int64_t i = 0; i < count; i += LANES) {
+        V x = load(score + i);
+        most = pick((I)(most > x), most, x); /* x if it is NaN */
+    }
+    float top = most[0];
+    EACH(i, LANES) top = top > most[i] ? top : most[i];
+    for (int64_t i = 0; i < count; i += LANES) {
+        V x = power_of_2(load(score + i) - top);
+        store(score + i, x);
+        sum += x;
+    }
+    float total = 0;
+    EACH(i, LANES) total += sum[i];
+    return 1 / total;
+}
+
+/* A region of a few tokens, a lane a channel. */
+INLINE void attend_small_region(
+    const job *j, const work_space *w, int64_t image, int64_t head, int64_t top, int64_t left
+) {
+    const call *a = j->a;
+    const int64_t keys = j->keys, space = (keys + LANES - 1) / LANES * LANES;
+    const float *query = at(&a->query, image, head), scale = (float)a->scale * LOG2E;
+    float *out = at(&a->out, image, head);
+    for (int64_t first = 0; first < j->tokens; first += QUERIES) {
+        const float *q[QUERIES];
+        int64_t to[QUERIES];
+        for (int64_t i = 0; i < QUERIES; i++) { /* what is beyond the region's tokens is done and thrown away */
+            int64_t token = first + i < j->tokens ? first + i : j->tokens - 1;
+            int64_t y = top + token / a->region_width, x = left + token % a->region_width;
+            q[i] = query + offset(&a->query, y, x);
+            to[i] = offset(&a->out, y, x);
+        }
+        for (int64_t from = 0; from < keys; from += KEYS) {
+            const float *k[KEYS];
+            V sums[QUERIES * KEYS] = {0};
+            EACH(i, KEYS) k[i] = w->key + w->key_at[from + i < keys ? from + i : keys - 1];
+            for (int64_t d = 0; d < a->dim; d += LANES)
+                EACH(i, QUERIES) EACH(n, KEYS) sums[i * KEYS + n] += load(q[i] + d) * load(k[n] + d);
+            V score = sum_lanes(sums) * scale;
+            EACH(i, QUERIES) *(F *)(w->score + i * space + from) = ((F *)&score)[i];
+        }
+        float factor[QUERIES];
+        EACH(i, QUERIES) factor[i] = weigh(w->score + i * space, keys);
+        for (int64_t d = 0; d < a->dim_v; d += LANES) {
+            V sum[QUERIES] = {0};
+            for (int64_t n = 0; n < keys; n++) {
+                V value = load(w->value + w->value_at[n] + d);
+                EACH(i, QUERIES) sum[i] += value * w->score[i * space + n];
+            }
+            for (int64_t i = 0; i < QUERIES && first + i < j->tokens; i++) store(out + to[i] + d, sum[i] * factor[i]);
+        }
+    }
+}
+
+CLONES static void attend(const job *j, int64_t task, float *scratch) {
+    const call *a = j->a;
+    const int64_t plane = task / j->rows, row = task % j->rows, image = plane / a->heads, head = plane % a->heads;
+    const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
+    const int small = j->tokens < FEW;
+    work_space w = {.key = at(&a->key, image, head), .value = at(&a->value, image, head)};
+    w.key_at = (int64_t *)scratch, w.value_at = w.key_at + j->keys;
+    w.score = (float *)(w.value_at + j->keys), w.query = w.score + TILE * BLOCK, w.sums = w.query + a->dim * BLOCK;
+    w.most = w.sums + a->dim_v * BLOCK, w.total = w.most + BLOCK, w.fade = w.total + BLOCK;
+    memset(w.query, 0, small ? 0 : a->dim * BLOCK * sizeof(float));
+    for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
+        find_tokens(j, &a->key, routes, w.key_at);
+        find_tokens(j, &a->value, routes, w.value_at);
+        if (small)
+            attend_small_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+        else
+            attend_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+    }
+}
+
+static void work(void *data) {
+    job *j = data;
+    float *scratch = malloc(j->scratch * sizeof(float));
+    if (!scratch) {
+        __atomic_store_n(&j->status, NO_MEMORY, __ATOMIC_RELAXED);
+        return;
+    }
+    for (;;) {
+        int64_t task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+        if (task >= j->tasks) break;
+        attend(j, task, scratch);
+    }
+    free(scratch);
+}
+
+EXPORT int foveate_routed(const call *a) {
+    job j = {.a = a, .rows = a->height / a->region_height, .columns = a->width / a->region_width};
+    j.tokens = a->region_height * a->region_width;
+    j.keys = a->topk * j.tokens;
+    j.tasks = a->batch * a->heads * j.rows;
+    int64_t scores = QUERIES * (j.keys + LANES);
+    if (j.tokens >= FEW) scores = TILE * BLOCK + (a->dim + a->dim_v + 3) * BLOCK;
+    j.scratch = 4 * j.keys + scores; /* addresses are two floats wide */
+    share_out(a->parallel, a->threads < j.tasks ? a->threads : j.tasks, work, &j);
+    return j.status;
+}
