@@ -13,6 +13,7 @@ from ..kernels.bilinear import neighbors, sample_aligned
 from ..kernels.point_attention import displacement_bias, point_attention
 from .layout import channels_last
 from .plain import is_plain
+from .pointwise import apply_pointwise
 from .record import Landing, Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
 from .relative_bias import resize_bias_table
 
@@ -228,11 +229,13 @@ class DeformableAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every position of ``x`` ``[B, H, W, dim]`` to the sampled points."""
         x = x.permute(0, 3, 1, 2)
-        q = self.q(x)
+        q = self.q(x) if torch.jit.is_scripting() else apply_pointwise(self.q, x)
         points = self._points(q)
         k, v = self._keys_values(x, points)
         out = self._attend(q, k, v, points) if torch.jit.is_scripting() else self._attend_fast(q, k, v, points)
-        return self.proj_drop(self.proj(out.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        out = out.permute(0, 3, 1, 2)
+        out = self.proj(out) if torch.jit.is_scripting() else apply_pointwise(self.proj, out)
+        return self.proj_drop(out).permute(0, 2, 3, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, points: Tensor) -> Tensor:
         """Return what the queries ``[B, dim, H, W]`` find in keys and values ``[B, dim, h, w]``, ``[B, H, W, dim]``."""
@@ -276,7 +279,9 @@ class DeformableAttention2d(nn.Module):
             groups = x.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
             features = sample(groups.permute(0, 3, 1, 2), points).unflatten(0, (-1, self.groups)).flatten(1, 2)
         features = channels_last(features)
-        return self.k(features), self.v(features)
+        if torch.jit.is_scripting():
+            return self.k(features), self.v(features)
+        return apply_pointwise(self.k, features), apply_pointwise(self.v, features)
 
     def _bias(self, q: Tensor, points: Tensor) -> Tensor | None:
         """Return the position bias ``[B, heads, H * W, keys]`` in the dtype of ``q``, if there is one."""

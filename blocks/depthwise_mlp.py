@@ -5,6 +5,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .pieces import may_take_pieces, sum_over_channels
+from .pointwise import apply_linear
 
 # Of the MLP's hidden map at a time, where it is computed in pieces.
 _PIECE_BYTES = 8 * 2**20
@@ -46,8 +47,9 @@ class DepthwiseMlp(nn.Module):
         return self._feed_forward(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.drop(self.act(x))))
+        x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
+        x = self.drop(self.act(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
+        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x))
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:

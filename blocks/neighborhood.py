@@ -12,6 +12,7 @@ from ..kernels.backends import exporting
 from ..kernels.neighborhood.reference import reference_scores
 from ..kernels.neighborhood.window import Axis, neighbors
 from .initialize import init_linear
+from .pointwise import apply_linear
 from .record import Recorded, Softmax, exact, heads_to_map, number_box
 
 _OPERATORS = {1: na1d, 2: na2d, 3: na3d}
@@ -109,7 +110,8 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the neighborhoods of ``x`` ``[B, *spatial, dim]``."""
-        qkv = self.qkv(pad_to_fit(x, self.least))
+        padded = pad_to_fit(x, self.least)
+        qkv = self.qkv(padded) if torch.jit.is_scripting() else apply_linear(self.qkv, padded)
         x = attend(
             qkv,
             self.rpb,
@@ -121,7 +123,7 @@ class _NeighborhoodAttention(nn.Module):
             self.is_causal,
             self.scale,
         )
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x))
 
     @torch.jit.ignore
     def attention_map(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backends import exporting
+from ..kernels.pointwise import pointwise
 from .plain import is_plain
 
 
@@ -49,12 +50,12 @@ def sum_over_channels(
     for start in range(0, hidden, channels):
         end = min(start + channels, hidden)
         part = slice(start, end)
-        piece = F.linear(tokens, inputs[part], fc1.bias[part])
+        piece = pointwise(tokens, inputs[part], fc1.bias[part])
         piece = piece.view(-1, height, width, end - start).permute(0, 3, 1, 2)
         piece = F.conv2d(piece, conv.weight[part], conv.bias[part], padding=1, groups=end - start)
         piece = act(piece.permute(0, 2, 3, 1).flatten(0, 2))
         if gated:
             other = slice(hidden + start, hidden + end)
-            piece = piece.mul_(F.linear(tokens, inputs[other], fc1.bias[other]))
+            piece = piece.mul_(pointwise(tokens, inputs[other], fc1.bias[other]))
         total = torch.addmm(total, piece, outputs[:, part].t())
     return total.view(x.shape)

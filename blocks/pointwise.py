@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.backends import channels_come_last
-from ..kernels.pointwise import pointwise
+from ..kernels.pointwise import is_fused, pointwise
 from .pieces import may_take_pieces
 from .plain import is_plain
 
@@ -24,16 +24,30 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return pointwise(x, layer.weight, layer.bias)
 
 
-# Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is; beyond,
-# the product's way to add the bias is.
+def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer, then an activation, as `apply_linear` calls the former: as one operator if both are plain.
+
+    Example:
+        >>> apply_linear_gelu(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.randn(1, 5, 7, 16)).shape
+        torch.Size([1, 5, 7, 32])
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or not is_plain(layer, act) or not isinstance(act, nn.GELU) or act.approximate != "none":
+        return act(apply_linear(layer, x))
+    return pointwise(x, layer.weight, layer.bias, activation="gelu")
+
+
+# Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is, where
+# gradients are wanted; beyond, the product's way to add the bias is.
 _FEW_POSITIONS = 1024
 
 
 def apply_pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a 1x1 convolution on ``x`` ``[B, in, H, W]``, on one thread of a CPU as a linear layer if that is faster.
+    """Call a 1x1 convolution on ``x`` ``[B, in, H, W]``, as a linear layer where that is faster on a CPU.
 
-    That is so of small maps whose channels come last in memory. A layer that is hooked, adapted, quantized or otherwise
-    more than `torch.nn.Conv2d` is called as it is; so is every layer in a traced graph.
+    That is so of maps whose channels come last in memory, in inference, and on one thread of small ones. A layer that
+    is hooked, adapted, quantized or otherwise more than `torch.nn.Conv2d` is called as it is; so is every layer in a
+    traced graph.
 
     Example:
         >>> apply_pointwise(torch.nn.Conv2d(16, 32, 1), torch.randn(1, 16, 5, 7)).shape
@@ -41,10 +55,13 @@ def apply_pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
         return layer(x)
-    few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and channels_come_last(x)
-    if not (few and x.is_cpu and torch.get_num_threads() == 1):
+    if not x.is_cpu or not channels_come_last(x):
         return layer(x)
-    return pointwise(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+    positions, weight = x.permute(0, 2, 3, 1), layer.weight.flatten(1)
+    few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and torch.get_num_threads() == 1
+    if not few and not is_fused(positions, weight, layer.bias):
+        return layer(x)
+    return pointwise(positions, weight, layer.bias).permute(0, 3, 1, 2)
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
@@ -93,8 +110,8 @@ class PointwiseMlp(nn.Module):
         return self._feed_forward(x) if torch.jit.is_scripting() else self._forward_in_pieces(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
-        x = self.drop(self.act(x))
+        x = self.act(self.fc1(x)) if torch.jit.is_scripting() else apply_linear_gelu(self.fc1, self.act, x)
+        x = self.drop(x)
         return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x))
 
     def _forward_in_pieces(self, x: Tensor) -> Tensor:

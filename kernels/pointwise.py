@@ -1,12 +1,13 @@
 """A linear layer at every position of a map, or at every token."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, report
+from .backends import Backend, choose, exporting, report
 
 
 class Problem(NamedTuple):
@@ -15,18 +16,55 @@ class Problem(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    activation: str | None
+
+
+def _activate(x: Tensor, problem: Problem) -> Tensor:
+    return F.gelu(x) if problem.activation == "gelu" else x
 
 
 def _linear(problem: Problem) -> Tensor:
-    return F.linear(*problem)
+    return _activate(F.linear(problem.x, problem.weight, problem.bias), problem)
+
+
+def _onednn(problem: Problem) -> Tensor:
+    """Call what inductor calls of oneDNN: code for the processor at hand, with no map between product and GELU."""
+    activation = "none" if problem.activation is None else problem.activation
+    return torch.ops.mkldnn._linear_pointwise(*problem[:3], activation, [], "none")
+
+
+def _onednn_obstacle(problem: Problem) -> str | None:
+    tensors = [x for x in problem[:3] if x is not None]
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
+        return f"it is for float32 on CPUs; got {problem.x.dtype} on {problem.x.device}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "it has no derivatives"
+    if problem.x.ndim < 2 or 0 in problem.x.shape or 0 in problem.weight.shape:
+        return f"it takes [..., in] with two axes or more, none of them empty; got {list(problem.x.shape)}"
+    return None if _has_onednn() else "torch has no oneDNN here"
+
+
+@functools.cache
+def _has_operator() -> bool:
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and _has_operator()
+
+
+def _onednn_drawback(problem: Problem) -> str | None:
+    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "graphs and transforms take torch's plain operators"
+    return "autocast chooses the precision" if torch.is_autocast_enabled("cpu") else None
 
 
 def _convolution(problem: Problem) -> Tensor:
-    x, weight, bias = problem
+    x, weight, bias = problem[:3]
     image = x if x.ndim == 4 else x.unsqueeze(2)
     # The permuted map is a channels_last one: nothing is copied on the way in or out.
     out = F.conv2d(image.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-    return out if x.ndim == 4 else out.squeeze(2)
+    return _activate(out if x.ndim == 4 else out.squeeze(2), problem)
 
 
 def _convolution_obstacle(problem: Problem) -> str | None:
@@ -43,27 +81,36 @@ def _convolution_drawback(problem: Problem) -> str | None:
         return "lone positions are no image to oneDNN"
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return "it is faster in float32 on CPUs only"
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not _has_onednn():
         return "oneDNN is not available"
     return "torch leaves oneDNN on a single thread" if torch.get_num_threads() == 1 else None
 
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
+    "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
     "convolution": Backend(_convolution, _convolution_obstacle, _convolution_drawback),
     "linear": Backend(_linear),
 }
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Apply a linear layer to the channels of each position.
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Apply a linear layer to the channels of each position, and an activation.
 
     Args:
         x: Map ``[B, H, W, in]``, or tokens ``[B, N, in]``.
         weight: ``[out, in]``.
         bias: ``[out]``.
-        backend: ``"linear"``, the reference, or ``"convolution"``, a 1x1 one; by default the convolution where it is
-            faster, which is in float32 on several threads of a CPU.
+        backend: ``"linear"``, the reference, ``"onednn"`` (float32 on CPUs, without gradients: one operator with the
+            activation in it) or ``"convolution"``, a 1x1 one. By default oneDNN where it can run, then the convolution
+            where it is faster, which is in float32 on several threads of a CPU.
+        activation: ``"gelu"``, or None.
 
     Returns:
         ``[B, H, W, out]``, or ``[B, N, out]``.
@@ -75,8 +122,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: st
         >>> pointwise(torch.randn(1, 5, 7, 16), torch.randn(32, 16)).shape
         torch.Size([1, 5, 7, 32])
     """
-    problem = Problem(x, weight, bias)
+    problem = Problem(x, weight, bias, activation)
     return _BACKENDS[choose("pointwise", _BACKENDS, problem, backend)].run(problem)
+
+
+def is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether `pointwise` takes oneDNN's operator, which is faster than a layer's own call."""
+    problem = Problem(x, weight, bias, None)
+    return _onednn_obstacle(problem) is None and _onednn_drawback(problem) is None
 
 
 def pointwise_backends(
@@ -87,4 +140,4 @@ def pointwise_backends(
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    return report("pointwise", _BACKENDS, Problem(x, weight, bias), backend)
+    return report("pointwise", _BACKENDS, Problem(x, weight, bias, None), backend)

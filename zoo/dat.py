@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
 from ..blocks.plain import is_plain
+from ..blocks.pointwise import apply_pointwise
 from ..blocks.relative_bias import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
 from ._build import IMAGENET_CFG, build, cfgs_with_links
@@ -113,9 +114,10 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        x = self.fc1(x)
+        x = self.fc1(x) if torch.jit.is_scripting() else apply_pointwise(self.fc1, x)
         x = x + self.dwconv(x) if torch.jit.is_scripting() else add_convolved(self.dwconv, x)
-        return self.drop2(self.fc2(self.drop1(self.act(x))))
+        x = self.drop1(self.act(x))
+        return self.drop2(self.fc2(x) if torch.jit.is_scripting() else apply_pointwise(self.fc2, x))
 
 
 class Block(nn.Module):

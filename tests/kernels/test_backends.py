@@ -66,7 +66,7 @@ def deformable_report(backend=None, device="cpu"):
         (lambda **o: quadtree_backends(CHILDREN, **o), "chunked"),
         (deformable_report, "bags" if deformable_native._library is None else "native"),
         (lambda **o: depthwise_backends(CHILDREN[0], torch.zeros(3, 1, 3, 3), **o), "convolution"),
-        (lambda **o: pointwise_backends(torch.zeros(3, 4), torch.zeros(2, 4), **o), "linear"),
+        (lambda **o: pointwise_backends(torch.zeros(3, 4).double(), torch.zeros(2, 4).double(), **o), "linear"),
     ],
 )
 def test_every_operator_reports_its_backends(call, chosen, monkeypatch):

@@ -1,0 +1,82 @@
+"""Linear layers over maps: every backend against torch's, with and without an activation, and what is chosen when."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foveate.blocks.pointwise import apply_linear_gelu, apply_pointwise
+from foveate.kernels import pointwise_backends
+from foveate.kernels.pointwise import pointwise
+
+pytestmark = pytest.mark.versions
+
+BACKENDS = ("onednn", "convolution", "linear")
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9), (1, 1, 1)])
+@torch.inference_mode()
+def test_every_backend_is_the_layer(shape, bias, activation):
+    torch.manual_seed(0)
+    x, weight, offset = torch.randn(*shape, 24), torch.randn(40, 24), torch.randn(40) if bias else None
+    expected = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    expected = F.gelu(expected) if activation else expected
+    for backend in BACKENDS:
+        out = pointwise(x, weight, offset, backend=backend, activation=activation)
+        torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_parts_of_a_weight_and_strided_maps():
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 24), torch.randn(2, 24, 5, 7).permute(0, 2, 3, 1)
+    torch.testing.assert_close(pointwise(x, weight[:16]), F.linear(x, weight[:16]), atol=2e-5, rtol=1e-5)
+    x = torch.randn(2, 5, 7, 48)[..., ::2]
+    torch.testing.assert_close(pointwise(x, weight), F.linear(x, weight), atol=2e-5, rtol=1e-5)
+
+
+def test_what_is_chosen():
+    x, weight = torch.randn(2, 5, 7, 24), torch.nn.Parameter(torch.randn(40, 24))
+    assert "has no derivatives" in pointwise_backends(x, weight)["onednn"]
+    with torch.no_grad():
+        assert pointwise_backends(x, weight)["onednn"] == "chosen"
+        assert "float32 on CPUs; got torch.float64" in pointwise_backends(x.double(), weight.double())["onednn"]
+        assert "none of them empty" in pointwise_backends(x[:0], weight)["onednn"]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert pointwise_backends(x, weight)["onednn"] == "can run"
+            assert pointwise(x, weight).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert "no oneDNN" in pointwise_backends(x, weight)["onednn"]
+
+
+@pytest.mark.parametrize("act", [torch.nn.GELU(), torch.nn.GELU("tanh"), torch.nn.ReLU()])
+def test_activations_are_the_layers_own(act):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(24, 40), torch.randn(2, 5, 7, 24)
+    expected = act(layer(x))
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            torch.testing.assert_close(apply_linear_gelu(layer, act, x), expected, atol=2e-5, rtol=1e-5)
+    seen = []
+    act.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        apply_linear_gelu(layer, act, x)
+    assert seen == [1]
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_never_missed():
+    layer, x = torch.nn.Linear(24, 40), torch.randn(2, 5, 7, 24)
+    apply_linear_gelu(layer, torch.nn.GELU(), x)
+    layer.weight.data.mul_(2)
+    torch.testing.assert_close(apply_linear_gelu(layer, torch.nn.GELU(), x), F.gelu(layer(x)), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@torch.no_grad()
+def test_pointwise_convolutions_keep_the_order_of_their_maps(last):
+    layer, x = torch.nn.Conv2d(24, 40, 1), torch.randn(2, 24, 5, 7)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    out, expected = apply_pointwise(layer, x), layer(x)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
+    assert out.stride() == expected.stride()
