@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels.backends import channels_come_last
 from ..kernels.pointwise import is_fused, pointwise
+from .layout import channels_last
 from .pieces import may_take_pieces
 from .plain import is_plain
 
@@ -32,9 +33,13 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 5, 7, 32])
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not is_plain(layer, act) or not isinstance(act, nn.GELU) or act.approximate != "none":
+    if traced or not is_plain(layer) or not _is_gelu(act):
         return act(apply_linear(layer, x))
     return pointwise(x, layer.weight, layer.bias, activation="gelu")
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return isinstance(act, nn.GELU) and act.approximate == "none" and is_plain(act)
 
 
 # Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is, where
@@ -42,26 +47,38 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
 _FEW_POSITIONS = 1024
 
 
-def apply_pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a 1x1 convolution on ``x`` ``[B, in, H, W]``, as a linear layer where that is faster on a CPU.
+def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """Call a 1x1 convolution on ``x`` ``[B, in, H, W]``, and an activation, as a linear layer where that is faster.
 
-    That is so of maps whose channels come last in memory, in inference, and on one thread of small ones. A layer that
-    is hooked, adapted, quantized or otherwise more than `torch.nn.Conv2d` is called as it is; so is every layer in a
-    traced graph.
+    On CPUs that is so of maps whose channels come last in memory, in inference, and on one thread of small ones. A layer
+    that is hooked, adapted, quantized or otherwise more than `torch.nn.Conv2d` is called as it is; so is every layer in
+    a traced graph.
 
     Example:
         >>> apply_pointwise(torch.nn.Conv2d(16, 32, 1), torch.randn(1, 16, 5, 7)).shape
         torch.Size([1, 32, 5, 7])
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
-        return layer(x)
-    if not x.is_cpu or not channels_come_last(x):
-        return layer(x)
+    if not _as_linear(layer, x):
+        return layer(x) if act is None else act(layer(x))
+    fused = act is not None and _is_gelu(act)
     positions, weight = x.permute(0, 2, 3, 1), layer.weight.flatten(1)
+    x = pointwise(positions, weight, layer.bias, activation="gelu" if fused else None).permute(0, 3, 1, 2)
+    return x if act is None or fused else act(x)
+
+
+def _as_linear(layer: nn.Module, x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
+        return False
+    if not x.is_cpu or not channels_come_last(x):
+        return False
     few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and torch.get_num_threads() == 1
-    if not few and not is_fused(positions, weight, layer.bias):
-        return layer(x)
-    return pointwise(positions, weight, layer.bias).permute(0, 3, 1, 2)
+    return few or is_fused(x, layer.weight, layer.bias)
+
+
+def for_pointwise(x: Tensor) -> Tensor:
+    """Return ``x`` ``[B, C, H, W]``, or a copy, in the order in memory that `apply_pointwise` is fastest with."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return channels_last(x) if not traced and is_fused(x, x, None) else x
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:

@@ -15,6 +15,7 @@ from ..kernels.precision import full_precision
 from ..kernels.quadtree.reference import accumulation_dtype, children
 from .layout import channels_last
 from .plain import is_plain
+from .pointwise import apply_linear
 from .record import Given, Landing, Recorded, Rows, exact, heads_to_map, map_to_heads
 
 # Of one chunk of the coarsest level's scores, which are the only ones that grow with the square of the map.
@@ -223,7 +224,7 @@ class QuadTreeAttention2d(nn.Module):
 
     def _values(self, x: Tensor) -> list[Tensor]:
         """Return the value maps from fine to coarse."""
-        values = [self.v(x)]
+        values = [self.v(x) if torch.jit.is_scripting() else apply_linear(self.v, x)]
         if self.kind == "A":
             for _ in range(self.levels - 1):
                 values.append(pool(values[-1]))
@@ -237,7 +238,8 @@ class QuadTreeAttention2d(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.multiple)
         x = self._call_layers(x) if torch.jit.is_scripting() else self._use_layers(x)
-        return self.proj_drop(self.proj(x[:, :height, :width]))
+        x = x[:, :height, :width]
+        return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x))
 
     def _use_layers(self, x: Tensor) -> Tensor:
         """Return the output before the projection, by the parameters of layers as long as they are plain ones."""
@@ -252,7 +254,8 @@ class QuadTreeAttention2d(nn.Module):
 
     def _pyramid(self, x: Tensor) -> list[Tensor]:
         if is_plain(self.qk):
-            return project_pyramid(x, self.qk(x), self.qk.weight, self.qk.bias, self.levels, self.kind == "A")
+            finest = apply_linear(self.qk, x)
+            return project_pyramid(x, finest, self.qk.weight, self.qk.bias, self.levels, self.kind == "A")
         return pool_pyramid(self.qk(x), self.levels)
 
     def _call_layers(self, x: Tensor) -> Tensor:

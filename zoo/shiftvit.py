@@ -17,6 +17,8 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, tru
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.plain import is_plain
+from ..blocks.pointwise import apply_pointwise, for_pointwise
 from ..blocks.shift import Shift2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
@@ -36,7 +38,9 @@ class ConvMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        x = self.act(self.fc1(x)) if torch.jit.is_scripting() else apply_pointwise(self.fc1, x, self.act)
+        x = self.drop(x)
+        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_pointwise(self.fc2, x))
 
 
 class Block(nn.Module):
@@ -66,7 +70,10 @@ class Stem(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.norm(self.proj(x)))
+        x = self.proj(x)
+        if not torch.jit.is_scripting() and is_plain(self.proj):  # for the MLPs' sake
+            x = for_pointwise(x)
+        return self.drop(self.norm(x))
 
 
 class Downsample(nn.Module):
