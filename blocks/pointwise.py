@@ -50,9 +50,9 @@ _FEW_POSITIONS = 1024
 def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """Call a 1x1 convolution on ``x`` ``[B, in, H, W]``, and an activation, as a linear layer where that is faster.
 
-    On CPUs that is so of maps whose channels come last in memory, in inference, and on one thread of small ones. A layer
-    that is hooked, adapted, quantized or otherwise more than `torch.nn.Conv2d` is called as it is; so is every layer in
-    a traced graph.
+    On CPUs that is so of maps whose channels come last in memory, in inference, and on one thread of small ones. A
+    layer that is hooked, adapted, quantized or otherwise more than `torch.nn.Conv2d` is called as it is; so is every
+    layer in a traced graph.
 
     Example:
         >>> apply_pointwise(torch.nn.Conv2d(16, 32, 1), torch.randn(1, 16, 5, 7)).shape
