@@ -53,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an image whose objects or pixels are labelled, which needs memory for each; %(default)s by default",
     )
     parser.add_argument(
+        "--tile",
+        type=at_least(32),
+        metavar="SIZE",
+        help="look for objects or label pixels in tiles of so many pixels, and merge what they show; a TIFF that is "
+        "stored in parts is never read as a whole",
+    )
+    parser.add_argument(
+        "--overlap", type=at_least(0), help="pixels that neighboring tiles share; an eighth of the tile by default"
+    )
+    parser.add_argument(
         "--every", type=at_least(1), default=1, help="of videos, look at every so-manyth frame; %(default)s by default"
     )
 
@@ -65,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, open_predictor
+    from ..tasks.tiles import check_tiling
 
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
@@ -85,10 +96,15 @@ def run(args: argparse.Namespace) -> int:
         predictor = open_predictor(checkpoint or args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
+    if args.tile is not None:
+        args.overlap = check_tiling(args.tile, args.overlap, predictor)
+    elif args.overlap is not None:
+        raise TaskError("--overlap is of tiles; give their side by --tile")
 
     refused: list[str] = []
     with _Entries(args.output / "predictions.json") as entries:
-        count = _predict_images(args, predictor, paths, entries, refused)
+        predict = _predict_images if args.tile is None else _predict_tiled
+        count = predict(args, predictor, paths, entries, refused)
         for video, name in zip(videos, _video_names(videos), strict=True):
             _predict_video(args, predictor, video, args.output / name, entries)
     counts = ((count, "picture", paths), (len(videos), "video", videos))
@@ -167,6 +183,38 @@ def _predict_images(
     return count
 
 
+def _predict_tiled(
+    args: argparse.Namespace, predictor: Any, paths: list[Path], entries: _Entries, refused: list[str]
+) -> int:
+    """Return how many pictures were made of images seen tile by tile; ``refused`` get what is wrong with the others."""
+    from tqdm import tqdm
+
+    from ..tasks import TaskError
+    from ..tasks.data.windows import Windows
+    from ..tasks.tiles import predict_tiled
+    from ..zoo.library_errors import first_line
+
+    names, count = _picture_names(paths), 0
+    for path in paths:
+        picture = args.output / names[path]
+        with tqdm(unit="tile", desc=path.name, disable=not sys.stderr.isatty()) as bar:
+            try:
+                windows = Windows(path, predictor.channels, predictor.white)
+                found = predict_tiled(predictor, windows, args.tile, args.overlap, args.output, bar.update)
+                predictor.draw_picture(found.overview, found.reduced, picture)
+                shown = {"picture": str(picture), **predictor.write_map(found.answer, picture)}
+            except TaskError as error:
+                refused.append(str(error))
+                continue
+            except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+                refused.append(f"{path}: has no answer ({first_line(error)})")
+                continue
+        entries.add({"image": str(path), **shown, **predictor.describe(found.answer)})
+        print(f"{path}: {predictor.headline(found.answer)}")
+        count += 1
+    return count
+
+
 def _read(path: Path, predictor, most: int | None):
     """Return an image, or raise a TaskError if it can't be read or has more pixels than may be labelled."""
     from ..tasks import TaskError
@@ -175,8 +223,8 @@ def _read(path: Path, predictor, most: int | None):
     image = read_image(path, predictor.channels, predictor.white)
     if most is not None and image.width * image.height > most:
         raise TaskError(
-            f"{path}: has {image.width * image.height} pixels, and labels of each need memory; make it smaller, or "
-            "allow more by --max-pixels"
+            f"{path}: has {image.width * image.height} pixels, and labels of each need memory; look at it in tiles by "
+            "--tile, or allow more by --max-pixels"
         )
     return image
 

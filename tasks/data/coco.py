@@ -145,6 +145,11 @@ def decode_masks(masks: Sequence[Any], height: int, width: int) -> np.ndarray:
     )
 
 
+def mask_area(mask: dict[str, Any]) -> int:
+    """Return how many pixels a mask's run lengths cover."""
+    return int(rle_codec.area(mask))
+
+
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     """Return the box ``x1, y1, x2, y2`` around a mask ``[H, W]`` that isn't empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

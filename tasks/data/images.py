@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def find_images(sources: Iterable[str | Path]) -> list[Path]:
     return list(files)
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path | BytesIO) -> Image.Image:
     """Open a picture without decoding it, if it has no more pixels than Pillow, or ``FOVEATE_MAX_PIXELS``, allows.
 
     Raises:
@@ -202,26 +203,30 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def read_image(path: str | Path, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:
+def read_image(
+    path: str | Path | BytesIO, channels: int = 3, white: int = FULL_WHITE, name: str | Path | None = None
+) -> Image.Image:
     """Read an image of any mode upright, as 8-bit grey or RGB, as `to_pixels` says.
 
     Args:
-        path: Image file.
+        path: Image file, or what it holds.
         channels: 1 for grey (mode ``L``), 3 for ``RGB``.
         white: Value of 16-bit pixels that becomes 255; greater ones do too. 8-bit images are as they are.
+        name: For messages, of what has no path.
 
     Raises:
         DamagedImageError: If the file is missing, not an image, damaged or larger than `open_picture` allows.
         TaskError: If ``channels`` is neither 1 nor 3.
     """
-    image, colours = _load(path, deep_colours=white != FULL_WHITE)
+    name = path if name is None else name
+    image, colours = _load(path, deep_colours=white != FULL_WHITE, name=name)
     if colours is not None:
         # Of TIFF, both decoders have turned it already, and the entry is gone.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         alpha = to_bytes(colours[..., 3:], FULL_WHITE)
         image = Image.fromarray(np.concatenate([to_bytes(colours[..., :3], white), alpha], axis=-1))
         image.getexif()[ExifTags.Base.Orientation] = orientation
-    return to_pixels(image, channels, white, path)
+    return to_pixels(image, channels, white, name)
 
 
 def to_pixels(
@@ -292,7 +297,7 @@ def check_white(white: int | None) -> int | None:
     return white
 
 
-def _load(path: str | Path, deep_colours: bool) -> tuple[Image.Image, np.ndarray | None]:
+def _load(path: str | Path | BytesIO, deep_colours: bool, name: str | Path) -> tuple[Image.Image, np.ndarray | None]:
     """Return an image, and if asked for the values ``[H, W, C]`` of colours of 16 bits, of which Pillow takes 8."""
     try:
         with open_picture(path) as image:
@@ -300,11 +305,11 @@ def _load(path: str | Path, deep_colours: bool) -> tuple[Image.Image, np.ndarray
             image.load()
             colours = _decode_colours(path) if deep else None
     except FileNotFoundError:
-        raise DamagedImageError(f"{path}: no such file") from None
+        raise DamagedImageError(f"{name}: no such file") from None
     except TaskError:
         raise
     except Exception as error:
-        raise DamagedImageError(f"{path}: not an image, or damaged ({_reason(error)})") from error
+        raise DamagedImageError(f"{name}: not an image, or damaged ({_reason(error)})") from error
     return image, colours
 
 
@@ -313,10 +318,11 @@ def _has_deep_colours(image: Image.Image) -> bool:
     return image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile)
 
 
-def _decode_colours(path: str | Path) -> np.ndarray:
+def _decode_colours(path: str | Path | BytesIO) -> np.ndarray:
     import cv2
 
-    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    content = np.fromfile(path, np.uint8) if isinstance(path, str | Path) else path.getbuffer()
+    values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise ValueError("colours of 16 bits that can't be decoded")
     return cv2.cvtColor(values, cv2.COLOR_BGR2RGB if values.shape[-1] == 3 else cv2.COLOR_BGRA2RGBA)
@@ -330,7 +336,7 @@ def _greatest_value(path: str | Path) -> int:
                 return -1  # not decoded
     except Exception:
         return -1  # what can't be read is reported where it is needed
-    image, colours = _load(path, deep_colours=True)
+    image, colours = _load(path, deep_colours=True, name=path)
     return int((_values_of(image, path) if colours is None else colours[..., :3]).max())
 
 

@@ -81,6 +81,14 @@ class Predictor:
 
     def draw(self, image: Image.Image, detections: dict[str, Any], path: Path) -> dict[str, str]:
         """Draw the objects on the image; return what was written beside the picture: nothing."""
+        self.draw_picture(image, detections, path)
+        return {}
+
+    def draw_picture(self, image: Image.Image, detections: dict[str, Any], path: Path) -> None:
+        """Draw the objects on the image."""
         image = to_pixels(image, self.channels, self.white)
         draw_detections(image, detections, self.classes, path, self.threshold)
+
+    def write_map(self, detections: dict[str, Any], path: Path) -> dict[str, str]:
+        """Write nothing: objects have no picture of their own."""
         return {}
