@@ -22,6 +22,7 @@ from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
 from ..data.occurrence import check_classes, draw_weights
+from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import normalization_of
 from . import multi_label
 
@@ -175,7 +176,13 @@ class Classify:
         data, self._said = resolve(dict(config["data"]), "classes")
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
+        measures = data["normalization"] == "data"
+        if data["channels"] not in (1, 3) and data["normalization"] != "data":
+            # Published numbers are of colours; others' are set, or measured.
+            measures = data["normalization"] == "backbone" or data["mean"] == self.DEFAULTS["data"]["mean"]
         data |= normalization_of(data["normalization"], config["model"]["name"])
+        if measures:
+            data |= {"mean": (0.5,) * data["channels"], "std": (0.25,) * data["channels"]}
         self.rule = InputRule(
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
@@ -184,6 +191,12 @@ class Classify:
             self.train_set, self.val_set = open_classes(data, self.rule, holds_out)
         except TypeError as error:
             raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
+        if measures:
+            measured = measure_normalization(self.train_set.image, len(self.train_set))
+            self._said.append(describe_normalization(measured))
+            self.rule = dataclasses.replace(self.rule, **measured)
+            self.train_set.transform = self.rule.transform(dict(data["augment"]))
+            self.val_set.transform = self.rule.transform()
         self.classes = list(self.train_set.classes)
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])

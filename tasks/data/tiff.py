@@ -27,6 +27,15 @@ _ROWS_READ = 64
 _HELD = 1 << 27  # bytes of decoded segments that are kept for the next window
 
 
+def is_tiff(path: str | Path) -> bool:
+    """Return whether a file begins as TIFFs do."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    except OSError:
+        return False  # its reader says what is wrong
+
+
 class Tiff:
     """The first picture of a TIFF, read by windows.
 

@@ -7,8 +7,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from ...zoo.library_errors import first_line
 from .. import TaskError
-from .images import FULL_WHITE, DamagedImageError, open_picture, read_image, to_pixels
-from .tiff import Tiff
+from .bands import bands_of, check_channels
+from .images import FULL_WHITE, Bands, DamagedImageError, open_picture, read_image, to_pixels
+from .tiff import Tiff, is_tiff
 
 
 class Windows:
@@ -23,7 +24,7 @@ class Windows:
 
     Args:
         path: Image file, or an upright image.
-        channels: Of the windows: 1 for grey, 3 for RGB.
+        channels: Of the windows: 1 for grey, 3 for RGB, others as they are.
         white: As for `read_image`.
 
     Raises:
@@ -31,10 +32,15 @@ class Windows:
             `open_picture` allows.
     """
 
-    def __init__(self, path: str | Path | Image.Image, channels: int = 3, white: int = FULL_WHITE):
+    def __init__(self, path: str | Path | Image.Image | Bands, channels: int = 3, white: int = FULL_WHITE):
         self._channels, self._white = channels, white
-        is_image = isinstance(path, Image.Image)
-        self._path, self._tiff = ("the image", None) if is_image else (path, _split_tiff(path))
+        is_image = isinstance(path, Image.Image | Bands)
+        self._path, self._tiff = "the image" if is_image else path, None
+        if not is_image and is_tiff(path):
+            tiff = Tiff(path)
+            self._tiff = tiff if tiff.is_split else None
+            if channels not in (1, 3):
+                check_channels(tiff.channels, channels, path)
         if self._tiff is not None:
             size, self._orientation = (self._tiff.width, self._tiff.height), self._tiff.orientation
         else:
@@ -45,6 +51,8 @@ class Windows:
 
     def _decode(self, path: str | Path) -> tuple[Image.Image, int]:
         """Return the decoded picture as it is stored, and its orientation."""
+        if self._channels not in (1, 3):
+            return read_image(path, self._channels, self._white), 1
         try:
             with open_picture(path) as image:
                 if self._white != FULL_WHITE and image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile):
@@ -76,6 +84,8 @@ class Windows:
             7: (width - bottom, height - right, width - top, height - left),
             8: (width - bottom, left, width - top, right),
         }.get(self._orientation, (left, top, right, bottom))
+        if self._tiff is not None and self._channels not in (1, 3):
+            return bands_of(self._tiff, stored, self._white)
         if self._tiff is not None:
             window = self._tiff.picture(*stored, self._channels, self._white)
             if self._orientation in range(2, 9):
@@ -84,19 +94,6 @@ class Windows:
             return window
         # A crop keeps the entry on orientation, and is turned by it.
         return to_pixels(self._image.crop(stored), self._channels, self._white, self._path)
-
-
-def _split_tiff(path: str | Path) -> Tiff | None:
-    """Return a TIFF that is stored in parts, or None of any other file."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError:
-        return None  # its reader says what is wrong
-    if start not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return None
-    tiff = Tiff(path)
-    return tiff if tiff.is_split else None
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:

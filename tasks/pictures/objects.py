@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..data.coco import decode_masks, encode_mask
+from ..data.images import Bands, as_picture
 from ..detections import keep_likely
 from .figures import BLUE, GREEN, ORANGE, add_legend, choose_styles, new_figure, save_figure
 
@@ -140,7 +141,7 @@ def draw_inputs(
     """Draw images as a detector gets them, with their objects.
 
     Args:
-        items: Images ``[3, H, W]``, uint8, with ``boxes``, ``labels`` and perhaps ``masks``, of a `DetectionSet`.
+        items: Images ``[C, H, W]``, uint8, with ``boxes``, ``labels`` and perhaps ``masks``, of a `DetectionSet`.
         classes: Names of the classes.
         path: PNG to write.
         title: What is shown.
@@ -158,7 +159,7 @@ def draw_inputs(
         objects = dict(target)
         if isinstance(target.get("masks"), Tensor):
             objects["masks"] = [encode_mask(mask) for mask in target["masks"].numpy()]
-        draw_objects(axes, Image.fromarray(image.permute(1, 2, 0).numpy()), objects, classes, styles)
+        draw_objects(axes, as_picture(Bands(image.permute(1, 2, 0).numpy())), objects, classes, styles)
         height, width = image.shape[1:]
         axes.set_title(f"{height}x{width} pixels, {len(target['labels'])} objects", fontsize=8)
     add_legend(figure, [classes[label] for label in styles], list(styles.values()))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.augment import IGNORE
 from ..data.coco import decode_masks
+from ..data.images import as_picture
 from .figures import GREY, add_legend, choose_styles, new_figure, save_figure
 
 Styles = Mapping[int, tuple[str, str | None]]
@@ -164,7 +165,7 @@ def draw_comparison(
     panels = figure.subplots(len(split), 3, squeeze=False, height_ratios=heights)
     for (left, middle, right), (image, (truth, true_numbers), (predicted, numbers)) in zip(panels, split, strict=True):
         void = truth >= len(classes)
-        left.imshow(image, interpolation="nearest" if max(image.size) < 200 else "antialiased")
+        left.imshow(as_picture(image), interpolation="nearest" if max(image.size) < 200 else "antialiased")
         left.set(xticks=[], yticks=[])
         left.set_title("image", fontsize=9)
         for axes, labels, parts, name in (

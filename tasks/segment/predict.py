@@ -41,7 +41,6 @@ class Predictor:
     """
 
     threshold = 0.5
-    channels = 3
     card: dict[str, Any] | None = None
 
     def __init__(
@@ -57,6 +56,7 @@ class Predictor:
     ):
         self.model = model.eval().to(device)
         self.rule, self.output, self.test = rule, output, dict(test)
+        self.channels = rule.channels
         self.classes, self.things = list(classes), list(things)
         self.device = device
         self.white = white
@@ -122,12 +122,11 @@ class Predictor:
         That is, but for instances, a PNG of the size of the image: of labels, 255 for none, or of the segments' ids in
         COCO's panoptic code.
         """
-        self.draw_picture(image, answer, path)
+        self.draw_picture(to_pixels(image, self.channels, self.white), answer, path)
         return self.write_map(answer, path)
 
     def draw_picture(self, image: Image.Image, answer: Any, path: Path) -> None:
-        """Draw the result on the image."""
-        image = to_pixels(image, self.channels, self.white)
+        """Draw the result on the image, or a picture of its size."""
         if self.output == "instance":
             draw_detections(image, answer, self.classes, path, self.threshold)
         else:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_maps, resolve
+from ..data.images import Bands, as_picture
 from ..data.occurrence import check_classes, draw_weights
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
+from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import (
     build_described,
     describe_model,
@@ -63,6 +64,8 @@ class Segment:
             "classes": None,
             "values": None,
             "unlabelled": None,
+            "image_column": None,
+            "mask_column": None,
             "num_classes": None,
             "broken": "refuse",
             "repeat": 1,
@@ -74,6 +77,7 @@ class Segment:
             "short": 512,
             "long": 2048,
             "divisor": 1,
+            "channels": 3,
             "white": None,
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
@@ -104,6 +108,8 @@ class Segment:
         "data.short": int,
         "data.white": int,
         "data.normalization": str,
+        "data.image_column": str,
+        "data.mask_column": str,
         "test.crop_size": int,
         "test.stride": int,
     }
@@ -124,16 +130,31 @@ class Segment:
             raise TaskError(f"{head} labels pixels; {self.output} segmentation needs {' or '.join(MASK_HEADS)}")
         if data["augment"].get("crop") is None:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
+        measures = data["normalization"] == "data"
+        if data["channels"] != 3:
+            # Published numbers are of colours; others' are set, or measured.
+            usual = data["normalization"] == "backbone" or data["mean"] == self.DEFAULTS["data"]["mean"]
+            measures, data["normalization"] = measures or usual, None
+            self.model["backbone_kwargs"] = {**self.model["backbone_kwargs"], "in_chans": data["channels"]}
         data |= normalization_of(data["normalization"], self.model["backbone"])
+        if measures:
+            data |= {"mean": (0.5,) * data["channels"], "std": (0.25,) * data["channels"]}
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
+        if self.rule.channels != data["channels"]:
+            raise TaskError(f"data.mean and data.std need one number for each of the {data['channels']} channels")
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
+        if measures:
+            measured = measure_normalization(self.train_set.image, self.train_set.images)
+            self._said.append(describe_normalization(measured))
+            self.rule = dataclasses.replace(self.rule, **measured)
+            self.train_set.rule = self.val_set.rule = self.rule
         if data["balance"]:
             shown, classes = self.train_set.occurring(), len(self.train_set.classes)
             self.train_set.weights = draw_weights(shown, classes, data["balance"], data["repeat"])
         self._source, self._by_values = (
             data["root"] or data["name"],
-            data["name"] == "folder" and data["unlabelled"] is None,
+            data["name"] in ("folder", "huggingface") and data["unlabelled"] is None,
         )
         self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
         named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
@@ -264,11 +285,11 @@ class Segment:
         """Draw items of a data set, of training or not, under their classes or segments; ``title`` says what it is."""
         from ..pictures.regions import draw_inputs
 
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.rule.mean, self.rule.std))
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.rule.mean, self.rule.std))
         images, truths = [], []
         for inputs, truth in items:
             pixels = (inputs if train else inputs["image"]) * std + mean
-            image = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+            image = as_picture(Bands((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()))
             # Truth to be measured by has the size that the image had.
             images.append(image if train else image.resize(inputs["size"][::-1]))
             truths.append(truth)
