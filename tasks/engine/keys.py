@@ -145,6 +145,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "data.divisor": "evaluation then stretches the sides, a little, to multiples of this",
         "data.mean": "of pixels from 0 to 1, subtracted from each channel",
         "data.std": "of pixels from 0 to 1, by which each channel is divided",
+        "loss.class_weights": '"balanced": by 1 / share of the pixels, 1 in the mean over them; or one for each class',
         "test.mode": '"whole", or "slide": in windows',
         "test.crop_size": "side of the windows",
         "test.stride": "between windows",

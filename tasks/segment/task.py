@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_maps, resolve
-from ..data.images import Bands, as_picture
-from ..data.occurrence import check_classes, draw_weights
+from ..data.images import LOOKED_AT, Bands, as_picture
+from ..data.occurrence import check_classes, class_weights, draw_weights
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
 from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import (
@@ -83,6 +84,7 @@ class Segment:
             "std": (0.229, 0.224, 0.225),
             "augment": {},
         },
+        "loss": {"class_weights": None},
         "test": {
             "mode": "whole",
             "crop_size": None,
@@ -110,6 +112,7 @@ class Segment:
         "data.normalization": str,
         "data.image_column": str,
         "data.mask_column": str,
+        "loss.class_weights": object,
         "test.crop_size": int,
         "test.stride": int,
     }
@@ -157,6 +160,7 @@ class Segment:
             data["name"] in ("folder", "huggingface") and data["unlabelled"] is None,
         )
         self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
+        self.class_weights = self._weigh(config["loss"]["class_weights"])
         named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
         self.shown = {
             "semantic": ["miou", "aacc", *named],
@@ -165,11 +169,24 @@ class Segment:
         }[self.output]
         self.metric = self.shown[0]
 
+    def _weigh(self, given: str | Sequence[float] | None) -> Tensor | None:
+        """Return the weight of each class in the loss, by the pixels of up to 100 training images."""
+        if given is not None and self.as_masks:
+            raise TaskError(f"loss.class_weights is for heads that label pixels; {self.model['head']} finds masks")
+        counts = np.zeros(len(self.classes) + 1, np.int64)
+        images = self.train_set.images if given == "balanced" else 0
+        for index in sorted({place * images // LOOKED_AT for place in range(LOOKED_AT)} if images else ()):
+            labels = self.train_set.labels(index)
+            counts += np.bincount(np.minimum(labels.ravel(), len(self.classes)), minlength=len(counts))
+        return class_weights(given, torch.from_numpy(counts[:-1]), self.classes)
+
     def build_model(self) -> nn.Module:
         """Return the segmenter, initialised or with the weights the config starts from."""
         model = build_segmenter(self.model, self.things, self.rule)
         self.model = with_told(self.model, model)
         self._frozen = freeze_stages(model.backbone, self.model["frozen_stages"])
+        if self.class_weights is not None:
+            model.class_weights = self.class_weights
         return model
 
     def check_data(self, training: bool = True) -> list[str]:
