@@ -135,6 +135,7 @@ def test_a_compressed_shard_and_an_unknown_class_are_refused(root):
         task_of(root)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_exactly_where_it_stopped(root, tmp_path, monkeypatch):
     options = [f"data.root={root}", "model.name=nat_atto", "model.pretrained=False", "workers=0", "data.size=32"]
     options += ["batch_size=4", "epochs=2", "checkpoint.interval=1", "device=cpu", "schedule.warmup_epochs=0"]
