@@ -273,20 +273,20 @@ class _Objects:
         for place, root in enumerate(order):
             group = np.array([self._boxes[index] for index in members[root]])
             boxes[place] = *group[:, :2].min(0), *group[:, 2:].max(0)
-        found = {
+        whole = {
             "boxes": torch.from_numpy(boxes),
             "labels": torch.tensor([self._labels[root] for root in order], dtype=torch.int64),
             "scores": torch.tensor([best[root] for root in order], dtype=torch.float32),
         }
-        reduced = dict(found) | {"boxes": found["boxes"] / overview.step}
+        reduced = dict(whole) | {"boxes": whole["boxes"] / overview.step}
         if self._runs is not None:
             runs = [_join_runs([self._runs[index] for index in members[root]]) for root in order]
-            found["masks"] = [_encode_runs(run, self._height, self._width) for run in runs]
+            whole["masks"] = [_encode_runs(run, self._height, self._width) for run in runs]
             reduced["masks"] = [
                 _reduce_runs(run, box, self._height, self._width, overview)
                 for run, box in zip(runs, boxes, strict=True)
             ]
-        return found, reduced
+        return whole, reduced
 
 
 def _crop(box: Any, to: Any) -> np.ndarray:

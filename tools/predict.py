@@ -210,17 +210,17 @@ def _predict_tiled(
             try:
                 source = _image(path, predictor) if is_address(path) else path
                 windows = Windows(source, predictor.channels, predictor.white)
-                found = predict_tiled(predictor, windows, args.tile, args.overlap, args.output, bar.update)
-                predictor.draw_picture(found.overview, found.reduced, picture)
-                shown = {"picture": str(picture), **predictor.write_map(found.answer, picture)}
+                tiled = predict_tiled(predictor, windows, args.tile, args.overlap, args.output, bar.update)
+                predictor.draw_picture(tiled.overview, tiled.reduced, picture)
+                shown = {"picture": str(picture), **predictor.write_map(tiled.answer, picture)}
             except TaskError as error:
                 refused.append(str(error))
                 continue
             except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
                 refused.append(f"{path}: has no answer ({first_line(error)})")
                 continue
-        entries.add({"image": str(path), **shown, **predictor.describe(found.answer)})
-        print(f"{path}: {predictor.headline(found.answer)}")
+        entries.add({"image": str(path), **shown, **predictor.describe(tiled.answer)})
+        print(f"{path}: {predictor.headline(tiled.answer)}")
         count += 1
     return count
 

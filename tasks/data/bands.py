@@ -68,10 +68,10 @@ def as_bands(image: Image.Image | Bands | np.ndarray, channels: int, white: int,
     return Bands(to_bytes(values, white) if values.dtype == np.uint16 else values)
 
 
-def check_channels(found: int, expected: int, name: str | Path) -> None:
+def check_channels(channels: int, expected: int, name: str | Path) -> None:
     """Raise a DamagedImageError unless an image has the channels that are expected."""
-    if found != expected:
-        raise DamagedImageError(f"{name}: has {found} channels, not {expected}; data.channels says how many to read")
+    if channels != expected:
+        raise DamagedImageError(f"{name}: has {channels} channels, not {expected}; data.channels says how many to read")
 
 
 def upright(values: np.ndarray, orientation: int) -> np.ndarray:

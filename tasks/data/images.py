@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
-from ...zoo.library_errors import first_line
+from ...zoo.library_errors import first_line, unknown_picture
 from .. import TaskError
 
 _READ = ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
@@ -247,8 +247,7 @@ def _has_chunk(path: str | Path, kind: bytes) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    # Of what has no path, Pillow's words would be an address in memory.
-    return "of no known format" if "BytesIO object" in str(error) else first_line(error)
+    return unknown_picture(error) or first_line(error)
 
 
 def read_image(

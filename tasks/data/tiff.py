@@ -224,14 +224,14 @@ class Tiff:
         with open(self.path, "rb") as file:
             file.seek(self._offsets[index])
             content = file.read(self._sizes[index])
-        kept = ImageFileDirectory_v2(prefix=self._tags.prefix)
+        directory = ImageFileDirectory_v2(prefix=self._tags.prefix)
         settings = {_WIDTH: width, _LENGTH: height, _ROWS: height, _STRIPS: 0, _STRIP_BYTES: len(content)}
         for tag, value in {**tags, **settings}.items():
-            kept[tag] = value
+            directory[tag] = value
             if tag in self._tags.tagtype and tag not in settings:
-                kept.tagtype[tag] = self._tags.tagtype[tag]
+                directory.tagtype[tag] = self._tags.tagtype[tag]
         header = b"II*\0\x08\0\0\0" if self._tags.prefix == b"II" else b"MM\0*\0\0\0\x08"
-        return header + kept.tobytes(len(header)) + content
+        return header + directory.tobytes(len(header)) + content
 
 
 def _bytes_of(part: Image.Image | np.ndarray) -> int:
