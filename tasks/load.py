@@ -9,9 +9,11 @@ from PIL import Image
 from ..zoo.checkpoint import Checkpoint
 from . import TaskError
 from .data.sources import Source, expand_sources
+from .data.windows import Windows
 from .devices import choose_device
 from .predictors import open_predictor
 from .results import Result
+from .tiles import TiledMap, check_tiling, predict_tiled
 
 
 class Model:
@@ -35,6 +37,8 @@ class Model:
         top: int | None = None,
         batch_size: int = 16,
         every: int = 1,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> list[Result]:
         """Return what is found in every image; `stream` is for more of them than the memory holds.
 
@@ -46,11 +50,13 @@ class Model:
             top: Classes that a classifier names; the predictor's if None.
             batch_size: Images read at once.
             every: Of a video, the first frame and every so-manyth after it are images.
+            tile: Side of the tiles, in pixels, in which a detector or segmenter looks at images; None: at the whole.
+            overlap: Pixels that neighboring tiles share at least; an eighth of their side if None.
 
         Raises:
             TaskError: If a source doesn't exist, is none, or holds an image that can't be read.
         """
-        return list(self.stream(source, threshold, top, batch_size, every))
+        return list(self.stream(source, threshold, top, batch_size, every, tile, overlap))
 
     def stream(
         self,
@@ -59,6 +65,8 @@ class Model:
         top: int | None = None,
         batch_size: int = 16,
         every: int = 1,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> Iterator[Result]:
         """Yield what `predict` returns, with ``batch_size`` images in memory."""
         if threshold is not None and not 0 <= threshold <= 1:
@@ -69,16 +77,28 @@ class Model:
         for name, value in (("threshold", threshold), ("top", top)):
             if value is not None and hasattr(self.predictor, name):
                 setattr(self.predictor, name, value)
+        if tile is not None:
+            overlap = check_tiling(tile, overlap, self.predictor)
         batch: list[tuple[str, Image.Image]] = []
         for name, read in expand_sources(source, every):
             batch.append((name, read(self.predictor.channels, self.predictor.white)))
             if len(batch) == batch_size:
-                yield from self._answers(batch)
+                yield from self._answers(batch, tile, overlap)
                 batch = []
-        yield from self._answers(batch)
+        yield from self._answers(batch, tile, overlap)
 
-    def _answers(self, batch: Sequence[tuple[str, Image.Image]]) -> Iterator[Result]:
-        answers = self.predictor([image for _, image in batch]) if batch else []
+    def _answers(
+        self, batch: Sequence[tuple[str, Image.Image]], tile: int | None, overlap: int | None
+    ) -> Iterator[Result]:
+        images = [image for _, image in batch]
+        if tile is None:
+            answers = self.predictor(images) if batch else []
+        else:
+            tiled = (
+                predict_tiled(self.predictor, Windows(image, self.predictor.channels), tile, overlap).answer
+                for image in images
+            )
+            answers = (answer.to_tensor() if isinstance(answer, TiledMap) else answer for answer in tiled)
         for (name, image), answer in zip(batch, answers, strict=True):
             yield Result(self.predictor, image, answer, name)
 

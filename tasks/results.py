@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import TaskError
 from .checkpoints import write_whole
-from .data.coco import Instances, decode_masks, encode_mask, mask_box
+from .data.coco import Instances, decode_masks, encode_mask, mask_area, mask_box
 from .data.convert import yolo_lines
 from .data.images import EXTENSIONS
 from .detections import keep_likely
@@ -152,7 +152,7 @@ class Result(Mapping):
             if objects.masks is not None:
                 mask = objects.masks[index]
                 entry["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
-                entry["area"] = float(decode_masks([mask], *mask["size"]).sum())
+                entry["area"] = float(mask_area(mask))
             annotations.append(entry)
         return annotations
 

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import TaskError
 from .classify.task import Classify
+from .data import class_list
 from .data.coco import Record, order_by_name, read_picture, to_run_lengths
 from .data.formats import CLASSES, OBJECTS, TABLES, as_recognised, open_part, recognise
 from .data.images import read_size
@@ -47,6 +49,7 @@ class Survey:
         parts: The splits, that to train on first.
         counted: What the numbers of the classes count.
         draw: Draws so many samples of the first split into a PNG.
+        note: What else is to be said.
     """
 
     kind: str
@@ -55,6 +58,7 @@ class Survey:
     parts: list[Part]
     counted: str
     draw: Callable[[Path, int], None]
+    note: str | None = None
 
 
 def survey(root: str | Path) -> Survey:
@@ -181,10 +185,14 @@ def _maps(root: Path, data: dict, splits: Sequence[str]) -> Survey:
 def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
     _, layout, samples, _ = CLASSES[data["name"]]
     parts, opened = [], []
+    several = data["name"] == "csv" and any(class_list.holds_several(root / data[split], root) for split in splits)
+    if several:
+        samples = partial(samples, several=True)
     for split in splits:
         classes = opened[0].classes if opened else None
         part = samples(root, root / data[split], None, 3, classes, layout=layout)
-        counts = np.bincount(part.targets, minlength=len(part.classes)).tolist()
+        labels = [label for own in part.targets for label in own] if several else part.targets
+        counts = np.bincount(np.array(labels, np.int64), minlength=len(part.classes)).tolist()
         faults = []
         for index, (path, _) in enumerate(part.samples):
             try:
@@ -206,7 +214,9 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
                 continue  # it is listed as a fault
             image.thumbnail((_SIDE, _SIDE))
             images.append(np.asarray(image) / 255)
-            names.append(opened[0].classes[opened[0].targets[index]])
+            own = opened[0].targets[index]
+            names.append(", ".join(opened[0].classes[label] for label in (own if several else (own,))) or "none")
         draw_inputs(images, names, path, f"{root}, {splits[0]}")
 
-    return Survey("classes", data["name"], list(opened[0].classes), parts, _COUNTED["classes"], draw)
+    note = "images have several labels, or none: train with data.multi_label=True" if several else None
+    return Survey("classes", data["name"], list(opened[0].classes), parts, _COUNTED["classes"], draw, note)

@@ -39,6 +39,8 @@ def _check(args: argparse.Namespace) -> int:
 
     folder = survey(args.root)
     print(f"{args.root}: {folder.kind} in the format {folder.format}, {len(folder.classes)} classes")
+    if folder.note:
+        print(folder.note)
     for part in folder.parts:
         print(f"{part.split}: {part.images} images, {sum(part.counts)} {folder.counted}")
         for name, count in zip(folder.classes, part.counts, strict=True):

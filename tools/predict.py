@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from .arguments import at_least
 
@@ -22,7 +23,9 @@ _LONGEST = 200  # bytes of a picture's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, quoted globs, camera:0")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="files, folders, quoted globs, addresses (http, https), camera:0"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="best.pth or last.pth of a run, or a converted one"
@@ -53,6 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an image whose objects or pixels are labelled, which needs memory for each; %(default)s by default",
     )
     parser.add_argument(
+        "--tile",
+        type=at_least(32),
+        metavar="SIZE",
+        help="look for objects or label pixels in tiles of so many pixels, and merge what they show; a TIFF that is "
+        "stored in parts is never read as a whole",
+    )
+    parser.add_argument(
+        "--overlap", type=at_least(0), help="pixels that neighboring tiles share; an eighth of the tile by default"
+    )
+    parser.add_argument(
         "--every", type=at_least(1), default=1, help="of videos, look at every so-manyth frame; %(default)s by default"
     )
 
@@ -61,10 +74,12 @@ def run(args: argparse.Namespace) -> int:
     """Predict."""
     from ..tasks import TaskError
     from ..tasks.data.images import FULL_WHITE, find_images
+    from ..tasks.data.sources import is_address
     from ..tasks.data.video import Video, is_video
     from ..tasks.devices import choose_device
     from ..tasks.exported import load_exported
     from ..tasks.predictors import is_file, open_predictor
+    from ..tasks.tiles import check_tiling
 
     if not 0 <= args.threshold <= 1:
         raise TaskError(f"--threshold is {args.threshold}, but must be from 0 to 1")
@@ -72,7 +87,11 @@ def run(args: argparse.Namespace) -> int:
         raise TaskError(f"--white is {args.white}, but must be from 1 to {FULL_WHITE}")
     sources = list(dict.fromkeys(args.images))
     videos = [Video(source) for source in sources if is_video(source)]
-    paths = find_images(source for source in sources if not is_video(source))
+    paths: list[Path | str] = []
+    for source in sources:
+        if not is_video(source):
+            paths += [source] if is_address(source) else find_images([source])
+    paths = list(dict.fromkeys(paths))
     device = choose_device(args.device)
     checkpoint = args.checkpoint
     if checkpoint is None and is_file(args.model):
@@ -85,10 +104,15 @@ def run(args: argparse.Namespace) -> int:
         predictor = open_predictor(checkpoint or args.model, device)
     predictor.top, predictor.threshold = args.top, args.threshold
     predictor.white = args.white or predictor.white
+    if args.tile is not None:
+        args.overlap = check_tiling(args.tile, args.overlap, predictor)
+    elif args.overlap is not None:
+        raise TaskError("--overlap is of tiles; give their side by --tile")
 
     refused: list[str] = []
     with _Entries(args.output / "predictions.json") as entries:
-        count = _predict_images(args, predictor, paths, entries, refused)
+        predict = _predict_images if args.tile is None else _predict_tiled
+        count = predict(args, predictor, paths, entries, refused)
         for video, name in zip(videos, _video_names(videos), strict=True):
             _predict_video(args, predictor, video, args.output / name, entries)
     counts = ((count, "picture", paths), (len(videos), "video", videos))
@@ -132,7 +156,7 @@ class _Entries:
 
 
 def _predict_images(
-    args: argparse.Namespace, predictor: Any, paths: list[Path], entries: _Entries, refused: list[str]
+    args: argparse.Namespace, predictor: Any, paths: list[Path | str], entries: _Entries, refused: list[str]
 ) -> int:
     """Return how many pictures were made; ``refused`` get what is wrong with the other images."""
     from tqdm import tqdm
@@ -167,16 +191,57 @@ def _predict_images(
     return count
 
 
-def _read(path: Path, predictor, most: int | None):
+def _predict_tiled(
+    args: argparse.Namespace, predictor: Any, paths: list[Path | str], entries: _Entries, refused: list[str]
+) -> int:
+    """Return how many pictures were made of images seen tile by tile; ``refused`` get what is wrong with the others."""
+    from tqdm import tqdm
+
+    from ..tasks import TaskError
+    from ..tasks.data.sources import is_address
+    from ..tasks.data.windows import Windows
+    from ..tasks.tiles import predict_tiled
+    from ..zoo.library_errors import first_line
+
+    names, count = _picture_names(paths), 0
+    for path in paths:
+        picture = args.output / names[path]
+        with tqdm(unit="tile", desc=str(path), disable=not sys.stderr.isatty()) as bar:
+            try:
+                source = _image(path, predictor) if is_address(path) else path
+                windows = Windows(source, predictor.channels, predictor.white)
+                tiled = predict_tiled(predictor, windows, args.tile, args.overlap, args.output, bar.update)
+                predictor.draw_picture(tiled.overview, tiled.reduced, picture)
+                shown = {"picture": str(picture), **predictor.write_map(tiled.answer, picture)}
+            except TaskError as error:
+                refused.append(str(error))
+                continue
+            except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+                refused.append(f"{path}: has no answer ({first_line(error)})")
+                continue
+        entries.add({"image": str(path), **shown, **predictor.describe(tiled.answer)})
+        print(f"{path}: {predictor.headline(tiled.answer)}")
+        count += 1
+    return count
+
+
+def _image(path: Path | str, predictor):
+    """Return an image of a file or an address."""
+    from ..tasks.data.images import read_image
+    from ..tasks.data.sources import is_address, read_address
+
+    return (read_address if is_address(path) else read_image)(path, predictor.channels, predictor.white)
+
+
+def _read(path: Path | str, predictor, most: int | None):
     """Return an image, or raise a TaskError if it can't be read or has more pixels than may be labelled."""
     from ..tasks import TaskError
-    from ..tasks.data.images import read_image
 
-    image = read_image(path, predictor.channels, predictor.white)
+    image = _image(path, predictor)
     if most is not None and image.width * image.height > most:
         raise TaskError(
-            f"{path}: has {image.width * image.height} pixels, and labels of each need memory; make it smaller, or "
-            "allow more by --max-pixels"
+            f"{path}: has {image.width * image.height} pixels, and labels of each need memory; look at it in tiles by "
+            "--tile, or allow more by --max-pixels"
         )
     return image
 
@@ -223,13 +288,14 @@ def _video_names(videos: list[Any]) -> list[str]:
     return [f"{Path(name).stem}.mp4" for name in named.values()]
 
 
-def _picture_names(paths: list[Path]) -> dict[Path, str]:
+def _picture_names(paths: list[Path | str]) -> dict[Path | str, str]:
     """Return a PNG name for each image; equal stems of several folders or formats are numbered, long ones cut."""
-    names: dict[Path, str] = {}
+    names: dict[Path | str, str] = {}
     taken: set[str] = set()
     for path in paths:
         # What is added to it while it is written, and to maps' names, must fit too.
-        stem = os.fsencode(path.stem)[:_LONGEST].decode(errors="ignore")
+        file = path if isinstance(path, Path) else Path(unquote(urlsplit(path).path))
+        stem = os.fsencode(file.stem.replace("\0", "") or "image")[:_LONGEST].decode(errors="ignore")
         name, number = f"{stem}.png", 2
         while name in taken:
             name, number = f"{stem}-{number}.png", number + 1

@@ -22,6 +22,11 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
+def unknown_picture(error: BaseException) -> str | None:
+    """Return that a picture is of no known format, where Pillow names an address in memory; None of other errors."""
+    return "of no known format" if "BytesIO object" in str(error) else None
+
+
 def cause_of(error: BaseException) -> str:
     """Return the first line of the first error in a chain: the later ones only say where it happened."""
     while error.__cause__ is not None:

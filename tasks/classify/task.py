@@ -1,7 +1,6 @@
 """Classification as the engine sees it: data, model, loss, predictions and metrics of a config."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,8 @@ from ...zoo.maps import cfg_of
 from .. import TaskError
 from ..checkpoints import without_start
 from ..data.classification import InputRule
-from ..data.occurrence import check_classes, draw_weights
+from ..data.occurrence import check_classes, class_weights, draw_weights
+from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import normalization_of
 from . import multi_label
 
@@ -73,27 +73,6 @@ def create_classifier(
         if not pretrained and checkpoint is None:
             raise
         raise TaskError(f"{name}: its published weights can't be loaded: {first_line(error)}") from error
-
-
-def class_weights(given: str | Sequence[float] | None, targets: Sequence[int], classes: Sequence[str]) -> Tensor | None:
-    """Return the weight of each class in the loss, ``[classes]``, as a config's ``loss.class_weights`` says.
-
-    Raises:
-        TaskError: If it isn't ``"balanced"``, nor a number for each class.
-    """
-    if given is None:
-        return None
-    if given == "balanced":
-        counts = torch.bincount(torch.as_tensor(targets), minlength=len(classes)).double()
-        # Classes that never occur weigh nothing; check_data names them.
-        return torch.where(counts > 0, len(targets) / ((counts > 0).sum() * counts), 0).float()
-    fits = not isinstance(given, str) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in given)
-    if not fits or len(given) != len(classes) or not any(given):
-        raise TaskError(
-            f"loss.class_weights is {given!r}, but must be balanced or {len(classes)} numbers, one for each class, in "
-            f"the order {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-        )
-    return torch.tensor(given, dtype=torch.float32)
 
 
 def build_again(model: Mapping[str, Any], card: Mapping[str, Any]) -> nn.Module:
@@ -175,7 +154,13 @@ class Classify:
         data, self._said = resolve(dict(config["data"]), "classes")
         if config["model"]["name"] is None:
             raise TaskError("model.name is not set; `foveate list` shows what there is")
+        measures = data["normalization"] == "data"
+        if data["channels"] not in (1, 3) and data["normalization"] != "data":
+            # Published numbers are of colours; others' are set, or measured.
+            measures = data["normalization"] == "backbone" or data["mean"] == self.DEFAULTS["data"]["mean"]
         data |= normalization_of(data["normalization"], config["model"]["name"])
+        if measures:
+            data |= {"mean": (0.5,) * data["channels"], "std": (0.25,) * data["channels"]}
         self.rule = InputRule(
             **{key: data[key] for key in ("size", "channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
         )
@@ -184,6 +169,12 @@ class Classify:
             self.train_set, self.val_set = open_classes(data, self.rule, holds_out)
         except TypeError as error:
             raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
+        if measures:
+            measured = measure_normalization(self.train_set.image, len(self.train_set))
+            self._said.append(describe_normalization(measured))
+            self.rule = dataclasses.replace(self.rule, **measured)
+            self.train_set.transform = self.rule.transform(dict(data["augment"]))
+            self.val_set.transform = self.rule.transform()
         self.classes = list(self.train_set.classes)
         self._source = data["root"] or data["name"]
         self.model = dict(config["model"])
@@ -194,7 +185,8 @@ class Classify:
             if mixing := [key for key in ("label_smoothing", "mixup", "cutmix") if loss[key]]:
                 raise TaskError(f"loss.{mixing[0]} is for one class an image; set it to 0 with data.multi_label")
         labels = [label for labels in self._labels(self.train_set) for label in labels]
-        self.class_weights = class_weights(loss["class_weights"], labels, self.classes)
+        counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=len(self.classes))
+        self.class_weights = class_weights(loss["class_weights"], counts, self.classes)
         if data["balance"]:
             self.train_set.weights = draw_weights(self._labels(self.train_set), len(self.classes), data["balance"])
         self.mixup = None

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .. import TaskError, nearest
 from ..dense.detect.boxes import has_area
+from .images import Bands
 
 # Otherwise it asks the network for a newer version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -271,16 +272,19 @@ class Augment:
 
     Args:
         settings: Some of the keys of `SETTINGS`.
+        channels: Of the images.
 
     Raises:
-        TaskError: If a key is unknown or a value is no setting.
+        TaskError: If a key is unknown or a value is no setting, or is for colours and the images have none.
     """
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], channels: int = 3):
         for key in settings:
             if key not in SETTINGS:
                 raise TaskError(f"data.augment: unknown key {key!r}{nearest(key, SETTINGS)}")
         options = SETTINGS | settings
+        if options["distortion"] and channels != 3:
+            raise TaskError(f"data.augment.distortion is for colours, not for {channels} channels")
         steps: list[albumentations.BasicTransform] = []
         try:
             if options["crop_policy"]:
@@ -313,7 +317,7 @@ class Augment:
         self._fills = [step for step in self._steps if getattr(step, "fill_mask", None) == 0]
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, empty: int = IGNORE) -> tuple[np.ndarray, np.ndarray]:
-        """Augment an image ``[H, W, 3]``, uint8, with its label map ``[H, W]``; ``empty`` stands for no label."""
+        """Augment an image ``[H, W, C]``, uint8, with its label map ``[H, W]``; ``empty`` stands for no label."""
         _seed(self._steps)
         for step in self._fills:
             step.fill_mask = empty
@@ -327,7 +331,7 @@ class Augment:
         """Augment an image with its objects; those of which no area is left are dropped.
 
         Args:
-            image: ``[H, W, 3]``, uint8.
+            image: ``[H, W, C]``, uint8.
             boxes: ``[N, 4]``, ``x1, y1, x2, y2`` in pixels.
             masks: ``[N, H, W]``, uint8, or None.
 
@@ -366,6 +370,8 @@ class ImageTransforms:
         pixels = np.asarray(image)
         grey = pixels.ndim == 2
         done = _checked(self._compose(image=pixels[..., None] if grey else pixels)["image"])
+        if isinstance(image, Bands):
+            return Bands(done)
         return Image.fromarray(done[..., 0] if grey and done.ndim == 3 else done)
 
 

@@ -103,6 +103,15 @@ class LabelledList(Dataset):
         return self.transform(self.image(index)), label
 
 
+def holds_several(listing: Path, root: Path) -> bool:
+    """Return whether any image of a list has several labels, or none, so that ``data.multi_label`` is to be set.
+
+    Raises:
+        TaskError: If the list can't be read.
+    """
+    return any(len(_split(label)) != 1 for _, label, _ in _read_list(listing, root, several=True))
+
+
 def _split(label: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in label.split(SEVERAL) if part.strip()))
 

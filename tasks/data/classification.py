@@ -1,8 +1,10 @@
 """How a classifier sees images, and the bundled digits."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import CenterCropOrPad, ResizeKeepRatio, create_transform
 from timm.data.auto_augment import posterize
@@ -15,6 +17,8 @@ from .images import FULL_WHITE
 from .samples import DIGITS_TRAIN, load_digits
 
 SEVERAL = "|"  # between the labels of an image, where it may have several
+# timm's augmentations that need colours, or Pillow's images.
+_COLOURED = ("color_jitter", "auto_augment", "grayscale_prob", "gaussian_blur_prob")
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -24,7 +28,7 @@ class InputRule:
 
     Attributes:
         size: Height and width, in pixels, of the square input.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB; any other for images that have so many.
         mean: Subtracted from pixels of 0 to 1, for each channel.
         std: Divides the difference, for each channel.
         interpolation: Of the resize, such as ``"bicubic"``.
@@ -50,7 +54,7 @@ class InputRule:
             raise TaskError(f"data.crop_mode is {self.crop_mode!r}{nearest(self.crop_mode, CROP_MODES)}")
 
     def transform(self, augment: dict | None = None):
-        """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random.
+        """Return timm's transform from an image to ``[channels, size, size]``; ``augment`` makes it random.
 
         Args:
             augment: Arguments of timm's ``create_transform``, of which ``interpolation`` may be ``"random"``;
@@ -60,6 +64,15 @@ class InputRule:
         augment = None if augment is None else dict(augment)
         affine = (augment or {}).pop("affine", None)
         described = (augment or {}).pop("transforms", ())
+        is_bands = self.channels not in (1, 3)
+        if is_bands and augment is not None:
+            # timm jitters colours unless it is told not to.
+            augment = {"color_jitter": None} | augment
+            if coloured := [key for key in _COLOURED if augment.get(key)]:
+                raise TaskError(
+                    f"data.augment.{coloured[0]} is for grey and colours, not for {self.channels} channels; set it to "
+                    f"None: data.augment.{coloured[0]}=None"
+                )
         transform = create_transform(
             input_size=(self.channels, self.size, self.size),
             is_training=augment is not None,
@@ -70,11 +83,13 @@ class InputRule:
             **{"interpolation": self.interpolation, **(augment or {})},
         )
         keep_posterize_total(transform)
-        before = []
+        before: list[Any] = []
         if described:
             from .augment import ImageTransforms
 
             before.append(ImageTransforms(described))
+        if is_bands:
+            before.append(_bands_to_tensor)
         if affine is not None:
             resize = Resize(self.size, InterpolationMode(self.interpolation))
             before += [resize, RandomAffine(interpolation=InterpolationMode.BILINEAR, **affine)]
@@ -88,6 +103,8 @@ class InputRule:
         left, top, scale_x, scale_y = 0.0, 0.0, 1.0, 1.0
         picture = Image.new("L", size)
         for step in self.transform().transforms:
+            if step is _bands_to_tensor:
+                continue
             if not isinstance(step, (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)):
                 break
             before, picture = picture.size, step(picture)
@@ -100,6 +117,11 @@ class InputRule:
                 x, y = (new / old for old, new in zip(before, picture.size, strict=True))
                 left, top, scale_x, scale_y = left * x, top * y, scale_x * x, scale_y * y
         return left, left + size[0] * scale_x, top, top + size[1] * scale_y
+
+
+def _bands_to_tensor(image: Any) -> Tensor:
+    """Return an image's channels as Pillow's images become tensors, ``[C, H, W]`` of 0 to 1."""
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()).float() / 255
 
 
 def keep_posterize_total(transform: Compose) -> None:

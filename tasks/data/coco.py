@@ -84,19 +84,20 @@ class Record:
     picture: Callable[[int, int], Image.Image] | None = None
 
 
-def read_picture(record: "Record | PanopticRecord", white: int = FULL_WHITE) -> Image.Image:
-    """Return a record's image, RGB.
+def read_picture(record: "Record | PanopticRecord", white: int = FULL_WHITE, channels: int = 3) -> Image.Image:
+    """Return a record's image, RGB or of other channels.
 
     Args:
         record: Which.
         white: As for `read_image`.
+        channels: As there.
 
     Raises:
         DamagedImageError: If it can't be read.
         TaskError: If it no longer has the size that it had when the annotations were checked.
     """
     read = getattr(record, "picture", None)
-    image = read_image(record.file, white=white) if read is None else read(3, white)
+    image = read_image(record.file, channels, white) if read is None else read(channels, white)
     if (image.height, image.width) != tuple(record.size):
         raise TaskError(
             f"{record.file}: has {image.height}x{image.width} pixels, but its annotations say "
@@ -143,6 +144,11 @@ def decode_masks(masks: Sequence[Any], height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(
         np.stack([rle_codec.decode(to_run_lengths(mask, height, width)) for mask in masks]), dtype=np.uint8
     )
+
+
+def mask_area(mask: dict[str, Any]) -> int:
+    """Return how many pixels a mask's run lengths cover."""
+    return int(rle_codec.area(mask))
 
 
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:

@@ -28,12 +28,13 @@ from .samples import load_nuclei_half
 class DetectionSet(Dataset):
     """Images with their objects, to train on or to be measured by.
 
-    An item is an image ``[3, H, W]``, uint8, and a target. To train: ``boxes`` ``[N, 4]`` in pixels, float32,
+    An item is an image ``[C, H, W]``, uint8, and a target. To train: ``boxes`` ``[N, 4]`` in pixels, float32,
     ``labels`` ``[N]`` from 0, and ``masks`` ``[N, H, W]``, uint8, where there are masks; crowds are left out. To be
     measured: ``boxes`` in float64, ``labels``, ``iscrowd``, ``area``, ``size`` and ``masks`` as run lengths.
 
     Attributes:
         white: As for `read_image`.
+        channels: As there.
         mosaic: How likely a training image is one of four; see `mosaic`.
         copy_paste: How likely it gets objects of another, which need masks; see `copy_paste`.
 
@@ -45,6 +46,7 @@ class DetectionSet(Dataset):
     """
 
     white = FULL_WHITE
+    channels = 3
     mosaic = copy_paste = 0.0
 
     def __init__(
@@ -63,8 +65,8 @@ class DetectionSet(Dataset):
         return (record.instances.labels[~record.instances.crowd] for record in self.records)
 
     def image(self, index: int) -> Image.Image:
-        """Return an image as it is, RGB."""
-        return read_picture(self.records[index % len(self.records)], self.white)
+        """Return an image as it is, RGB or of other channels."""
+        return read_picture(self.records[index % len(self.records)], self.white, self.channels)
 
     def inventory(self) -> list[tuple[Path, list]]:
         """Return every file with its size and the labels of its objects."""

@@ -23,6 +23,7 @@ from . import (
     coco_stuff,
     huggingface,
     mask_folder,
+    shards,
     voc,
     yolo,
 )
@@ -78,6 +79,9 @@ CLASSES: dict[str, ClassFormat] = {
     "huggingface": ClassFormat(
         ("train", "validation"), huggingface.LAYOUT, huggingface.LabelledTable.of_root, huggingface.recognise
     ),
+    "webdataset": ClassFormat(
+        ("train*.tar", "val*.tar"), shards.LAYOUT, shards.LabelledShards.of_root, shards.recognise
+    ),
 }
 OBJECTS: dict[str, ObjectFormat] = {
     "coco": ObjectFormat(coco.find_objects, coco_layout.recognise),
@@ -98,6 +102,9 @@ MAPS: dict[str, MapFormat] = {
     ),
     "coco_stuff": MapFormat(LabelMaps, coco_stuff.find_maps, ("semantic",), coco_stuff.recognise),
     "folder": MapFormat(LabelMaps, mask_folder.find_maps, ("semantic",), mask_folder.recognise),
+    "huggingface": MapFormat(
+        huggingface.TableMaps, huggingface.find_maps, ("semantic",), partial(huggingface.recognise, kind="maps")
+    ),
     "voc": MapFormat(LabelMaps, voc.find_maps, ("semantic",), partial(voc.recognise, part="Segmentation")),
     "yolo": MapFormat(InstanceMaps, yolo.find_instances, ("instance", "semantic"), yolo.recognise),
 }
@@ -205,6 +212,8 @@ def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[
     else:
         _check_name(data, {**CLASSES, "digits": None})
         usual, layout, samples, _ = CLASSES[data["name"]]
+        if data["name"] == "webdataset" and data["root"] is None:
+            data |= {"root": "."}  # shards may lie anywhere
         root = _find_root(data, f"name a folder with {layout}", f"; data.root needs {layout}")
         parts = [root / (data.get(split) or name) for split, name in zip(("train", "val"), usual, strict=True)]
         several = data.get("multi_label", False)
@@ -214,6 +223,8 @@ def open_classes(data: dict, rule: InputRule, holds_out: bool = False) -> tuple[
             samples = partial(samples, several=True)
         if data["name"] == "huggingface":
             samples = partial(samples, columns=(data.get("image_column"), data.get("label_column")))
+        elif data["name"] == "webdataset":
+            samples = partial(samples, key=data.get("label_column"))
         train = samples(root, parts[0], transforms[0], rule.channels, layout=layout)
         if holds_out:
             val = samples(root, parts[0], transforms[1], rule.channels, train.classes, layout=layout)
@@ -240,10 +251,11 @@ def open_objects(data: dict, with_masks: bool | None, skip_damaged: bool = False
         TaskError: If the format is unknown, its files are missing or its annotations broken, or training and validation
             have different classes.
     """
-    augment = Augment(data["augment"])
+    augment = Augment(data["augment"], data["channels"])
     _check_settings(data)
     white = check_white(data.get("white"))
     if data["name"] == "nuclei":
+        _check_grey(data)
         train, val = NucleiObjects("train", augment, data["repeat"]), NucleiObjects("val")
         if data["classes"] is not None and list(data["classes"]) != train.classes:
             raise TaskError(f"data.classes is {list(data['classes'])}, but nuclei has {train.classes}")
@@ -269,6 +281,7 @@ def open_objects(data: dict, with_masks: bool | None, skip_damaged: bool = False
         train = DetectionSet(records, classes, augment, data["repeat"])
         val = DetectionSet(held_out, classes)
         train.white = val.white = white or choose_white([record.file for record in records])
+        train.channels = val.channels = data["channels"]
     _check_count(data, train.classes)
     return train, val
 
@@ -297,7 +310,7 @@ def open_maps(
             )
     _check_settings(data)
     for key in ("values", "unlabelled"):
-        if data[key] is not None and name != "folder":
+        if data[key] is not None and name not in ("folder", "huggingface"):
             raise TaskError(
                 f"data.{key} is for label maps of data.name=folder; those of {name} have values of their own"
             )
@@ -305,8 +318,9 @@ def open_maps(
     crop = data["augment"].get("crop")
     pad = (crop, crop) if isinstance(crop, int) else None if crop is None else tuple(crop)
     shared = {"rule": rule, "output": output, "as_masks": as_masks}
-    to_train = {"augment": Augment(data["augment"]), "pad": pad, "repeat": data["repeat"]}
+    to_train = {"augment": Augment(data["augment"], rule.channels), "pad": pad, "repeat": data["repeat"]}
     if name == "nuclei":
+        _check_grey(data)
         train, val = NucleiMaps("train", **shared, **to_train), NucleiMaps("val", tile=data["tile"], **shared)
         white = white or train.white
     else:
@@ -332,6 +346,13 @@ def open_maps(
 def _check_name(data: dict, formats: dict[str, Any]) -> None:
     if data["name"] not in formats:
         raise TaskError(f"unknown data set {data['name']!r}{nearest(str(data['name']), formats)}")
+
+
+def _check_grey(data: dict) -> None:
+    if data["channels"] != 3:
+        raise TaskError(
+            f"the nuclei are grey, shown in three channels: data.channels must be 3, not {data['channels']}"
+        )
 
 
 def _check_settings(data: dict) -> None:
@@ -374,20 +395,27 @@ def open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: 
         TaskError: If its files are missing or broken.
     """
     samples, find, _, _ = MAPS[data["name"]]
-    if samples is not LabelMaps:
+    if not issubclass(samples, LabelMaps):
         records, classes, things = find(root, data, split, skip_damaged)
         return samples(records, classes=classes, things=things, **settings)
     faults = Faults(root)
     files, classes, values = find(root, data, split, faults)
+    if samples is huggingface.TableMaps:
+        settings = settings | {"rows": files}
+        names = [Path(f"{files.split}/{number}") for number in range(len(files.table))]
+        files = list(zip(names, names, strict=True))
     pairs = []
     for image, path in files:
-        if not image.is_file():
+        if samples is huggingface.TableMaps:
+            pairs.append((image, path))  # whatever a row lacks is found as it is read
+        elif not image.is_file():
             faults.add("image", image)
         elif not path.is_file():
             faults.add("pair", image)
         else:
             pairs.append((image, path))
-    maps = LabelMaps(pairs, values, skip_damaged, classes=classes, things=[False] * len(classes), **settings)
+    known = {"values": values, "skip_damaged": skip_damaged, "classes": classes, "things": [False] * len(classes)}
+    maps = samples(files=pairs, **known, **settings)
     maps.check(faults)
     faults.settle(data["broken"], "correct or complete them", len(maps.files))
     if not maps.files:
@@ -416,7 +444,7 @@ def _order_classes(train: SegmentationSet, val: SegmentationSet, data: dict) -> 
     """
     name = data["name"]
     # Of these the label maps' classes were named by it.
-    given = None if data["classes"] is None or name in ("voc", "folder") else list(data["classes"])
+    given = None if data["classes"] is None or name in ("voc", "folder", "huggingface") else list(data["classes"])
     expected = list(train.classes) if given is None else given
     for part in (train, val):
         names = part.classes

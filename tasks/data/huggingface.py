@@ -9,8 +9,9 @@ import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,12 +19,24 @@ from torch.utils.data import Dataset
 from ...zoo.library_errors import first_line
 from .. import TaskError, nearest
 from ..extras import require
+from . import mask_folder
 from .annotations import Faults
 from .coco import Instances, Record, check_object
-from .images import FULL_WHITE, DamagedImageError, open_picture, to_pixels
+from .images import FULL_WHITE, DamagedImageError, read_image, read_values
+from .segmentation import LabelMaps
 
 LAYOUT = "a folder of save_to_disk or of parquet files, or a name on the hub"
 _IMAGES, _LABELS, _OBJECTS = ("image", "img", "pixel_values"), ("label", "labels", "class", "fine_label"), ("objects",)
+_MASKS = (
+    "mask",
+    "masks",
+    "annotation",
+    "segmentation",
+    "segmentation_mask",
+    "semantic_segmentation",
+    "label",
+    "labels",
+)
 _CATEGORIES = ("category", "categories", "category_id", "label", "labels")
 _HELD_OUT = ("validation", "val", "valid", "test")
 # Of what `datasets` writes and reads.
@@ -74,19 +87,16 @@ def _column(root: object, table: Any, named: str | None, usual: Sequence[str], k
 
 def _read(table: Any, column: str, row: int, name: str, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:
     """Return the image of a row, upright, as `read_image` does of a file."""
-    cell = table[row][column]
+    return read_image(_encoded(table[row][column], name), channels, white, name)
+
+
+def _encoded(cell: Any, name: str) -> io.BytesIO | str:
+    """Return what a cell holds of an image, or the file that it names."""
     content = cell.get("bytes") if isinstance(cell, dict) else None
     path = cell.get("path") if isinstance(cell, dict) else None
     if content is None and path is None:
         raise DamagedImageError(f"{name}: holds no image")
-    try:
-        picture = open_picture(path if content is None else io.BytesIO(content))
-        picture.load()
-    except TaskError as error:
-        raise DamagedImageError(f"{name}: {str(error).partition(': ')[2]}") from error
-    except Exception as error:
-        raise DamagedImageError(f"{name}: not an image, or damaged ({first_line(error)})") from error
-    return to_pixels(picture, channels, white, name)
+    return path if content is None else io.BytesIO(content)
 
 
 class LabelledTable(Dataset):
@@ -220,6 +230,64 @@ def find_objects(
     return records, list(names)
 
 
+class TableMaps(LabelMaps):
+    """Rows of an image and a label map each; ``files`` are the names of the rows, twice.
+
+    Args:
+        rows: Reads images, with so many channels and such a white, and what label maps hold, by the rows' names.
+        **settings: As for `LabelMaps`.
+    """
+
+    def __init__(self, rows: "Rows", **settings):
+        super().__init__(**settings)
+        self._rows = rows
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image as it is in its row."""
+        return self._rows.image(self.files[index][0], self.rule.channels, self.white)
+
+    def _values(self, index: int) -> np.ndarray:
+        return self._rows.values(self.files[index][1])
+
+    def _size(self, index: int) -> tuple[tuple[int, int], bool]:
+        return self._rows.image(self.files[index][0]).size[::-1], False
+
+
+class Rows(NamedTuple):
+    """The rows of a split that hold images and label maps."""
+
+    root: Path
+    split: str
+    table: Any
+    columns: tuple[str, str]
+
+    def image(self, name: Path, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:
+        """Return the image of a row, given by its name."""
+        return _read(self.table, self.columns[0], int(name.name), f"{self.root}, {name}", channels, white)
+
+    def values(self, name: Path) -> np.ndarray:
+        """Return what the label map of a row holds, ``[H, W]``."""
+        place = f"{self.root}, {name}, {self.columns[1]}"
+        content = _encoded(self.table[int(name.name)][self.columns[1]], place)
+        return read_values(content, place)
+
+
+def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[Rows, Sequence[str], np.ndarray]:
+    """Return the rows of a split that have an image and a label map, the classes, and the class of each value.
+
+    The classes' names are ``data.classes``, or ``classes.txt`` in the root. Values stand for them in their order, and
+    255 for none, unless ``data.values`` and ``data.unlabelled`` say otherwise.
+    """
+    name = data[split]["split"]
+    table = open_table(root, name)
+    columns = (
+        _column(root, table, data.get("image_column"), _IMAGES, "image_column"),
+        _column(root, table, data.get("mask_column"), _MASKS, "mask_column"),
+    )
+    classes, values = mask_folder.read_classes(root, data)
+    return Rows(root, name, table, columns), classes, values
+
+
 def _fields(feature: Any) -> dict[str, Any]:
     """Return the fields of a column of objects: a dict of lists, or a list of dicts."""
     feature = _inner(feature)
@@ -244,8 +312,11 @@ def recognise(root: Path, kind: str = "classes") -> dict[str, Any] | None:
         return None
     table = _splits(root)
     columns = list(next(iter(table.values())).features)
-    usual = _LABELS if kind == "classes" else _OBJECTS
-    if not any(name in columns for name in usual) or not any(name in columns for name in _IMAGES):
+    features = next(iter(table.values())).features
+    pictures = [name for name in columns if type(features[name]).__name__ == "Image"]
+    usual = {"classes": _LABELS, "objects": _OBJECTS, "maps": _MASKS}[kind]
+    there = [name for name in usual if name in columns and (name in pictures) == (kind == "maps")]
+    if not there or not any(name in columns for name in _IMAGES):
         return None
     train = "train" if "train" in table else next(iter(table))
     val = next((name for name in _HELD_OUT if name in table and name != train), None)

@@ -6,12 +6,13 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
-from ...zoo.library_errors import first_line
+from ...zoo.library_errors import first_line, unknown_picture
 from .. import TaskError
 
 _READ = ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
@@ -38,6 +39,39 @@ LOOKED_AT = 100
 
 class DamagedImageError(TaskError):
     """An image that is missing, or can't be read; the message names it."""
+
+
+class Bands:
+    """An image of any number of channels, as far as Pillow's images are used here.
+
+    Attributes:
+        pixels: ``[H, W, C]``, uint8.
+    """
+
+    mode = "bands"
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+        self.size = self.width, self.height
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.pixels if dtype is None else self.pixels.astype(dtype)
+
+    def convert(self, mode: str) -> Image.Image:
+        """Return a picture to be looked at: the first three channels as colours, or the first as grey."""
+        shown = self.pixels[..., :3] if self.pixels.shape[-1] >= 3 else self.pixels[..., 0]
+        return Image.fromarray(np.ascontiguousarray(shown)).convert(mode)
+
+    def crop(self, box: tuple[int, int, int, int]) -> "Bands":
+        """Return a window."""
+        left, top, right, bottom = box
+        return Bands(self.pixels[top:bottom, left:right])
+
+
+def as_picture(image: "Image.Image | Bands") -> Image.Image:
+    """Return an image that can be shown: itself, or of bands what `Bands.convert` gives."""
+    return image.convert("RGB") if isinstance(image, Bands) else image
 
 
 def is_hidden(name: str) -> bool:
@@ -115,8 +149,12 @@ def find_images(sources: Iterable[str | Path]) -> list[Path]:
     return list(files)
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path | BytesIO, name: str | Path | None = None) -> Image.Image:
     """Open a picture without decoding it, if it has no more pixels than Pillow, or ``FOVEATE_MAX_PIXELS``, allows.
+
+    Args:
+        path: Image file, or what it holds.
+        name: For messages, of what has no path.
 
     Raises:
         DamagedImageError: If it has more pixels; the message says how to allow them.
@@ -135,9 +173,10 @@ def open_picture(path: str | Path) -> Image.Image:
         picture.close()
     except Image.DecompressionBombError:
         pass
+    name = path if name is None else name
     limit = int(setting) if setting is not None else 2 * Image.MAX_IMAGE_PIXELS
     raise DamagedImageError(
-        f"{path}: has more than {limit} pixels, which a small file that fills the memory has too; if you trust it, "
+        f"{name}: has more than {limit} pixels, which a small file that fills the memory has too; if you trust it, "
         "allow more by the environment variable FOVEATE_MAX_PIXELS"
     )
 
@@ -150,6 +189,10 @@ def read_size(path: str | Path) -> tuple[tuple[int, int], bool]:
     Raises:
         DamagedImageError: If the file is missing, not an image or too large.
     """
+    tiff = _only_ours(path)
+    if tiff is not None:
+        turned = tiff.orientation in (5, 6, 7, 8)
+        return ((tiff.width, tiff.height) if turned else (tiff.height, tiff.width)), turned
     try:
         with open_picture(path) as picture:
             width, height = picture.size
@@ -167,23 +210,28 @@ def read_size(path: str | Path) -> tuple[tuple[int, int], bool]:
         raise DamagedImageError(f"{path}: not an image, or damaged ({_reason(error)})") from error
 
 
-def read_values(path: str | Path) -> np.ndarray:
+def read_values(path: str | Path | BytesIO, name: str | Path | None = None) -> np.ndarray:
     """Return the values of a picture of labels, or numbers, as they are in its file, ``[H, W]``; palettes' indices too.
+
+    Args:
+        path: Image file, or what it holds.
+        name: For messages, of what has no path.
 
     Raises:
         DamagedImageError: If the file is missing, not an image, damaged, too large, or has several channels.
     """
+    name = path if name is None else name
     try:
-        with open_picture(path) as picture:
+        with open_picture(path, name) as picture:
             values = np.asarray(picture)
     except FileNotFoundError:
-        raise DamagedImageError(f"{path}: no such file") from None
+        raise DamagedImageError(f"{name}: no such file") from None
     except TaskError:
         raise
     except Exception as error:
-        raise DamagedImageError(f"{path}: damaged, or no image ({_reason(error)})") from error
+        raise DamagedImageError(f"{name}: damaged, or no image ({_reason(error)})") from error
     if values.ndim != 2:
-        raise DamagedImageError(f"{path}: is a picture of {values.shape[-1]} channels; a label map has one")
+        raise DamagedImageError(f"{name}: is a picture of {values.shape[-1]} channels; a label map has one")
     return values
 
 
@@ -199,29 +247,37 @@ def _has_chunk(path: str | Path, kind: bytes) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return first_line(error)
+    return unknown_picture(error) or first_line(error)
 
 
-def read_image(path: str | Path, channels: int = 3, white: int = FULL_WHITE) -> Image.Image:
-    """Read an image of any mode upright, as 8-bit grey or RGB, as `to_pixels` says.
+def read_image(
+    path: str | Path | BytesIO, channels: int = 3, white: int = FULL_WHITE, name: str | Path | None = None
+) -> Image.Image:
+    """Read an image of any mode upright, as 8-bit grey or RGB, as `to_pixels` says; other channels as `Bands`.
 
     Args:
-        path: Image file.
-        channels: 1 for grey (mode ``L``), 3 for ``RGB``.
+        path: Image file, or what it holds.
+        channels: 1 for grey (mode ``L``), 3 for ``RGB``; any other number for images that have so many.
         white: Value of 16-bit pixels that becomes 255; greater ones do too. 8-bit images are as they are.
+        name: For messages, of what has no path.
 
     Raises:
-        DamagedImageError: If the file is missing, not an image, damaged or larger than `open_picture` allows.
-        TaskError: If ``channels`` is neither 1 nor 3.
+        DamagedImageError: If the file is missing, not an image, damaged or larger than `open_picture` allows, or has
+            other channels than asked for.
     """
-    image, colours = _load(path, deep_colours=white != FULL_WHITE)
+    name = path if name is None else name
+    if channels not in (1, 3):
+        from .bands import read_bands
+
+        return read_bands(path, channels, white, name)
+    image, colours = _load(path, deep_colours=white != FULL_WHITE, name=name)
     if colours is not None:
         # Of TIFF, both decoders have turned it already, and the entry is gone.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         alpha = to_bytes(colours[..., 3:], FULL_WHITE)
         image = Image.fromarray(np.concatenate([to_bytes(colours[..., :3], white), alpha], axis=-1))
         image.getexif()[ExifTags.Base.Orientation] = orientation
-    return to_pixels(image, channels, white, path)
+    return to_pixels(image, channels, white, name)
 
 
 def to_pixels(
@@ -239,11 +295,12 @@ def to_pixels(
         name: Its file, for messages.
 
     Raises:
-        DamagedImageError: If the image holds what can't be shown by 8 bits.
-        TaskError: If ``channels`` is neither 1 nor 3.
+        DamagedImageError: If the image holds what can't be shown by 8 bits, or has other channels than asked for.
     """
-    if channels not in (1, 3):
-        raise TaskError(f"{name}: images are read with 1 or 3 channels, but the model takes {channels}")
+    if channels not in (1, 3) or isinstance(image, Bands):
+        from .bands import as_bands
+
+        return as_bands(image, channels, white, name)
     mode = "L" if channels == 1 else "RGB"
     try:
         # Before, TIFF's entry on its orientation is still there.
@@ -292,19 +349,21 @@ def check_white(white: int | None) -> int | None:
     return white
 
 
-def _load(path: str | Path, deep_colours: bool) -> tuple[Image.Image, np.ndarray | None]:
+def _load(path: str | Path | BytesIO, deep_colours: bool, name: str | Path) -> tuple[Image.Image, np.ndarray | None]:
     """Return an image, and if asked for the values ``[H, W, C]`` of colours of 16 bits, of which Pillow takes 8."""
+    if isinstance(path, str | Path) and (tiff := _only_ours(path)) is not None:
+        raise DamagedImageError(f"{name}: has {tiff.channels} channels; data.channels={tiff.channels} reads them")
     try:
-        with open_picture(path) as image:
+        with open_picture(path, name) as image:
             deep = deep_colours and _has_deep_colours(image)
             image.load()
             colours = _decode_colours(path) if deep else None
     except FileNotFoundError:
-        raise DamagedImageError(f"{path}: no such file") from None
+        raise DamagedImageError(f"{name}: no such file") from None
     except TaskError:
         raise
     except Exception as error:
-        raise DamagedImageError(f"{path}: not an image, or damaged ({_reason(error)})") from error
+        raise DamagedImageError(f"{name}: not an image, or damaged ({_reason(error)})") from error
     return image, colours
 
 
@@ -313,24 +372,37 @@ def _has_deep_colours(image: Image.Image) -> bool:
     return image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile)
 
 
-def _decode_colours(path: str | Path) -> np.ndarray:
+def _decode_colours(path: str | Path | BytesIO) -> np.ndarray:
     import cv2
 
-    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    content = np.fromfile(path, np.uint8) if isinstance(path, str | Path) else path.getbuffer()
+    values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise ValueError("colours of 16 bits that can't be decoded")
     return cv2.cvtColor(values, cv2.COLOR_BGR2RGB if values.shape[-1] == 3 else cv2.COLOR_BGRA2RGBA)
 
 
+def _only_ours(path: str | Path):
+    """Return a TIFF of more channels than Pillow has modes for; None of any other file."""
+    from .tiff import Tiff, is_tiff
+
+    tiff = Tiff(path) if is_tiff(path) else None
+    return tiff if tiff is not None and tiff.channels > 4 else None
+
+
 def _greatest_value(path: str | Path) -> int:
     """Return the greatest value of a 16-bit image, of the colours alone; -1 of one of 8 bits."""
+    tiff = _only_ours(path)
+    if tiff is not None:
+        values = tiff.values(0, 0, tiff.width, tiff.height)
+        return int(values.max()) if values.dtype == np.uint16 else -1
     try:
         with open_picture(path) as image:
             if not (image.mode.startswith("I") or _has_deep_colours(image)):
                 return -1  # not decoded
     except Exception:
         return -1  # what can't be read is reported where it is needed
-    image, colours = _load(path, deep_colours=True)
+    image, colours = _load(path, deep_colours=True, name=path)
     return int((_values_of(image, path) if colours is None else colours[..., :3]).max())
 
 

@@ -13,6 +13,16 @@ from .label_maps import class_of_values, images_in
 
 def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
     """Return the files of ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
+    classes, values = read_classes(root, data)
+    folder = root / "images" / split
+    files = [
+        (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)
+    ]
+    return files, classes, values
+
+
+def read_classes(root: Path, data: dict) -> tuple[Sequence[str], np.ndarray]:
+    """Return the names of the classes of one's own label maps, and the class that each value stands for."""
     if data["classes"] is not None:
         classes = check_names(data["classes"], "data.classes")
     else:
@@ -35,12 +45,8 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     both = sorted({*values} & {*unlabelled})
     if data["unlabelled"] is not None and both:
         raise TaskError(f"data.unlabelled and data.values both hold {both[0]}")
-    folder = root / "images" / split
-    files = [
-        (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)
-    ]
     labels = {value: label for label, value in enumerate(values)}
-    return files, classes, class_of_values(dict.fromkeys(unlabelled, IGNORE) | labels)
+    return classes, class_of_values(dict.fromkeys(unlabelled, IGNORE) | labels)
 
 
 def recognise(root: Path) -> dict | None:

@@ -1,5 +1,6 @@
 """Which classes a data set holds, said before training: what never occurs is neither learned nor measured."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -72,3 +73,29 @@ def draw_weights(images: Iterable[Sequence[int]], classes: int, balance: float, 
     weights = np.array([(counts[each].min() / len(labels)) ** -balance if len(each) else np.inf for each in labels])
     weights[np.isinf(weights)] = weights.min()
     return torch.from_numpy(weights).repeat(repeat)
+
+
+def class_weights(given: str | Sequence[float] | None, counts: Tensor, classes: Sequence[str]) -> Tensor | None:
+    """Return the weight of each class in the loss, ``[classes]``, as a config's ``loss.class_weights`` says.
+
+    Args:
+        given: ``"balanced"``, a number for each class, or None.
+        counts: How often each class is there, ``[classes]``.
+        classes: Their names.
+
+    Raises:
+        TaskError: If it isn't ``"balanced"``, nor a number for each class.
+    """
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = counts.double()
+        # Classes that never occur weigh nothing; check_data names them.
+        return torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts), 0).float()
+    fits = not isinstance(given, str) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in given)
+    if not fits or len(given) != len(classes) or not any(given):
+        raise TaskError(
+            f"loss.class_weights is {given!r}, but must be balanced or {len(classes)} numbers, one for each class, in "
+            f"the order {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+        )
+    return torch.tensor(given, dtype=torch.float32)

@@ -63,16 +63,21 @@ class InputRule:
     def __post_init__(self):
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-            if len(getattr(self, name)) != 3:
-                raise TaskError(f"data.{name} needs three numbers, for red, green and blue")
+            if len(getattr(self, name)) != len(self.mean):
+                raise TaskError("data.mean and data.std need a number each for every channel")
+
+    @property
+    def channels(self) -> int:
+        """How many channels images have."""
+        return len(self.mean)
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
-        """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""
+        """Return ``[C, H, W]``, float32, of pixels ``[H, W, C]``, uint8."""
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         return normalize(image, self.mean, self.std, self.channel_order)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        """Return an RGB image as the input of evaluation, ``[3, H', W']``."""
+        """Return an image as the input of evaluation, ``[C, H', W']``."""
         pixels = np.asarray(image)
         if self.short is not None:
             pixels = resize_within(pixels, self.short, self.long, self.divisor)
@@ -249,7 +254,7 @@ class LabelMaps(SegmentationSet):
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        return read_image(self.files[index][0], white=self.white)
+        return read_image(self.files[index][0], self.rule.channels, self.white)
 
     def inventory(self) -> list[tuple[Path, str]]:
         """Return all images and label maps."""
@@ -257,7 +262,15 @@ class LabelMaps(SegmentationSet):
 
     def labels(self, index: int) -> np.ndarray:
         """Return the class of every pixel, ``[H, W]``, int32; ``IGNORE`` where there is none."""
-        return self.values[read_values(self.files[index][1]).astype(np.uint8)]
+        return self.values[self._values(index).astype(np.uint8)]
+
+    def _values(self, index: int) -> np.ndarray:
+        """Return what a label map holds."""
+        return read_values(self.files[index][1])
+
+    def _size(self, index: int) -> tuple[tuple[int, int], bool]:
+        """Return the height and width of an image, and whether EXIF turned it on its side for it."""
+        return read_size(self.files[index][0])
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a mask for every class that is there."""
@@ -281,25 +294,24 @@ class LabelMaps(SegmentationSet):
 
     def _look_at(self, index: int) -> tuple[tuple[str, str] | None, dict[int, int]]:
         """Return the kind of a label map's fault and what is wrong, or None; and how many pixels have each value."""
-        image, path = self.files[index]
+        _, path = self.files[index]
         try:
-            values = read_values(path)
+            values = self._values(index)
         except DamagedImageError as error:
             return ("damaged", str(error)), {}
         if values.dtype.kind not in "biu":
             return ("damaged", f"{path}: holds numbers with fractions; a label map has 0 to 255"), {}
         counts = count_values(values)
-        return self._find_fault(image, path, values.shape, counts), counts
+        return self._find_fault(index, values.shape, counts), counts
 
-    def _find_fault(
-        self, image: Path, path: Path, shape: tuple[int, ...], counts: dict[int, int]
-    ) -> tuple[str, str] | None:
+    def _find_fault(self, index: int, shape: tuple[int, ...], counts: dict[int, int]) -> tuple[str, str] | None:
+        image, path = self.files[index]
         unknown = [value for value in counts if not 0 <= value < 256 or self.values[value] < 0]
         if unknown:
             listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             return "value", f"{path.name} has values that stand for no class: {listed}"
         try:
-            size, turned = read_size(image)
+            size, turned = self._size(index)
         except DamagedImageError as error:
             return None if self._skip_damaged else ("damaged", str(error))
         if shape == size:
@@ -347,7 +359,7 @@ class CocoMaps(SegmentationSet):
 
     def image(self, index: int) -> Image.Image:
         """Return an image as it is, RGB."""
-        return read_picture(self.records[index], self.white)
+        return read_picture(self.records[index], self.white, self.rule.channels)
 
     def inventory(self) -> list[tuple[Path, list]]:
         """Return every image with its size and the labels of its objects or segments."""

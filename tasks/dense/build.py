@@ -223,17 +223,18 @@ def normalization_of(source: str | None, name: str) -> dict[str, tuple[float, ..
     """Return the ``mean`` and ``std`` that a config's ``data.normalization`` asks for; none if it asks for none.
 
     Args:
-        source: ``"backbone"``: those with which timm says that the weights were trained; or None.
+        source: ``"backbone"``: those with which timm says that the weights were trained; ``"data"``: those that
+            `data.statistics` measures, which is for the caller to do; or None.
         name: The model, a timm name.
 
     Raises:
         TaskError: If ``source`` is another.
         UnknownModelError: If the model is unknown.
     """
-    if source is None:
+    if source in (None, "data"):
         return {}
     if source != "backbone":
-        raise TaskError(f"data.normalization is {source!r}, but must be backbone or None")
+        raise TaskError(f"data.normalization is {source!r}, but must be backbone, data or None")
     check_name(name)
     cfg = cfg_of(name)
     return {"mean": tuple(cfg.mean), "std": tuple(cfg.std)}

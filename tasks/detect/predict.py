@@ -27,7 +27,7 @@ class Predictor:
         white: See below.
 
     Args:
-        model: Maps a list of images ``[3, H, W]``, uint8, to dicts of ``boxes``, ``labels``, ``scores`` and perhaps
+        model: Maps a list of images ``[C, H, W]``, uint8, to dicts of ``boxes``, ``labels``, ``scores`` and perhaps
             ``masks``.
         classes: Names of the classes, in the order of the labels.
         device: Where to run.
@@ -35,7 +35,6 @@ class Predictor:
     """
 
     threshold = 0.5
-    channels = 3
     card: dict[str, Any] | None = None
 
     def __init__(
@@ -46,6 +45,7 @@ class Predictor:
         white: int = FULL_WHITE,
     ):
         self.model = model.eval().to(device)
+        self.channels = len(model.transform.mean) if hasattr(model, "transform") else 3
         self.classes = list(classes)
         self.device = device
         self.white = white
@@ -81,6 +81,13 @@ class Predictor:
 
     def draw(self, image: Image.Image, detections: dict[str, Any], path: Path) -> dict[str, str]:
         """Draw the objects on the image; return what was written beside the picture: nothing."""
-        image = to_pixels(image, self.channels, self.white)
+        self.draw_picture(to_pixels(image, self.channels, self.white), detections, path)
+        return {}
+
+    def draw_picture(self, image: Image.Image, detections: dict[str, Any], path: Path) -> None:
+        """Draw the objects on the image, or a picture of its size."""
         draw_detections(image, detections, self.classes, path, self.threshold)
+
+    def write_map(self, detections: dict[str, Any], path: Path) -> dict[str, str]:
+        """Write nothing: objects have no picture of their own."""
         return {}

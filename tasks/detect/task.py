@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import TaskError
 from ..data.formats import open_objects, resolve
 from ..data.occurrence import check_classes, draw_weights
+from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import (
     build_described,
     describe_model,
@@ -55,6 +56,7 @@ class Detect:
             "val": {"annotations": "annotations/instances_val2017.json", "images": "val2017", "split": "val"},
             "classes": None,
             "num_classes": None,
+            "channels": 3,
             "white": None,
             "broken": "refuse",
             "keep_empty": True,
@@ -91,12 +93,21 @@ class Detect:
         if self.model["backbone"] is None:
             raise TaskError("model.backbone is not set; `foveate list` shows what there is")
         told = normalization_of(data["normalization"], self.model["backbone"])
+        if data["channels"] != 3:
+            # Published numbers are of colours.
+            told = {}
+            self.model["backbone_kwargs"] = {**self.model["backbone_kwargs"], "in_chans": data["channels"]}
         self.model["kwargs"] = told | dict(self.model["kwargs"])
         if self.model["head"] not in (*DETECTORS, "auto"):
             raise TaskError(f"model.head is {self.model['head']!r}, but must be auto or one of {', '.join(DETECTORS)}")
+        measures = data["normalization"] == "data" or (data["channels"] != 3 and "mean" not in self.model["kwargs"])
         chooses = self.model["head"] == "auto"
         needs_masks = None if chooses else DETECTORS[self.model["head"]].needs_masks
         self.train_set, self.val_set = open_objects(data, needs_masks, config["damaged_images"] == "skip")
+        if measures:
+            measured = measure_normalization(self.train_set.image, len(self.train_set.records))
+            self._said.append(describe_normalization(measured))
+            self.model["kwargs"] = {**self.model["kwargs"], **measured}
         if chooses:
             with_masks = all(record.instances.masks is not None for record in self.train_set.records)
             self.model["head"] = "mask_rcnn" if with_masks else "faster_rcnn"

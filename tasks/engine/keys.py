@@ -1,7 +1,8 @@
 """What every key of a config means, in a line each: `format_config` prints them beside the values."""
 
 _OF_ANY_FOLDER = {
-    "data.normalization": '"backbone": mean and std are those that its weights were trained with; None: as set here',
+    "data.normalization": '"backbone": mean and std are those that its weights were trained with; "data": measured '
+    "on the training images; None: as set here",
     "data.holdout": "with data.name=auto, the share of the training images that is held out where no others are",
     "data.holdout_seed": "of the draw of those",
     "data.balance": "rare classes are drawn more often: an image by its rarest class's share ** -balance; 0.5: LVIS's",
@@ -12,6 +13,7 @@ _MODEL = {
     "model.checkpoint": "start from the weights of the whole model: a file, an address or model.tag",
 }
 _DENSE = {
+    "data.channels": "of the images, of TIFF any number; mean and std of others than 3 are measured unless set",
     **_MODEL,
     "model.backbone": "a timm name",
     "model.setting": 'the backbone\'s dense setting; "auto": the one for the head, where there is one',
@@ -87,17 +89,18 @@ KEYS: dict[str | None, dict[str, str]] = {
         **_MODEL,
         "model.name": "a timm name",
         "model.kwargs": "options of the model, such as drop_path_rate",
-        "data.name": '"auto", "folder", "csv" (lists with the columns path and label), "huggingface" or "digits"',
+        "data.name": '"auto", "folder", "csv" (lists with the columns path and label), "huggingface", '
+        '"webdataset" (tars) or "digits"',
         "data.image_column": "of huggingface, the images'; the usual one if None",
-        "data.label_column": "of huggingface, the labels'; the usual one if None",
+        "data.label_column": "of huggingface, the labels'; of webdataset, the key in .json; the usual one if None",
         "data.root": "of a folder: holds train/CLASS/* and val/CLASS/*; of lists: paths count from here",
-        "data.train": "folder or list in root, or elsewhere; train or train.csv if None",
+        "data.train": "folder or list in root, or elsewhere; of webdataset train-{000..099}.tar; the usual one if None",
         "data.val": "the same of the held-out images",
         "data.num_classes": "checked if given",
         "data.multi_label": 'whether an image of a csv may have several labels, "cat|dog", or none: by binary losses',
         "data.white": "value of 16-bit pixels that is white; of the training images' depth if None",
         "data.size": "side of the images, in pixels",
-        "data.channels": "3 of colour, 1 of grey",
+        "data.channels": "3 of colour, 1 of grey, or as many as the images have, of TIFF any number",
         "data.mean": "of pixels from 0 to 1, subtracted from each channel",
         "data.std": "of pixels from 0 to 1, by which each channel is divided",
         "data.interpolation": "of held-out images; of training images unless augment says another",
@@ -128,7 +131,9 @@ KEYS: dict[str | None, dict[str, str]] = {
         "model.output": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
         "model.kwargs": "options of create_segmenter, such as channels or loss_mean",
         "data.name": '"auto", "ade20k", "cityscapes", "cityscapes_instance", "coco", "coco_panoptic", "coco_stuff", '
-        '"folder", "nuclei", "voc" or "yolo"',
+        '"folder", "huggingface", "nuclei", "voc" or "yolo"',
+        "data.image_column": "of huggingface, the images'; the usual one if None",
+        "data.mask_column": "of huggingface, the label maps'; the usual one if None",
         "data.train.maps": "folder in root of coco_panoptic's pictures; beside the annotations if None",
         "data.val.maps": "the same of the held-out images",
         "data.classes": "names in the order of the labels, of voc without the background; if None those of the file",
@@ -140,6 +145,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "data.divisor": "evaluation then stretches the sides, a little, to multiples of this",
         "data.mean": "of pixels from 0 to 1, subtracted from each channel",
         "data.std": "of pixels from 0 to 1, by which each channel is divided",
+        "loss.class_weights": '"balanced": by 1 / share of the pixels, 1 in the mean over them; or one for each class',
         "test.mode": '"whole", or "slide": in windows',
         "test.crop_size": "side of the windows",
         "test.stride": "between windows",

@@ -145,6 +145,17 @@ def share_damaged(samples: Samples) -> None:
     samples.damaged.copy_(flags.bool())
 
 
+def count_batches(samples: int, batch_size: int, processes: int) -> int:
+    """Return how many batches a process has in an epoch of training."""
+    own = -(-samples // processes)
+    return own // batch_size if drops_last(samples, batch_size, processes) else -(-own // batch_size)
+
+
+def drops_last(samples: int, batch_size: int, processes: int) -> bool:
+    """Return whether a last batch that isn't whole is left out of training: it is where there are others."""
+    return samples >= batch_size * processes
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -187,7 +198,7 @@ def build_loader(
             len(dataset), seed, rank, processes, getattr(dataset, "weights", None) if seed is not None else None
         ),
         num_workers=workers,
-        drop_last=seed is not None and len(dataset) >= batch_size * processes,
+        drop_last=seed is not None and drops_last(len(dataset), batch_size, processes),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         collate_fn=dataset.collate,

@@ -8,7 +8,7 @@ from ...zoo.checkpoint import Checkpoint
 from .. import TaskError
 from ..checkpoints import keep_copy, rebuilt_from
 from .config import DEFAULTS, FREE, leaves, plain
-from .loading import fingerprint
+from .loading import count_batches, fingerprint
 from .run_folder import write_history
 
 # What may differ between a run and its continuation.
@@ -28,7 +28,14 @@ def rebuild_config(config: dict, checkpoint: dict, path: str | Path | Checkpoint
     return config | {"model": rebuilt_from(config["model"], path), "data": config["data"] | {"white": white}}
 
 
-def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
+def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> list[str]:
+    """Return what is to be said of going on from a checkpoint.
+
+    As many processes as before go on to the same bits; others to the same samples, batch by batch.
+
+    Raises:
+        TaskError: If the settings, the data or the batches are others.
+    """
     last = output / "last.pth"
     if "optimizer" not in checkpoint:
         raise TaskError(f"{last}: holds no state of the optimizer to continue with")
@@ -36,8 +43,10 @@ def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
     # What a run of an older version could not yet set, it had at its default.
     before = dict(leaves(plain(DEFAULTS | task.DEFAULTS), free)) | dict(leaves(checkpoint["config"], free))
     now = dict(leaves(plain(config), free))
+    meta, processes = checkpoint["meta"], int(os.environ.get("WORLD_SIZE", "1"))
+    lines = _check_processes(meta["processes"], processes, before["batch_size"], config, task, output)
     for key in now:
-        if key in _RESUME_FREE or before.get(key) == now[key]:
+        if key in _RESUME_FREE or before.get(key) == now[key] or (lines and key == "batch_size"):
             continue
         if _names_data(key) and "data" in checkpoint["meta"]:
             # Where it lies is free; what it is, is compared below.
@@ -54,9 +63,6 @@ def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
         )
     if checkpoint["card"]["classes"] != task.card()["classes"]:
         raise TaskError(f"{output}: was begun with the classes {checkpoint['card']['classes']}; the data set changed")
-    meta, processes = checkpoint["meta"], int(os.environ.get("WORLD_SIZE", "1"))
-    if meta["processes"] != processes:
-        raise TaskError(f"{output}: was begun by {meta['processes']} processes, not {processes}")
     if meta.get("samples", len(task.train_set)) != len(task.train_set):
         raise TaskError(
             f"{output}: was begun with {meta['samples']} training samples, now there are {len(task.train_set)}; the "
@@ -65,6 +71,30 @@ def check_resumable(checkpoint: dict, config: dict, task, output: Path) -> None:
     _check_data(
         meta.get("data", {}), task, output, moved=any(_names_data(key) and before.get(key) != now[key] for key in now)
     )
+    return lines
+
+
+def _check_processes(then: int, now: int, batch: int, config: dict, task, output: Path) -> list[str]:
+    """Return a line if other processes go on, each step with the samples that it would have had.
+
+    Raises:
+        TaskError: If steps would have other samples.
+    """
+    if then == now:
+        return []
+    whole, samples = then * batch, len(task.train_set)
+    if config["batch_size"] * now != whole:
+        cure = f"batch_size={whole // now}" if whole % now == 0 else f"a number of processes that divides {whole}"
+        raise TaskError(
+            f"{output}: was begun by {then} processes with batch_size={batch}, {whole} images a step; {now} go on with "
+            f"as many: {cure}"
+        )
+    if count_batches(samples, batch, then) != count_batches(samples, config["batch_size"], now):
+        raise TaskError(
+            f"{output}: was begun by {then} processes; {now} would have another number of steps an epoch of {samples} "
+            "samples"
+        )
+    return [f"was begun by {then} processes; {now} go on with the same samples, but not to the same bits"]
 
 
 def restore(output: Path, checkpoint: dict, keep: int) -> None:

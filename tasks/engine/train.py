@@ -103,7 +103,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
         with taken_as_said(last):
-            check_resumable(checkpoint, config, task, output)
+            remarks += check_resumable(checkpoint, config, task, output)
             history = checkpoint["history"]
             if is_main_process():
                 restore(output, checkpoint, config["checkpoint"]["keep"])

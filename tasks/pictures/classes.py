@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data.images import as_picture
 from .figures import BLUE, GREEN, GREY, RED, new_figure, save_figure
 
 
@@ -37,7 +38,7 @@ def draw_gallery(
     for axes, image, truth, ranking in zip(panels, images, truths, predictions, strict=False):
         (guess, probability), right = ranking[0], ranking[0][0] == truth
         axes.axis("on")
-        axes.imshow(image, cmap="gray", interpolation="nearest")
+        axes.imshow(as_picture(image), cmap="gray", interpolation="nearest")
         axes.spines[:].set(color=GREEN if right else RED, linewidth=1 if right else 3)
         text = f"{guess} ({probability:.0%})" if right else f"✗ {guess} ({probability:.0%})\ntruth: {truth}"
         axes.set_title(text, fontsize=8, color="black" if right else RED, fontweight="normal" if right else "bold")
@@ -65,7 +66,8 @@ def draw_inputs(
         axes.axis("off")
     for axes, image, label in zip(panels, images, labels, strict=False):
         interpolation = "nearest" if max(image.shape[:2]) < 64 else "antialiased"
-        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
+        shown = image[..., :3] if image.shape[-1] > 2 else image[..., 0]
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
         axes.set_title(label, fontsize=8)
     save_figure(figure, path)
 
@@ -106,7 +108,7 @@ def draw_prediction(image: Image.Image, ranking: Sequence[tuple[str, float]], pa
     """Draw an image beside bars of its likeliest classes."""
     figure = new_figure(7.2, 3.4)
     picture, bars = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    picture.imshow(image, cmap="gray", interpolation="nearest" if max(image.size) < 64 else "antialiased")
+    picture.imshow(as_picture(image), cmap="gray", interpolation="nearest" if max(image.size) < 64 else "antialiased")
     picture.axis("off")
     names = [name if len(name) < 32 else f"{name[:30]}…" for name, _ in ranking]
     probabilities = [probability for _, probability in ranking]

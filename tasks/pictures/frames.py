@@ -15,6 +15,7 @@ from .. import TaskError, printable
 from ..data.coco import decode_masks
 from ..results import Result
 from .figures import choose_styles
+from .naming import place_names
 
 # Height of letters, as a share of the frame's.
 _LETTERS = 1 / 36
@@ -67,22 +68,13 @@ def _named(
     font: ImageFont.ImageFont,
 ) -> Image.Image:
     """Return an image with a name at each box, above it or where no other name is yet."""
-    draw, taken = ImageDraw.Draw(image), []
-    for (x1, y1, _, y2), text, colour in zip(boxes.tolist(), texts, colours, strict=True):
-        width, height = draw.textlength(text, font=font) + 4, font.size + 4
-        left = min(max(0, x1), max(0, image.width - width))
-        places = [y1 - height, y1, y2, y2 - height, *(y1 + step * height for step in range(1, 8))]
-        inside = [min(max(0, top), image.height - height) for top in places]
-        free = (top for top in inside if not any(_overlap((left, top, width, height), other) for other in taken))
-        top = next(free, inside[0])
-        taken.append((left, top, width, height))
+    draw = ImageDraw.Draw(image)
+    sizes = [(draw.textlength(text, font=font) + 4, font.size + 4) for text in texts]
+    places = place_names(boxes, sizes, *image.size)
+    for (left, top), (width, height), text, colour in zip(places, sizes, texts, colours, strict=True):
         draw.rectangle((left, top, left + width, top + height), fill=colour)
         draw.text((left + 2, top + 1), text, fill="black", font=font)
     return image
-
-
-def _overlap(one: tuple, other: tuple) -> bool:
-    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
 
 
 def _listed(image: Image.Image, texts: Sequence[str], colours: Sequence[str], font: ImageFont.ImageFont) -> Image.Image:

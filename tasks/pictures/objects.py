@@ -13,12 +13,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from .. import printable
 from ..data.coco import decode_masks, encode_mask
+from ..data.images import Bands, as_picture
 from ..detections import keep_likely
 from .figures import BLUE, GREEN, ORANGE, add_legend, choose_styles, new_figure, save_figure
+from .naming import place_names
 
 # More objects than this get no text of their own: the legend says what they are.
 NAMED = 25
+_POINTS = 7  # height of letters
 
 
 def draw_objects(
@@ -58,10 +62,27 @@ def draw_objects(
         line = "--" if wrong else ":" if stripes else "-"
         box_style = {"fill": False, "ec": colour, "lw": 2.2 if wrong else 1.2, "ls": line}
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **box_style))
-        if len(labels) <= NAMED:
-            score = f" {objects['scores'][index]:.2f}" if "scores" in objects else ""
-            text = {"fontsize": 7, "va": "bottom" if y1 > 12 else "top", "clip_on": True}
-            axes.text(x1, y1, classes[label] + score, bbox={"fc": colour, "ec": "none", "pad": 1}, **text)
+    if len(labels) <= NAMED:
+        scores = (
+            [f" {score:.2f}" for score in objects["scores"].tolist()] if "scores" in objects else [""] * len(labels)
+        )
+        texts = [printable(classes[label]) + score for label, score in zip(labels, scores, strict=True)]
+        _write_names(axes, image, np.asarray(objects["boxes"]) - 0.5, texts, [styles[label][0] for label in labels])
+
+
+def _write_names(
+    axes: Axes, image: Image.Image, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[str]
+) -> None:
+    """Write a name at each box, none over another."""
+    figure = axes.get_figure()
+    # Pixels of the image for a point of the page, before the layout makes the panel a little larger.
+    space = axes.get_window_extent()
+    pixel = max(image.width / space.width, image.height / space.height) * figure.dpi / 72
+    sizes = [(pixel * (_POINTS * 0.62 * len(text) + 2), pixel * (_POINTS * 1.25 + 2)) for text in texts]
+    places = place_names(boxes.reshape(-1, 4), sizes, image.width, image.height)
+    for (x, y), text, colour in zip(places, texts, colours, strict=True):
+        style = {"fontsize": _POINTS, "va": "top", "clip_on": True}
+        axes.text(x, y, text, bbox={"fc": colour, "ec": "none", "pad": 1}, **style)
 
 
 def match_objects(
@@ -140,7 +161,7 @@ def draw_inputs(
     """Draw images as a detector gets them, with their objects.
 
     Args:
-        items: Images ``[3, H, W]``, uint8, with ``boxes``, ``labels`` and perhaps ``masks``, of a `DetectionSet`.
+        items: Images ``[C, H, W]``, uint8, with ``boxes``, ``labels`` and perhaps ``masks``, of a `DetectionSet`.
         classes: Names of the classes.
         path: PNG to write.
         title: What is shown.
@@ -158,7 +179,7 @@ def draw_inputs(
         objects = dict(target)
         if isinstance(target.get("masks"), Tensor):
             objects["masks"] = [encode_mask(mask) for mask in target["masks"].numpy()]
-        draw_objects(axes, Image.fromarray(image.permute(1, 2, 0).numpy()), objects, classes, styles)
+        draw_objects(axes, as_picture(Bands(image.permute(1, 2, 0).numpy())), objects, classes, styles)
         height, width = image.shape[1:]
         axes.set_title(f"{height}x{width} pixels, {len(target['labels'])} objects", fontsize=8)
     add_legend(figure, [classes[label] for label in styles], list(styles.values()))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from ..data.augment import IGNORE
 from ..data.coco import decode_masks
+from ..data.images import as_picture
 from .figures import GREY, add_legend, choose_styles, new_figure, save_figure
 
+_OUTLINE = 120  # a picture's longer side in widths of outlines
 Styles = Mapping[int, tuple[str, str | None]]
 
 
@@ -31,12 +34,16 @@ def draw_overlay(
         numbers: Segment of every pixel, ``[H, W]``: segments of one class get shades of its colour, and outlines.
     """
     pixels = np.asarray(image.convert("RGB")).astype(np.float32) / 255
+    reach = max(1, round(max(image.size) / _OUTLINE))
     for label, (colour, _) in styles.items():
         inside = labels == label
         parts = [inside] if numbers is None else [inside & (numbers == number) for number in np.unique(numbers[inside])]
         for place, part in enumerate(parts):
             shade = np.array(_shade(colour, place if len(parts) > 1 else None))
             pixels[part] = 0.45 * pixels[part] + 0.55 * shade
+            # A tint on a coloured image is a colour of neither: the outline alone is that of the legend.
+            inner = cv2.erode(part.astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
+            pixels[part & (inner == 0)] = shade
     axes.imshow(pixels, interpolation="nearest" if max(image.size) < 200 else "antialiased")
     for label, (_, stripes) in styles.items():
         inside = labels == label
@@ -164,7 +171,7 @@ def draw_comparison(
     panels = figure.subplots(len(split), 3, squeeze=False, height_ratios=heights)
     for (left, middle, right), (image, (truth, true_numbers), (predicted, numbers)) in zip(panels, split, strict=True):
         void = truth >= len(classes)
-        left.imshow(image, interpolation="nearest" if max(image.size) < 200 else "antialiased")
+        left.imshow(as_picture(image), interpolation="nearest" if max(image.size) < 200 else "antialiased")
         left.set(xticks=[], yticks=[])
         left.set_title("image", fontsize=9)
         for axes, labels, parts, name in (

@@ -16,6 +16,7 @@ from ..data.segmentation import InputRule
 from ..detections import count_objects, describe_objects
 from ..pictures.objects import draw_detections
 from ..pictures.regions import draw_segmentation
+from ..tiles import TiledMap, write_png
 from .task import build_segmenter, segment_image
 
 
@@ -40,7 +41,6 @@ class Predictor:
     """
 
     threshold = 0.5
-    channels = 3
     card: dict[str, Any] | None = None
 
     def __init__(
@@ -56,6 +56,7 @@ class Predictor:
     ):
         self.model = model.eval().to(device)
         self.rule, self.output, self.test = rule, output, dict(test)
+        self.channels = rule.channels
         self.classes, self.things = list(classes), list(things)
         self.device = device
         self.white = white
@@ -98,20 +99,18 @@ class Predictor:
             return describe_objects(answer, self.classes, self.threshold)
         if self.output == "semantic":
             return {"classes": [{"class": name, "share": round(share, 6)} for name, share in self._shares(answer)]}
-        segments = []
-        for label, number in torch.unique(answer.reshape(-1, 2), dim=0).tolist():
-            if label < len(self.classes):
-                area = int(((answer[..., 0] == label) & (answer[..., 1] == number)).sum())
-                entry = {"id": number, "class": self.classes[label], "thing": self.things[label], "area": area}
-                segments.append(entry)
+        segments = [
+            {"id": number, "class": self.classes[label], "thing": self.things[label], "area": area}
+            for (label, number), area in count_areas(answer).items()
+            if label < len(self.classes)
+        ]
         return {"segments": sorted(segments, key=lambda segment: segment["id"])}
 
     def headline(self, answer: Any) -> str:
         """Return the largest classes and how many objects there are, in a few words."""
         if self.output == "instance":
             return count_objects(answer, self.classes, self.threshold)
-        labels = answer if self.output == "semantic" else answer[..., 0]
-        text = ", ".join(f"{name} {share:.1%}" for name, share in self._shares(labels)[:3]) or "nothing"
+        text = ", ".join(f"{name} {share:.1%}" for name, share in self._shares(answer)[:3]) or "nothing"
         if self.output == "panoptic":
             count = sum(segment["thing"] for segment in self.describe(answer)["segments"])
             text += f"; {count} objects"
@@ -123,23 +122,49 @@ class Predictor:
         That is, but for instances, a PNG of the size of the image: of labels, 255 for none, or of the segments' ids in
         COCO's panoptic code.
         """
-        image = to_pixels(image, self.channels, self.white)
+        self.draw_picture(to_pixels(image, self.channels, self.white), answer, path)
+        return self.write_map(answer, path)
+
+    def draw_picture(self, image: Image.Image, answer: Any, path: Path) -> None:
+        """Draw the result on the image, or a picture of its size."""
         if self.output == "instance":
             draw_detections(image, answer, self.classes, path, self.threshold)
-            return {}
-        draw_segmentation(image, answer, self.classes, path, self.things)
-        if self.output == "semantic":
-            name, plain = "labels", Image.fromarray(answer.numpy())
         else:
-            numbers = np.where(answer[..., 0].numpy() < len(self.classes), answer[..., 1].numpy(), 0)
-            colours = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65536], -1)
-            name, plain = "map", Image.fromarray(colours.astype(np.uint8))
+            draw_segmentation(image, answer, self.classes, path, self.things)
+
+    def write_map(self, answer: Any, path: Path) -> dict[str, str]:
+        """Write, but for instances, the PNG that `draw` says, beside ``path``; return what it is, and its name."""
+        if self.output == "instance":
+            return {}
+        name = "labels" if self.output == "semantic" else "map"
         beside = path.with_name(f"{path.stem}_{name}.png")
-        write_whole(beside, plain.save)
+        if isinstance(answer, TiledMap):
+            write_png(beside, map(self._to_plain, answer.bands()), answer.height, answer.width)
+        else:
+            write_whole(beside, Image.fromarray(self._to_plain(answer.numpy())).save)
         return {name: str(beside)}
 
-    def _shares(self, labels: torch.Tensor) -> list[tuple[str, float]]:
-        present, counts = torch.unique(labels, return_counts=True)
-        pairs = zip(present.tolist(), (counts / labels.numel()).tolist(), strict=True)
-        known = [(self.classes[label], share) for label, share in pairs if label < len(self.classes)]
+    def _to_plain(self, answer: np.ndarray) -> np.ndarray:
+        """Return labels as they are, or the panoptic code of segments ``[H, W, 3]``."""
+        if self.output == "semantic":
+            return answer
+        numbers = np.where(answer[..., 0] < len(self.classes), answer[..., 1], 0)
+        return np.stack([numbers % 256, numbers // 256 % 256, numbers // 65536], -1).astype(np.uint8)
+
+    def _shares(self, answer: Any) -> list[tuple[str, float]]:
+        areas: dict[int, int] = {}
+        for (label, _), area in count_areas(answer).items():
+            areas[label] = areas.get(label, 0) + area
+        total = sum(areas.values())
+        known = [(self.classes[label], area / total) for label, area in areas.items() if label < len(self.classes)]
         return sorted(known, key=lambda pair: -pair[1])
+
+
+def count_areas(answer: Any) -> dict[tuple[int, int], int]:
+    """Return how many pixels each class and number has; the number is 0 where there are no segments."""
+    if isinstance(answer, TiledMap):
+        return answer.areas
+    codes = answer.reshape(-1, 2) if answer.ndim == 3 else answer.flatten()
+    there, counts = torch.unique(codes, dim=0, return_counts=True)
+    pairs = there.tolist() if answer.ndim == 3 else [(label, 0) for label in there.tolist()]
+    return {(label, number): count for (label, number), count in zip(pairs, counts.tolist(), strict=True)}

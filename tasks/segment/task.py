@@ -6,14 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .. import TaskError
 from ..data.formats import open_maps, resolve
-from ..data.occurrence import check_classes, draw_weights
+from ..data.images import LOOKED_AT, Bands, as_picture
+from ..data.occurrence import check_classes, class_weights, draw_weights
 from ..data.segmentation import InputRule, LabelMaps, SegmentationSet
+from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import (
     build_described,
     describe_model,
@@ -63,6 +65,8 @@ class Segment:
             "classes": None,
             "values": None,
             "unlabelled": None,
+            "image_column": None,
+            "mask_column": None,
             "num_classes": None,
             "broken": "refuse",
             "repeat": 1,
@@ -74,11 +78,13 @@ class Segment:
             "short": 512,
             "long": 2048,
             "divisor": 1,
+            "channels": 3,
             "white": None,
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "augment": {},
         },
+        "loss": {"class_weights": None},
         "test": {
             "mode": "whole",
             "crop_size": None,
@@ -104,6 +110,9 @@ class Segment:
         "data.short": int,
         "data.white": int,
         "data.normalization": str,
+        "data.image_column": str,
+        "data.mask_column": str,
+        "loss.class_weights": object,
         "test.crop_size": int,
         "test.stride": int,
     }
@@ -124,18 +133,34 @@ class Segment:
             raise TaskError(f"{head} labels pixels; {self.output} segmentation needs {' or '.join(MASK_HEADS)}")
         if data["augment"].get("crop") is None:
             raise TaskError("data.augment.crop is not set; images of a batch need one size")
+        measures = data["normalization"] == "data"
+        if data["channels"] != 3:
+            # Published numbers are of colours; others' are set, or measured.
+            usual = data["normalization"] == "backbone" or data["mean"] == self.DEFAULTS["data"]["mean"]
+            measures, data["normalization"] = measures or usual, None
+            self.model["backbone_kwargs"] = {**self.model["backbone_kwargs"], "in_chans": data["channels"]}
         data |= normalization_of(data["normalization"], self.model["backbone"])
+        if measures:
+            data |= {"mean": (0.5,) * data["channels"], "std": (0.25,) * data["channels"]}
         self.rule = InputRule(**{key: data[key] for key in ("short", "long", "divisor", "mean", "std")})
+        if self.rule.channels != data["channels"]:
+            raise TaskError(f"data.mean and data.std need one number for each of the {data['channels']} channels")
         skip_damaged = config["damaged_images"] == "skip"
         self.train_set, self.val_set = open_maps(data, self.rule, self.output, self.as_masks, skip_damaged)
+        if measures:
+            measured = measure_normalization(self.train_set.image, self.train_set.images)
+            self._said.append(describe_normalization(measured))
+            self.rule = dataclasses.replace(self.rule, **measured)
+            self.train_set.rule = self.val_set.rule = self.rule
         if data["balance"]:
             shown, classes = self.train_set.occurring(), len(self.train_set.classes)
             self.train_set.weights = draw_weights(shown, classes, data["balance"], data["repeat"])
         self._source, self._by_values = (
             data["root"] or data["name"],
-            data["name"] == "folder" and data["unlabelled"] is None,
+            data["name"] in ("folder", "huggingface") and data["unlabelled"] is None,
         )
         self.classes, self.things = list(self.train_set.classes), list(self.train_set.things)
+        self.class_weights = self._weigh(config["loss"]["class_weights"])
         named = [f"iou_{name}" for name in self.classes] if len(self.classes) <= 2 else []
         self.shown = {
             "semantic": ["miou", "aacc", *named],
@@ -144,11 +169,24 @@ class Segment:
         }[self.output]
         self.metric = self.shown[0]
 
+    def _weigh(self, given: str | Sequence[float] | None) -> Tensor | None:
+        """Return the weight of each class in the loss, by the pixels of up to 100 training images."""
+        if given is not None and self.as_masks:
+            raise TaskError(f"loss.class_weights is for heads that label pixels; {self.model['head']} finds masks")
+        counts = np.zeros(len(self.classes) + 1, np.int64)
+        images = self.train_set.images if given == "balanced" else 0
+        for index in sorted({place * images // LOOKED_AT for place in range(LOOKED_AT)} if images else ()):
+            labels = self.train_set.labels(index)
+            counts += np.bincount(np.minimum(labels.ravel(), len(self.classes)), minlength=len(counts))
+        return class_weights(given, torch.from_numpy(counts[:-1]), self.classes)
+
     def build_model(self) -> nn.Module:
         """Return the segmenter, initialised or with the weights the config starts from."""
         model = build_segmenter(self.model, self.things, self.rule)
         self.model = with_told(self.model, model)
         self._frozen = freeze_stages(model.backbone, self.model["frozen_stages"])
+        if self.class_weights is not None:
+            model.class_weights = self.class_weights
         return model
 
     def check_data(self, training: bool = True) -> list[str]:
@@ -264,11 +302,11 @@ class Segment:
         """Draw items of a data set, of training or not, under their classes or segments; ``title`` says what it is."""
         from ..pictures.regions import draw_inputs
 
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.rule.mean, self.rule.std))
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.rule.mean, self.rule.std))
         images, truths = [], []
         for inputs, truth in items:
             pixels = (inputs if train else inputs["image"]) * std + mean
-            image = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+            image = as_picture(Bands((255 * pixels).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()))
             # Truth to be measured by has the size that the image had.
             images.append(image if train else image.resize(inputs["size"][::-1]))
             truths.append(truth)

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import timm
+import torch
+import torch.nn.functional as F
 from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Task as Classify
 from foveate.tasks.data.formats import hold_out
@@ -142,3 +144,28 @@ def test_what_a_folder_is_not_is_said(tmp_path):
     yolo(tmp_path / "yolo")
     with pytest.raises(TaskError, match=r"data.holdout is 1.5"):
         task_of("detect/finetune", tmp_path / "yolo", "data.holdout=1.5")
+
+
+def test_rare_classes_of_pixels_weigh_more(tmp_path):
+    masks(tmp_path)
+    for split in ("train", "val"):
+        for index in range(2):
+            labels = np.zeros((40, 60), np.uint8)
+            labels[:10, :12] = 1
+            Image.fromarray(labels).save(tmp_path / "masks" / split / f"{index}.png")
+    overrides = ("model.backbone=test_resnet", "data.augment.crop=64", "model.head=semantic_fpn", *SMALL)
+    _, task = task_of("segment/finetune", tmp_path, *overrides, "loss.class_weights=balanced")
+    expected = torch.tensor([2400 / (2 * 2280), 2400 / (2 * 120)])
+    assert torch.allclose(task.class_weights, expected)
+    batch = task.train_set.collate([task.train_set[0], task.train_set[1]])
+    model = task.build_model().eval()
+    assert "class_weights" not in model.state_dict()
+    weighed = model.loss(*batch, normalized=True)["decode.loss_ce"]
+    logits = F.interpolate(model.head(model.features(batch[0])), batch[1].shape[-2:], mode="bilinear")
+    each = F.cross_entropy(logits, batch[1], ignore_index=255, reduction="none")
+    weights = torch.where(batch[1] == 255, 0, expected[batch[1].clamp(max=1)])
+    assert torch.allclose(weighed, (each * weights).mean(), atol=1e-5)
+    with pytest.raises(TaskError, match=r"loss\.class_weights is for heads that label pixels; mask2former finds masks"):
+        task_of("segment/finetune", tmp_path, *overrides, "loss.class_weights=balanced", "model.head=mask2former")
+    with pytest.raises(TaskError, match="must be balanced or 2 numbers, one for each class"):
+        task_of("segment/finetune", tmp_path, *overrides, "loss.class_weights=(1.0,)")

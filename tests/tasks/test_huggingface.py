@@ -9,6 +9,7 @@ from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Task as Classify
 from foveate.tasks.data.images import DamagedImageError
 from foveate.tasks.detect import Task as Detect
+from foveate.tasks.segment import Task as Segment
 from foveate.tools.cli import main
 from PIL import Image
 
@@ -130,3 +131,65 @@ def test_objects_are_read_as_coco_s(kind, tmp_path):
     assert target["labels"].tolist() == [0, 1]
     assert len(task.val_set[1][1]["labels"]) == 0
     assert task.check_data()[0].endswith("cells holds objects in the format huggingface")
+
+
+def mapped(values, masks):
+    """Return a table of images of a value, and of label maps, arrays or bytes, beside them."""
+
+    def encoded(mask):
+        if not isinstance(mask, np.ndarray):
+            return mask and {"bytes": mask, "path": None}
+        file = io.BytesIO()
+        Image.fromarray(mask).save(file, "png")
+        return {"bytes": file.getvalue(), "path": None}
+
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    return datasets.Dataset.from_dict(
+        {"image": list(map(png, values)), "mask": list(map(encoded, masks))}, features=features
+    )
+
+
+def halves(seed=0, most=2):
+    return np.random.default_rng(seed).integers(0, most, (20, 30), np.uint8)
+
+
+def segment_task(root, *overrides):
+    options = (f"data.root={root}", "model.backbone=test_resnet", "model.pretrained=False", "data.augment.crop=32")
+    return Segment(engine.load_config("segment/finetune", (*options, *overrides)))
+
+
+def test_label_maps_are_read(tmp_path, capsys):
+    parts = {"train": mapped(range(10, 50, 10), map(halves, range(4))), "validation": mapped([70], [halves(9)])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "classes.txt").write_text("ground\ntree\n")
+    task = segment_task(tmp_path / "saved")
+    assert task.check_data()[0].endswith("holds maps in the format huggingface")
+    assert (task.classes, task.train_set.images, task.val_set.images) == (["ground", "tree"], 4, 1)
+    inputs, truth = task.val_set[0]
+    assert (truth.numpy() == halves(9)).all()
+    assert inputs["size"] == (20, 30)
+    assert np.asarray(task.train_set.image(2))[0, 0].tolist() == [30, 0, 0]
+    image, labels = task.train_set[0]
+    assert (image.shape, labels.shape) == (torch.Size([3, 32, 32]), torch.Size([32, 32]))
+    assert main(["data", "check", str(tmp_path / "saved"), "--output", str(tmp_path / "out")]) == 0
+    assert "maps in the format huggingface, 2 classes" in capsys.readouterr().out
+    named = segment_task(tmp_path / "saved", "data.name=huggingface", "data.val.split=validation")
+    assert (named.val_set[0][1] == truth).all()
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([halves(), halves(most=4)], r"1 has values that stand for no class: 2, 3"),
+        ([halves(), halves()[:10]], r"1 has 10x30 pixels, but its image 20x30"),
+        ([halves(), b"no picture"], r"train/1, mask: damaged, or no image"),
+        ([halves(), None], r"train/1, mask: holds no image"),
+        ([halves(), np.zeros((20, 30, 3), np.uint8)], r"is a picture of 3 channels; a label map has one"),
+    ],
+)
+def test_a_broken_label_map_is_one_line(masks, message, tmp_path):
+    mapped([10, 20], masks).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "classes.txt").write_text("ground\ntree\n")
+    with pytest.raises(TaskError, match=message) as caught:
+        segment_task(tmp_path / "saved")
+    assert "\n" not in str(caught.value)

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Task as Classify
-from foveate.tasks.classify.task import class_weights
 from foveate.tasks.data import mixing
 from foveate.tasks.data.mixing import Scene, copy_paste, mosaic
-from foveate.tasks.data.occurrence import draw_weights
+from foveate.tasks.data.occurrence import class_weights, draw_weights
 from foveate.tasks.detect import Task as Detect
 from foveate.tasks.engine.loading import Order
 
@@ -106,11 +105,11 @@ def test_rare_classes_are_drawn_as_often_as_frequent_ones():
 
 
 def test_classes_weigh_what_the_config_says(config_file):
-    weights = class_weights("balanced", [0, 0, 0, 2], list("abc"))
+    weights = class_weights("balanced", torch.tensor([3, 0, 1]), list("abc"))
     assert weights.tolist() == pytest.approx([2 / 3, 0, 2])
     for wrong in ("even", (1.0,), (0.0, 0.0), (1.0, -1.0)):
         with pytest.raises(TaskError, match=r"loss.class_weights is .* must be balanced or 2 numbers"):
-            class_weights(wrong, [0, 1], ["a", "b"])
+            class_weights(wrong, torch.tensor([1, 1]), ["a", "b"])
     task = Classify(engine.load_config(config_file, ["loss.class_weights=(1,3)", "data.balance=1"]))
     assert task.train_set.weights.tolist() == [2.0] * 14
     logits, targets = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])

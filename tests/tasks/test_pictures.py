@@ -1,6 +1,10 @@
 import numpy as np
+import pytest
 from foveate.tasks.pictures.classes import draw_confusion, draw_gallery
-from foveate.tasks.pictures.figures import draw_curve
+from foveate.tasks.pictures.figures import choose_styles, draw_curve, new_figure
+from foveate.tasks.pictures.naming import place_names
+from foveate.tasks.pictures.regions import draw_overlay
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 
@@ -13,3 +17,31 @@ def test_galleries_curves_and_confusions_of_any_length_are_drawn(tmp_path):
     history = [{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": 0.5, "val/accuracy": 0.7}]
     draw_curve(history, "accuracy", tmp_path / "curve.png")
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_names_of_overlapping_objects_hide_none():
+    boxes = np.array([[10, 20, 90, 80], [12, 22, 92, 82], [11, 21, 89, 79], [0, 0, 20, 10], [70, 60, 100, 100]], float)
+    sizes = [(30.0, 9.0)] * len(boxes)
+    places = place_names(boxes, sizes, 100, 100)
+    for index, (x, y) in enumerate(places):
+        assert 0 <= x <= 70
+        assert 0 <= y <= 91
+        for other_x, other_y in places[:index]:
+            assert abs(x - other_x) >= 30 or abs(y - other_y) >= 9
+    # A picture that is too small for all of them still has each.
+    assert len(place_names(boxes, [(80.0, 60.0)] * len(boxes), 100, 100)) == len(boxes)
+
+
+def test_a_region_is_outlined_in_the_colour_of_the_legend():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    labels = np.zeros((60, 90), np.uint8)
+    labels[20:40, 30:60] = 1
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    styles = choose_styles([0, 1], ["ground", "tree"])
+    draw_overlay(axes, Image.fromarray(pixels), labels, styles)
+    shown = np.asarray(axes.get_images()[0].get_array())
+    for row, column, label in ((20, 40, 1), (30, 30, 1), (19, 40, 0), (30, 60, 0)):
+        assert shown[row, column] == pytest.approx(to_rgb(styles[label][0]), abs=1e-3)
+    tint = 0.45 * pixels[30, 45] / 255 + 0.55 * np.array(to_rgb(styles[1][0]))
+    assert shown[30, 45] == pytest.approx(tint, abs=1e-3)

@@ -104,3 +104,18 @@ def test_a_set_is_converted_and_what_is_lost_is_named_first(tmp_path, capsys):
     assert np.allclose(list(map(float, other.split())), [0, 0.1, 0.1, 0.6, 0.1, 0.6, 0.7], atol=1e-6)
     assert main(["data", "convert", str(tmp_path / "data"), str(there), "--to", "coco"]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_several_labels_of_an_image_are_counted_each(tmp_path, capsys):
+    root = tmp_path / "data"
+    for name in "abc":
+        write(root / f"{name}.png")
+    write(root / "train.csv", "path,label\na.png,cat|dog\nb.png,cat\nc.png,\n")
+    assert main(["data", "check", str(root), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "classes in the format csv, 2 classes" in said
+    assert "images have several labels, or none: train with data.multi_label=True" in said
+    assert "train: 3 images, 3 labels" in said
+    assert "2 cat" in said
+    assert "1 dog" in said
+    assert (tmp_path / "out" / "samples.png").is_file()

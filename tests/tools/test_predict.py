@@ -86,7 +86,9 @@ def test_what_an_image_does_ends_no_batch(digits_run, tmp_path, capsys, monkeypa
     assert main([*argv, "--max-pixels", "6000"]) == 2
     captured = capsys.readouterr()
     assert "one.png: has no answer (of such an image)" in captured.err
-    assert "large.png: has 6300 pixels, and labels of each need memory; make it smaller, or allow more" in captured.err
+    assert (
+        "large.png: has 6300 pixels, and labels of each need memory; look at it in tiles by --tile, or" in captured.err
+    )
     assert captured.err.count("\n") == 2
     assert "4 pictures and predictions.json" in captured.out
     entries = json.loads((output / "predictions.json").read_text())

@@ -54,7 +54,9 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None, 
         )
 
 
-def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255, mean: str = "all") -> Tensor:
+def pixel_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int = 255, mean: str = "all", weight: Tensor | None = None
+) -> Tensor:
     """Return the cross entropy of a label map; the logits are brought to its size first (bilinear).
 
     Two means are in use. mmseg, with which the published models were trained, divides by the number of all pixels,
@@ -66,6 +68,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255,
         labels: ``[B, H, W]``, integers below K, or ``ignore_index``.
         ignore_index: Label of pixels that don't count.
         mean: ``"all"`` or ``"valid"``.
+        weight: Of each class ``[K]``, by which its pixels' losses are multiplied; the number of pixels stays.
 
     Raises:
         ValueError: If ``mean`` is unknown.
@@ -73,7 +76,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255,
     if mean not in MEANS:
         raise ValueError(f"the mean is over {' or '.join(map(repr, MEANS))} pixels; got {mean!r}")
     logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(logits, labels.long(), weight, ignore_index=ignore_index, reduction="sum")
     count = labels.numel() if mean == "all" else (labels != ignore_index).sum().clamp(min=1)
     return total / count
 

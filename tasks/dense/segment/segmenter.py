@@ -79,7 +79,7 @@ class Segmenter(BaseSegmenter):
     Shape:
         Normalised images ``[B, 3, H, W]`` of any size to logits ``[B, num_classes, H, W]``.
 
-    `create_segmenter` notes its ``num_classes``.
+    `create_segmenter` notes its ``num_classes``. ``class_weights`` ``[num_classes]`` may be set to weigh the loss by.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -111,6 +111,8 @@ class Segmenter(BaseSegmenter):
         self.ignore_index = ignore_index
         self.loss_mean = loss_mean
         self.aux_weight = aux_weight
+        # Of a run, not of the model: files don't hold it.
+        self.register_buffer("class_weights", None, persistent=False)
 
     @property
     def has_aux_head(self) -> bool:
@@ -156,7 +158,7 @@ class Segmenter(BaseSegmenter):
         return losses
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return pixel_cross_entropy(logits, labels, self.ignore_index, self.loss_mean)
+        return pixel_cross_entropy(logits, labels, self.ignore_index, self.loss_mean, self.class_weights)
 
     def predict(
         self,
