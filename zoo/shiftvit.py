@@ -17,6 +17,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, tru
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.pyramid import check_holds_patch
 from ..blocks.shift import Shift2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
@@ -66,6 +67,7 @@ class Stem(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_holds_patch(x.shape[2], x.shape[3], 4)
         return self.drop(self.norm(self.proj(x)))
 
 
@@ -79,6 +81,7 @@ class Downsample(nn.Module):
         self.reduction = nn.Conv2d(dim, 2 * dim, 2, stride=2, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_holds_patch(x.shape[2], x.shape[3], 2)
         return self.reduction(self.norm(x))
 
 
