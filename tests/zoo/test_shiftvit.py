@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models._features_fx import create_feature_extractor
 
 SMALL = dict(embed_dim=24, depths=(1, 1, 1, 1), num_classes=5)
 
@@ -36,3 +37,16 @@ def test_an_image_that_holds_no_numbers_spoils_no_other():
         logits = model(spoilt)
         torch.testing.assert_close(logits[1], model(images)[1])
     assert logits[0].isnan().all()  # the norm is over the whole map
+
+
+def test_a_graph_traced_without_gradients_has_them():
+    torch.manual_seed(0)
+    model = timm.create_model("shiftvit_light_tiny", **SMALL).eval()
+    images = torch.randn(2, 3, 32, 64, requires_grad=True)
+    with torch.no_grad():
+        graph = create_feature_extractor(model, ["head"])
+        torch.testing.assert_close(graph(images)["head"], model(images))
+    gradients = [
+        torch.autograd.grad(net(images).square().sum(), images)[0] for net in (model, lambda x: graph(x)["head"])
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0])
