@@ -37,6 +37,7 @@ def _mixture_of_heads(
     attention_options: Mapping | None = None,
     shared_heads: int | None = None,
     routed_heads: int | None = None,
+    balance_weight: float = 0.01,
     device=None,
     dtype=None,
 ) -> MixtureOfHeads2d:
@@ -45,7 +46,7 @@ def _mixture_of_heads(
     shared_heads = num_heads // 2 if shared_heads is None else shared_heads
     routed_heads = (num_heads - shared_heads + 1) // 2 if routed_heads is None else routed_heads
     module = create_attention(attention, dim, num_heads, **{**(attention_options or {}), **dd})
-    return MixtureOfHeads2d(module, num_heads, shared_heads, routed_heads, **dd)
+    return MixtureOfHeads2d(module, num_heads, shared_heads, routed_heads, balance_weight, **dd)
 
 
 class _LargeKernel(LargeKernelAttention2d):
@@ -92,7 +93,8 @@ def create_attention(name: str, dim: int, num_heads: int, **options) -> nn.Modul
         **options: Options of the module, ``device`` and ``dtype`` among them. All work without any; defaults are the
             module's own, but for ``dilation=2`` (dilated), ``levels=3`` (quadtree), ``agents=7`` and ``map_size=14``
             (agent). A mixture of heads (moh) takes the name of another one as ``attention`` (``"neighborhood"`` by
-            default), with its options as ``attention_options``.
+            default), with its options as ``attention_options``; the ``balance_weight`` of each counts in full, where
+            the published trainings divide 0.01 by their number.
 
     Returns:
         Module from maps ``[B, H, W, dim]`` to the same shape, for any H and W.

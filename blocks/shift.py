@@ -48,14 +48,13 @@ class Shift2d(nn.Module):
         return f"{self.group} channels each way"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and not torch.is_grad_enabled() and writes_shifts(x):
+        if not torch.jit.is_scripting() and not torch.is_grad_enabled() and writes_shifts():
             return write_shifted(x, self.group, self.channels_first)
         return join_shifted(x, self.group, self.channels_first)
 
 
-@register_notrace_function
 @torch.jit.ignore
-def writes_shifts(x: Tensor) -> bool:
+def writes_shifts() -> bool:
     """Return whether a result may be written piece by piece: not in a graph, whose compiler does it better."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting())
 

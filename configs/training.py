@@ -58,6 +58,9 @@ _THREE_TIMES = "Left out: three augmentations of each image in an epoch"
 _BIASES = ("norm", "rpb")
 _AGENT_BIASES = (*_BIASES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
 _TRANSNEXT_BIASES = ("norm", "query_embedding", "relative_pos_bias_local", "cpb", "temperature")
+# Of Mask2Former's head: what is looked up, and norms in a sequence.
+_MASK2FORMER_PARTS = ("query_embed", "query_feat", "level_embed", *(f"input_proj.{i}.1" for i in range(3)))
+_MMSEG_SHORTS = tuple(int(51.2 * i) for i in range(5, 21))
 _OFFSETS = {"conv_offset.weight": 1e-2}  # the points of LITv2's patches move slowly
 _OVERLOCK_NORMS = ("norm1", "norm2", "out_norms")
 # SegNeXt decayed the norms of its stem.
@@ -652,7 +655,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
         dict(data=dict(name="coco_stuff", num_classes=171), iterations=80_000, val_interval=4),
     ),
     ("segment/light_ham_mscan_[bl]_80k_*", dict(val_interval=2)),
-    # Mask2Former on DiNAT-Large.
+    # Mask2Former on DiNAT-Large, and on TransNeXt.
     *(
         (f"segment/mask2former_*_{output}", dict(model=dict(output=output)))
         for output in ("semantic", "instance", "panoptic")
@@ -712,6 +715,14 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
                 num_classes=100,
             ),
             note="The annotations are those of Mask2Former's prepare_ade20k_ins_seg.py.",
+        ),
+    ),
+    (
+        "segment/mask2former_transnext_*",
+        dict(
+            model=dict(pretrained=True, backbone_checkpoint=None),
+            data=dict(short=512, long=2048, augment=dict(shorts=_MMSEG_SHORTS, long=2048, crop=512)),
+            optimizer=dict(no_decay=(*_TRANSNEXT_BIASES, *_MASK2FORMER_PARTS)),
         ),
     ),
     (

@@ -157,8 +157,9 @@ def load_dense(
     """
     options = dict(options or {})
     described = {"head": head, "backbone": backbone, "setting": setting, "backbone_kwargs": {}, "kwargs": options}
-    if head in ("retinanet", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"):
-        from .dense.detect import create_detector
+    from .dense.detect.detector import DETECTORS, create_detector
+
+    if head in DETECTORS:
         from .detect import Predictor
         from .detect.task import detector_card
 
@@ -177,7 +178,8 @@ def load_dense(
     data = data or _DATA.get(count, "")
     things = [False] * count
     if head in _TRANSFORMERS:
-        output, rule = output or "panoptic", InputRule(*_SIDES.get(data, _SIDES["coco"]), 1, model.mean, model.std)
+        sides = head_options_of(backbone, head).get("sides") or _SIDES.get(data, _SIDES["coco"])
+        output, rule = output or "panoptic", InputRule(*sides, 1, model.mean, model.std)
         things = [label in model.things for label in range(count)]
     else:
         divisor = 1 if data == "cityscapes" else head_options_of(backbone, "images").get("divisor", 1)

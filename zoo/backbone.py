@@ -137,8 +137,8 @@ def head_options_of(name: str, head: str) -> dict[str, Any]:
 
     Args:
         name: Model.
-        head: A detector's or segmenter's name, whose options they are; or ``"images"``, for the published evaluation's
-            ``divisor`` of an image's sides.
+        head: A detector's or segmenter's name, whose options they are; of ``"mask2former"`` the published evaluation's
+            ``sides``, the short and the long; or ``"images"``, for its ``divisor`` of an image's sides.
     """
     module = sys.modules[model_entrypoint(name).__module__] if is_model(name) else None
     options = getattr(module, "head_options", {})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..blocks.plain import is_plain
 from ..blocks.pointwise import apply_pointwise, for_pointwise
+from ..blocks.pyramid import check_holds_patch
 from ..blocks.shift import Shift2d
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
@@ -70,6 +71,7 @@ class Stem(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_holds_patch(x.shape[2], x.shape[3], 4)
         x = self.proj(x)
         if not torch.jit.is_scripting() and is_plain(self.proj):  # for the MLPs' sake
             x = for_pointwise(x)
@@ -86,6 +88,7 @@ class Downsample(nn.Module):
         self.reduction = nn.Conv2d(dim, 2 * dim, 2, stride=2, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_holds_patch(x.shape[2], x.shape[3], 2)
         return self.reduction(self.norm(x))
 
 

@@ -284,15 +284,22 @@ def _transnext(name: str, pretrained: bool, options: dict, config: dict) -> Tran
 
 
 # The published dense settings, for `create_backbone(name, setting=...)`: Mask R-CNN; DINO, of a lower drop path;
-# UPerNet and Mask2Former on single crops; UPerNet on whole images of several sizes.
-def _dense(drop_path_rate: float, dino_rate: float) -> dict[str, dict]:
+# UPerNet on single crops; Mask2Former, of DINO's drop path; UPerNet on whole images of several sizes.
+def _dense(drop_path_rate: float, query_rate: float) -> dict[str, dict]:
     options = {"pretrain_size": 224, "drop_path_rate": drop_path_rate}
+    detection = {**options, "img_size": 800, "interpolate": True}
+    segmentation = {**options, "img_size": 512, "interpolate": True}
     return {
-        "detection": {**options, "img_size": 800, "interpolate": True},
-        "dino": {**options, "img_size": 800, "interpolate": True, "drop_path_rate": dino_rate},
-        "segmentation": {**options, "img_size": 512, "interpolate": True},
+        "detection": detection,
+        "dino": {**detection, "drop_path_rate": query_rate},
+        "segmentation": segmentation,
+        "mask2former": {**segmentation, "drop_path_rate": query_rate},
         "segmentation_extrapolation": {**options, "img_size": 512},
     }
+
+
+# What the published dense models of the family do otherwise, for `head_options_of`: mmseg's sizes of ADE20K's images.
+head_options = {"transnext_*": {"mask2former": {"sides": (512, 2048)}}}
 
 
 dense_settings: dict[str, dict[str, dict]] = {

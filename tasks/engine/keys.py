@@ -127,7 +127,8 @@ KEYS: dict[str | None, dict[str, str]] = {
     },
     "segment": {
         **_DENSE,
-        "model.head": '"upernet", "semantic_fpn", "deeplabv3", "mask2former" or "oneformer"',
+        "model.head": '"upernet", "semantic_fpn", "deeplabv3", "deeplabv3_plus", "light_ham", "ham_net", "mca", '
+        '"attention_unet", "mask2former" or "oneformer"',
         "model.output": '"semantic", or with mask2former and oneformer "instance", "panoptic"',
         "model.kwargs": "options of create_segmenter, such as channels or loss_mean",
         "data.name": '"auto", "ade20k", "cityscapes", "cityscapes_instance", "coco", "coco_panoptic", "coco_stuff", '

@@ -71,6 +71,19 @@ def test_any_attention_can_have_its_heads_weighed(name):
     assert not torch.allclose(moh(x), moh.proj(plain(x)))
 
 
+def test_the_balance_counts_as_asked_for():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 4, 16)
+    losses = {}
+    for weight in (0.01, 0.25):
+        torch.manual_seed(1)
+        moh = create_attention("moh", 16, 4, attention="global", balance_weight=weight).train()
+        with collect_losses() as own:
+            moh(x)
+        losses[weight] = own["balance"]
+    torch.testing.assert_close(losses[0.25], 25 * losses[0.01])
+
+
 def test_weights_are_those_of_the_paper():
     router = HeadRouter(8, 6, shared_heads=2, routed_heads=2)
     x = torch.randn(3, 5, 8)

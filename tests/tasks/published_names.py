@@ -39,6 +39,41 @@ DINO = (
     (r"head\.reg_branches\.(\d)\.layers\.2\.", r"bbox_head.reg_branches.\1.4."),
     (r"head\.", ""),
 )
+# Mask2Former's head in mmseg.
+_LAYER = r"head\.predictor\.transformer_"
+MASK2FORMER = (
+    (r"head\.pixel_decoder\.input_proj\.(\d)\.0\.", r"decode_head.pixel_decoder.input_convs.\1.conv."),
+    (r"head\.pixel_decoder\.input_proj\.(\d)\.1\.", r"decode_head.pixel_decoder.input_convs.\1.gn."),
+    (r"head\.pixel_decoder\.adapter_1\.norm\.", "decode_head.pixel_decoder.lateral_convs.0.gn."),
+    (r"head\.pixel_decoder\.adapter_1\.", "decode_head.pixel_decoder.lateral_convs.0.conv."),
+    (r"head\.pixel_decoder\.layer_1\.norm\.", "decode_head.pixel_decoder.output_convs.0.gn."),
+    (r"head\.pixel_decoder\.layer_1\.", "decode_head.pixel_decoder.output_convs.0.conv."),
+    (r"head\.pixel_decoder\.mask_features\.", "decode_head.pixel_decoder.mask_feature."),
+    (r"head\.pixel_decoder\.transformer\.level_embed", "decode_head.pixel_decoder.level_encoding.weight"),
+    (r"head\.pixel_decoder\.transformer\.(.*)norm1\.", r"decode_head.pixel_decoder.\1norms.0."),
+    (r"head\.pixel_decoder\.transformer\.(.*)norm2\.", r"decode_head.pixel_decoder.\1norms.1."),
+    (r"head\.pixel_decoder\.transformer\.(.*)linear1\.", r"decode_head.pixel_decoder.\1ffn.layers.0.0."),
+    (r"head\.pixel_decoder\.transformer\.(.*)linear2\.", r"decode_head.pixel_decoder.\1ffn.layers.1."),
+    (r"head\.pixel_decoder\.transformer\.", "decode_head.pixel_decoder."),
+    (r"head\.predictor\.class_embed\.", "decode_head.cls_embed."),
+    (r"head\.predictor\.mask_embed\.layers\.0\.", "decode_head.mask_embed.0."),
+    (r"head\.predictor\.mask_embed\.layers\.1\.", "decode_head.mask_embed.2."),
+    (r"head\.predictor\.mask_embed\.layers\.2\.", "decode_head.mask_embed.4."),
+    (r"head\.predictor\.decoder_norm\.", "decode_head.transformer_decoder.post_norm."),
+    *(
+        (f"{_LAYER}{ours}", rf"decode_head.transformer_decoder.layers.\1.{theirs}")
+        for ours, theirs in (
+            (r"cross_attention_layers\.(\d)\.multihead_attn\.", "cross_attn.attn."),
+            (r"self_attention_layers\.(\d)\.self_attn\.", "self_attn.attn."),
+            (r"ffn_layers\.(\d)\.linear1\.", "ffn.layers.0.0."),
+            (r"ffn_layers\.(\d)\.linear2\.", "ffn.layers.1."),
+            (r"cross_attention_layers\.(\d)\.norm\.", "norms.0."),
+            (r"self_attention_layers\.(\d)\.norm\.", "norms.1."),
+            (r"ffn_layers\.(\d)\.norm\.", "norms.2."),
+        )
+    ),
+    (r"head\.predictor\.", "decode_head."),
+)
 
 
 def renamed(state: dict, *rules: tuple[str, str]) -> dict:

@@ -6,9 +6,12 @@ from foveate.tasks import TaskError
 from foveate.tasks.data.class_names import class_names
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
-from foveate.tasks.predictors import is_published, load_published
+from foveate.tasks.detect import Predictor
+from foveate.tasks.predictors import is_published, load_dense, load_published
 from foveate.zoo import CheckpointError
 from PIL import Image
+
+from .published_names import MASK2FORMER, renamed
 
 
 def save(model, path):
@@ -24,6 +27,22 @@ def test_a_published_detector_knows_its_classes(tmp_path):
     assert predictor.model.transform.min_size == (800,)
     with pytest.raises(CheckpointError, match="holds a retinanet, not a mask_rcnn"):
         load_published("foveate_davit_tiny.dingmyu_mask_rcnn_coco_1x", weights=path)
+
+
+def test_a_published_dino_is_a_detector(tmp_path):
+    path = save(create_detector("dino", "resnet18", 80), tmp_path / "weights.pth")
+    predictor = load_dense("dino", "resnet18", path)
+    assert isinstance(predictor, Predictor)
+    assert (predictor.classes[0], predictor.classes[79]) == ("person", "toothbrush")
+    assert predictor.card["head"] == "dino"
+
+
+@pytest.mark.heavy
+def test_published_dino_models_are_opened_by_their_names(tmp_path):
+    path = save(create_detector("dino", "transnext_tiny"), tmp_path / "weights.pth")
+    predictor = load_published("transnext_tiny.shi_dino_coco_1x", weights=path)
+    assert predictor.card["head"] == "dino"
+    assert predictor.classes[0] == "person"
 
 
 def test_a_published_segmenter_resizes_as_published(tmp_path):
@@ -50,6 +69,25 @@ def test_a_published_mask_transformer_knows_its_task(name, task, things, tmp_pat
     predictor = load_published(name, weights=path)
     assert predictor.output == task
     assert things is None or sum(predictor.things) == things
+
+
+@pytest.mark.heavy
+def test_mask2former_on_transnext_is_mmsegs(open_fixture, tmp_path):
+    body = open_fixture("transnext/transnext_tiny_seg_256x320")
+    model = create_segmenter("mask2former", "transnext_tiny", setting="ade20k_semantic")
+    head = renamed(
+        {name: value for name, value in model.state_dict().items() if name.startswith("head.")}, *MASK2FORMER
+    )
+    state = {f"backbone.{name}": value for name, value in body.state().items()}
+    torch.save({"state_dict": state | head, "meta": {}}, path := tmp_path / "weights.pth")
+    predictor = load_published("transnext_tiny.shi_mask2former_ade20k_semantic", weights=path)
+    assert (predictor.output, predictor.classes[:2]) == ("semantic", ["wall", "building"])
+    assert predictor.rule(Image.new("RGB", (100, 60))).shape == (3, 512, 853)
+    assert predictor.model.head.predictor.query_embed.num_embeddings == 100
+    torch.testing.assert_close(predictor.model.head.state_dict(), model.head.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        maps = predictor.model.backbone(body.input())
+    body.assert_output("stage4", maps[3], 1.5e-5 * body.spec["outputs"]["stage4"]["std"])
 
 
 def test_what_was_not_published_is_said_so():

@@ -42,7 +42,7 @@ def test_all_variants_are_registered_and_dense_ones_have_settings():
     assert set(foveate.list_models("*transnext*")) == set(PUBLISHED)
     assert set(dense_settings) == {"transnext_tiny", "transnext_small", "transnext_base"}
     for settings in dense_settings.values():
-        assert set(settings) == {"detection", "dino", "segmentation", "segmentation_extrapolation"}
+        assert set(settings) == {"detection", "dino", "segmentation", "mask2former", "segmentation_extrapolation"}
 
 
 @pytest.mark.heavy
