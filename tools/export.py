@@ -172,7 +172,8 @@ def _report(args: argparse.Namespace, facts: dict, count: int, images: str) -> N
     outputs = ", ".join(f"{name} {shape}" for name, shape in facts["outputs"].items())
     print(f"input: {batch} x {images}; outputs: {outputs}")
     difference = f"{facts['difference']:.1e} standard deviations"
-    print(f"greatest difference from the model: {difference}; allowed: {args.tolerance:g}")
+    rounding = ", and twice the model's own rounding in float32" if facts["difference"] > args.tolerance else ""
+    print(f"greatest difference from the model: {difference}; allowed: {args.tolerance:g}{rounding}")
     if facts["operators"]:
         packages = " and ".join(f"`import {name}`" for name in facts["operators"])
         print(f"needs {packages} where it is loaded, for operators that torch lacks")

@@ -1,9 +1,10 @@
 """torch.export's files (.pt2): the same bytes for the same model, and nothing in them to execute."""
 
+import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +17,18 @@ from .metadata import plain_metadata
 
 # Of a node, what says where in the source it came from.
 _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+@contextlib.contextmanager
+def symbolic(dynamic_size: bool) -> Iterator[None]:
+    """Where sizes are any, let torch ask of no size whether it is 0 or 1: sympy is slow at it, and most of tracing."""
+    import torch.fx.experimental._config as config
+
+    before, config.backed_size_oblivious = config.backed_size_oblivious, dynamic_size or config.backed_size_oblivious
+    try:
+        yield
+    finally:
+        config.backed_size_oblivious = before
 
 
 def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: bool) -> torch.export.ExportedProgram:
