@@ -144,7 +144,7 @@ def _logits(path: Path) -> Callable[[Tensor], Tensor]:
         network = OnnxModel(path, threads=1)
         (key,) = network.names
         return lambda image: network(image)[key]
-    compiled = torch.compile(read_program(path), options={"freezing": True})
+    compiled = torch.compile(read_program(path))
 
     def run(image: Tensor) -> Tensor:
         with torch.no_grad():

@@ -31,8 +31,7 @@ class InDtype(nn.Module):
 def calibrated_module(model: nn.Module, example: Tensor, images: Sequence[Tensor], dynamic_batch: bool) -> nn.Module:
     """Return a model in int8, whose scales are measured on images, to be written by `export_model`.
 
-    Quantised are convolutions and products with weights, by the rules of torchao's `X86InductorQuantizer`: what it
-    marks, ``torch.compile`` makes products of int8.
+    Quantised are convolutions and products with weights, by the rules of torchao's `X86InductorQuantizer`.
 
     Args:
         model: Maps images ``[B, C, H, W]`` to a tensor; in evaluation mode.
