@@ -187,7 +187,7 @@ def distance_pairs(
         coordinates(axis.distances.to(like.device, exact), length)
         for axis, length in zip(axes, pretrain_size, strict=True)
     )
-    return torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)], -1).to(like.dtype)
+    return torch.stack([y[:, None].expand(-1, x.shape[0]), x[None].expand(y.shape[0], -1)], -1).to(like.dtype)
 
 
 def coordinates(distances: Tensor, pretrain: int) -> Tensor:

@@ -49,7 +49,7 @@ def factorize(x: Tensor, bases: Tensor, steps: int, one_step_gradient: bool = Fa
         >>> factorize(torch.rand(2, 16, 35), initial_bases(16, 4), steps=7).shape
         torch.Size([2, 16, 35])
     """
-    bases = bases.expand(len(x), -1, -1)
+    bases = bases.expand(x.shape[0], -1, -1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not one_step_gradient):
         coefficients = torch.bmm(x.transpose(1, 2), bases).softmax(-1)
         for _ in range(steps):

@@ -8,7 +8,7 @@ from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import na1d, na2d, na3d
-from ..kernels.backends import exporting
+from ..kernels.lengths import is_open
 from ..kernels.neighborhood.reference import reference_scores
 from ..kernels.neighborhood.window import Axis, neighbors
 from .initialize import init_linear
@@ -23,7 +23,7 @@ _OPERATORS = {1: na1d, 2: na2d, 3: na3d}
 @torch.jit.ignore
 def pad_to_fit(x: Tensor, least: list[int]) -> Tensor:
     """Zero-pad ``x`` ``[B, *spatial, C]`` at the end of its spatial axes to the least sizes."""
-    if exporting() and any(isinstance(length, torch.SymInt) for length in x.shape[1:-1]):
+    if is_open(*x.shape[1:-1]):
         more = [torch.sym_max(0, minimum - length) for minimum, length in zip(least, x.shape[1:-1], strict=True)]
         return F.pad(x, [0, 0] + [n for axis in reversed(more) for n in (0, axis)])
     more = [max(0, minimum - length) for minimum, length in zip(least, x.shape[1:-1], strict=True)]

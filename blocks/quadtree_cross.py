@@ -146,7 +146,7 @@ class QuadTreeCrossAttention2d(nn.Module):
             return message(*trees, values, self.level_weights, self.topk, self.backend, used, real)
 
     def _check(self, x: Tensor, context: Tensor, mask: Tensor | None, context_mask: Tensor | None) -> None:
-        if x.ndim != 4 or context.ndim != 4 or len(x) != len(context):
+        if x.ndim != 4 or context.ndim != 4 or x.shape[0] != context.shape[0]:
             raise ValueError(
                 f"QuadTreeCrossAttention2d takes two maps [B, H, W, channels] of one batch; got {list(x.shape)} and "
                 f"{list(context.shape)}"

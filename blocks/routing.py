@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ..kernels.lengths import is_open
 from ..kernels.pointwise import pointwise
 from ..kernels.precision import full_precision
 from ..kernels.routing import routed_attention
@@ -36,6 +37,11 @@ class RoutedRegions(NamedTuple):
 
 def _region_means(x: Tensor, height: int, width: int) -> Tensor:
     """Return the mean over the tokens of each region of ``x`` ``[B, H, W, C]`` as ``[B, regions, C]``."""
+    if is_open(height, width):
+        # ONNX's AveragePool has no window that is computed.
+        real = pad_to_regions(x.new_ones(1, x.shape[1], x.shape[2], 1), height, width, 0, 0)
+        sums, counts = (cut_regions(y, (height, width)).sum(2) for y in (pad_to_regions(x, height, width, 0, 0), real))
+        return sums / counts
     x = F.avg_pool2d(x.permute(0, 3, 1, 2), (height, width), ceil_mode=True, count_include_pad=False)
     return x.flatten(2).mT
 
@@ -107,6 +113,9 @@ def pad_to_regions(x: Tensor, region_height: int, region_width: int, rows: int, 
     rows = (height + region_height - 1) // region_height if rows == 0 else rows
     columns = (width + region_width - 1) // region_width if columns == 0 else columns
     bottom, right = rows * region_height - height, columns * region_width - width
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript skips it only when it stands alone)
+        if is_open(bottom, right):
+            return F.pad(x, (0, 0, 0, right, 0, bottom))
     return x if bottom == 0 and right == 0 else F.pad(x, (0, 0, 0, right, 0, bottom))
 
 

@@ -1,4 +1,13 @@
-"""Lengths of padded axes."""
+"""Lengths of padded axes, and of those that an exported graph leaves open."""
+
+import torch
+
+from .backends import exporting
+
+
+def is_open(*lengths: int) -> bool:
+    """Return whether any of some lengths is known only when an exported graph is run."""
+    return exporting() and any(isinstance(length, torch.SymInt) for length in lengths)
 
 
 def padding_to(length: int, multiple: int) -> int:

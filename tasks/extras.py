@@ -12,6 +12,7 @@ _EXTRAS = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "datasets": "datasets",
     "peft": "lora",
+    "torchao": "pt2e",
 }
 
 

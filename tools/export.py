@@ -70,13 +70,13 @@ def _add_smaller(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="of .onnx: also quantise, by images of --data, and measure it",
+        help="quantise by images of --data, and measure it; .pt2 by torchao (pip install 'foveate[pt2e]')",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of .onnx: float16 is written and measured on --data; %(default)s by default",
+        help="float16, and of .pt2 bfloat16, is written and measured on --data; %(default)s by default",
     )
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="for --int8 and --dtype: images, of classifiers in a folder a class"
@@ -172,7 +172,8 @@ def _report(args: argparse.Namespace, facts: dict, count: int, images: str) -> N
     outputs = ", ".join(f"{name} {shape}" for name, shape in facts["outputs"].items())
     print(f"input: {batch} x {images}; outputs: {outputs}")
     difference = f"{facts['difference']:.1e} standard deviations"
-    print(f"greatest difference from the model: {difference}; allowed: {args.tolerance:g}")
+    rounding = ", and twice the model's own rounding in float32" if facts["difference"] > args.tolerance else ""
+    print(f"greatest difference from the model: {difference}; allowed: {args.tolerance:g}{rounding}")
     if facts["operators"]:
         packages = " and ".join(f"`import {name}`" for name in facts["operators"])
         print(f"needs {packages} where it is loaded, for operators that torch lacks")
@@ -184,16 +185,32 @@ def _check_smaller(args: argparse.Namespace) -> None:
     if args.int8 and args.dtype != "float32":
         raise TaskError("--int8 and --dtype exclude each other")
     what = "--int8" if args.int8 else f"--dtype {args.dtype}"
-    if args.output.suffix != ".onnx":
-        raise TaskError(f"{what} writes .onnx alone, not {args.output.suffix or args.output}")
-    if args.dtype == "bfloat16":
-        raise TaskError("--dtype bfloat16: onnxruntime has next to no operators of it on CPUs; float16 can be written")
+    if args.output.suffix not in (".onnx", ".pt2"):
+        raise TaskError(f"{what} writes .onnx and .pt2 alone, not {args.output.suffix or args.output}")
+    if args.output.suffix == ".pt2":
+        _check_smaller_program(args, what)
+    elif args.dtype == "bfloat16":
+        raise TaskError(
+            "--dtype bfloat16: onnxruntime has next to no operators of it on CPUs; .onnx can be float16, .pt2 either"
+        )
     if args.data is None:
         raise TaskError(f"{what} needs --data FOLDER, images to measure what it costs")
     if args.features or args.preprocess:
         raise TaskError(f"{what} goes with neither --features nor --preprocess")
     if not 0 <= args.max_drop <= 1:
         raise TaskError(f"--max-drop is {args.max_drop}, but must be from 0 to 1")
+
+
+def _check_smaller_program(args: argparse.Namespace, what: str) -> None:
+    from ..tasks import TaskError
+    from ..tasks.extras import require
+
+    if args.int8:
+        require("torchao")
+        if args.dynamic_size:
+            raise TaskError("--int8 of .pt2 and --dynamic-size exclude each other; .onnx takes both")
+    if args.batch > 1 and not args.dynamic_batch:
+        raise TaskError(f"{what} of .pt2 is measured on single images: take --dynamic-batch, or --batch 1")
 
 
 def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor) -> list[Path]:
@@ -211,10 +228,12 @@ def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor
     if not args.data.is_dir():
         raise TaskError(f"{args.data}: no such folder; --data needs one of images")
     kind = "int8" if args.int8 else args.dtype
-    target = source.with_name(f"{kind}.onnx")
+    target = source.with_name(f"{kind}{source.suffix}")
 
     def write(calibration) -> None:
-        if args.int8:
+        if source.suffix == ".pt2":
+            _write_smaller_program(args, target, card, predictor, calibration)
+        elif args.int8:
             calibrated(source, target, calibration)
         else:
             halved(source, target)
@@ -226,6 +245,8 @@ def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor
         calibration, images, labels = split(folder, args.calibration)
         write(calibration)
         rows, measure = measured(files, images, labels), "accuracy"
+    elif source.suffix == ".pt2":
+        raise TaskError(f"{args.output}: {kind} of detectors and segmenters is written and measured as .onnx alone")
     else:
         used, others = split_files(find_images([args.data]), args.calibration)
         exported = load_exported(source)
@@ -241,6 +262,28 @@ def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor
         )
     write_whole(args.output, lambda file: shutil.copyfile(target, file))
     return [args.output]
+
+
+def _write_smaller_program(args: argparse.Namespace, target: Path, card: dict, predictor, calibration) -> None:
+    """Write a classifier as a smaller .pt2, compared with the smaller module itself."""
+    import copy
+
+    import torch
+
+    from ..tasks.export import Options, example_images, export_model
+    from ..tasks.export.quantize_program import InDtype, calibrated_module
+
+    shape = card["shape"]
+    example = example_images(*shape[1:], 2 if args.dynamic_batch else 1)
+    model = copy.deepcopy(predictor.model)
+    if args.int8:
+        model = calibrated_module(model, example, calibration, args.dynamic_batch)
+    else:
+        model = InDtype(model, getattr(torch, args.dtype)).eval()
+    options = Options(dynamic_batch=args.dynamic_batch, dynamic_size=args.dynamic_size, tolerance=args.tolerance)
+    facts = export_model(model, example, target, card, options)
+    for module in facts["operators"]:
+        print(f"needs `import {module}` where it is loaded")
 
 
 def _with_preprocessing(args: argparse.Namespace, model, card: dict, predictor, options):

@@ -35,6 +35,13 @@ def cause_of(error: BaseException) -> str:
     return next((line.strip()[:300] for line in plain.splitlines() if line.strip()), type(error).__name__)
 
 
+def run_fault(error: BaseException) -> str:
+    """Return what onnxruntime says of a file that it can't run, without where in its own source it was said."""
+    cause = cause_of(error)
+    node = re.search(r"while running (\w+) node\. Name:'([^']*)' Status Message: (?:/\S+ \S+ )?(.*)", cause)
+    return f"{node[1]} ({node[2]}): {node[3][:160]}" if node else cause
+
+
 def untranslated(error: BaseException | None) -> str | None:
     """Return which operator of torch's torch.onnx knows no translation of; None if the error is another."""
     while error is not None:

@@ -52,7 +52,7 @@ class ResamplesPlainly(VisionTransformer):
         positions = torch.cat([self.pos_embed[:, :prefix], _bicubic(grid, x.shape[1:3]).flatten(1, 2)], dim=1)
         tokens = x.flatten(1, 2)
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], dim=1)
         return self.pos_drop(tokens + positions)
 
 

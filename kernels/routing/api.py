@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose, default_scale, export_obstacle, report, transform_obstacle
+from ..lengths import is_open
 from ..triton_launch import off_gpu, triton_obstacle
 from .native import obstacle as native_obstacle
 from .operator import routed_attention_op
@@ -154,6 +155,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_siz
             "routed_attention needs query, key and value of one shape (value's dim may differ); "
             f"got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
+    if is_open(*query.shape, *region_size):
+        return
     for axis, length, part in zip(("height", "width"), query.shape[1:3], region_size, strict=True):
         if part < 1 or length % part:
             raise ValueError(

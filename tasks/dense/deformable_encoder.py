@@ -55,7 +55,7 @@ def sine_position(
     periods = wave_periods(channels // 2, like, temperature)
     rows = waves((y + offset) / (y[:, -1:] + 1e-6) * (2 * math.pi), periods)
     columns = waves((x + offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi), periods)
-    shape = (len(y), height, width, channels // 2)
+    shape = (y.shape[0], height, width, channels // 2)
     return torch.cat([rows.expand(shape), columns.expand(shape)], dim=-1).permute(0, 3, 1, 2)
 
 

@@ -1,9 +1,11 @@
 """torch.export's files (.pt2): the same bytes for the same model, and nothing in them to execute."""
 
+import contextlib
 import copy
+import importlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,18 @@ from .metadata import plain_metadata
 
 # Of a node, what says where in the source it came from.
 _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+@contextlib.contextmanager
+def symbolic(dynamic_size: bool) -> Iterator[None]:
+    """Where sizes are any, let torch ask of no size whether it is 0 or 1: sympy is slow at it, and most of tracing."""
+    import torch.fx.experimental._config as config
+
+    before, config.backed_size_oblivious = config.backed_size_oblivious, dynamic_size or config.backed_size_oblivious
+    try:
+        yield
+    finally:
+        config.backed_size_oblivious = before
 
 
 def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: bool) -> torch.export.ExportedProgram:
@@ -49,14 +63,18 @@ def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: 
         raise TaskError(f"torch.export can't follow {what}: {cause_of(error)}{advice}") from error
 
 
+# Of namespaces of operators, what has to be imported for them where it is called otherwise.
+_MODULES = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed"}
+
+
 def others(program: torch.export.ExportedProgram) -> list[str]:
-    """Return the packages that have a program's operators, other than torch."""
+    """Return what has a program's operators, other than torch itself: modules to import before it is loaded."""
     spaces = {
         str(node.target).split(".")[0]
         for node in program.graph.nodes
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
     }
-    return sorted(spaces - {"aten", "prims"})
+    return sorted(_MODULES.get(space, space) for space in spaces - {"aten", "prims"})
 
 
 def write_program(program: torch.export.ExportedProgram, card: dict, file: Path) -> list[Path]:
@@ -72,9 +90,16 @@ def write_program(program: torch.export.ExportedProgram, card: dict, file: Path)
     return [file]
 
 
+def read_program(file: Path) -> nn.Module:
+    """Read a program as a module."""
+    # torch's own, but registered only so.
+    importlib.import_module(_MODULES["quantized_decomposed"])
+    return torch.export.load(file).module()
+
+
 def run_program(file: Path) -> Callable[[Tensor], list[Tensor]]:
     """Read a program; return what maps images to its outputs."""
-    module = torch.export.load(file).module()
+    module = read_program(file)
 
     def run(images: Tensor) -> list[Tensor]:
         with torch.no_grad():

@@ -8,7 +8,7 @@ rounding and a conversion each.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .. import TaskError
 from ..detections import keep_likely
 from ..exported import OnnxModel, load_exported
 from ..extras import require
+from .program import read_program
 
 
 def calibrated(source: Path, target: Path, images: Sequence[Tensor]) -> None:
@@ -114,11 +115,8 @@ def measured(files: dict[str, Path], images: Sequence[Tensor], labels: Sequence[
         labels: Their classes.
         rounds: Speed is the median of as many calls, which alternate between the files, in one thread.
     """
-    models = {name: OnnxModel(path, threads=1) for name, path in files.items()}
-    answers = {}
-    for name, model in models.items():
-        (key,) = model.names
-        answers[name] = [int(model(image[None])[key][0].argmax()) for image in images]
+    models = {name: _logits(path) for name, path in files.items()}
+    answers = {name: [int(model(image[None])[0].argmax()) for image in images] for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
@@ -138,6 +136,21 @@ def measured(files: dict[str, Path], images: Sequence[Tensor], labels: Sequence[
         }
         for name, path in files.items()
     ]
+
+
+def _logits(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return what maps an image ``[1, C, H, W]`` to logits, by onnxruntime, or of a .pt2 by torch.compile."""
+    if path.suffix == ".onnx":
+        network = OnnxModel(path, threads=1)
+        (key,) = network.names
+        return lambda image: network(image)[key]
+    compiled = torch.compile(read_program(path))
+
+    def run(image: Tensor) -> Tensor:
+        with torch.no_grad():
+            return compiled(image)
+
+    return run
 
 
 def split(dataset: Any, calibration: int) -> tuple[list[Tensor], list[Tensor], list[int]]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from foveate.tasks import TaskError
 from foveate.tasks.export import Options, export_model
 
 
@@ -52,11 +53,13 @@ def test_onnxruntime_computes_the_same(exported, images, tmp_path):
 
 
 @pytest.mark.heavy
-def test_onnx_files_hold_no_float64_and_no_large_tables(model, images, tmp_path):
+def test_onnx_files_of_opset_17_hold_no_float64_and_no_large_tables(model, images, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "model.onnx"
-    export_model(model.eval(), images, path, {}, Options(tolerance=1e-4))
-    graph = onnx.load(path).graph
+    export_model(model.eval(), images, path, {}, Options(opset=17, tolerance=1e-4))
+    written = onnx.load(path)
+    assert [opset.version for opset in written.opset_import if opset.domain == ""] == [17]
+    graph = written.graph
     constants = [attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t")]
     assert not [
         tensor.name for tensor in (*graph.initializer, *constants) if tensor.data_type == onnx.TensorProto.DOUBLE
@@ -65,3 +68,24 @@ def test_onnx_files_hold_no_float64_and_no_large_tables(model, images, tmp_path)
     assert onnx.TensorProto.DOUBLE not in casts
     state = sum(value.nbytes for value in {**model.state_dict(), **dict(model.named_buffers())}.values())
     assert path.stat().st_size < state + 300_000
+
+
+# Those whose maths takes any size, and whose code can be followed so; the others are refused.
+OPEN = {"nat_atto", "dinat_mini", "biformer_tiny", "mscan_t", "van_b0"}
+
+
+@pytest.mark.heavy
+def test_files_take_any_size_or_are_refused_in_one_line(family, model, images, tmp_path):
+    """The exporter itself runs a file at three sizes, two of them odd, and two batch sizes, and compares."""
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    options, refusal = Options(dynamic_size=True, dynamic_batch=True), None
+    try:
+        assert export_model(model.eval(), images, path, {}, options)["difference"] <= 1e-5
+    except TaskError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert family not in OPEN
+        assert "export it for one" in refusal
+        assert "without --dynamic-size" in refusal
+        assert "\n" not in refusal

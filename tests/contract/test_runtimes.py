@@ -37,8 +37,16 @@ def test_executorch_computes_the_same(model, images, others, tmp_path):
     path = tmp_path / "model.pt2"
     facts = export_model(model.eval(), images, path, {}, Options(tolerance=1e-4))
     assert facts["operators"] == []
-    lowered = to_edge_transform_and_lower(torch.export.load(path), partitioner=[XnnpackPartitioner()])
-    (tmp_path / "model.pte").write_bytes(lowered.to_executorch().buffer)
-    method = Runtime.get().load_program(tmp_path / "model.pte").load_method("forward")
+    program, file = torch.export.load(path), tmp_path / "model.pte"
+    for partitioner in ([XnnpackPartitioner()], None):
+        lowered = to_edge_transform_and_lower(program, partitioner=partitioner)
+        file.write_bytes(lowered.to_executorch().buffer)
+        loaded = Runtime.get().load_program(file)
+        try:
+            method = loaded.load_method("forward")
+            break
+        except RuntimeError:
+            # XNNPACK takes no tensors of so many axes as neighborhood attention has, and says so here alone.
+            assert partitioner is not None
     with torch.no_grad():
         _assert_equal(method.execute([others])[0], model(others))

@@ -78,7 +78,7 @@ class Wrong(nn.Module):
 def test_a_file_that_computes_something_else_is_not_written(tmp_path):
     path = tmp_path / "model.pt2"
     path.write_text("the file before")
-    with pytest.raises(TaskError, match=r"its output differs .* of its standard deviation.* in float64, differ by \d"):
+    with pytest.raises(TaskError, match=r"its output differs .* of its standard deviation, more than 1.0e-05"):
         export_model(Wrong(), torch.randn(1, 3, 8, 8), path, {})
     assert path.read_text() == "the file before"
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from foveate.tasks.classify import Predictor
 from foveate.tasks.data.classification import Digits, InputRule
 from foveate.tasks.export import Options, export_model, quantize
 from foveate.tasks.export.preprocess import FromImages
+from foveate.tasks.export.program import read_program
 from foveate.tasks.exported import load_exported
 from foveate.tools.cli import main
 from PIL import Image
@@ -147,9 +149,48 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
     assert not file.exists()
 
 
-def test_a_smaller_file_needs_data(refused, digits_run, tmp_path):
+def test_a_smaller_file_needs_data(refused, digits_run, tmp_path, monkeypatch):
     assert "--int8 needs --data FOLDER" in refused("export", str(digits_run), str(tmp_path / "a.onnx"), "--int8")
-    assert "writes .onnx alone" in refused("export", str(digits_run), str(tmp_path / "a.pt2"), "--int8")
+    weights = str(tmp_path / "a.safetensors")
+    assert "writes .onnx and .pt2 alone" in refused("export", str(digits_run), weights, "--int8")
+    program, data = str(tmp_path / "a.pt2"), ("--data", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert "pip install 'foveate[pt2e]'" in refused("export", str(digits_run), program, "--int8", *data)
+    argv = ("export", str(digits_run), program, "--dtype", "bfloat16", "--batch", "2", *data)
+    assert "take --dynamic-batch, or --batch 1" in refused(*argv)
+    assert "onnxruntime has next to no operators" in refused(
+        "export", str(digits_run), str(tmp_path / "a.onnx"), "--dtype", "bfloat16", *data
+    )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("how", [["--int8"], ["--dtype", "bfloat16"], ["--dtype", "float16"]])
+def test_a_smaller_program_is_measured(digits_run, folder, tmp_path, capsys, how):
+    if "--int8" in how:
+        pytest.importorskip("torchao")
+    file = tmp_path / "small.pt2"
+    argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20", "--dynamic-batch"]
+    assert main([*argv, "--max-drop", "0.1"]) == 0
+    assert "| file | accuracy | agreement | images/s | speed | MB |" in capsys.readouterr().out
+    images = torch.stack([Digits("val")[index][0] for index in range(3)])
+    logits = read_program(file)(images)
+    assert logits.shape == (3, 10)
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.heavy
+def test_int8_by_torchao_keeps_no_weights_in_float32(tmp_path):
+    pytest.importorskip("torchao")
+    from foveate.tasks.export.quantize_program import calibrated_module
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3, 2), torch.nn.Flatten(), torch.nn.Linear(32 * 49, 64)).eval()
+    example = torch.randn(2, 3, 16, 16)
+    small = calibrated_module(model, example, list(example[:, None]), True)
+    export_model(small, example, tmp_path / "x.pt2", {}, Options(dynamic_batch=True))
+    assert (tmp_path / "x.pt2").stat().st_size < 0.5 * sum(p.numel() * 4 for p in model.parameters())
+    got, expected = read_program(tmp_path / "x.pt2")(example), model(example)
+    assert 0 < (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_detectors_and_segmenters_are_held_to_their_answers_in_float32(monkeypatch, tmp_path):

@@ -198,7 +198,7 @@ class DinoHead(nn.Module):
         memory = self.encode(maps, scene)
         proposals = self.propose(memory, scene)
         queries = self.query_embedding(torch.arange(proposals.index.shape[1], device=memory.device))
-        queries = queries.expand(len(memory), -1, -1)
+        queries = queries.expand(memory.shape[0], -1, -1)
         references, noisy, blocked = proposals.boxes.detach(), None, None
         if objects is not None:
             noisy = self.denoising(*objects)

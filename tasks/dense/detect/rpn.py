@@ -19,7 +19,7 @@ EPS = torch.finfo(torch.float32).eps
 
 def flatten_map(level: Tensor, values: int) -> Tensor:
     """Turn a map ``[B, A * values, H, W]`` into ``[B, H * W * A, values]`` float32, in the order of the anchors."""
-    return level.permute(0, 2, 3, 1).reshape(len(level), -1, values).float()
+    return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, values).float()
 
 
 class RegionProposalNetwork(nn.Module):
