@@ -561,6 +561,14 @@ def test_a_state_dict_that_holds_itself_or_too_much_is_refused(tmp_path):
         state_of(many)
 
 
+@pytest.mark.parametrize("name", [3, None, (1, 2), b"weight"])
+def test_entries_have_names_of_text(name, tmp_path):
+    state = timm.create_model("foveate_host_atto").state_dict()
+    torch.save({"state_dict": state | {name: torch.zeros(1)}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="no entry's name"):
+        load("foveate_host_atto", tmp_path / "file.pth")
+
+
 def test_what_else_a_file_holds_is_not_walked(tmp_path):
     content = {"state_dict": timm.create_model("foveate_host_atto").state_dict(), "args": {}, "log": [1]}
     content["args"]["all"] = content

@@ -225,6 +225,8 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if strange := [key for key in state if not isinstance(key, str)]:
+        raise CheckpointError(f"the checkpoint holds no state dict: {strange[0]!r} is no entry's name")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
