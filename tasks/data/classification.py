@@ -48,6 +48,9 @@ class InputRule:
                 raise TaskError(f"data.{name} needs one number for each of the {self.channels} channels")
         if self.crop_mode not in CROP_MODES:
             raise TaskError(f"data.crop_mode is {self.crop_mode!r}{nearest(self.crop_mode, CROP_MODES)}")
+        ways = [mode.value for mode in InterpolationMode]
+        if self.interpolation not in ways:
+            raise TaskError(f"data.interpolation is {self.interpolation!r}{nearest(self.interpolation, ways)}")
 
     def transform(self, augment: dict | None = None):
         """Return timm's transform from a PIL image to ``[channels, size, size]``; ``augment`` makes it random.

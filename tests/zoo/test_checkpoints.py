@@ -504,6 +504,15 @@ def test_a_flipped_bit_is_seen(tmp_path):
         open_checkpoint(path)
 
 
+def test_what_follows_an_archive_is_seen(tmp_path):
+    """A download that goes on behind its file would be read, and its hash recorded."""
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    with open(tmp_path / "file.pth", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match=r"file.pth: damaged: 4 bytes follow its archive"):
+        open_checkpoint(tmp_path / "file.pth")
+
+
 def test_files_without_checksums_are_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
