@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import TaskError, nearest
+from .. import TaskError, check_sides, nearest
 from ..dense.detect.boxes import has_area
-from .images import LONGEST_SIDE
 
 # Otherwise it asks the network for a newer version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -284,8 +283,7 @@ class Augment:
         options = SETTINGS | settings
         for key in ("shorts", "long", "crop"):
             sides = options[key] if isinstance(options[key], list | tuple) else (options[key],)
-            if not all(side is None or 1 <= side <= LONGEST_SIDE for side in sides if not isinstance(side, str)):
-                raise TaskError(f"data.augment.{key} is {options[key]!r}, but must be from 1 to {LONGEST_SIDE}")
+            check_sides(f"data.augment.{key}", *(side for side in sides if not isinstance(side, str)))
         steps: list[albumentations.BasicTransform] = []
         try:
             if options["crop_policy"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomAffine, Resize
 
-from .. import TaskError, nearest
+from .. import TaskError, check_sides, nearest
 from .images import FULL_WHITE
 from .samples import DIGITS_TRAIN, load_digits
 
@@ -46,6 +46,7 @@ class InputRule:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != self.channels:
                 raise TaskError(f"data.{name} needs one number for each of the {self.channels} channels")
+        check_sides("data.size", self.size)
         if self.crop_mode not in CROP_MODES:
             raise TaskError(f"data.crop_mode is {self.crop_mode!r}{nearest(self.crop_mode, CROP_MODES)}")
         ways = [mode.value for mode in InterpolationMode]

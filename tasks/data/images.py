@@ -16,8 +16,6 @@ from .. import TaskError
 
 _READ = ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 EXTENSIONS = tuple(sorted([*_READ.split(), *([".avif"] if features.check("avif") else [])]))
-# Of what an image is resized or cut to; more would fill the memory.
-LONGEST_SIDE = 16384
 # Endings of pictures that Pillow doesn't read and Python's table of types doesn't hold in every version.
 _UNREAD = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef")
 # Folders that systems and their tools add: archives of macOS, and the stores and bins of disks and file servers.

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import TaskError
+from .. import TaskError, check_sides
 from ..dense.normalize import normalize
 from ..dense.segment.inference import pad_to
 from .annotations import Faults, count_values, in_threads
@@ -65,6 +65,8 @@ class InputRule:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != 3:
                 raise TaskError(f"data.{name} needs three numbers, for red, green and blue")
+        for name in ("short", "long", "divisor"):
+            check_sides(f"data.{name}", getattr(self, name))
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Return ``[3, H, W]``, float32, of RGB pixels ``[H, W, 3]``, uint8."""

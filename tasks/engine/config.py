@@ -18,10 +18,9 @@ from timm.optim import list_optimizers
 
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
 from ...zoo.library_errors import first_line
-from .. import TASKS, TaskError, nearest
+from .. import LONGEST_SIDE, TASKS, TaskError, nearest
 from ..adapters import DEFAULT_RANK
 from ..checkpoints import renamed
-from ..data.images import LONGEST_SIDE
 from .keys import meaning
 
 # Every key that a config of any task may have, with its default; a task adds its own. `keys` says what they mean.

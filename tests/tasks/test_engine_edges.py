@@ -13,6 +13,9 @@ import torch
 from foveate.tasks import TaskError, engine, printable
 from foveate.tasks.checkpoints import save_checkpoint
 from foveate.tasks.data.augment import Augment
+from foveate.tasks.data.classification import InputRule as ClassifierRule
+from foveate.tasks.data.segmentation import InputRule as SegmenterRule
+from foveate.tasks.dense.detect.transform import DetectorTransform
 from foveate.tasks.engine.hooks import RunHook
 from foveate.tasks.engine.lock import hold_folder
 from foveate.tasks.engine.run_folder import RunFolder
@@ -268,6 +271,21 @@ def test_cards_that_make_no_sense_are_one_line(key, value, tmp_path):
     with pytest.raises(CheckpointError, match=r"strange.pth: ") as error:
         load_predictor(tmp_path / "strange.pth")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda: ClassifierRule(10**6, 1, (0.5,), (0.5,)),
+        lambda: SegmenterRule(10**6, 10**6, 1, (0.5,) * 3, (0.5,) * 3),
+        lambda: DetectorTransform(min_size=10**6),
+        lambda: DetectorTransform(divisor=0),
+    ],
+    ids=["classify", "segment", "detect", "no divisor"],
+)
+def test_no_card_makes_images_of_sides_that_none_has(rule):
+    with pytest.raises(TaskError, match=r" is \d+, but must be from 1 to 16384"):
+        rule()
 
 
 def test_a_card_that_holds_itself_is_one_line(tmp_path):

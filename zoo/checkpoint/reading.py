@@ -141,7 +141,7 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
         objects = needs_unpickling(error)
-        reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
+        reason = "it pickles objects, which could run code when read" if objects else "no checkpoint, or a damaged one"
         raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
     except Exception as error:
         raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first_line(error)})") from error
