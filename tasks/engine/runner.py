@@ -195,6 +195,9 @@ class TaskRunner(Runner):
             experiment_name=f"foveate-{uuid.uuid4().hex}",
             **kwargs,
         )
+        if self._train_dataloader is not None:
+            # Now, that nothing is written yet where its settings are refused.
+            self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
 
     @property
     def module(self) -> TaskModel:

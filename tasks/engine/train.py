@@ -133,8 +133,6 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
             load_from=str(last) if resume else None,
             resume=resume,
         )
-        # Now, that nothing is written where its settings are refused.
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         if runner.rank == 0:
             check_folder(output, runner.estimate_space())
             run_hook.folder = RunFolder(output, config, device, speak=progress)
