@@ -1,13 +1,14 @@
-"""The table of models that the site shows: writes docs/models.csv; `python .ci/models.py --check` only compares it.
+"""What is counted from the models: writes docs/models.csv, which the site shows, and zoo/shapes.csv, by which
+`zoo.variants` knows a file's model; `python .ci/models.py --check` only compares them.
 
-What is counted from a model is in the table, so that the site needs no models to be built; a test counts some anew.
+So neither needs all models to be built; tests count some anew.
 """
 
 import csv
 import sys
 from pathlib import Path
 
-TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.csv"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def count(name: str) -> dict[str, str]:
@@ -32,21 +33,35 @@ def count(name: str) -> dict[str, str]:
     }
 
 
+def group(name: str) -> dict[str, str]:
+    """Return a model's row of how many entries have shapes of each group."""
+    from foveate.zoo.variants import groups_of, shapes_of
+
+    return {"model": name, "entries by group": " ".join(map(str, groups_of(shapes_of(name))))}
+
+
+TABLES = {ROOT / "docs" / "models.csv": count, ROOT / "zoo" / "shapes.csv": group}
+
+
 def main(arguments: list[str]) -> None:
-    """Write the table, or compare it."""
+    """Write the tables, or compare them."""
     import foveate
 
-    rows = []
+    rows = {path: [] for path in TABLES}
     for name in foveate.list_models():
-        rows.append(count(name))
-        print(*rows[-1].values(), flush=True)
-    if arguments == ["--check"]:
-        with TABLE.open(newline="") as file:
-            sys.exit(None if list(csv.DictReader(file)) == rows else f"{TABLE.name} is out of date: run {sys.argv[0]}")
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        for path, function in TABLES.items():
+            rows[path].append(function(name))
+        print(*rows[next(iter(TABLES))][-1].values(), flush=True)
+    for path, new in rows.items():
+        if arguments == ["--check"]:
+            with path.open(newline="") as file:
+                if list(csv.DictReader(file)) != new:
+                    sys.exit(f"{path.name} is out of date: run {sys.argv[0]}")
+            continue
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, new[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(new)
 
 
 if __name__ == "__main__":

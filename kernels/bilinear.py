@@ -127,7 +127,7 @@ def _bags(problem: Problem) -> Tensor:
         per_sample_weights=shares.flatten(0, 1),
         mode="sum",
     )
-    return out.unflatten(0, (batch, -1)).to(x.dtype)
+    return out.view(batch, rows.shape[1], dim).to(x.dtype)
 
 
 def _bags_obstacle(problem: Problem) -> str | None:

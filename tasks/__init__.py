@@ -6,13 +6,21 @@ from collections.abc import Iterable
 
 # Each is a package beside this file, with ``Task`` for the engine and ``Predictor``.
 TASKS = ("classify", "detect", "segment")
-
+# Of what an image is resized or cut to, in pixels; more would fill the memory.
+LONGEST_SIDE = 16384
 
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class TaskError(ValueError):
     """What was asked for cannot be done; the message says why and what can, in one line."""
+
+
+def check_sides(name: str, *sides: int | None) -> None:
+    """Raise a TaskError unless lengths that images are resized or cut to are of 1 to `LONGEST_SIDE` pixels, or None."""
+    for side in sides:
+        if side is not None and not 1 <= side <= LONGEST_SIDE:
+            raise TaskError(f"{name} is {side!r}, but must be from 1 to {LONGEST_SIDE}")
 
 
 def printable(text: str) -> str:

@@ -1,17 +1,13 @@
 """LoRA: low-rank adapters beside frozen layers (arXiv 2106.09685), added by peft, saved alone, merged when read."""
 
-import dataclasses
 import hashlib
-import importlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from . import TaskError
 from .extras import require
 
@@ -137,27 +133,3 @@ def merge(base: Mapping[str, Tensor], saved: Mapping[str, Tensor], scale: float)
         elif not name.endswith(_B):
             state[name] = value
     return state
-
-
-def open_merged(path: str | Path | Checkpoint) -> Checkpoint:
-    """Read a checkpoint; of one that holds adapters alone, the whole model, of their base weights and them.
-
-    Raises:
-        CheckpointError: If the file can't be read, or its base weights can't be had or are others.
-    """
-    opened = open_checkpoint(path)
-    card = opened.card or {}
-    if not card.get("lora"):
-        return opened
-    model, lora = dict(opened.content["config"]["model"]), card["lora"]
-    try:
-        built = importlib.import_module(f".{card['task']}.task", __package__).build_again(model, card)
-    except (CheckpointError, TaskError) as error:
-        raise CheckpointError(f"{path}: holds adapters of {lora['base']}, which can't be had: {error}") from error
-    base, new = built.state_dict(), is_new(card["task"], built)
-    rest = {name: value for name, value in base.items() if not new(name)}
-    if fingerprint_base(rest) != lora["sha256"]:
-        raise CheckpointError(f"{path}: holds adapters of {lora['base']}, which is no longer the same; put it back")
-    state = merge(base, opened.state, lora["alpha"] / lora["rank"])
-    content = {**opened.content, "card": {**card, "lora": None}, "state_dict": state}
-    return dataclasses.replace(opened, content=content)

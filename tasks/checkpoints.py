@@ -1,7 +1,9 @@
 """Checkpoints of `foveate train`: plain tensors and types, written whole or not at all, loaded completely or not."""
 
 import contextlib
+import dataclasses
 import errno
+import importlib
 import os
 import shutil
 import tempfile
@@ -11,12 +13,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..zoo import weights
 from ..zoo.backbone import UnknownModelError
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..zoo.library_errors import first_line
 from ..zoo.maps import BackboneError
-from . import TaskError
-from .adapters import open_merged
+from . import TASKS, TaskError
+from .adapters import fingerprint_base, is_new, merge
 from .data.images import FULL_WHITE
 
 # Of a config's dicts of options, those that say what a run starts from, and are of no use to rebuild its model.
@@ -231,6 +234,64 @@ def read_checkpoint(path: str | Path | Checkpoint, task: str | None = None, merg
         raise CheckpointError(f"{path}: not a checkpoint of `foveate train`: it doesn't say which model it holds")
     with taken_as_said(path):
         return _read(path, opened, card, content, task)
+
+
+def open_merged(path: str | Path | Checkpoint) -> Checkpoint:
+    """Read a checkpoint; of one that holds adapters alone, the whole model, of their base weights and them.
+
+    Base weights are a file's of this machine, or published ones. No address is followed because a file says so: what it
+    gave is used where it was fetched before.
+
+    Raises:
+        CheckpointError: If the file can't be read, or its base weights can't be had or are others.
+    """
+    opened = open_checkpoint(path)
+    card = opened.card or {}
+    if not card.get("lora"):
+        return opened
+    with taken_as_said(path):
+        for said in (card, opened.content["config"]):
+            _check_said(said)
+        return _merged(path, opened, card)
+
+
+def _merged(path: str | Path | Checkpoint, opened: Checkpoint, card: dict) -> Checkpoint:
+    lora, task = card["lora"], card["task"]
+    if task not in TASKS:
+        raise CheckpointError(f"{path}: holds adapters of {_kind_of(card)}")
+    try:
+        model = _of_what_is_here(opened.content["config"]["model"])
+        card = {**card, **_of_what_is_here({"kwargs": card["kwargs"]})}
+        built = importlib.import_module(f".{task}.task", __package__).build_again(model, card)
+    except (CheckpointError, TaskError) as error:
+        raise CheckpointError(f"{path}: holds adapters of {lora['base']}, which can't be had: {error}") from error
+    base, new = built.state_dict(), is_new(task, built)
+    rest = {name: value for name, value in base.items() if not new(name)}
+    if fingerprint_base(rest) != lora["sha256"]:
+        raise CheckpointError(f"{path}: holds adapters of {lora['base']}, which is no longer the same; put it back")
+    state = merge(base, opened.state, lora["alpha"] / lora["rank"])
+    content = {**opened.content, "card": {**card, "lora": None}, "state_dict": state}
+    return dataclasses.replace(opened, content=content)
+
+
+def _of_what_is_here(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's ``model`` with files in the place of addresses, and options that name neither.
+
+    Raises:
+        CheckpointError: If what an address gives was not fetched before.
+    """
+    here = {}
+    for key, value in model.items():
+        if key in ("kwargs", "backbone_kwargs"):
+            reset = {name: value[name] for name in ("reset_classifier",) if name in value}
+            value = without_start(value) | reset  # which is needed to start as the run did
+        elif isinstance(value, str) and "://" in value and key in _OF_THE_START:
+            file = weights.cached(weights.entry_of(value))
+            if file is None:
+                raise CheckpointError(f"no address is followed on a file's word; run `foveate weights fetch {value}`")
+            value = str(file)
+        here[key] = value
+    return here
 
 
 def _read(path: str | Path | Checkpoint, opened: Checkpoint, card: dict, content: Mapping, task: str | None) -> dict:

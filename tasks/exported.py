@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..zoo.checkpoint import CheckpointError
 from . import TaskError
+from .checkpoints import taken_as_said
 from .dense.detect.transform import DetectorTransform, resize
 from .export.onnx_file import open_session
 from .extras import require
@@ -54,10 +55,13 @@ class OnnxModel(nn.Module):
         card = self.session.get_modelmeta().custom_metadata_map.get("foveate")
         if card is None:
             raise CheckpointError(f"{path}: doesn't say how it is to be used; `foveate export` writes files that do")
-        self.card: dict[str, Any] = json.loads(card)
-        (source,) = self.session.get_inputs()
-        self.names = [output.name for output in self.session.get_outputs()]
-        self.shape, self.dtype, self._source = list(source.shape), _DTYPES[source.type], source.name
+        with taken_as_said(path):
+            self.card: dict[str, Any] = json.loads(card)
+            (source,) = self.session.get_inputs()
+            self.names = [output.name for output in self.session.get_outputs()]
+            self.shape, self.dtype, self._source = list(source.shape), _DTYPES[source.type], source.name
+            if not isinstance(self.card, dict) or len(self.shape) != 4:
+                raise ValueError("its card is no object, or its input no batch of images")
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -180,7 +184,12 @@ def load_exported(path: str | Path, threads: int | None = None) -> Any:
         TaskError: If its answer is feature maps, or its images aren't square where they have to be.
     """
     network = OnnxModel(path, threads)
-    card = network.card
+    with taken_as_said(path):
+        return _predictor_of(network)
+
+
+def _predictor_of(network: OnnxModel) -> Any:
+    card, path = network.card, network.path
     task, how = card.get("task"), card.get("preprocessing")
     if card.get("output") == "feature maps":
         raise TaskError(f"{path}: gives feature maps, which are no answer; export it without --features")
@@ -206,6 +215,9 @@ def _classify(network: OnnxModel, rule: dict[str, Any], classes: list[str], whit
     size = network.size
     if size is not None and size[0] != size[1]:
         raise TaskError(f"{network.path}: takes {size[0]}x{size[1]} images; only square inputs are predicted from")
+    count = network.session.get_outputs()[0].shape[-1]
+    if not classes or (isinstance(count, int) and count != len(classes)):
+        raise ValueError(f"it names {len(classes)} classes and tells {count} apart")
     rule = InputRule(**rule | ({"size": size[0]} if size else {}))
     several = network.card.get("multi_label", False)
     predictor = Predictor(_Classifier(network), rule, classes, "cpu", **white, multi_label=several)

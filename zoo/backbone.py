@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import is_model, model_entrypoint
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
 from ..kernels.lengths import padding_to
@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .library_errors import unknown_option
 from .loading import WithoutInit, create_model
 from .maps import BackboneError, Maps, dense_indices, measure, said_maps
-from .weights import read
+from .weights import read, table
 
 
 class UnknownModelError(ValueError):
@@ -151,10 +151,19 @@ def head_options_of(name: str, head: str) -> dict[str, Any]:
 
 
 def check_name(name: str) -> None:
-    """Raise an UnknownModelError that names the nearest model unless ``name`` is registered."""
+    """Raise an UnknownModelError that names the nearest model unless ``name`` is registered, with its tag."""
+    model, _, tag = name.partition(".")
     if not is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        near = difflib.get_close_matches(model, timm.list_models(), n=1)
         raise UnknownModelError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if tag and name not in table():
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError as error:
+            known = timm.list_pretrained(f"{model}.*")
+            raise UnknownModelError(
+                f"unknown weights {name!r}; {'known: ' + ', '.join(known) if known else f'{model} has none by a name'}"
+            ) from error
 
 
 def takes_options(name: str, options: Mapping[str, Any]) -> bool:

@@ -1,7 +1,13 @@
-"""Which model a checkpoint is one of: every model is built without storage, and the file's names and shapes tried."""
+"""Which model a checkpoint is one of: models are built without storage, and the file's names and shapes tried.
 
+``shapes.csv`` says of every model how many entries have shapes of which group, so that only those are built that the
+file may be of. `.ci/models.py` writes it; a model that it lacks is built.
+"""
+
+import csv
 import dataclasses
 import functools
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +20,10 @@ from .backbone import dense_settings_of
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of
 from .library_errors import first_line
 from .loading import WithoutInit, input_of, silence
+
+_TABLE = Path(__file__).with_name("shapes.csv")
+# Shapes are told apart by their checksums' remainders.
+_GROUPS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +57,15 @@ def variants_of(checkpoint: Checkpoint, names: list[str]) -> list[Variant]:
     state = _without_storage(state)
     shapes = Counter(tuple(value.shape) for value in state.values())
     fitting = []
+    groups = groups_of(shapes)
     with silence(__package__):
         for name in names:
+            # Of what is of one group, no more than all is of one shape.
+            own = _table().get(name)
+            if own and 2 * sum(map(min, own, groups)) < max(sum(own), sum(groups)):
+                continue
             # Heads, renamed parts and tables of another size leave most shapes as they are.
-            own_shapes = _shapes(name)
+            own_shapes = shapes_of(name)
             if 2 * (own_shapes & shapes).total() < max(own_shapes.total(), shapes.total()):
                 continue
             for dense in (False, True):
@@ -91,7 +106,7 @@ def identity_fault(name: str, task: str, checkpoint: Checkpoint) -> str | None:
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             return f"the checkpoint is not one of {name} ({first_line(error)})"
         return None
-    shapes, own_shapes = Counter(tuple(value.shape) for value in state.values()), _shapes(name)
+    shapes, own_shapes = Counter(tuple(value.shape) for value in state.values()), shapes_of(name)
     shared, most = (own_shapes & shapes).total(), max(own_shapes.total(), shapes.total())
     # timm's names of others' backbones are of several forms, whose shapes differ.
     if shared < (0.75 if own else 0.5) * most:
@@ -104,10 +119,25 @@ def _without_storage(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _shapes(name: str) -> Counter:
+def shapes_of(name: str) -> Counter:
+    """Return how many entries of a model have which shape."""
     with WithoutInit():
         model = timm.create_model(name, device="meta")
     return Counter(tuple(value.shape) for value in model.state_dict().values())
+
+
+def groups_of(shapes: Counter) -> list[int]:
+    """Return how many entries have shapes of each group, as ``shapes.csv`` has them."""
+    counts = [0] * _GROUPS
+    for shape, count in shapes.items():
+        counts[zlib.crc32(repr(tuple(shape)).encode()) % _GROUPS] += count
+    return counts
+
+
+@functools.cache
+def _table() -> dict[str, list[int]]:
+    with _TABLE.open(newline="") as file:
+        return {row["model"]: [int(count) for count in row["entries by group"].split()] for row in csv.DictReader(file)}
 
 
 def _fitted(name: str, state: dict[str, Tensor], dense: bool) -> Variant:

@@ -167,8 +167,11 @@ class Classify:
         try:
             holds_out = config["data"]["name"] == "auto" and data["val"] is None
             self.train_set, self.val_set = open_classes(data, self.rule, holds_out)
-        except TypeError as error:
-            raise TaskError(f"data.augment: {call_fault(error)}; it takes timm's create_transform") from error
+        except (TypeError, ValueError, LookupError, AssertionError) as error:
+            if isinstance(error, TaskError) or not data["augment"]:
+                raise
+            fault = call_fault(error)
+            raise TaskError(f"data.augment: {fault}; it takes what timm's create_transform does") from error
         if measures:
             measured = measure_normalization(self.train_set.image, len(self.train_set))
             self._said.append(describe_normalization(measured))

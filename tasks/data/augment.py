@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import TaskError, nearest
+from .. import TaskError, check_sides, nearest
 from ..dense.detect.boxes import has_area
 from .images import Bands
 
@@ -285,6 +285,9 @@ class Augment:
         options = SETTINGS | settings
         if options["distortion"] and channels != 3:
             raise TaskError(f"data.augment.distortion is for colours, not for {channels} channels")
+        for key in ("shorts", "long", "crop"):
+            sides = options[key] if isinstance(options[key], list | tuple) else (options[key],)
+            check_sides(f"data.augment.{key}", *(side for side in sides if not isinstance(side, str)))
         steps: list[albumentations.BasicTransform] = []
         try:
             if options["crop_policy"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomAffine, Resize
 
-from .. import TaskError, nearest
+from .. import TaskError, check_sides, nearest
 from .images import FULL_WHITE
 from .samples import DIGITS_TRAIN, load_digits
 
@@ -50,8 +50,12 @@ class InputRule:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != self.channels:
                 raise TaskError(f"data.{name} needs one number for each of the {self.channels} channels")
+        check_sides("data.size", self.size)
         if self.crop_mode not in CROP_MODES:
             raise TaskError(f"data.crop_mode is {self.crop_mode!r}{nearest(self.crop_mode, CROP_MODES)}")
+        ways = [mode.value for mode in InterpolationMode]
+        if self.interpolation not in ways:
+            raise TaskError(f"data.interpolation is {self.interpolation!r}{nearest(self.interpolation, ways)}")
 
     def transform(self, augment: dict | None = None):
         """Return timm's transform from an image to ``[channels, size, size]``; ``augment`` makes it random.

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import TaskError
+from .. import TaskError, check_sides
 from ..dense.normalize import normalize
 from ..dense.segment.inference import pad_to
 from .annotations import Faults, count_values, in_threads
@@ -65,6 +65,8 @@ class InputRule:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != len(self.mean):
                 raise TaskError("data.mean and data.std need a number each for every channel")
+        for name in ("short", "long", "divisor"):
+            check_sides(f"data.{name}", getattr(self, name))
 
     @property
     def channels(self) -> int:

@@ -105,6 +105,8 @@ def find_pictures(path: Path, content: dict[str, Any], split: str) -> tuple[list
             pictures += list_images(there)
             folders.append(there)
         else:
+            if there.suffix != ".txt":  # else a data.yaml could have any file's lines shown
+                raise TaskError(f"{path}: {split} is {place}, but a list of images ends with .txt")
             lines = [line for line in read_lines(there) if line]
             pictures += [Path(os.path.normpath(there.parent / line)) for line in lines]
     if not pictures:

@@ -18,7 +18,7 @@ from timm.optim import list_optimizers
 
 from ...configs import find_recipe, list_recipes, read_recipe, recipes_of_model
 from ...zoo.library_errors import first_line
-from .. import TASKS, TaskError, nearest
+from .. import LONGEST_SIDE, TASKS, TaskError, nearest
 from ..adapters import DEFAULT_RANK
 from ..checkpoints import renamed
 from .keys import meaning
@@ -363,7 +363,8 @@ def _check_values(config: dict) -> None:
         (
             "schedule.steps",
             schedule["steps"],
-            list(schedule["steps"]) == sorted(set(schedule["steps"])) and min(schedule["steps"], default=1) > 0,
+            all(type(step) is int for step in schedule["steps"])
+            and list(schedule["steps"]) == sorted({0, *schedule["steps"]})[1:],
             "ascending epochs",
         ),
     )
@@ -385,7 +386,7 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
     yield "workers", config["workers"], 0, 1000, False, "from 0 to 1000"
     for key in ("epochs", "iterations"):
         yield key, config[key], 1, 10**9, False, "from 1 to 10**9"
-    yield "ema", config["ema"], 0, 1, True, "more than 0 and at most 1, or None"
+    yield "ema", config["ema"], 0, math.nextafter(1, 0), True, "more than 0 and less than 1, or None"
     yield "early_stop", config["early_stop"], 1, 10**9, False, "at least 1, or None"
     yield "optimizer.lr_batch", optimizer["lr_batch"], 1, 10**9, False, "at least 1, or None"
     yield "optimizer.lr", optimizer["lr"], 0, largest, False, "at least 0"
@@ -398,6 +399,8 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
         yield f"schedule.{key}", schedule[key], 0, largest, True, "more than 0"
     for key in ("mixup", "cutmix"):
         yield f"loss.{key}", losses.get(key), 0, largest, False, "at least 0"
+    for key in ("size", "short", "long", "divisor"):
+        yield f"data.{key}", config["data"].get(key), 1, LONGEST_SIDE, False, f"from 1 to {LONGEST_SIDE}"
     yield "data.balance", config["data"].get("balance"), 0, 10, False, "from 0 to 10"
     for key in ("mosaic", "copy_paste"):
         yield f"data.{key}", config["data"].get(key), 0, 1, False, "a probability, from 0 to 1"

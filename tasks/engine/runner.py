@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, default_collate
 
 from ...blocks.losses import collect_losses
+from ...zoo import BackboneError, CheckpointError, UnknownModelError
 from ...zoo.checkpoint import load
 from ...zoo.library_errors import call_fault, first_line
 from .. import TaskError
@@ -38,12 +39,26 @@ from .schedule import learning_rate
 _TRIED = 2
 
 
+def _build(task, config: dict) -> nn.Module:
+    """Return a task's model; options that it can't be built with are refused in one line."""
+    try:
+        return task.build_model()
+    except (TaskError, BackboneError, CheckpointError, UnknownModelError):
+        raise
+    except Exception as error:
+        given = [f"model.{key}" for key in ("kwargs", "backbone_kwargs") if config["model"].get(key)]
+        if not given:
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise TaskError(f"the model can't be built ({reason}); look at {' and '.join(given)}") from error
+
+
 class TaskModel(BaseModel):
     """A task's model and losses in the form that the Runner calls, under autocast."""
 
     def __init__(self, task, config: dict, device: torch.device):
         super().__init__()
-        self.net = task.build_model()
+        self.net = _build(task, config)
         self._frozen = freeze(self.net, config["freeze"])
         # What is saved of the model, and of which weights that is the difference; None: all of it.
         self.saved: Callable[[str], bool] | None = None
@@ -180,6 +195,9 @@ class TaskRunner(Runner):
             experiment_name=f"foveate-{uuid.uuid4().hex}",
             **kwargs,
         )
+        if self._train_dataloader is not None:
+            # Now, that nothing is written yet where its settings are refused.
+            self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
 
     @property
     def module(self) -> TaskModel:
@@ -253,7 +271,7 @@ class TaskRunner(Runner):
                 f"a batch of {count} does not fit into the memory of {self._device}; lower batch_size, with a higher "
                 "optimizer.accumulate instead, or set precision=bfloat16 or grad_checkpointing=True"
             ) from error
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # settings meet libraries here, which fail in any way
             reason = first_line(error)
             raise TaskError(
                 f"a first batch of {count} fails ({type(error).__name__}: {reason}); look at data.* and model.*"
@@ -305,7 +323,9 @@ class TaskRunner(Runner):
                 weight_decay=settings["weight_decay"],
                 **settings["kwargs"],
             )
-        except TypeError as error:
+        except (TypeError, ValueError, AssertionError) as error:
+            if not settings["kwargs"]:
+                raise
             raise TaskError(f"optimizer.kwargs: {call_fault(error)}") from error
         for part in optimizer.param_groups:
             # timm leaves this to its own schedulers.

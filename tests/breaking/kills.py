@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import torch
 from foveate.tasks import engine
 from trial import Trial, Wrong
 
-SETTINGS = ("epochs=3", "schedule.warmup_epochs=0", "batch_size=360", "checkpoint.keep=3", "checkpoint.interval=1")
+SETTINGS = ("epochs=2", "schedule.warmup_epochs=0", "batch_size=360", "checkpoint.keep=2", "checkpoint.interval=1")
 RECIPE = "classify/nat_atto_digits"
 
 
@@ -21,7 +22,10 @@ def run(trial: Trial) -> None:
         raise Wrong(f"a run ends with {status}")
     length = time.monotonic() - begun
     for number in trial.numbers():
-        trial.check("killed and continued", number, lambda: _break(trial, whole, length), limit=600)
+        kills = []
+        trial.check("killed and continued", number, lambda: _break(trial, whole, length, kills), limit=600)  # noqa: B023
+        for _ in kills:
+            trial.note("kills", number, None)
 
 
 def _begin(folder: Path) -> int:
@@ -33,19 +37,23 @@ def _begin(folder: Path) -> int:
             config = engine.load_config(RECIPE, SETTINGS)
             engine.train(config, folder, resume=(folder / "last.pth").exists(), progress=False)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return process
 
 
-def _break(trial: Trial, whole: Path, length: float) -> None:
+def _break(trial: Trial, whole: Path, length: float, kills: list[int]) -> None:
+    """Kill a run and its continuations, and continue to the end; ``kills`` gets those that were not over before."""
     folder = trial.folder / "killed"
     shutil.rmtree(folder, ignore_errors=True)
-    for _ in range(trial.draw.choice((1, 1, 2))):
+    for _ in range(trial.draw.choice((1, 3, 6))):
         process = _begin(folder)
-        time.sleep(trial.draw.uniform(0.05, 1.1) * length)
+        time.sleep(trial.draw.uniform(0.02, 0.8) * length)
         os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+            kills.append(process)
     if os.waitpid(_begin(folder), 0)[1] != 0:
         raise Wrong("it can't be continued")
     for file in sorted(whole.glob("*.pth")):

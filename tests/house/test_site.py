@@ -71,20 +71,24 @@ def test_commands_and_recipes_of_skipped_blocks_exist():
             assert recipe in names, f"{page}: {recipe}"
 
 
-def test_the_table_of_models_names_them_all_and_counts_right():
+def test_the_tables_of_models_name_them_all_and_count_right():
     """Written by ``python .ci/models.py``; the smallest model of each family is counted anew."""
     path = ROOT / ".ci" / "models.py"
     spec = importlib.util.spec_from_file_location("models_table", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with module.TABLE.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["model"] for row in rows] == foveate.list_models()
+    tables = {}
+    for path, function in module.TABLES.items():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["model"] for row in rows] == foveate.list_models()
+        tables[function] = {row["model"]: row for row in rows}
     smallest = {}
-    for row in sorted(rows, key=lambda row: -float(row["GMACs"])):
-        smallest[row["family"]] = row
-    for row in smallest.values():
-        assert module.count(row["model"]) == row
+    for row in sorted(tables[module.count].values(), key=lambda row: -float(row["GMACs"])):
+        smallest[row["family"]] = row["model"]
+    for name in smallest.values():
+        for function, rows in tables.items():
+            assert function(name) == rows[name]
 
 
 def test_builds_strictly(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from foveate.tasks.checkpoints import read_checkpoint
 from foveate.tasks.frozen import freeze, stage_names
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
-from foveate.zoo import CheckpointError
+from foveate.zoo import CheckpointError, weights
 from PIL import Image
 from torch import nn
 
@@ -100,6 +101,47 @@ def test_adapters_are_trained_saved_merged_and_resumed(config_file, base, tmp_pa
     base.unlink()
     with pytest.raises(CheckpointError, match=r"holds adapters of .*base.pth, which can't be had"):
         load_predictor(whole["last"])
+
+
+def test_a_file_of_adapters_fetches_nothing(config_file, base, tmp_path, monkeypatch):
+    """Its config names the weights that they are of; whoever wrote it may have named any address."""
+    pytest.importorskip("peft")
+    run = train(config_file, tmp_path / "run", *lora(base), "epochs=1")
+    fetched = []
+    monkeypatch.setattr("foveate.zoo._download._ask", lambda *arguments, **_: fetched.append(arguments))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    content, address = saved(run["best"]), "https://127.0.0.1:9/base.pth"
+    content["config"]["model"]["checkpoint"] = address
+    torch.save(content, tmp_path / "strange.pth")
+    with pytest.raises(
+        CheckpointError, match=rf"no address is followed on a file's word; run `foveate weights fetch {address}`"
+    ):
+        load_predictor(tmp_path / "strange.pth")
+    # What it gave before is used.
+    entry = weights.entry_of(address)
+    folder = weights.cache_folder() / entry.name
+    folder.mkdir(parents=True)
+    shutil.copy(base, folder / "base.pth")
+    load_predictor(tmp_path / "strange.pth")
+    content["config"]["model"] |= {"checkpoint": str(base), "kwargs": {"pretrained_cfg_overlay": {"url": address}}}
+    torch.save(content, tmp_path / "strange.pth")
+    load_predictor(tmp_path / "strange.pth")
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora", 3), ("lora", {"rank": 2}), ("task", "..engine"), ("classes", None), ("input", {})],
+)
+def test_adapters_that_make_no_sense_are_one_line(key, value, config_file, base, tmp_path):
+    card = {"task": "classify", "model": "nat_atto", "classes": list("abc"), "kwargs": {}, "input": {}}
+    card["lora"] = {"base": str(base), "sha256": "0", "rank": 2, "alpha": 1.0}
+    model = {"name": "nat_atto", "pretrained": False, "checkpoint": str(base), "kwargs": {}}
+    content = {"card": card | {key: value}, "config": {"model": model}, "state_dict": {"x": torch.zeros(1)}}
+    torch.save(content, tmp_path / "strange.pth")
+    with pytest.raises(CheckpointError, match=r"strange.pth: ") as error:
+        load_predictor(tmp_path / "strange.pth")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

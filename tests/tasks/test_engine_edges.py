@@ -12,6 +12,10 @@ import pytest
 import torch
 from foveate.tasks import TaskError, engine, printable
 from foveate.tasks.checkpoints import save_checkpoint
+from foveate.tasks.data.augment import Augment
+from foveate.tasks.data.classification import InputRule as ClassifierRule
+from foveate.tasks.data.segmentation import InputRule as SegmenterRule
+from foveate.tasks.dense.detect.transform import DetectorTransform
 from foveate.tasks.engine.hooks import RunHook
 from foveate.tasks.engine.lock import hold_folder
 from foveate.tasks.engine.run_folder import RunFolder
@@ -146,6 +150,10 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_one(where, tmp_path, monkeypatc
             "loss.label_smoothing=2",
             f"epochs={10**30}",
             "optimizer.lr=-1e999",
+            "ema=1",
+            "data.size=0",
+            "data.size=1000000",
+            "schedule.steps=(3,'x')",
         ),
     ],
 )
@@ -153,6 +161,30 @@ def test_settings_out_of_range_are_one_line(setting, config_file):
     with pytest.raises(TaskError) as error:
         engine.load_config(config_file, (setting,))
     assert re.fullmatch(rf"{re.escape(setting.partition('=')[0])} is [^\n]*, but must be [^\n]*", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.kwargs.depths=7", r"the model can't be built \(TypeError: .*look at model.kwargs"),
+        ("model.kwargs.num_heads=(3,3,3,3)", r"the model can't be built \(ValueError: .*look at model.kwargs"),
+        ("model.name=nat_tiny.nope", "unknown weights 'nat_tiny.nope'; known: nat_tiny.shi_in1k"),
+        ("optimizer.kwargs.eps=-1", "optimizer.kwargs: "),
+        ("data.augment.auto_augment=x", "data.augment: Unknown AA policy x"),
+        ("data.interpolation=x", "data.interpolation is 'x'; known: bicubic"),
+    ],
+)
+def test_options_that_nothing_can_be_built_with_are_one_line(setting, message, config_file, tmp_path, capsys):
+    arguments = ["train", str(config_file), *QUICK, setting, "--output", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    assert re.fullmatch(rf"foveate: error: {message}[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sides", [dict(crop=-3), dict(crop=10**7), dict(shorts=(0,)), dict(long=0)])
+def test_images_are_not_augmented_to_sides_that_none_has(sides):
+    with pytest.raises(TaskError, match=r"data.augment.\w+ is .*, but must be from 1 to 16384"):
+        Augment(sides)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +271,21 @@ def test_cards_that_make_no_sense_are_one_line(key, value, tmp_path):
     with pytest.raises(CheckpointError, match=r"strange.pth: ") as error:
         load_predictor(tmp_path / "strange.pth")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda: ClassifierRule(10**6, 1, (0.5,), (0.5,)),
+        lambda: SegmenterRule(10**6, 10**6, 1, (0.5,) * 3, (0.5,) * 3),
+        lambda: DetectorTransform(min_size=10**6),
+        lambda: DetectorTransform(divisor=0),
+    ],
+    ids=["classify", "segment", "detect", "no divisor"],
+)
+def test_no_card_makes_images_of_sides_that_none_has(rule):
+    with pytest.raises(TaskError, match=r" is \d+, but must be from 1 to 16384"):
+        rule()
 
 
 def test_a_card_that_holds_itself_is_one_line(tmp_path):

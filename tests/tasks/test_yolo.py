@@ -113,6 +113,7 @@ FAULTS = {
     "another count": ("data.yaml", "train: images/train\nnc: 3\nnames: [a, b]", "nc is 3, but `names` has 2"),
     "keypoints": ("data.yaml", "train: images/train\nkpt_shape: [17, 3]\nnames: [a]", "keypoints"),
     "no YAML": ("data.yaml", "train: [", "can't be read as YAML"),
+    "another file": ("data.yaml", "train: images/train/0.png\nnames: [a]", "but a list of images ends with .txt"),
     "a list with a missing image": ("data.yaml", "train: all.txt\nval: images/val\nnames: [cat, dog]", "missing image"),
 }
 

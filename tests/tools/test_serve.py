@@ -15,6 +15,7 @@ from foveate.tasks.export.preprocess import FromImages
 from foveate.tasks.export.program import read_program
 from foveate.tasks.exported import load_exported
 from foveate.tools.cli import main
+from foveate.zoo import CheckpointError
 from PIL import Image
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -71,6 +72,27 @@ def _check_answers(digits_run, images, tmp_path, file):
     assert json.loads(metadata["classes"])[3] == "3"
     assert "resize, bicubic" in metadata["resize"]
     assert json.loads(metadata["foveate"])["preprocessing"]["rule"]["size"] == 32
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{", '{"task": "classify", "preprocessing": 3}', "no classes", "of others"])
+def test_exported_files_that_make_no_sense_are_one_line(said, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    if " " in said and said[0] != "{":
+        classes = {"no classes": [], "of others": ["a"]}[said]
+        rule = {"size": 4, "channels": 1, "mean": [0.5], "std": [0.5]}
+        said = json.dumps({"task": "classify", "classes": classes, "preprocessing": {"rule": rule}})
+    shapes = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("images", [1, 1, 4, 4]), ("output", [1, 16]))
+    ]
+    node = onnx.helper.make_node("Flatten", ["images"], ["output"])
+    graph = onnx.helper.make_graph([node], "flat", shapes[:1], shapes[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    onnx.helper.set_model_props(model, {"foveate": said})
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(CheckpointError, match=r"x.onnx: what it says of its model or run makes no sense") as error:
+        load_exported(tmp_path / "x.onnx")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", ["hwc", "chw"])

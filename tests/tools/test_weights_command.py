@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import foveate
@@ -20,7 +22,7 @@ from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
-from foveate.zoo import CheckpointError, weights
+from foveate.zoo import CheckpointError, variants, weights
 from foveate.zoo.checkpoint import open_checkpoint
 from foveate.zoo.weights import Source, Weights
 from PIL import Image
@@ -221,6 +223,8 @@ def test_verify_compares_dense_backbones(open_fixture, tmp_path, home, capsys):
 
 
 def test_verify_names_the_variant_that_a_file_is(quadtree, open_fixture, tmp_path, refused, home):
+    """Of 146 models it builds those that a file may be of."""
+    variants.shapes_of.cache_clear()
     message = refused("weights", "verify", str(quadtree), "--model", "quadtree_b1")
     assert "not one of quadtree_b1: " in message
     assert message.rstrip().endswith("the file is one of quadtree_b0")
@@ -230,6 +234,19 @@ def test_verify_names_the_variant_that_a_file_is(quadtree, open_fixture, tmp_pat
     assert "fits dinat_mini and nat_mini alike; say by --model" in refused("weights", "verify", str(nat))
     torch.save({"x": torch.zeros(3)}, tmp_path / "x.pth")
     assert "fits no model of foveate" in refused("weights", "verify", str(tmp_path / "x.pth"))
+    assert variants.shapes_of.cache_info().misses < 30
+
+
+def test_no_model_is_passed_over_that_shares_half_of_a_files_shapes():
+    """What is grouped by shape shares no less than the shapes themselves do."""
+    draw = random.Random(0)
+    for _ in range(50):
+        one, other = (
+            Counter((draw.randint(1, 12), draw.randint(1, 12)) for _ in range(draw.randint(1, 300))) for _ in range(2)
+        )
+        groups = [variants.groups_of(shapes) for shapes in (one, other)]
+        assert [sum(counts) for counts in groups] == [one.total(), other.total()]
+        assert sum(map(min, *groups)) >= (one & other).total()
 
 
 def test_verify_measures_the_accuracy(tmp_path, home, capsys, monkeypatch, refused):

@@ -504,6 +504,15 @@ def test_a_flipped_bit_is_seen(tmp_path):
         open_checkpoint(path)
 
 
+def test_what_follows_an_archive_is_seen(tmp_path):
+    """A download that goes on behind its file would be read, and its hash recorded."""
+    torch.save({"weight": torch.ones(3)}, tmp_path / "file.pth")
+    with open(tmp_path / "file.pth", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match=r"file.pth: damaged: 4 bytes follow its archive"):
+        open_checkpoint(tmp_path / "file.pth")
+
+
 def test_files_without_checksums_are_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
@@ -559,6 +568,14 @@ def test_a_state_dict_that_holds_itself_or_too_much_is_refused(tmp_path):
     many = dict.fromkeys(map(str, range(100_001)), torch.zeros(1))
     with pytest.raises(CheckpointError, match="100,001 entries, more than any model"):
         state_of(many)
+
+
+@pytest.mark.parametrize("name", [3, None, (1, 2), b"weight"])
+def test_entries_have_names_of_text(name, tmp_path):
+    state = timm.create_model("foveate_host_atto").state_dict()
+    torch.save({"state_dict": state | {name: torch.zeros(1)}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="no entry's name"):
+        load("foveate_host_atto", tmp_path / "file.pth")
 
 
 def test_what_else_a_file_holds_is_not_walked(tmp_path):

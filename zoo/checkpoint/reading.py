@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import pickletools
 import zipfile
@@ -25,6 +26,8 @@ _PREFIXES = ("module.", "_orig_mod.")
 _MOST_ENTRIES = 100_000
 # Torch's files before 1.6 are so many pickles, and then the numbers.
 _LEGACY_PICKLES = 5
+# Bytes of the record that ends a zip archive; the last two say how long the comment is that follows.
+_END = 22
 
 
 class _Unread:
@@ -138,7 +141,7 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     except pickle.UnpicklingError as error:
         # torch's own text advises to switch the safety off; it must not reach the user.
         objects = needs_unpickling(error)
-        reason = "it pickles objects, which could run code when read" if objects else "unknown pickle format"
+        reason = "it pickles objects, which could run code when read" if objects else "no checkpoint, or a damaged one"
         raise CheckpointError(f"{path}: not read: {reason}; only tensors and plain types are accepted") from error
     except Exception as error:
         raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first_line(error)})") from error
@@ -159,6 +162,8 @@ def _check_archive(path: Path) -> None:
                 if entry.filename.endswith("data.pkl") and entry.file_size > MAX_STEPS:
                     with archive.open(entry) as file:
                         _count_steps(path, file, pickles=1)
+            if more := _bytes_behind(path):
+                raise CheckpointError(f"{path}: damaged: {more} bytes follow its archive; write or fetch it again")
             # torch can be told to write none.
             if any(entry.CRC for entry in entries) and (damaged := archive.testzip()) is not None:
                 raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is another; write or fetch it again")
@@ -167,6 +172,16 @@ def _check_archive(path: Path) -> None:
         if path.stat().st_size > MAX_STEPS and not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 _count_steps(path, file, _LEGACY_PICKLES)
+
+
+def _bytes_behind(path: Path) -> int:
+    """Return how many bytes follow the record that ends an archive, which readers look for and pass over."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _END - 2**16))
+        tail = file.read()
+    place = tail.rfind(b"PK\x05\x06")
+    return len(tail) - place - _END - int.from_bytes(tail[place + _END - 2 : place + _END], "little")
 
 
 def _count_steps(path: Path, file: BinaryIO, pickles: int) -> None:
@@ -225,6 +240,8 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if strange := [key for key in state if not isinstance(key, str)]:
+        raise CheckpointError(f"the checkpoint holds no state dict: {strange[0]!r} is no entry's name")
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}

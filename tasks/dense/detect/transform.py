@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ....kernels.lengths import padding_to
-from ... import TaskError
+from ... import TaskError, check_sides
 from ...extras import require
 from ..normalize import check_images, check_order, normalize
 from .boxes import has_area, scale_of
@@ -41,7 +41,7 @@ class DetectorTransform(nn.Module):
             ``std`` are in its order.
 
     Raises:
-        TaskError: If there is no such order, or ``mean`` and ``std`` don't go together.
+        TaskError: If there is no such order, a length is out of range, or ``mean`` and ``std`` don't go together.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("min_size", "max_size", "mean", "std", "divisor", "channel_order")
@@ -62,6 +62,9 @@ class DetectorTransform(nn.Module):
                 f"mean has {len(mean)} channels and std has {len(std)}; they must have as many as the images"
             )
         self.min_size = (min_size,) if isinstance(min_size, int) else None if min_size is None else tuple(min_size)
+        check_sides("min_size", *(self.min_size or ()))
+        check_sides("max_size", max_size)
+        check_sides("divisor", divisor)
         self.max_size = max_size
         self.mean = tuple(mean)
         self.std = tuple(std)
