@@ -8,16 +8,12 @@
  *
  * Nothing here knows torch.
  */
-#include <stdlib.h>
-
 #include "lanes.h"
 
 #define KEYS 4  /* of the pooled map, whose scores are computed together */
 #define DIMS 8  /* whose sums are computed together */
 #define TAPS 3  /* of a window's row, likewise */
 #define BAND 49152 /* biases that a task makes at most, where a row has not more */
-
-enum { DONE, NO_MEMORY };
 
 /* The distances of an axis, as `continuous_bias.AxisTable` has them. */
 typedef struct {
@@ -43,10 +39,10 @@ typedef struct {
 } call;
 
 typedef struct {
+    team team;
     const call *a;
-    int64_t next, tasks, bands, rows; /* rows of a band */
-    int64_t pitch, reach, keys, slots, space, biases, scratch;
-    int status;
+    int64_t bands, rows; /* rows of a band */
+    int64_t pitch, reach, keys, slots, space, biases;
 } job;
 
 #define TENSOR(name) ((const float *)(intptr_t)a->name)
@@ -179,7 +175,8 @@ INLINE void transpose_rows(const job *j, int64_t image, int64_t head, int64_t fi
     for (int64_t at = 0; at + LANES <= j->space; at += LANES) normalize(key + at, j->space, dim);
 }
 
-CLONES static void attend(const job *j, int64_t task, float *scratch) {
+CLONES static void attend(const team *team, int64_t task, float *scratch) {
+    const job *j = (const job *)team;
     const call *a = j->a;
     const int64_t head = task / j->bands, first = task % j->bands * j->rows, dim = a->dim, reach = j->reach;
     const int64_t rows = first + j->rows < a->height ? j->rows : a->height - first, slots = j->slots;
@@ -279,23 +276,8 @@ CLONES static void attend(const job *j, int64_t task, float *scratch) {
     }
 }
 
-static void work(void *data) {
-    job *j = data;
-    float *scratch = malloc(j->scratch * sizeof(float));
-    if (!scratch) {
-        __atomic_store_n(&j->status, NO_MEMORY, __ATOMIC_RELAXED);
-        return;
-    }
-    for (;;) {
-        int64_t task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (task >= j->tasks) break;
-        attend(j, task, scratch);
-    }
-    free(scratch);
-}
-
 EXPORT int foveate_aggregated(const call *a) {
-    job j = {.a = a, .reach = a->window / 2, .keys = a->rows.keys * a->columns.keys, .slots = a->window * a->window};
+    job j = {.team.run = attend, .a = a, .reach = a->window / 2, .keys = a->rows.keys * a->columns.keys, .slots = a->window * a->window};
     j.pitch = a->width + j.reach;
     j.rows = BAND / (j.pitch * j.keys);
     /* Bands for every thread, and not so thin that rows around them, which are transposed too, are most of the work. */
@@ -304,12 +286,10 @@ EXPORT int foveate_aggregated(const call *a) {
     if (j.rows > a->height) j.rows = a->height;
     if (j.rows < 1) j.rows = 1;
     j.bands = (a->height + j.rows - 1) / j.rows;
-    j.tasks = j.bands * a->heads;
+    j.team.tasks = j.bands * a->heads;
     j.biases = (j.rows * j.pitch + BLOCK - 1) / BLOCK * BLOCK;
     j.space = j.biases + 2 * j.reach * j.pitch + 2 * j.reach + LANES;
-    j.scratch = a->columns.distances + j.keys * j.biases + 2 * a->dim * j.space + j.keys * a->dim +
+    j.team.scratch = a->columns.distances + j.keys * j.biases + 2 * a->dim * j.space + j.keys * a->dim +
                 3 * a->dim * BLOCK + (2 * j.slots + j.keys) * BLOCK;
-    int64_t threads = a->threads < j.tasks ? a->threads : j.tasks;
-    share_out(a->parallel, threads, work, &j);
-    return j.status;
+    return share_out(a->parallel, a->threads, &j.team);
 }

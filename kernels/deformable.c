@@ -19,8 +19,9 @@ typedef struct {
 } call;
 
 typedef struct {
+    team team;
     const call *a;
-    int64_t next, tasks, pieces; /* pieces of queries for each plane */
+    int64_t pieces; /* of queries, for each plane */
 } job;
 
 /* The four pixels around a point: where they begin, and the point's share in each; 0 outside of the map. */
@@ -133,22 +134,18 @@ CLONES static void backward(const call *a, int64_t plane) {
     }
 }
 
-static void work(void *data) {
-    job *j = data;
-    for (;;) {
-        int64_t task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (task >= j->tasks) return;
-        int64_t plane = task / j->pieces, begin = task % j->pieces * PIECE, end = begin + PIECE;
-        if (j->a->grad_out)
-            backward(j->a, plane);
-        else
-            forward(j->a, plane, begin, end < j->a->queries ? end : j->a->queries);
-    }
+static void run(const team *team, int64_t task, float *scratch) {
+    const job *j = (const job *)team;
+    const int64_t plane = task / j->pieces, begin = task % j->pieces * PIECE, end = begin + PIECE;
+    (void)scratch;
+    if (j->a->grad_out)
+        backward(j->a, plane);
+    else
+        forward(j->a, plane, begin, end < j->a->queries ? end : j->a->queries);
 }
 
-EXPORT void foveate_deformable(const call *a) {
-    int64_t pieces = a->grad_out ? 1 : (a->queries + PIECE - 1) / PIECE;
-    job j = {a, 0, a->batch * a->heads * pieces, pieces};
-    int64_t threads = a->threads < j.tasks ? a->threads : j.tasks;
-    share_out(a->parallel, threads, work, &j);
+EXPORT int foveate_deformable(const call *a) {
+    job j = {.team.run = run, .a = a, .pieces = a->grad_out ? 1 : (a->queries + PIECE - 1) / PIECE};
+    j.team.tasks = a->batch * a->heads * j.pieces;
+    return share_out(a->parallel, a->threads, &j.team);
 }

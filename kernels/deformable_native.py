@@ -23,7 +23,6 @@ _CALL = struct.Struct("=18q")
 class _Library:
     def __init__(self, path: Path):
         self.call = ctypes.CDLL(str(path)).foveate_deformable
-        self.call.restype = None
         self.parallel = openmp()
 
 
@@ -51,7 +50,8 @@ def _call(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tens
     tensors = (value, locations, weights, *others)
     addresses = [x.data_ptr() for x in tensors] + [0] * (8 - len(tensors))
     numbers = (batch, pixels, heads, dim, queries, levels, points, sides.ctypes.data)
-    _library.call(_CALL.pack(torch.get_num_threads(), _library.parallel, *numbers, *addresses))
+    if _library.call(_CALL.pack(torch.get_num_threads(), _library.parallel, *numbers, *addresses)):
+        raise RuntimeError("foveate's native multi-scale deformable attention failed: out of memory")
 
 
 @torch.library.custom_op("foveate::deformable_native", mutates_args=(), device_types="cpu")

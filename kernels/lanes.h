@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -111,10 +112,37 @@ INLINE void soften(float *score, int64_t count, const int vectors, float *most, 
     }
 }
 
-/* Let `threads` threads work on a job. `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */
-INLINE void share_out(int64_t parallel, int64_t threads, void (*work)(void *), void *job) {
+/* Tasks that threads take one after the other, each thread with scratch of its own. A job begins with it. */
+typedef struct team team;
+struct team {
+    void (*run)(const team *, int64_t task, float *scratch);
+    int64_t tasks, scratch, next; /* how many, numbers of scratch, the first that nobody has taken */
+    int status;
+};
+
+enum { DONE, NO_MEMORY };
+
+static void take_tasks(void *data) {
+    team *t = data;
+    float *scratch = malloc((t->scratch ? t->scratch : 1) * sizeof(float));
+    if (!scratch) {
+        __atomic_store_n(&t->status, NO_MEMORY, __ATOMIC_RELAXED);
+        return;
+    }
+    for (;;) {
+        int64_t task = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
+        if (task >= t->tasks) break;
+        t->run(t, task, scratch);
+    }
+    free(scratch);
+}
+
+/* Do all tasks by up to so many threads. `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */
+INLINE int share_out(int64_t parallel, int64_t threads, team *t) {
+    if (threads > t->tasks) threads = t->tasks;
     if (parallel && threads > 1)
-        ((void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)parallel)(work, job, (unsigned)threads, 0);
+        ((void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)parallel)(take_tasks, t, (unsigned)threads, 0);
     else
-        work(job);
+        take_tasks(t);
+    return t->status;
 }

@@ -10,8 +10,6 @@
  *
  * Nothing here knows torch.
  */
-#include <stdlib.h>
-
 #include "lanes.h"
 
 #define POINTS 4 /* whose scores are computed together */
@@ -19,11 +17,9 @@
 #define TILE 64  /* points whose scores are held at once */
 
 /* Where an instruction picks numbers out of two vectors, queries look up the table with it. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define PERMUTES __attribute__((target("avx512f")))
 #endif
-
-enum { DONE, NO_MEMORY };
 
 /* One call, as point_attention_native.py packs it: eight bytes a field. Tensors are contiguous. */
 typedef struct {
@@ -43,15 +39,13 @@ typedef struct {
     int64_t grad_at;                          /* zeros, [bands][batch][heads][points][2] */
 } call;
 
-typedef struct job job;
-struct job {
+typedef struct {
+    team team;
     const call *a;
-    int64_t next, tasks, bands, rows; /* rows of a band */
-    int64_t lanes, line, scratch;     /* a row of queries in whole blocks, a mixed row of the table with its margins */
-    int64_t pitch, pitch_v;           /* a query and its gradient in whole vectors, for the backward pass */
-    void (*run)(const job *, int64_t, float *);
-    int status;
-};
+    int64_t bands, rows;    /* rows of a band */
+    int64_t lanes, line;    /* a row of queries in whole blocks, a mixed row of the table with its margins */
+    int64_t pitch, pitch_v; /* a query and its gradient in whole vectors, for the backward pass */
+} job;
 
 #define LN2 0.69314718055994530942f
 #define TENSOR(name) ((const float *)(intptr_t)a->name)
@@ -343,7 +337,7 @@ INLINE void differentiate(const job *j, int64_t task, float *scratch, const int 
     float *delta = lse + lanes, *query_row = delta + lanes, *grad_row = query_row + lanes * j->pitch;
     float *lines = grad_row + lanes * j->pitch_v, *grad_lines = lines + TILE * j->line;
     float *weight = grad_lines + TILE * j->line, *ds = weight + TILE * BLOCK, *one = ds + TILE * BLOCK;
-    memset(scratch, 0, j->scratch * sizeof(float));
+    memset(scratch, 0, j->team.scratch * sizeof(float));
     for (int64_t i = 0; i < BLOCK; i++) one[i] = 1;
     for (int64_t row = begin; row < end; row++) {
         int64_t place = (image * a->height + row) * a->width * a->heads + head;
@@ -422,56 +416,44 @@ INLINE void differentiate(const job *j, int64_t task, float *scratch, const int 
     }
 }
 
-CLONES static void attend_by_loads(const job *j, int64_t task, float *scratch) { attend(j, task, scratch, 0); }
-
-#if defined(PERMUTES)
-PERMUTES static void attend_by_permutes(const job *j, int64_t task, float *scratch) { attend(j, task, scratch, 1); }
-#endif
-
-CLONES static void differentiate_by_loads(const job *j, int64_t task, float *scratch) {
-    differentiate(j, task, scratch, 0);
+CLONES static void attend_by_loads(const team *team, int64_t task, float *scratch) {
+    attend((const job *)team, task, scratch, 0);
 }
 
 #if defined(PERMUTES)
-PERMUTES static void differentiate_by_permutes(const job *j, int64_t task, float *scratch) {
-    differentiate(j, task, scratch, 1);
+PERMUTES static void attend_by_permutes(const team *team, int64_t task, float *scratch) {
+    attend((const job *)team, task, scratch, 1);
 }
 #endif
 
-static void work(void *data) {
-    job *j = data;
-    float *scratch = malloc(j->scratch * sizeof(float));
-    if (!scratch) {
-        __atomic_store_n(&j->status, NO_MEMORY, __ATOMIC_RELAXED);
-        return;
-    }
-    for (;;) {
-        int64_t task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (task >= j->tasks) break;
-        j->run(j, task, scratch);
-    }
-    free(scratch);
+CLONES static void differentiate_by_loads(const team *team, int64_t task, float *scratch) {
+    differentiate((const job *)team, task, scratch, 0);
 }
+
+#if defined(PERMUTES)
+PERMUTES static void differentiate_by_permutes(const team *team, int64_t task, float *scratch) {
+    differentiate((const job *)team, task, scratch, 1);
+}
+#endif
 
 EXPORT int foveate_point_attention(const call *a) {
     job j = {.a = a, .lanes = (a->width + BLOCK - 1) / BLOCK * BLOCK, .line = a->table_width + 2 + 2 * LANES};
     int64_t planes = a->batch * a->heads, wanted = a->bands ? a->bands : (4 * a->threads + planes - 1) / planes;
     j.rows = (a->height + wanted - 1) / wanted;
     j.bands = a->bands ? a->bands : (a->height + j.rows - 1) / j.rows;
-    j.tasks = planes * j.bands;
+    j.team.tasks = planes * j.bands;
     j.pitch = (a->dim + LANES - 1) / LANES * LANES;
     j.pitch_v = (a->dim_v + LANES - 1) / LANES * LANES;
     int permute = 0;
 #if defined(PERMUTES)
     float right = TENSOR(step)[1]; /* a vector reads at most 1 + 15 * 1.9 numbers and the one after */
     permute = __builtin_cpu_supports("avx512f") && right >= 0 && right <= 1.9f;
-    j.run = a->bands ? differentiate_by_permutes : attend_by_permutes;
+    j.team.run = a->bands ? differentiate_by_permutes : attend_by_permutes;
 #endif
-    if (!permute) j.run = a->bands ? differentiate_by_loads : attend_by_loads;
+    if (!permute) j.team.run = a->bands ? differentiate_by_loads : attend_by_loads;
     if (a->bands)
-        j.scratch = (2 * a->dim + a->dim_v + 2 + j.pitch + j.pitch_v) * j.lanes + 2 * TILE * (j.line + BLOCK) + BLOCK;
+        j.team.scratch = (2 * a->dim + a->dim_v + 2 + j.pitch + j.pitch_v) * j.lanes + 2 * TILE * (j.line + BLOCK) + BLOCK;
     else
-        j.scratch = (a->dim + a->dim_v + 2) * j.lanes + TILE * (j.line + BLOCK) + BLOCK;
-    share_out(a->parallel, a->threads < j.tasks ? a->threads : j.tasks, work, &j);
-    return j.status;
+        j.team.scratch = (a->dim + a->dim_v + 2) * j.lanes + TILE * (j.line + BLOCK) + BLOCK;
+    return share_out(a->parallel, a->threads, &j.team);
 }

@@ -6,8 +6,6 @@
  *
  * Nothing here knows torch.
  */
-#include <stdlib.h>
-
 #include "../lanes.h"
 
 #define KEYS 4    /* whose scores are computed together */
@@ -15,8 +13,6 @@
 #define DIMS 8    /* whose sums are computed together */
 #define TILE 64   /* keys whose scores are held at once */
 #define FEW 12    /* tokens that a region needs for lanes of queries */
-
-enum { DONE, NO_MEMORY };
 
 /* Address and strides in numbers; a head's channels lie side by side. */
 typedef struct {
@@ -32,9 +28,9 @@ typedef struct {
 } call;
 
 typedef struct {
+    team team;
     const call *a;
-    int64_t next, tasks, rows, columns, tokens, keys, scratch; /* rows and columns of regions; tokens of one */
-    int status;
+    int64_t rows, columns, tokens, keys; /* rows and columns of regions; tokens of one */
 } job;
 
 INLINE float *at(const tensor *t, int64_t image, int64_t head) {
@@ -217,7 +213,8 @@ INLINE void attend_small_region(
     }
 }
 
-CLONES static void attend(const job *j, int64_t task, float *scratch) {
+CLONES static void attend(const team *team, int64_t task, float *scratch) {
+    const job *j = (const job *)team;
     const call *a = j->a;
     const int64_t plane = task / j->rows, row = task % j->rows, image = plane / a->heads, head = plane % a->heads;
     const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
@@ -237,29 +234,13 @@ CLONES static void attend(const job *j, int64_t task, float *scratch) {
     }
 }
 
-static void work(void *data) {
-    job *j = data;
-    float *scratch = malloc(j->scratch * sizeof(float));
-    if (!scratch) {
-        __atomic_store_n(&j->status, NO_MEMORY, __ATOMIC_RELAXED);
-        return;
-    }
-    for (;;) {
-        int64_t task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (task >= j->tasks) break;
-        attend(j, task, scratch);
-    }
-    free(scratch);
-}
-
 EXPORT int foveate_routed(const call *a) {
-    job j = {.a = a, .rows = a->height / a->region_height, .columns = a->width / a->region_width};
+    job j = {.team.run = attend, .a = a, .rows = a->height / a->region_height, .columns = a->width / a->region_width};
     j.tokens = a->region_height * a->region_width;
     j.keys = a->topk * j.tokens;
-    j.tasks = a->batch * a->heads * j.rows;
+    j.team.tasks = a->batch * a->heads * j.rows;
     int64_t scores = QUERIES * (j.keys + LANES);
     if (j.tokens >= FEW) scores = TILE * BLOCK + (a->dim + a->dim_v + 3) * BLOCK;
-    j.scratch = 4 * j.keys + scores; /* addresses are two floats wide */
-    share_out(a->parallel, a->threads < j.tasks ? a->threads : j.tasks, work, &j);
-    return j.status;
+    j.team.scratch = 4 * j.keys + scores; /* addresses are two floats wide */
+    return share_out(a->parallel, a->threads, &j.team);
 }
