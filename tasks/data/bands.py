@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .. import TaskError
-from .images import FULL_WHITE, Bands, DamagedImageError, open_picture, to_bytes
+from .images import FULL_WHITE, Bands, DamagedImageError, naming_damage, open_picture, to_bytes
 from .tiff import Tiff, is_tiff
 
 
@@ -27,15 +26,8 @@ def read_bands(path: str | Path | BytesIO, channels: int, white: int = FULL_WHIT
         tiff = Tiff(path)
         check_channels(tiff.channels, channels, name)
         return bands_of(tiff, (0, 0, tiff.width, tiff.height), white)
-    try:
-        with open_picture(path, name) as picture:
-            picture.load()
-    except FileNotFoundError:
-        raise DamagedImageError(f"{name}: no such file") from None
-    except TaskError:
-        raise
-    except Exception as error:
-        raise DamagedImageError(f"{name}: not an image, or damaged ({str(error).splitlines()[0]})") from error
+    with naming_damage(name), open_picture(path, name) as picture:
+        picture.load()
     return as_bands(picture, channels, white, name)
 
 

@@ -1,5 +1,6 @@
 """Finding and reading images; the one reader that training, evaluation and prediction share."""
 
+import contextlib
 import glob
 import mimetypes
 import os
@@ -193,21 +194,14 @@ def read_size(path: str | Path) -> tuple[tuple[int, int], bool]:
     if tiff is not None:
         turned = tiff.orientation in (5, 6, 7, 8)
         return ((tiff.width, tiff.height) if turned else (tiff.height, tiff.width)), turned
-    try:
-        with open_picture(path) as picture:
-            width, height = picture.size
-            # Pillow decodes a PNG to find an entry that isn't in front of the pixels.
-            known = picture.format != "PNG" or {"exif", "Raw profile type exif", "xmp"} & picture.info.keys()
-            exif = picture.getexif() if known or _has_chunk(path, b"eXIf") else {}
-            turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            # Pillow opens TIFF with the sides exchanged already.
-            return ((width, height) if turned and picture.format != "TIFF" else (height, width)), turned
-    except TaskError:
-        raise
-    except FileNotFoundError:
-        raise DamagedImageError(f"{path}: no such file") from None
-    except Exception as error:
-        raise DamagedImageError(f"{path}: not an image, or damaged ({_reason(error)})") from error
+    with naming_damage(path), open_picture(path) as picture:
+        width, height = picture.size
+        # Pillow decodes a PNG to find an entry that isn't in front of the pixels.
+        known = picture.format != "PNG" or {"exif", "Raw profile type exif", "xmp"} & picture.info.keys()
+        exif = picture.getexif() if known or _has_chunk(path, b"eXIf") else {}
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        # Pillow opens TIFF with the sides exchanged already.
+        return ((width, height) if turned and picture.format != "TIFF" else (height, width)), turned
 
 
 def read_values(path: str | Path | BytesIO, name: str | Path | None = None) -> np.ndarray:
@@ -221,15 +215,8 @@ def read_values(path: str | Path | BytesIO, name: str | Path | None = None) -> n
         DamagedImageError: If the file is missing, not an image, damaged, too large, or has several channels.
     """
     name = path if name is None else name
-    try:
-        with open_picture(path, name) as picture:
-            values = np.asarray(picture)
-    except FileNotFoundError:
-        raise DamagedImageError(f"{name}: no such file") from None
-    except TaskError:
-        raise
-    except Exception as error:
-        raise DamagedImageError(f"{name}: damaged, or no image ({_reason(error)})") from error
+    with naming_damage(name), open_picture(path, name) as picture:
+        values = np.asarray(picture)
     if values.ndim != 2:
         raise DamagedImageError(f"{name}: is a picture of {values.shape[-1]} channels; a label map has one")
     return values
@@ -244,6 +231,19 @@ def _has_chunk(path: str | Path, kind: bytes) -> bool:
                 return True
             file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
     return False
+
+
+@contextlib.contextmanager
+def naming_damage(name: str | Path) -> Iterator[None]:
+    """Turn what Pillow and the system raise of a picture into a DamagedImageError of one line that names it."""
+    try:
+        yield
+    except TaskError:
+        raise
+    except FileNotFoundError:
+        raise DamagedImageError(f"{name}: no such file") from None
+    except Exception as error:
+        raise DamagedImageError(f"{name}: not an image, or damaged ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
@@ -353,17 +353,10 @@ def _load(path: str | Path | BytesIO, deep_colours: bool, name: str | Path) -> t
     """Return an image, and if asked for the values ``[H, W, C]`` of colours of 16 bits, of which Pillow takes 8."""
     if isinstance(path, str | Path) and (tiff := _only_ours(path)) is not None:
         raise DamagedImageError(f"{name}: has {tiff.channels} channels; data.channels={tiff.channels} reads them")
-    try:
-        with open_picture(path, name) as image:
-            deep = deep_colours and _has_deep_colours(image)
-            image.load()
-            colours = _decode_colours(path) if deep else None
-    except FileNotFoundError:
-        raise DamagedImageError(f"{name}: no such file") from None
-    except TaskError:
-        raise
-    except Exception as error:
-        raise DamagedImageError(f"{name}: not an image, or damaged ({_reason(error)})") from error
+    with naming_damage(name), open_picture(path, name) as image:
+        deep = deep_colours and _has_deep_colours(image)
+        image.load()
+        colours = _decode_colours(path) if deep else None
     return image, colours
 
 

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
-from ...zoo.library_errors import first_line
-from .. import TaskError
 from .bands import bands_of, check_channels
-from .images import FULL_WHITE, Bands, DamagedImageError, open_picture, read_image, to_pixels
+from .images import FULL_WHITE, Bands, naming_damage, open_picture, read_image, to_pixels
 from .tiff import Tiff, is_tiff
 
 
@@ -53,18 +51,11 @@ class Windows:
         """Return the decoded picture as it is stored, and its orientation."""
         if self._channels not in (1, 3):
             return read_image(path, self._channels, self._white), 1
-        try:
-            with open_picture(path) as image:
-                if self._white != FULL_WHITE and image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile):
-                    # Only the one reader knows what is white; what it returns stands upright.
-                    return read_image(path, self._channels, self._white), 1
-                image.load()
-        except FileNotFoundError:
-            raise DamagedImageError(f"{path}: no such file") from None
-        except TaskError:
-            raise
-        except Exception as error:
-            raise DamagedImageError(f"{path}: not an image, or damaged ({first_line(error)})") from error
+        with naming_damage(path), open_picture(path) as image:
+            if self._white != FULL_WHITE and image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile):
+                # Only the one reader knows what is white; what it returns stands upright.
+                return read_image(path, self._channels, self._white), 1
+            image.load()
         return image, image.getexif().get(ExifTags.Base.Orientation, 1)
 
     def read(self, left: int, top: int, right: int, bottom: int) -> Image.Image:

@@ -182,7 +182,7 @@ def test_label_maps_are_read(tmp_path, capsys):
     [
         ([halves(), halves(most=4)], r"1 has values that stand for no class: 2, 3"),
         ([halves(), halves()[:10]], r"1 has 10x30 pixels, but its image 20x30"),
-        ([halves(), b"no picture"], r"train/1, mask: damaged, or no image"),
+        ([halves(), b"no picture"], r"train/1, mask: not an image, or damaged"),
         ([halves(), None], r"train/1, mask: holds no image"),
         ([halves(), np.zeros((20, 30, 3), np.uint8)], r"is a picture of 3 channels; a label map has one"),
     ],
