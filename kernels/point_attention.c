@@ -236,7 +236,7 @@ INLINE void sum_queries(
     int64_t step
 ) {
     V sum[POINTS][VECTORS] = {0};
-    const int64_t second = pitch > LANES ? LANES : 0;
+    const int64_t second = dims > LANES ? LANES : 0;
     for (int64_t q = 0; q < count; q++, row += pitch)
         EACH(i, points) {
             sum[i][0] += load(row) * weight[i * BLOCK + q];
@@ -257,9 +257,9 @@ INLINE void sum_rows(
     for (int64_t d = 0; d < dim; d += BLOCK) {
         int64_t i = 0, dims = dim - d;
         for (; i + POINTS <= points; i += POINTS)
-            sum_queries(weight + i * BLOCK, count, row + d, pitch - d, dims, POINTS, out + i * dim + d, dim);
+            sum_queries(weight + i * BLOCK, count, row + d, pitch, dims, POINTS, out + i * dim + d, dim);
         for (; i < points; i++)
-            sum_queries(weight + i * BLOCK, count, row + d, pitch - d, dims, 1, out + i * dim + d, dim);
+            sum_queries(weight + i * BLOCK, count, row + d, pitch, dims, 1, out + i * dim + d, dim);
     }
 }
 

@@ -67,7 +67,8 @@ def point_attention(
         torch.Size([1, 5, 7, 2, 16])
     """
     problem = Problem(query, key, value, table, points, rows, columns)
-    return _BACKENDS[choose("point_attention", _BACKENDS, problem, backend)].run(problem)
+    name = choose("point_attention", _BACKENDS, problem, backend)
+    return _BACKENDS["whole" if query.shape[0] == 0 else name].run(problem)
 
 
 def point_attention_backends(
@@ -102,6 +103,9 @@ def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tens
 
 def _whole(problem: Problem) -> Tensor:
     query, key, value, *places = problem
+    if query.shape[0] == 0:  # of nothing, torch's operators forget where gradients go
+        nothing = sum(x.flatten()[:0].to(value.dtype) for x in problem[:5])
+        return nothing.view(*query.shape[:-1], value.shape[-1])
     out = _attend(query.flatten(1, 2).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *places)
     return out.transpose(1, 2).unflatten(1, query.shape[1:3])
 

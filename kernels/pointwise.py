@@ -30,7 +30,8 @@ def _linear(problem: Problem) -> Tensor:
 def _onednn(problem: Problem) -> Tensor:
     """Call what inductor calls of oneDNN: code for the processor at hand, with no map between product and GELU."""
     activation = "none" if problem.activation is None else problem.activation
-    return torch.ops.mkldnn._linear_pointwise(*problem[:3], activation, [], "none")
+    bias = None if problem.bias is None else problem.bias.contiguous()  # an expanded one would be read as it isn't
+    return torch.ops.mkldnn._linear_pointwise(problem.x, problem.weight, bias, activation, [], "none")
 
 
 def _onednn_obstacle(problem: Problem) -> str | None:

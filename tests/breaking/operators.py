@@ -17,6 +17,7 @@ from foveate.kernels import (
     na3d,
     na3d_av,
     na3d_qk,
+    point_attention,
     quadtree_scores,
     quadtree_values,
     routed_attention,
@@ -26,7 +27,17 @@ from foveate.kernels.bilinear import sample_bilinear
 from foveate.kernels.pointwise import pointwise
 from trial import Trial, Wrong
 
-KINDS = ("neighborhood", "products", "routing", "deformable", "quadtree", "window and pooled", "aggregated", "maps")
+KINDS = (
+    "neighborhood",
+    "products",
+    "routing",
+    "points",
+    "deformable",
+    "quadtree",
+    "window and pooled",
+    "aggregated",
+    "maps",
+)
 
 
 def run(trial: Trial) -> None:
@@ -140,9 +151,9 @@ def _products(draw) -> None:
 
 
 def _routing(draw) -> None:
-    region = draw.randint(1, 4), draw.randint(1, 4)
+    region = draw.randint(1, 9), draw.randint(1, 9)
     rows, columns = draw.randint(1, 4), draw.randint(1, 4)
-    batch, heads, dim = draw.choice((0, 1, 2)), draw.randint(1, 3), draw.randint(1, 9)
+    batch, heads, dim = draw.choice((0, 1, 2)), draw.randint(1, 3), draw.choice((1, 3, 8, 16, 32, 48))
     count = rows * columns
     tensors = [_tensor(draw, batch, rows * region[0], columns * region[1], heads, dim) for _ in range(3)]
     routes = torch.stack(
@@ -152,7 +163,24 @@ def _routing(draw) -> None:
     _compare(
         lambda q, k, v, backend: routed_attention(q, k, v, routes, region, backend=backend),
         tensors,
-        (None, "chunked", "reference"),
+        (None, "native", "chunked", "reference"),
+    )
+
+
+def _points(draw) -> None:
+    batch, heads, groups = draw.choice((0, 1, 2)), draw.choice((2, 4)), draw.choice((1, 2))
+    height, width, count = draw.randint(1, 9), draw.randint(1, 70), draw.randint(1, 140)
+    dim, dim_v, table = draw.randint(1, 33), draw.randint(1, 33), (draw.randint(1, 30), draw.randint(1, 60))
+    axes = [torch.linspace(-1, 1, length) if length > 1 else torch.zeros(1) for length in (height, width)]
+    tensors = [_tensor(draw, batch, height, width, heads, dim), _tensor(draw, batch, count, heads, dim)]
+    tensors += [_tensor(draw, batch, count, heads, dim_v), _tensor(draw, heads, *table)]
+    tensors += [torch.rand(batch, groups, count, 2) * 2.8 - 1.4]
+    _compare(
+        lambda *tensors, backend: point_attention(*tensors, *(x.to(tensors[0].dtype) for x in axes), backend),
+        tensors,
+        (None, "native", "rows", "whole"),
+        "whole",
+        draw.random() < 0.7,
     )
 
 
@@ -248,11 +276,15 @@ def _maps(draw) -> None:
         "convolution",
         gradients,
     )
-    x, wide = _tensor(draw, batch, height, width, channels), draw.randint(1, 20)
+    x, wide, activation = (
+        _tensor(draw, batch, height, width, channels),
+        draw.randint(1, 20),
+        draw.choice((None, "gelu")),
+    )
     _compare(
-        lambda x, w, b, backend: pointwise(x, w, b, backend=backend),
+        lambda x, w, b, backend: pointwise(x, w, b, backend, activation),
         [x, _tensor(draw, wide, channels), _tensor(draw, wide)],
-        (None, "convolution", "linear"),
+        (None, "onednn", "convolution", "linear"),
         "linear",
         gradients,
     )

@@ -12,6 +12,7 @@ PROBLEMS = [
     (2, 5, 7, 6, 4, 2, 8, 8, (9, 13)),
     (1, 3, 37, 70, 2, 1, 16, 5, (5, 11)),
     (1, 4, 10, 9, 1, 1, 3, 12, (31, 61)),
+    (1, 2, 20, 5, 1, 1, 40, 33, (5, 7)),
     (1, 1, 1, 1, 2, 2, 4, 4, (1, 1)),
 ]
 BACKENDS = ["rows", "whole"]
@@ -154,4 +155,7 @@ def test_what_is_not_a_number_stays_so_and_alone():
 def test_nothing_to_attend_to():
     call = problem(*PROBLEMS[0])
     call = [call[0][:0], call[1][:0], call[2][:0], call[3], call[4][:0], *call[5:]]
-    assert point_attention(*call).shape == (0, 5, 7, 4, 8)
+    leaves = [x.requires_grad_() for x in call[:5]]
+    out = point_attention(*call)
+    assert out.shape == (0, 5, 7, 4, 8)
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), leaves))

@@ -31,6 +31,8 @@ def test_parts_of_a_weight_and_strided_maps():
     torch.manual_seed(0)
     weight, x = torch.randn(40, 24), torch.randn(2, 24, 5, 7).permute(0, 2, 3, 1)
     torch.testing.assert_close(pointwise(x, weight[:16]), F.linear(x, weight[:16]), atol=2e-5, rtol=1e-5)
+    bias = torch.randn(1).expand(40)
+    torch.testing.assert_close(pointwise(x, weight, bias), F.linear(x, weight, bias), atol=2e-5, rtol=1e-5)
     x = torch.randn(2, 5, 7, 48)[..., ::2]
     torch.testing.assert_close(pointwise(x, weight), F.linear(x, weight), atol=2e-5, rtol=1e-5)
 
