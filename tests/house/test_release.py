@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("kernels/neighborhood/native.c", "kernels/deformable.c", "kernels/aggregated.c")
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.c"))
 FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 # Compilers for other systems: ziglang is clang with their headers (`.ci/wide release` installs it).
 TARGETS = ("x86_64-windows-gnu", "aarch64-linux-gnu", "aarch64-macos", "x86_64-macos")
