@@ -195,6 +195,13 @@ def test_another_kernel_size_resamples_the_bias_and_says_so(state, tmp_path, cap
     assert "18 reshaped (stages.0.blocks.0.attn.rpb 2x13x13 to 2x21x21, bicubic" in caplog.text
 
 
+@pytest.mark.parametrize("shape", [(0,), (32, 0, 3, 3), (16, 3, 3, 3), (32, 3, 5, 5), (32, 27)])
+def test_a_first_kernel_that_differs_in_more_than_its_inputs_is_refused(shape, state, tmp_path):
+    torch.save(state | {"stem.proj.0.weight": torch.zeros(shape)}, tmp_path / "nat_mini.pth")
+    with pytest.raises(CheckpointError, match=r"1 of another shape \(stem\.proj\.0\.weight\)"):
+        load("nat_mini", tmp_path / "nat_mini.pth")
+
+
 def test_the_report_tells_what_became_of_every_entry(state, tmp_path):
     torch.save(state, tmp_path / "nat_mini.pth")
     assert str(load("nat_mini", tmp_path / "nat_mini.pth").load_report) == f"{len(state)} entries matched"

@@ -52,6 +52,11 @@ def _some(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join((*items[:3], *(("...",) if len(items) > 3 else ())))
 
 
+def _differ_in_inputs(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two kernels are alike but for their input channels, of which either has some."""
+    return len(shape) == len(other) and shape[1] > 0 and (*shape[:1], *shape[2:]) == (*other[:1], *other[2:])
+
+
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
@@ -94,7 +99,7 @@ def fit(
         refusal: What is said before the faults.
         initial: Entries of which the model keeps its own, whether or not the file has them.
         unused: Entries of the file that aren't the model's and may be left out.
-        adapted: Entries that may be of another shape, since somebody else adapts them.
+        adapted: Kernels that may have other input channels, since somebody else adapts them.
         resize: Resamples entries that were made for another size.
         counts: Whether the error says how many entries match.
         hint: What is said after the faults.
@@ -110,7 +115,7 @@ def fit(
         size, rule = model_state[key].shape, "input channels adapted"
         resized = resize(key, value, size, model) if resize is not None and value.shape != size else None
         fitted[key], rule = (value, rule) if resized is None else resized
-        if fitted[key].shape != size and key not in adapted:
+        if fitted[key].shape != size and not (key in adapted and _differ_in_inputs(fitted[key].shape, size)):
             misshapen.append(key)
         elif value.shape != size:
             reshaped.append((key, tuple(value.shape), tuple(size), rule))
