@@ -98,13 +98,13 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor):
         *problem, out, lse = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # to be differentiated again
-            inputs = [x for x, needed in zip(problem, wanted, strict=True) if needed]
+            inputs = [x for x, needed in zip(problem, needs, strict=True) if needed]
             grads = iter(torch.autograd.grad(ctx.again(*problem), inputs, grad_out, create_graph=True))
-            return None, *(next(grads) if needed else None for needed in wanted)
+            return None, *(next(grads) if needed else None for needed in needs)
         grads = _differentiate(problem, out, lse, grad_out)
-        return None, *(grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
+        return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
 def _differentiate(problem: Sequence[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor) -> list[Tensor | None]:

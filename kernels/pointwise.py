@@ -35,6 +35,8 @@ def _onednn(problem: Problem) -> Tensor:
 
 
 def _onednn_obstacle(problem: Problem) -> str | None:
+    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
+        return "a compiler chooses itself"
     tensors = [x for x in problem[:3] if x is not None]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
         return f"it is for float32 on CPUs; got {problem.x.dtype} on {problem.x.device}"
@@ -55,7 +57,7 @@ def _has_onednn() -> bool:
 
 
 def _onednn_drawback(problem: Problem) -> str | None:
-    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "graphs and transforms take torch's plain operators"
     return "autocast chooses the precision" if torch.is_autocast_enabled("cpu") else None
 

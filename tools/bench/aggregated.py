@@ -43,8 +43,8 @@ def bench_aggregated(name: str, model: TransNeXt, images: Tensor, rounds: int) -
     """
     paths = {"ours": model, "unfolded": unfolded(model)}
     with torch.inference_mode():
-        ours, theirs = (path(images) for path in paths.values())
-        torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.std().item(), rtol=0)
+        logits, expected = (path(images) for path in paths.values())
+        torch.testing.assert_close(logits, expected, atol=1e-4 * expected.std().item(), rtol=0)
         calls = {path: lambda network=network: network(images) for path, network in paths.items()}
         memory = {path: memory_growth(call, images.device.type) for path, call in calls.items()}
         seconds = alternate(calls, rounds, images.device.type)
