@@ -16,7 +16,7 @@ from foveate.zoo import CheckpointError, create_backbone
 from foveate.zoo.loading import create_model
 from foveate.zoo.published import settings_of
 
-from .published_names import COUNTS, SWIN, as_detectron, as_mm, detectron_file, mm_file, renamed
+from .published_names import COUNTS, MASK2FORMER, SWIN, as_detectron, as_mm, detectron_file, mm_file, renamed
 
 # Published errors are rounding; the sheet allows 2e-5 of an output's standard deviation.
 TOLERANCE = 2e-5
@@ -327,37 +327,6 @@ VIT = (
     (r"backbone\.features\.model\.blocks\.(\d+)\.mlp\.fc2\.", r"backbone.layers.\1.ffn.layers.1."),
     (r"backbone\.features\.model\.", "backbone."),
     (r"neck\.", "neck."),
-)
-ENCODER = r"head\.pixel_decoder\.transformer\.encoder\.layers\.(\d)\."
-LAYERS = r"head\.predictor\.transformer_{}_layers\.(\d)\."
-MASK2FORMER = (
-    (r"head\.pixel_decoder\.input_proj\.(\d)\.0\.", r"decode_head.pixel_decoder.input_convs.\1.conv."),
-    (r"head\.pixel_decoder\.input_proj\.(\d)\.1\.", r"decode_head.pixel_decoder.input_convs.\1.gn."),
-    (r"head\.pixel_decoder\.adapter_1\.norm\.", "decode_head.pixel_decoder.lateral_convs.0.gn."),
-    (r"head\.pixel_decoder\.adapter_1\.", "decode_head.pixel_decoder.lateral_convs.0.conv."),
-    (r"head\.pixel_decoder\.layer_1\.norm\.", "decode_head.pixel_decoder.output_convs.0.gn."),
-    (r"head\.pixel_decoder\.layer_1\.", "decode_head.pixel_decoder.output_convs.0.conv."),
-    (r"head\.pixel_decoder\.mask_features\.", "decode_head.pixel_decoder.mask_feature."),
-    (r"head\.pixel_decoder\.transformer\.level_embed", "decode_head.pixel_decoder.level_encoding.weight"),
-    (ENCODER + r"norm1\.", r"decode_head.pixel_decoder.encoder.layers.\1.norms.0."),
-    (ENCODER + r"norm2\.", r"decode_head.pixel_decoder.encoder.layers.\1.norms.1."),
-    (ENCODER + r"linear1\.", r"decode_head.pixel_decoder.encoder.layers.\1.ffn.layers.0.0."),
-    (ENCODER + r"linear2\.", r"decode_head.pixel_decoder.encoder.layers.\1.ffn.layers.1."),
-    (ENCODER, r"decode_head.pixel_decoder.encoder.layers.\1."),
-    (r"head\.predictor\.class_embed\.", "decode_head.cls_embed."),
-    (r"head\.predictor\.mask_embed\.layers\.(\d)\.", lambda match: f"decode_head.mask_embed.{2 * int(match[1])}."),
-    (r"head\.predictor\.decoder_norm\.", "decode_head.transformer_decoder.post_norm."),
-    (
-        LAYERS.format("cross_attention") + r"multihead_attn\.",
-        r"decode_head.transformer_decoder.layers.\1.cross_attn.attn.",
-    ),
-    (LAYERS.format("self_attention") + r"self_attn\.", r"decode_head.transformer_decoder.layers.\1.self_attn.attn."),
-    (LAYERS.format("ffn") + r"linear1\.", r"decode_head.transformer_decoder.layers.\1.ffn.layers.0.0."),
-    (LAYERS.format("ffn") + r"linear2\.", r"decode_head.transformer_decoder.layers.\1.ffn.layers.1."),
-    (LAYERS.format("cross_attention") + r"norm\.", r"decode_head.transformer_decoder.layers.\1.norms.0."),
-    (LAYERS.format("self_attention") + r"norm\.", r"decode_head.transformer_decoder.layers.\1.norms.1."),
-    (LAYERS.format("ffn") + r"norm\.", r"decode_head.transformer_decoder.layers.\1.norms.2."),
-    (r"head\.predictor\.", "decode_head."),
 )
 
 
