@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.neighborhood import na2d_av, na2d_bias
 from ..kernels.neighborhood.window import Axis, neighbors
+from .depthwise import apply_depthwise
 from .dilated_reparam import DilatedReparamConv, rename_branches
 from .plain import is_plain
 from .record import Given, Recorded, Rows, exact, heads_to_map, land_by_axes, map_to_heads, pooling_axis, spread_rows
@@ -251,7 +252,7 @@ class ResidualDepthwise(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        return x + self.conv(x) if torch.jit.is_scripting() else apply_depthwise(self.conv, x, residual=True)
 
 
 class ResponseMlp(nn.Module):

@@ -4,6 +4,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .depthwise import apply_depthwise
 from .pieces import may_take_pieces, sum_over_channels
 from .pointwise import apply_linear
 
@@ -47,9 +48,12 @@ class DepthwiseMlp(nn.Module):
         return self._feed_forward(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
-        x = self.drop(self.act(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
-        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x))
+        if torch.jit.is_scripting():
+            x = self.act(self.dwconv(self.fc1(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+            return self.drop(self.fc2(self.drop(x)))
+        x = apply_linear(self.fc1, x).permute(0, 3, 1, 2)
+        x = apply_depthwise(self.dwconv, x, self.act).permute(0, 2, 3, 1)
+        return self.drop(apply_linear(self.fc2, self.drop(x)))
 
     @torch.jit.ignore
     def _in_pieces(self, x: Tensor) -> bool:

@@ -6,12 +6,12 @@ a piece at a time: fresh memory for the whole costs more than the products.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backends import exporting
+from ..kernels.depthwise import depthwise_conv2d
 from ..kernels.pointwise import pointwise
-from .plain import is_plain
+from .plain import is_plain, is_plain_gelu
 
 
 def may_take_pieces(x: Tensor, *layers: nn.Module) -> bool:
@@ -45,15 +45,16 @@ def sum_over_channels(
     height, width = x.shape[1], x.shape[2]
     tokens = x.flatten(0, 2)
     inputs, outputs = fc1.weight.flatten(1), fc2.weight.flatten(1)
-    hidden = outputs.shape[1]
+    hidden, activation = outputs.shape[1], "gelu" if is_plain_gelu(act) else None
     total = fc2.bias.expand(tokens.shape[0], -1)
     for start in range(0, hidden, channels):
         end = min(start + channels, hidden)
         part = slice(start, end)
         piece = pointwise(tokens, inputs[part], fc1.bias[part])
         piece = piece.view(-1, height, width, end - start).permute(0, 3, 1, 2)
-        piece = F.conv2d(piece, conv.weight[part], conv.bias[part], padding=1, groups=end - start)
-        piece = act(piece.permute(0, 2, 3, 1).flatten(0, 2))
+        piece = depthwise_conv2d(piece, conv.weight[part], conv.bias[part], activation=activation)
+        piece = piece.permute(0, 2, 3, 1).flatten(0, 2)
+        piece = piece if activation else act(piece)
         if gated:
             other = slice(hidden + start, hidden + end)
             piece = piece.mul_(pointwise(tokens, inputs[other], fc1.bias[other]))

@@ -42,6 +42,11 @@ def is_plain(*layers: nn.Module) -> bool:
     return True
 
 
+def is_plain_gelu(act: nn.Module) -> bool:
+    """Return whether an activation is a plain GELU, by the error function."""
+    return isinstance(act, nn.GELU) and act.approximate == "none" and is_plain(act)
+
+
 def _hooks_of_all_modules() -> bool:
     # torch has a function that says so only since 2.9; these are what `nn.Module.__call__` itself looks at.
     forward, backward = _module._global_forward_hooks, _module._global_backward_hooks

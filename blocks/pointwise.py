@@ -7,7 +7,7 @@ from ..kernels.backends import channels_come_last
 from ..kernels.pointwise import is_fused, pointwise
 from .layout import channels_last
 from .pieces import may_take_pieces
-from .plain import is_plain
+from .plain import is_plain, is_plain_gelu
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -33,13 +33,9 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 5, 7, 32])
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not is_plain(layer) or not _is_gelu(act):
+    if traced or not is_plain(layer) or not is_plain_gelu(act):
         return act(apply_linear(layer, x))
     return pointwise(x, layer.weight, layer.bias, activation="gelu")
-
-
-def _is_gelu(act: nn.Module) -> bool:
-    return isinstance(act, nn.GELU) and act.approximate == "none" and is_plain(act)
 
 
 # Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is, where
@@ -60,7 +56,7 @@ def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -
     """
     if not _as_linear(layer, x):
         return layer(x) if act is None else act(layer(x))
-    fused = act is not None and _is_gelu(act)
+    fused = act is not None and is_plain_gelu(act)
     positions, weight = x.permute(0, 2, 3, 1), layer.weight.flatten(1)
     x = pointwise(positions, weight, layer.bias, activation="gelu" if fused else None).permute(0, 3, 1, 2)
     return x if act is None or fused else act(x)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import onednn
 from .backends import Backend, channels_come_last, choose, exporting, report
 
 # Read once: a compiler can't follow the questions.
@@ -27,6 +28,8 @@ class Problem(NamedTuple):
     bias: Tensor | None
     dilation: tuple[int, int]
     padding: tuple[int, int]
+    residual: bool = False
+    activation: str | None = None
 
     def output_size(self) -> list[int]:
         sizes = zip(self.x.shape[2:], self.weight.shape[2:], self.dilation, self.padding, strict=True)
@@ -34,8 +37,28 @@ class Problem(NamedTuple):
 
 
 def _convolution(problem: Problem) -> Tensor:
-    x, weight, bias, dilation, padding = problem
-    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=len(weight))
+    x, weight, bias, dilation, padding = problem[:5]
+    return _finish(F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=len(weight)), problem)
+
+
+def _finish(out: Tensor, problem: Problem) -> Tensor:
+    if problem.residual:
+        # In place of the convolution, which no gradient needs: large maps cost time to allocate.
+        out = out.add_(problem.x) if out.dtype == problem.x.dtype else problem.x + out
+    return F.gelu(out) if problem.activation == "gelu" else out
+
+
+def _onednn(problem: Problem) -> Tensor:
+    x, weight, bias, dilation, padding = problem[:5]
+    if problem.residual:
+        # The map itself is what a kernel of 1 in its centre makes of it.
+        height, width = weight.shape[2:]
+        weight = weight.clone()
+        weight[:, :, height // 2, width // 2] += 1
+    activation = "none" if problem.activation is None else problem.activation
+    bias = None if bias is None else bias.contiguous()
+    options = (list(padding), [1, 1], list(dilation), len(weight))
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], "none")
 
 
 def _like(out: Tensor, x: Tensor) -> Tensor:
@@ -56,7 +79,7 @@ def _interleaved(problem: Problem) -> Tensor:
 
     Of a padding that is no multiple of the dilation, the rest is put on the map, which moves it to another grid.
     """
-    x, weight, bias, (dy, dx), (py, px) = problem
+    x, weight, bias, (dy, dx), (py, px) = problem[:5]
     height, width = problem.output_size()
     rest_y, rest_x = py % dy, px % dx
     batch, channels, rows, columns = x.shape
@@ -71,7 +94,7 @@ def _interleaved(problem: Problem) -> Tensor:
     rows, columns = out.shape[1:3]
     out = out.reshape(dy, dx, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
     out = out.reshape(batch, rows * dy, columns * dx, channels)[:, :height, :width]
-    return _like(out.permute(0, 3, 1, 2), x)
+    return _finish(_like(out.permute(0, 3, 1, 2), x), problem)
 
 
 def _dilation_obstacle(problem: Problem) -> str | None:
@@ -100,10 +123,25 @@ def _channels_last_drawback(problem: Problem) -> str | None:
     return _drawback(problem)
 
 
+def _onednn_obstacle(problem: Problem) -> str | None:
+    if problem.residual and not all(length % 2 for length in problem.weight.shape[2:]):
+        return "an even kernel has no centre to add the map by"
+    return onednn.obstacle(*problem[:3])
+
+
+def _onednn_drawback(problem: Problem) -> str | None:
+    if not problem.residual and problem.activation is None:
+        return "nothing is there to be fused"
+    if not channels_come_last(problem.x):
+        return "it is faster where channels come last only"
+    return onednn.drawback()
+
+
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "interleaved": Backend(_interleaved, _dilation_obstacle, _drawback),
     "channels_last": Backend(_channels_last, drawback=_channels_last_drawback),
+    "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
     "convolution": Backend(_convolution),
 }
 
@@ -114,6 +152,8 @@ def _problem(
     bias: Tensor | None,
     dilation: int | tuple[int, int],
     padding: int | tuple[int, int] | None,
+    residual: bool,
+    activation: str | None,
 ) -> Problem:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[:2] != (x.shape[1], 1):
         raise ValueError(
@@ -131,11 +171,18 @@ def _problem(
     py, px = (padding, padding) if isinstance(padding, int) else padding
     if min(py, px) < 0:
         raise ValueError(f"padding must not be negative, got {padding}")
-    problem = Problem(x, weight, bias, (dy, dx), (py, px))
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation is 'gelu' or None; got {activation!r}")
+    problem = Problem(x, weight, bias, (dy, dx), (py, px), residual, activation)
     if any(size < 1 for size in problem.output_size()):  # min() would bind the sizes of a compiled graph to each other
         raise ValueError(
             f"a {weight.shape[2]}x{weight.shape[3]} kernel of dilation {(dy, dx)} does not fit into a map of "
             f"{x.shape[2]}x{x.shape[3]} with padding {(py, px)}"
+        )
+    if residual and problem.output_size() != list(x.shape[2:]):
+        raise ValueError(
+            f"a map of {list(x.shape[2:])} can't be added to a convolution of {problem.output_size()}; "
+            "give the padding that keeps its size"
         )
     return problem
 
@@ -147,8 +194,10 @@ def depthwise_conv2d(
     dilation: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | None = None,
     backend: str | None = None,
+    residual: bool = False,
+    activation: str | None = None,
 ) -> Tensor:
-    """Convolve each channel with a kernel of its own, at stride 1, as `torch.nn.functional.conv2d` does.
+    """Convolve each channel with a kernel of its own, at stride 1, as `torch.nn.functional.conv2d` does, and finish it.
 
     Args:
         x: Map ``[B, C, H, W]``, in any memory format, which is that of the output too.
@@ -157,21 +206,24 @@ def depthwise_conv2d(
         dilation: Distance of the kernel's rows and columns on the map.
         padding: Zeros on each side of the map; by default as many as keep its size, which takes odd kernels.
         backend: ``"convolution"``, the reference, which is torch's own; ``"interleaved"``, a plain convolution on each
-            of the grids of every ``dilation``-th row and column; or ``"channels_last"``. By default the fastest: on a
-            CPU, interleaved for dilated kernels and channels last for plain ones, where they are wide.
+            of the grids of every ``dilation``-th row and column; ``"channels_last"``; or ``"onednn"`` (float32 on CPUs,
+            without gradients: one operator with all that follows in it). By default the fastest: on a CPU, interleaved
+            for dilated kernels and channels last for plain ones, where they are wide, else oneDNN.
+        residual: Whether to add the map.
+        activation: ``"gelu"`` of the sum, or None.
 
     Returns:
         ``[B, C, H + 2 p - dilation (h - 1), W + 2 p - dilation (w - 1)]``.
 
     Raises:
-        ValueError: If the shapes do not fit, the kernel does not fit into the padded map, or there is no such backend
-            or it cannot run; the message says why.
+        ValueError: If the shapes do not fit, the kernel does not fit into the padded map, there is no such activation,
+            or no such backend or it cannot run; the message says why.
 
     Example:
         >>> depthwise_conv2d(torch.randn(1, 8, 5, 9), torch.randn(8, 1, 7, 7), dilation=3).shape
         torch.Size([1, 8, 5, 9])
     """
-    problem = _problem(x, weight, bias, dilation, padding)
+    problem = _problem(x, weight, bias, dilation, padding, residual, activation)
     return _BACKENDS[choose("depthwise_conv2d", _BACKENDS, problem, backend)].run(problem)
 
 
@@ -182,10 +234,12 @@ def depthwise_backends(
     dilation: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | None = None,
     backend: str | None = None,
+    residual: bool = False,
+    activation: str | None = None,
 ) -> dict[str, str]:
     """Say which backends can run a call of `depthwise_conv2d`, whose arguments these are, and why the others cannot.
 
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    return report("depthwise_conv2d", _BACKENDS, _problem(x, weight, bias, dilation, padding), backend)
+    return report("depthwise_conv2d", _BACKENDS, _problem(x, weight, bias, dilation, padding, residual, activation), backend)

@@ -1,13 +1,13 @@
 """A linear layer at every position of a map, or at every token."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, exporting, report
+from . import onednn
+from .backends import Backend, choose, report
 
 
 class Problem(NamedTuple):
@@ -35,31 +35,13 @@ def _onednn(problem: Problem) -> Tensor:
 
 
 def _onednn_obstacle(problem: Problem) -> str | None:
-    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
-        return "a compiler chooses itself"
-    tensors = [x for x in problem[:3] if x is not None]
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
-        return f"it is for float32 on CPUs; got {problem.x.dtype} on {problem.x.device}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "it has no derivatives"
-    if problem.x.ndim < 2 or 0 in problem.x.shape or 0 in problem.weight.shape:
-        return f"it takes [..., in] with two axes or more, none of them empty; got {list(problem.x.shape)}"
-    return None if _has_onednn() else "torch has no oneDNN here"
-
-
-@functools.cache
-def _has_operator() -> bool:
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and _has_operator()
+    if problem.x.ndim < 2:
+        return f"it takes [..., in] with two axes or more; got {list(problem.x.shape)}"
+    return onednn.obstacle(*problem[:3])
 
 
 def _onednn_drawback(problem: Problem) -> str | None:
-    if exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "graphs and transforms take torch's plain operators"
-    return "autocast chooses the precision" if torch.is_autocast_enabled("cpu") else None
+    return onednn.drawback()
 
 
 def _convolution(problem: Problem) -> Tensor:
@@ -84,7 +66,7 @@ def _convolution_drawback(problem: Problem) -> str | None:
         return "lone positions are no image to oneDNN"
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return "it is faster in float32 on CPUs only"
-    if not _has_onednn():
+    if not onednn.is_available():
         return "oneDNN is not available"
     return "torch leaves oneDNN on a single thread" if torch.get_num_threads() == 1 else None
 

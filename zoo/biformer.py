@@ -36,6 +36,7 @@ from timm.layers import (
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.depthwise import apply_depthwise
 from ..blocks.initialize import init_linear
 from ..blocks.layout import channels_last
 from ..blocks.pointwise import PointwiseMlp
@@ -101,7 +102,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape; channels last in memory if they were so."""
         if self.pos_conv is not None:
-            x = x + self.pos_conv(x)
+            x = x + self.pos_conv(x) if torch.jit.is_scripting() else apply_depthwise(self.pos_conv, x, residual=True)
         x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))

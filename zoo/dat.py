@@ -40,7 +40,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
-from ..blocks.plain import is_plain
+from ..blocks.depthwise import apply_depthwise
 from ..blocks.pointwise import apply_pointwise
 from ..blocks.relative_bias import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
@@ -90,15 +90,6 @@ class ConvStem(nn.Sequential):
         )
 
 
-def add_convolved(conv: nn.Module, x: Tensor) -> Tensor:
-    """Return ``x + conv(x)``, in place of the convolution where nobody else holds it: large maps cost time to allocate.
-
-    DAT++ has this before its attention (the local perception unit) and inside its MLP.
-    """
-    y = conv(x)
-    return y.add_(x) if is_plain(conv) and y.dtype == x.dtype else x + y
-
-
 class ConvMlp(nn.Module):
     """MLP whose hidden channels see their neighbors (DAT++); NCHW."""
 
@@ -114,10 +105,11 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        x = self.fc1(x) if torch.jit.is_scripting() else apply_pointwise(self.fc1, x)
-        x = x + self.dwconv(x) if torch.jit.is_scripting() else add_convolved(self.dwconv, x)
-        x = self.drop1(self.act(x))
-        return self.drop2(self.fc2(x) if torch.jit.is_scripting() else apply_pointwise(self.fc2, x))
+        if torch.jit.is_scripting():
+            x = self.fc1(x)
+            return self.drop2(self.fc2(self.drop1(self.act(x + self.dwconv(x)))))
+        x = apply_depthwise(self.dwconv, apply_pointwise(self.fc1, x), self.act, residual=True)
+        return self.drop2(apply_pointwise(self.fc2, self.drop1(x)))
 
 
 class Block(nn.Module):
@@ -157,7 +149,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
         if self.lpu is not None:
-            x = x + self.lpu(x) if torch.jit.is_scripting() else add_convolved(self.lpu, x)
+            x = x + self.lpu(x) if torch.jit.is_scripting() else apply_depthwise(self.lpu, x, residual=True)
         y = self.norm1(x)
         y = self.attn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = x + self.drop_path1(y)

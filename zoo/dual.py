@@ -32,6 +32,7 @@ from timm.layers import (
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..blocks.depthwise import apply_depthwise
 from ..blocks.dual import ChannelGroupAttention2d
 from ..blocks.pointwise import PointwiseMlp
 from ..blocks.window import WindowAttention2d
@@ -87,11 +88,14 @@ class PositionEncoding(nn.Module):
     def __init__(self, dim: int, act: bool, device=None, dtype=None):
         super().__init__()
         self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.activated = act
         self.act = nn.GELU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, dim]`` to the same shape."""
-        return x + self.act(self.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        if torch.jit.is_scripting() or self.activated:
+            return x + self.act(self.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return apply_depthwise(self.proj, x.permute(0, 3, 1, 2), residual=True).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.aggregated import AggregatedAttention2d, UnitGlobalAttention2d
+from ..blocks.depthwise import apply_depthwise
 from ..blocks.initialize import init_linear
 from ..blocks.mixture_of_heads import HeadRouter, MixtureOfHeads2d
 from ..blocks.pieces import may_take_pieces, sum_over_channels
@@ -68,8 +69,12 @@ class ConvGlu(nn.Module):
             return self._forward_in_pieces(x)
         x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
         gate, value = x.chunk(2, -1)
-        gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = self.act(gate) * value
+        gate = gate.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            gate = self.act(self.dwconv(gate))
+        else:
+            gate = apply_depthwise(self.dwconv, gate, self.act)
+        x = gate.permute(0, 2, 3, 1) * value
         return self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x)
 
     @torch.jit.ignore

@@ -27,6 +27,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ..blocks.initialize import init_linear
+from ..blocks.depthwise import apply_depthwise
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
 from ..blocks.pieces import may_take_pieces, sum_over_channels
@@ -54,9 +55,10 @@ class ConvFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and self._takes_pieces(x):
             return self._forward_in_pieces(x)
-        x = self.fc1(x) if torch.jit.is_scripting() else apply_pointwise(self.fc1, x)
-        x = self.drop(self.act(self.conv(x)))
-        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_pointwise(self.fc2, x))
+        if torch.jit.is_scripting():
+            return self.drop(self.fc2(self.drop(self.act(self.conv(self.fc1(x))))))
+        x = self.drop(apply_depthwise(self.conv, apply_pointwise(self.fc1, x), self.act))
+        return self.drop(apply_pointwise(self.fc2, x))
 
     @torch.jit.ignore
     def _takes_pieces(self, x: Tensor) -> bool:

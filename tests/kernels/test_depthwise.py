@@ -114,8 +114,53 @@ def test_the_choice():
         chosen(x, (7, 7), backend="interleaved")
 
 
+@pytest.mark.parametrize("kernel", [((3, 3), 1), ((5, 3), 1), ((3, 3), 2), ((7, 7), 3), ((1, 21), 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+def test_what_follows_a_convolution(kernel, memory_format):
+    kernel, dilation = kernel
+    for size, residual, activation in product([(14, 9), (1, 5)], (False, True), (None, "gelu")):
+        tensors_ = tensors(2, 20, size, kernel)
+        options = {"dilation": dilation, "residual": residual, "activation": activation}
+        expected = with_gradients(lambda *a, o=options: depthwise_conv2d(*a, **o, backend="convolution"), *tensors_)
+        plain = F.conv2d(*tensors_, padding=[k // 2 * dilation for k in kernel], dilation=dilation, groups=20)
+        plain = plain + tensors_[0] if residual else plain
+        torch.testing.assert_close(expected[0], F.gelu(plain) if activation else plain)
+        x, weight, bias = (t.float() for t in tensors_)
+        x = x.contiguous(memory_format=memory_format)
+        for backend, report in depthwise_backends(x, weight, bias, **options).items():
+            if report not in ("chosen", "can run"):
+                continue
+            out = depthwise_conv2d(x, weight, bias, **options, backend=backend)
+            assert out.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(out.double(), expected[0], atol=1e-5, rtol=1e-5)
+            if backend == "onednn":
+                continue
+            gradients = with_gradients(lambda *a, o=options, b=backend: depthwise_conv2d(*a, **o, backend=b), *tensors_)
+            torch.testing.assert_close(gradients, expected)
+
+
+def test_the_choice_of_what_is_fused():
+    x = torch.randn(1, 8, 9, 9).contiguous(memory_format=CHANNELS_LAST)
+    weight = torch.randn(8, 1, 3, 3, requires_grad=True)
+    assert "has no derivatives" in depthwise_backends(x, weight, activation="gelu")["onednn"]
+    with torch.no_grad():
+        if torch.backends.mkldnn.is_available():
+            assert depthwise_backends(x, weight, activation="gelu")["onednn"] == "chosen"
+            assert depthwise_backends(x, weight, residual=True)["onednn"] == "chosen"
+        assert depthwise_backends(x, weight)["convolution"] == "chosen"
+        assert depthwise_backends(x.contiguous(), weight, activation="gelu")["convolution"] == "chosen"
+        even = depthwise_backends(x, torch.zeros(8, 1, 2, 2), dilation=2, padding=1, residual=True)
+        assert "an even kernel has no centre" in even["onednn"]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert depthwise_backends(x, weight, activation="gelu")["convolution"] == "chosen"
+
+
 def test_bad_arguments():
     x, weight, bias = tensors(1, 4, (5, 5), (3, 3))
+    with pytest.raises(ValueError, match="activation is 'gelu' or None; got 'relu'"):
+        depthwise_conv2d(x, weight, bias, activation="relu")
+    with pytest.raises(ValueError, match=r"a map of \[5, 5\] can't be added to a convolution of \[3, 3\]"):
+        depthwise_conv2d(x, weight, bias, padding=0, residual=True)
     with pytest.raises(ValueError, match=r"a weight \[C, 1, h, w\]; got"):
         depthwise_conv2d(x, weight[:2], bias)
     with pytest.raises(ValueError, match="a 2x3 kernel has no centre"):
@@ -140,6 +185,10 @@ def test_a_layer_that_is_watched_or_more_than_plain_is_called():
     torch.testing.assert_close(hooked, 2 * conv(x))
     prune.random_unstructured(conv, "weight", 0.5)
     torch.testing.assert_close(apply_depthwise(conv, x), conv(x))
+    for act, residual in product((nn.GELU(), nn.GELU("tanh"), nn.ReLU(), None), (False, True)):
+        expected = x + conv(x) if residual else conv(x)
+        expected = expected if act is None else act(expected)
+        torch.testing.assert_close(apply_depthwise(conv, x, act, residual), expected)
     others = ({"stride": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}, {"groups": 3}, {})
     for options in others:
         conv = nn.Conv2d(6, 6, 3, **{"groups": 6, "dilation": 2, **options})

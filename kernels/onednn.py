@@ -1,0 +1,39 @@
+"""When an operator of oneDNN with something fused in, which inductor calls too, may be called without a compiler."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .backends import exporting
+
+
+@functools.cache
+def _has_operators() -> bool:
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def is_available() -> bool:
+    """Return whether torch has oneDNN, with these operators, and may use it."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and _has_operators()
+
+
+def obstacle(*tensors: Tensor | None) -> str | None:
+    """Return why such an operator cannot run on these tensors, or None if it can."""
+    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
+        return "a compiler chooses itself"
+    given = [x for x in tensors if x is not None]
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given):
+        return f"it is for float32 on CPUs; got {given[0].dtype} on {given[0].device}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return "it has no derivatives"
+    if any(0 in x.shape for x in given):
+        return f"it takes nothing empty; got {[list(x.shape) for x in given]}"
+    return None if is_available() else "torch has no oneDNN here"
+
+
+def drawback() -> str | None:
+    """Return why such an operator is not chosen unless it is asked for, or None."""
+    if exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "graphs and transforms take torch's plain operators"
+    return "autocast chooses the precision" if torch.is_autocast_enabled("cpu") else None
