@@ -58,6 +58,7 @@ setup(
     cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildLibrary},
     ext_modules=[
         library("foveate.kernels.neighborhood._native", "kernels/neighborhood/native.c"),
+        library("foveate.kernels.quadtree._native", "kernels/quadtree/native.c"),
         library("foveate.kernels.routing._native", "kernels/routing/native.c"),
         library("foveate.kernels._deformable", "kernels/deformable.c"),
         library("foveate.kernels._aggregated", "kernels/aggregated.c"),

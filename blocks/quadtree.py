@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from ..kernels import quadtree_scores, quadtree_values
+from ..kernels import quadtree_level, quadtree_scores, quadtree_values
 from ..kernels.backends import is_exporting
 from ..kernels.lengths import padding_to
 from ..kernels.precision import full_precision
+from ..kernels.quadtree.level import level_obstacle
 from ..kernels.quadtree.reference import accumulation_dtype, children
 from .layout import channels_last
 from .plain import is_plain
@@ -143,7 +144,8 @@ class QuadTreeAttention2d(nn.Module):
             detectors and segmenters).
         qkv_bias: Whether the projections to queries, keys and values have a bias.
         proj_drop: Dropout rate of the output.
-        backend: Path of the operator, as in `foveate.kernels.quadtree_scores`; the fastest that runs by default.
+        backend: Path of the operator, as in `foveate.kernels.quadtree_scores`, or ``"native"``: type B's levels as
+            `foveate.kernels.quadtree_level` each. The fastest that runs by default.
 
     Shape:
         ``[B, H, W, dim]`` to ``[B, H, W, dim]``, any H and W.
@@ -246,11 +248,9 @@ class QuadTreeAttention2d(nn.Module):
         if not is_plain(self.qk, *self.lepe):
             return self._call_layers(x)
         values = self._values(x)
-        out = attend(self._pyramid(x), values, self.level_weights, self.num_heads, self.topk, self.backend)
-        if self.kind == "A":
-            return out
         weights, biases = [conv.weight for conv in self.lepe], [conv.bias for conv in self.lepe]
-        return out + positional(values, weights, biases, self.level_weights)
+        lepe = [] if self.kind == "A" else positional(values, weights, biases, self.level_weights)
+        return attend(self._pyramid(x), values, self.level_weights, self.num_heads, self.topk, self.backend, lepe)
 
     def _pyramid(self, x: Tensor) -> list[Tensor]:
         if is_plain(self.qk):
@@ -262,17 +262,15 @@ class QuadTreeAttention2d(nn.Module):
         """Return the output before the projection; every layer is called, once."""
         values = self._values(x)
         pyramid = pool_pyramid(self.qk(x), self.levels)
-        out = attend(pyramid, values, self.level_weights, self.num_heads, self.topk, self.backend)
-        if self.kind == "A":
-            return out
-        return out + self._call_lepe(values)
+        lepe = self._call_lepe(values)
+        return attend(pyramid, values, self.level_weights, self.num_heads, self.topk, self.backend, lepe)
 
-    def _call_lepe(self, values: list[Tensor]) -> Tensor:
-        """Return type B's LePE of value maps, fine to coarse."""
+    def _call_lepe(self, values: list[Tensor]) -> list[Tensor]:
+        """Return each level's LePE, coarse to fine, of value maps, fine to coarse; none of type A."""
         lepe = []
         for level, conv in enumerate(self.lepe):
-            lepe.append(conv(values[self.levels - 1 - level].permute(0, 3, 1, 2)))
-        return weigh_positional(lepe, self.level_weights)
+            lepe.append(conv(values[self.levels - 1 - level].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return lepe if self.level_weights is None else weigh_positional(lepe, self.level_weights)
 
     @torch.jit.ignore
     def routes(self, x: Tensor) -> list[Routes]:
@@ -338,7 +336,7 @@ class QuadTreeAttention2d(nn.Module):
         mixed = torch.cat([first, *(value.flatten(1, 2) for value in values[1:])], 1)
 
         def local() -> Tensor:
-            return map_to_heads(self._call_lepe(values)[:, : size[0], : size[1]], self.num_heads)
+            return map_to_heads(add_levels(self._call_lepe(values))[:, : size[0], : size[1]], self.num_heads)
 
         row_size = 3 * self.num_heads * sum(route.tokens.shape[-1] for route in routes)
         alone = self.kind == "A" and self.levels == 1
@@ -428,8 +426,9 @@ def attend(
     num_heads: int,
     topk: list[int],
     backend: str | None,
+    lepe: list[Tensor],
 ) -> Tensor:
-    """Return the sum of all levels' messages ``[B, H, W, dim]``.
+    """Return the sum of all levels' messages and LePE ``[B, H, W, dim]``.
 
     Args:
         pyramid: Queries and keys ``[B, h, w, 2 * dim]``, coarse to fine.
@@ -438,11 +437,46 @@ def attend(
         num_heads: Attention heads.
         topk: Tokens to choose at each level, coarse to fine.
         backend: Path of the operator.
+        lepe: Type B's LePE of each level, coarse to fine; none is type A's.
     """
+    obstacle = _level_obstacle(pyramid[-1], values, level_weights, num_heads)
+    if backend == "native" and obstacle is not None:
+        raise ValueError(f"QuadTree attention's backend 'native' cannot run here: {obstacle}")
+    if backend in (None, "native") and obstacle is None:
+        return _attend_level_by_level(pyramid, values, level_weights.softmax(0), num_heads, topk, lepe)
     queries, keys = _queries_and_keys(pyramid, num_heads)
     del pyramid  # its copies in tree order are all that is needed
     out = message(queries, keys, values[::-1], level_weights, topk, backend, None)
-    return from_tree(out, values[0].shape[1], values[0].shape[2], len(values) - 1)
+    out = from_tree(out, values[0].shape[1], values[0].shape[2], len(values) - 1)
+    return out + add_levels(lepe) if lepe else out
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _level_obstacle(finest: Tensor, values: list[Tensor], level_weights: Tensor | None, heads: int) -> str | None:
+    if level_weights is None or len(values) == 1:
+        return "it is for type B, and for two levels or more"
+    query, key = finest.unflatten(-1, (2, heads, -1)).unbind(3)
+    return level_obstacle(query, key, _split_heads(values[0], heads))
+
+
+def _attend_level_by_level(
+    pyramid: list[Tensor], values: list[Tensor], shares: Tensor, heads: int, topk: list[int], lepe: list[Tensor]
+) -> Tensor:
+    """Do what `attend` does for type B, without any order but that of the maps."""
+    queries, keys = _queries_and_keys(pyramid[:1], heads)
+    size, levels = pyramid[0].shape[1:3], len(pyramid)
+    out, tokens, _ = _coarsest(queries[0], keys[0], to_tree(values[-1], 0, heads), topk, False, None)
+    total = torch.addcmul(_split_heads(lepe[0], heads), out.transpose(1, 2).unflatten(1, size), shares[0])
+    tokens = tokens.unflatten(2, size)
+    for level in range(1, levels):
+        query, key = pyramid[level].unflatten(-1, (2, heads, -1)).unbind(3)
+        value, base = (_split_heads(x, heads) for x in (values[levels - 1 - level], lepe[level]))
+        best = min(topk[level], 4 * tokens.shape[-1]) if level < levels - 1 else 0
+        total, tokens = quadtree_level(query, key, value, tokens, best, share=shares[level], parent=total, base=base)
+    return total.flatten(3)
 
 
 def _queries_and_keys(pyramid: list[Tensor], heads: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -583,8 +617,8 @@ def _hand_down(scores: Tensor, weights: Tensor, topk: int, type_a: bool) -> tupl
 @torch.jit.ignore
 def positional(
     values: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], level_weights: Tensor
-) -> Tensor:
-    """Return type B's LePE, added up over the levels by their shares, ``[B, H, W, dim]``.
+) -> list[Tensor]:
+    """Return type B's LePE of each level by its share, ``[B, h, w, dim]``, coarse to fine.
 
     Args:
         values: Value maps, fine to coarse.
@@ -593,22 +627,28 @@ def positional(
         level_weights: Weights of the levels, coarse to fine, before their softmax.
     """
     dtype = values[0].dtype
-    total: Tensor | None = None
+    maps = []
     for value, weight, bias, share in zip(values[::-1], weights, biases, level_weights.softmax(0), strict=True):
         # The share of a level scales its convolution: that is smaller than the map.
         weight, bias = (weight * share).to(dtype), (bias * share).to(dtype)
         level = F.conv2d(value.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0])
-        total = _add_to_finer(total, level.permute(0, 2, 3, 1))
-    return total
+        maps.append(level.permute(0, 2, 3, 1))
+    return maps
 
 
 @register_notrace_function
 @torch.jit.ignore
-def weigh_positional(levels: list[Tensor], level_weights: Tensor) -> Tensor:
-    """Return what `positional` does, from the convolutions' outputs ``[B, dim, h, w]``, coarse to fine."""
+def weigh_positional(levels: list[Tensor], level_weights: Tensor) -> list[Tensor]:
+    """Return what `positional` does, from the convolutions' outputs ``[B, h, w, dim]``, coarse to fine."""
+    shares = level_weights.softmax(0)
+    return [level * share.to(level.dtype) for level, share in zip(levels, shares, strict=True)]
+
+
+def add_levels(levels: list[Tensor]) -> Tensor:
+    """Return the sum of maps ``[B, h, w, dim]``, coarse to fine, each half as wide as the next."""
     total: Tensor | None = None
-    for level, share in zip(levels, level_weights.softmax(0), strict=True):
-        total = _add_to_finer(total, level.permute(0, 2, 3, 1) * share.to(level.dtype))
+    for level in levels:
+        total = _add_to_finer(total, level)
     return total
 
 

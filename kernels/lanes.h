@@ -39,9 +39,11 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4), may_alias)
 typedef float F __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__)
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define MIX_LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 typedef int32_t N __attribute__((vector_size(16)));
 #define MIX(a, b, ...) __builtin_shuffle(a, b, (N){__VA_ARGS__})
+#define MIX_LANES(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
 #endif
 
 INLINE V all(float x) { return (V){0} + x; }
@@ -110,6 +112,39 @@ INLINE void soften(float *score, int64_t count, const int vectors, float *most, 
         store(most + v * LANES, top);
         store(fade + v * LANES, factor);
     }
+}
+
+/* Sum each of sixteen vectors: the i-th lane has the i-th sum. */
+INLINE V sum_lanes(V *x) {
+    EACH(i, 8) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    EACH(i, 4) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    EACH(i, 2) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return MIX_LANES(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* Turn the first `count` of a query's scores, in whole vectors, into weights, and return one over their sum. */
+INLINE float soften_row(float *score, int64_t count) {
+    const V least = all(-INFINITY);
+    V most = least, sum = {0};
+    for (int64_t i = count; i % LANES; i++) score[i] = -INFINITY;
+    for (int64_t i = 0; i < count; i += LANES) {
+        V x = load(score + i);
+        most = pick((I)(most > x), most, x); /* x if it is NaN */
+    }
+    float top = most[0];
+    EACH(i, LANES) top = top > most[i] ? top : most[i];
+    for (int64_t i = 0; i < count; i += LANES) {
+        V x = power_of_2(load(score + i) - top);
+        store(score + i, x);
+        sum += x;
+    }
+    float total = 0;
+    EACH(i, LANES) total += sum[i];
+    return 1 / total;
 }
 
 /* Tasks that threads take one after the other, each thread with scratch of its own. A job begins with it. */

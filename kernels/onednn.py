@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .backends import exporting
+from .backends import export_obstacle
 
 
 @functools.cache
@@ -22,6 +22,8 @@ def obstacle(*tensors: Tensor | None) -> str | None:
     """Return why such an operator cannot run on these tensors, or None if it can."""
     if torch.compiler.is_compiling():  # asked first: what follows can't be traced
         return "a compiler chooses itself"
+    if reason := export_obstacle():  # before a traced shape is looked at
+        return reason
     given = [x for x in tensors if x is not None]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given):
         return f"it is for float32 on CPUs; got {given[0].dtype} on {given[0].device}"
@@ -34,6 +36,6 @@ def obstacle(*tensors: Tensor | None) -> str | None:
 
 def drawback() -> str | None:
     """Return why such an operator is not chosen unless it is asked for, or None."""
-    if exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "graphs and transforms take torch's plain operators"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func's transforms take torch's plain operators"
     return "autocast chooses the precision" if torch.is_autocast_enabled("cpu") else None
