@@ -26,8 +26,8 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, cal
 from timm.models import register_model
 from torch import Tensor, nn
 
-from ..blocks.initialize import init_linear
 from ..blocks.depthwise import apply_depthwise
+from ..blocks.initialize import init_linear
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
 from ..blocks.pieces import may_take_pieces, sum_over_channels

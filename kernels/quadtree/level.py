@@ -74,7 +74,9 @@ def quadtree_level_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     exact = accumulation_dtype(query.dtype)
     index = _children(token_index, key.shape[2] // 2)
     with full_precision(query):
-        scores = torch.einsum("bhrcfd,bhrckd->bhrcfk", _siblings(query).to(exact) * scale, _gather(key, index).to(exact))
+        scores = torch.einsum(
+            "bhrcfd,bhrckd->bhrcfk", _siblings(query).to(exact) * scale, _gather(key, index).to(exact)
+        )
         best = scores.detach().topk(topk, sorted=False).indices
         weights = scores.softmax(-1)
         attended = torch.einsum("bhrcfk,bhrckd->bhrcfd", weights, _gather(value, index).to(exact)).to(value.dtype)
@@ -166,16 +168,14 @@ def _operator_backward(
     token_index: Tensor,
     share: Tensor,
     parent: Tensor,
-    base: Tensor,
-    topk: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = _ready(query, key, value, token_index, share, parent, base, topk, scale)
+    problem = _ready(query, key, value, token_index, share, parent, grad_out, 0, scale)  # what is added isn't asked for
     planes = query.shape[0] * query.shape[3]
     # A band has sums of its own, which take memory.
     bands = min(query.shape[1] // 2, -(-torch.get_num_threads() // planes))
     grads = [
-        contiguous_rows(grad_out),
+        problem.base,
         query.new_empty(query.shape),
         *(x.new_zeros(bands, *x.shape) for x in (key, value)),
         parent.new_empty(parent.shape),
@@ -187,22 +187,22 @@ def _operator_backward(
 
 
 @_operator_backward.register_fake
-def _(grad_out, query, key, value, token_index, share, parent, base, topk, scale):
+def _(grad_out, query, key, value, token_index, share, parent, scale):
     return tuple(x.new_empty(x.shape) for x in (query, key, value, share, parent))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.topk, ctx.scale = inputs
+    *tensors, _, _, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, grad_out: Tensor, _):
-    query, key, value, share, parent = _operator_backward(grad_out, *ctx.saved_tensors, ctx.topk, ctx.scale)
+    query, key, value, share, parent = _operator_backward(grad_out, *ctx.saved_tensors, ctx.scale)
     return query, key, value, None, share, parent, grad_out, None, None
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.topk, ctx.scale = inputs
+    *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -214,15 +214,15 @@ def _differentiate_again(ctx, *grads: Tensor):
             x.detach().requires_grad_() if x.is_floating_point() and not x.requires_grad else x.view_as(x)
             for x in ctx.saved_tensors
         ]
-        grad_out, query, key, value, token_index, share, parent, base = operands
-        problem = Problem(query, key, value, token_index, share, parent, base, ctx.topk, ctx.scale)
+        grad_out, query, key, value, token_index, share, parent = operands
+        problem = Problem(query, key, value, token_index, share, parent, grad_out, 0, ctx.scale)
         out, _ = quadtree_level_reference(problem)
         inputs = (query, key, value, share, parent)
         firsts = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
         seconds = torch.autograd.grad(
             firsts, (grad_out, *inputs), grads, create_graph=again, allow_unused=True, materialize_grads=True
         )
-    return *seconds[:4], None, *seconds[4:], None, None, None
+    return *seconds[:4], None, *seconds[4:], None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
@@ -262,13 +262,12 @@ def quadtree_level(
     share: Tensor,
     parent: Tensor,
     base: Tensor,
-    scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a level of QuadTree attention of type B to the coarser ones, and choose tokens (arXiv 2201.02767).
 
-    Every query attends to the children of the tokens that were chosen for its parent, two by two on the map; tokens and
-    children are numbered along the rows of their maps.
+    Every query attends to the children of the tokens that were chosen for its parent, two by two on the map, by scores
+    times ``dim ** -0.5``; tokens and children are numbered along the rows of their maps.
 
     Args:
         query: ``[B, H, W, heads, dim]``, H and W even.
@@ -279,7 +278,6 @@ def quadtree_level(
         share: What the level's message is multiplied by, a number.
         parent: Sum of the coarser levels, ``[B, H / 2, W / 2, heads, dim_v]``, which is added to all four children.
         base: What else is added, ``[B, H, W, heads, dim_v]``.
-        scale: Factor on the scores; ``dim ** -0.5`` by default.
         backend: ``"native"`` (CPU, float32, in C, where it was compiled: maps are read in place, and neither scores nor
             weights reach memory) or ``"reference"``. By default the first that runs.
 
@@ -299,7 +297,8 @@ def quadtree_level(
         >>> out.shape, chosen.shape
         (torch.Size([1, 4, 6, 2, 16]), torch.Size([1, 2, 4, 6, 8]))
     """
-    problem = _problem(query, key, value, token_index, share, parent, base, topk, scale)
+    problem = Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query))
+    _check(problem)
     return _BACKENDS[choose("quadtree_level", _BACKENDS, problem, backend)].run(problem)
 
 
@@ -308,17 +307,8 @@ def level_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return _native_obstacle(Problem(query, key, value, *[query] * 4, topk=0, scale=1.0))
 
 
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    token_index: Tensor,
-    share: Tensor,
-    parent: Tensor,
-    base: Tensor,
-    topk: int,
-    scale: float | None,
-) -> Problem:
+def _check(problem: Problem) -> None:
+    query, key, value, token_index, share, parent, base, topk, _ = problem
     maps = {"query": query, "key": key, "value": value, "parent": parent, "base": base}
     for name, x in maps.items():
         if x.ndim != 5 or (name != "parent" and (x.shape[1] % 2 or x.shape[2] % 2)):
@@ -351,5 +341,3 @@ def _problem(
         raise ValueError(f"topk must be from 0 to 4 x {token_index.shape[-1]} candidates; got {topk}")
     if share.numel() != 1 or share.dtype != query.dtype or share.device != query.device:
         raise ValueError(f"share must be a number of the maps' dtype and device; got {list(share.shape)} {share.dtype}")
-    scale = default_scale(query) if scale is None else scale
-    return Problem(query, key, value, token_index, share, parent, base, topk, scale)
