@@ -70,10 +70,7 @@ class ConvGlu(nn.Module):
         x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
         gate, value = x.chunk(2, -1)
         gate = gate.permute(0, 3, 1, 2)
-        if torch.jit.is_scripting():
-            gate = self.act(self.dwconv(gate))
-        else:
-            gate = apply_depthwise(self.dwconv, gate, self.act)
+        gate = self.act(self.dwconv(gate)) if torch.jit.is_scripting() else apply_depthwise(self.dwconv, gate, self.act)
         x = gate.permute(0, 2, 3, 1) * value
         return self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x)
 

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 def _children(token_index: Tensor, columns: int) -> Tensor:
-    """Return the children ``[..., 4 * K]`` of tokens ``[..., K]`` of a map of so many columns, as numbers of the next."""
+    """Return the children ``[..., 4 * K]`` of tokens ``[..., K]`` of a map of so many columns, by the next one's rows."""
     corner = 2 * (token_index // columns) * 2 * columns + 2 * (token_index % columns)
     steps = torch.tensor([0, 1, 2 * columns, 2 * columns + 1], device=token_index.device)
     return (corner.unsqueeze(-1) + steps).flatten(-2)
@@ -329,8 +329,8 @@ def _check(problem: Problem) -> None:
         or parent.shape != (batch, height // 2, width // 2, *outputs[3:])
     ):
         raise ValueError(
-            "quadtree_level needs query and key of one [B, heads, dim], value of the key's map, base of the query's and "
-            f"parent of half its size; got {', '.join(f'{name} {list(x.shape)}' for name, x in maps.items())}"
+            "quadtree_level needs query and key of one [B, heads, dim], value of the key's map, base of the query's "
+            f"and parent of half its size; got {', '.join(f'{name} {list(x.shape)}' for name, x in maps.items())}"
         )
     if token_index.dtype != torch.int64 or token_index.shape[:-1] != (batch, heads, height // 2, width // 2):
         raise ValueError(
