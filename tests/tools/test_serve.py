@@ -14,6 +14,7 @@ from foveate.tasks.export import Options, export_model, quantize
 from foveate.tasks.export.preprocess import FromImages
 from foveate.tasks.export.program import read_program
 from foveate.tasks.exported import load_exported
+from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
 from PIL import Image
@@ -235,10 +236,12 @@ def test_a_smaller_program_is_measured(digits_run, folder, tmp_path, capsys, how
     argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20", "--dynamic-batch"]
     assert main([*argv, "--max-drop", "0.1"]) == 0
     assert "| file | accuracy | agreement | images/s | speed | MB |" in capsys.readouterr().out
-    images = torch.stack([Digits("val")[index][0] for index in range(3)])
-    logits = read_program(file)(images)
-    assert logits.shape == (3, 10)
+    predictor, held_out = load_predictor(digits_run / "best.pth"), Digits("val")
+    images = torch.stack([predictor.transform(held_out.image(index)) for index in range(3)])
+    with torch.no_grad():
+        logits, expected = read_program(file)(images), predictor.model(images)
     assert logits.dtype == torch.float32
+    assert 0 < (logits - expected).abs().max() < 0.2 * expected.abs().max()
 
 
 class Masked(torch.nn.Module):
