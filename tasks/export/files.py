@@ -125,15 +125,20 @@ def export_model(
                 files = timed("writing ONNX", lambda: write_onnx(program, names, card, file, *limits))
         else:
             files = timed("writing the program", lambda: write_program(program, card, file))
-        try:
-            run = timed("reading it", lambda: run_onnx(file) if is_onnx else run_program(file))
-        except Exception as error:
-            raise TaskError(f"{path}: not written: the file can't be read: {run_fault(error)}") from error
+        run = timed("reading it", lambda: _runner(file, path))
         facts["difference"] = timed("comparing", lambda: _compared(model, run, checks, names, path, options))
         return files
 
     facts["files"] = write_together(path.parent, path.name, write)
     return facts
+
+
+def _runner(file: Path, path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Return what runs a file that is to be at a path."""
+    try:
+        return run_onnx(file) if path.suffix == ".onnx" else run_program(file)
+    except Exception as error:
+        raise TaskError(f"{path}: not written: the file can't be read: {run_fault(error)}") from error
 
 
 def _answers(model: nn.Module, example: Tensor, options: Options) -> list[tuple[Tensor, list[Tensor]]]:
