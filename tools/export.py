@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> None:
 
     from ..tasks import TaskError
     from ..tasks.export import Options, Pyramid, check_exportable, example_images, export_model, whole_model
-    from ..zoo.library_errors import first_line
 
     if not args.tolerance >= 0:
         raise TaskError(f"--tolerance is {args.tolerance}, but must be 0 or more")
@@ -119,7 +118,10 @@ def run(args: argparse.Namespace) -> None:
         say=lambda line: print(line, flush=True),
     )
     check_exportable(args.output, options)
-    predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained)
+    predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained, args.features)
+    if smaller and args.output.suffix == ".pt2" and card["task"] != "classify":
+        raise TaskError(f"{_smaller(args)} of detectors and segmenters is written as .onnx alone, not .pt2")
+    data = _data(args, card, predictor) if smaller else ()
     model = predictor.model.eval()
     if args.size is not None:
         height, width = args.size[0], args.size[-1]
@@ -137,18 +139,13 @@ def run(args: argparse.Namespace) -> None:
         model, example, options = _with_preprocessing(args, model, card, predictor, options)
         shape = list(example.shape)
     card |= {"shape": shape, "dynamic_batch": args.dynamic_batch, "dynamic_size": args.dynamic_size}
-    try:
-        with contextlib.ExitStack() as stack:
-            output = args.output
-            if smaller:
-                output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / args.output.name
-            facts = export_model(model, example, output, card, options)
-            if smaller:
-                facts["files"] = _write_smaller(args, output, card, predictor)
-    except (AssertionError, RuntimeError) as error:
-        # The model itself refused the example.
-        reason = first_line(error)
-        raise TaskError(f"{args.source}: does not take images of {height}x{width} pixels: {reason}") from error
+    with contextlib.ExitStack() as stack:
+        output = args.output
+        if smaller:
+            output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / args.output.name
+        facts = export_model(model, example, output, card, options)
+        if smaller:
+            facts["files"] = _write_smaller(args, output, card, predictor, data)
     size = "any size" if options.dynamic_size else f"{height}x{width}"
     _report(args, facts, len(model.state_dict()), f"{channels} x {size}")
     test = card.get("test", {})
@@ -179,12 +176,16 @@ def _report(args: argparse.Namespace, facts: dict, count: int, images: str) -> N
         print(f"needs {packages} where it is loaded, for operators that torch lacks")
 
 
+def _smaller(args: argparse.Namespace) -> str:
+    return "--int8" if args.int8 else f"--dtype {args.dtype}"
+
+
 def _check_smaller(args: argparse.Namespace) -> None:
     from ..tasks import TaskError
 
     if args.int8 and args.dtype != "float32":
         raise TaskError("--int8 and --dtype exclude each other")
-    what = "--int8" if args.int8 else f"--dtype {args.dtype}"
+    what = _smaller(args)
     if args.output.suffix not in (".onnx", ".pt2"):
         raise TaskError(f"{what} writes .onnx and .pt2 alone, not {args.output.suffix or args.output}")
     if args.output.suffix == ".pt2":
@@ -195,6 +196,8 @@ def _check_smaller(args: argparse.Namespace) -> None:
         )
     if args.data is None:
         raise TaskError(f"{what} needs --data FOLDER, images to measure what it costs")
+    if not args.data.is_dir():
+        raise TaskError(f"{args.data}: no such folder; --data needs one of images")
     if args.features or args.preprocess:
         raise TaskError(f"{what} goes with neither --features nor --preprocess")
     if not 0 <= args.max_drop <= 1:
@@ -213,46 +216,55 @@ def _check_smaller_program(args: argparse.Namespace, what: str) -> None:
         raise TaskError(f"{what} of .pt2 is measured on single images: take --dynamic-batch, or --batch 1")
 
 
-def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor) -> list[Path]:
+def _data(args: argparse.Namespace, card: dict, predictor) -> tuple[list, ...]:
+    """Return what to calibrate by, and what to measure on, each normalised images and labels, or pictures' files."""
+    from ..tasks.data.class_folder import LabelledFolder
+    from ..tasks.data.images import find_images
+    from ..tasks.export.quantize import split, split_files
+
+    if card["task"] != "classify":
+        return split_files(find_images([args.data]), args.calibration)
+    folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
+    folder.white = predictor.white
+    return split(folder, args.calibration)
+
+
+def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor, data: tuple[list, ...]) -> list[Path]:
     """Write the smaller file if it loses no more accuracy than it may; print how it compares with float32."""
     import shutil
 
     from ..tasks import TaskError
     from ..tasks.checkpoints import write_whole
-    from ..tasks.data.class_folder import LabelledFolder
-    from ..tasks.data.images import find_images, read_image
-    from ..tasks.export.quantize import calibrated, compared, halved, measured, network_inputs, split, split_files
+    from ..tasks.data.images import read_image
+    from ..tasks.export.quantize import calibrated, compared, halved, measured, network_inputs
     from ..tasks.exported import load_exported
+    from ..zoo.library_errors import run_fault
     from .tables import as_markdown
 
-    if not args.data.is_dir():
-        raise TaskError(f"{args.data}: no such folder; --data needs one of images")
     kind = "int8" if args.int8 else args.dtype
     target = source.with_name(f"{kind}{source.suffix}")
-
-    def write(calibration) -> None:
+    files = {"float32": source, kind: target}
+    calibration, images, *labels = data
+    classifies = card["task"] == "classify"
+    step = "made"
+    try:
+        if not classifies:
+            calibration, images = ([read_image(path, 3, predictor.white) for path in paths] for paths in data)
+            calibration = network_inputs(load_exported(source), calibration)
         if source.suffix == ".pt2":
             _write_smaller_program(args, target, card, predictor, calibration)
         elif args.int8:
             calibrated(source, target, calibration)
         else:
             halved(source, target)
-
-    files = {"float32": source, kind: target}
-    if card["task"] == "classify":
-        folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
-        folder.white = predictor.white
-        calibration, images, labels = split(folder, args.calibration)
-        write(calibration)
-        rows, measure = measured(files, images, labels), "accuracy"
-    elif source.suffix == ".pt2":
-        raise TaskError(f"{args.output}: {kind} of detectors and segmenters is written and measured as .onnx alone")
-    else:
-        used, others = split_files(find_images([args.data]), args.calibration)
-        exported = load_exported(source)
-        used, images = ([read_image(path, 3, predictor.white) for path in paths] for paths in (used, others))
-        write(network_inputs(exported, used))
-        rows, measure = compared(files, images), "agreement"
+        step = "measured"
+        rows = measured(files, images, *labels) if classifies else compared(files, images)
+    except TaskError:
+        raise
+    except Exception as error:
+        # onnxruntime, its quantisation and torch.compile raise of many types.
+        raise TaskError(f"{args.output}: not written: {kind} can't be {step}: {run_fault(error)}") from error
+    measure = "accuracy" if classifies else "agreement"
     print(f"On {len(images)} held-out images of {args.data}; in one thread:")
     print(as_markdown([{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows]))
     drop = rows[0][measure] - rows[1][measure]
@@ -304,14 +316,13 @@ def _with_preprocessing(args: argparse.Namespace, model, card: dict, predictor, 
     return model, model.example(size + 9, size + 4), dataclasses.replace(options, dynamic_size=True)
 
 
-def _open(source: str, checkpoint: Path | None, untrained: bool):
+def _open(source: str, checkpoint: Path | None, untrained: bool, features: bool):
     """Return the predictor of a checkpoint or a name, its card, and an image's ``(channels, height, width)``."""
     from ..tasks import TaskError
     from ..tasks.classify import Predictor, create_classifier
     from ..tasks.export.metadata import license_of, preprocessing_of
     from ..tasks.predictors import is_file, is_published, load_predictor, load_published
     from ..zoo.backbone import check_name
-    from ..zoo.loading import create_model
 
     path = Path(source)
     if path.is_dir():
@@ -333,7 +344,7 @@ def _open(source: str, checkpoint: Path | None, untrained: bool):
         if checkpoint is not None:
             if untrained:
                 raise TaskError("--untrained and --checkpoint exclude each other")
-            predictor = Predictor.from_model(source, create_model(source, checkpoint))
+            predictor = _with_weights(source, checkpoint, features)
         elif untrained:
             predictor = Predictor.from_model(source, create_classifier(source))
         else:
@@ -350,3 +361,29 @@ def _open(source: str, checkpoint: Path | None, untrained: bool):
         side = -(-side // 32) * 32
     card |= {"preprocessing": preprocessing_of(predictor)}
     return predictor, card, (rule.get("channels", 3), side, side)
+
+
+def _with_weights(name: str, file: Path, features: bool):
+    """Return the predictor of a name with a file's weights, of as many classes and channels as the file has."""
+    from ..tasks import TaskError
+    from ..tasks.classify import Predictor
+    from ..tasks.predictors import load_predictor
+    from ..zoo.checkpoint import open_checkpoint
+    from ..zoo.loading import create_model, input_of
+    from ..zoo.variants import count_classes
+
+    checkpoint = open_checkpoint(file)
+    card = checkpoint.card or {}
+    if card.get("task") == "classify":
+        if card.get("model") != name.partition(".")[0]:
+            raise TaskError(f"{file}: holds {card.get('model')}, not {name}; `foveate export {file}` needs no name")
+        return load_predictor(checkpoint)
+    how, classes = input_of(name, checkpoint), count_classes(name, checkpoint)
+    if how:
+        print(
+            f"{file}: doesn't say how images of {how['in_chans']} channels are normalised; see mean and std in the file"
+        )
+    model = create_model(name, checkpoint, num_classes=classes or 0, **how).eval()
+    if not classes and not features:
+        raise TaskError(f"{file}: has no classifier, and so no answer; --features exports its maps")
+    return Predictor.from_model(name, model)

@@ -11,28 +11,34 @@ from torch import Tensor
 SAMPLE_SECONDS = 0.02
 
 
-def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+def alternate(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median seconds of a call of each, as `sample` measures them."""
-    return {name: statistics.median(samples) for name, samples in sample(calls, rounds, device).items()}
+    return {name: statistics.median(samples) for name, samples in sample(calls, rounds, device, clock=clock).items()}
 
 
 def sample(
-    calls: dict[str, Callable[[], object]], rounds: int, device: str, deadline: float | None = None
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    deadline: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Call everything in turn, ``rounds`` times over, and return the seconds of a call of each, round by round.
 
     Whatever is timed is called once before, so that it finds its own data in the caches, and a short call is repeated
     until it has taken ``SAMPLE_SECONDS``, as timeit does. No round begins after the ``deadline``, a time of
-    `time.monotonic`, but the first.
+    `time.monotonic`, but the first. The ``clock`` may be that of the process, where all is done in one thread.
     """
 
     def seconds(call: Callable[[], object], number: int = 1) -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(number):
             call()
         if device != "cpu":
             torch.accelerator.synchronize()
-        return (time.perf_counter() - start) / number
+        return (clock() - start) / number
 
     for call in calls.values():  # compile, plan, warm up
         seconds(call)

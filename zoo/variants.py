@@ -19,7 +19,7 @@ from torch import Tensor
 from .backbone import dense_settings_of
 from .checkpoint import Checkpoint, CheckpointError, LoadReport, backbone_of
 from .library_errors import first_line
-from .loading import WithoutInit, input_of, silence
+from .loading import WithoutInit, classes_of, input_of, silence
 
 _TABLE = Path(__file__).with_name("shapes.csv")
 # Shapes are told apart by their checksums' remainders.
@@ -41,6 +41,13 @@ class Variant:
     dense: bool
     report: LoadReport
     classes: int | None
+
+
+def count_classes(name: str, checkpoint: Checkpoint) -> int | None:
+    """Return how many classes a file of a model, ours or timm's, has a classifier for; None without one."""
+    own = name.partition(".")[0]
+    fitting = variants_of(checkpoint, [own]) if own in _table() else []
+    return fitting[0].classes if fitting else classes_of(name, checkpoint)
 
 
 def variants_of(checkpoint: Checkpoint, names: list[str]) -> list[Variant]:

@@ -125,7 +125,7 @@ def export_model(
                 files = timed("writing ONNX", lambda: write_onnx(program, names, card, file, *limits))
         else:
             files = timed("writing the program", lambda: write_program(program, card, file))
-        run = timed("reading it", lambda: run_onnx(file) if is_onnx else run_program(file))
+        run = timed("reading it", lambda: _runner(file, path))
         facts["difference"] = timed("comparing", lambda: _compared(model, run, checks, names, path, options))
         return files
 
@@ -133,26 +133,44 @@ def export_model(
     return facts
 
 
+def _runner(file: Path, path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Return what runs a file that is to be at a path."""
+    try:
+        return run_onnx(file) if path.suffix == ".onnx" else run_program(file)
+    except Exception as error:
+        raise TaskError(f"{path}: not written: the file can't be read: {run_fault(error)}") from error
+
+
 def _answers(model: nn.Module, example: Tensor, options: Options) -> list[tuple[Tensor, list[Tensor]]]:
     """Return images to try a file on, with what the model answers.
 
     Raises:
-        TaskError: If the model itself takes no images of other sizes, and the file is to take them.
+        TaskError: If the model itself doesn't take the images, or none of other sizes, and the file is to take them.
     """
     own = getattr(model, "check_inputs", None)
     first, *others = own() if own else check_inputs(example, options.dynamic_batch, options.dynamic_size)
-    with torch.no_grad():
-        answers = [(first, as_list(model(first)))]
+    what = type(getattr(model, "model", model)).__name__
+
+    def answer(images: Tensor) -> tuple[Tensor, list[Tensor]]:
         try:
-            return answers + [(images, as_list(model(images))) for images in others]
-        except (AssertionError, RuntimeError, ValueError) as error:
-            if not options.dynamic_size:
-                raise
-            what = type(getattr(model, "model", model)).__name__
-            raise TaskError(
-                f"{what} can't be exported for images of any size: it takes one size itself ({cause_of(error)}); "
-                "export it for one, without --dynamic-size"
-            ) from error
+            with torch.no_grad():
+                output = model(images)
+        except Exception as error:
+            # Published code refuses a size by errors of any type.
+            reason = cause_of(error)
+            if options.dynamic_size and images is not first:
+                raise TaskError(
+                    f"{what} can't be exported for images of any size: it takes one size itself ({reason}); "
+                    "export it for one, without --dynamic-size"
+                ) from error
+            raise TaskError(f"{what} does not take images of {_shape(images)}: {reason}") from error
+        return images, as_list(output)
+
+    return [answer(images) for images in (first, *others)]
+
+
+def _shape(images: Tensor) -> str:
+    return "x".join(map(str, images.shape))
 
 
 def _compared(
@@ -166,7 +184,7 @@ def _compared(
     """Return the greatest difference of what a file computes; raise if it is above the tolerance."""
     greatest = 0.0
     for images, expected in checks:
-        shape = "x".join(map(str, images.shape))
+        shape = _shape(images)
         try:
             got = run(images)
         except Exception as error:

@@ -7,6 +7,7 @@ more than the product saves, and so they stay in float32. The outputs of product
 rounding and a conversion each.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..detections import keep_likely
 from ..exported import OnnxModel, load_exported
 from ..extras import require
 from .program import read_program
+
+_QUANTIZED = ("Conv", "Gemm", "MatMul")
 
 
 def calibrated(source: Path, target: Path, images: Sequence[Tensor]) -> None:
@@ -51,18 +54,30 @@ def calibrated(source: Path, target: Path, images: Sequence[Tensor]) -> None:
             batch = next(self.left, None)
             return None if batch is None else {name: batch.numpy()}
 
+    # It advises, by the root logger, to fold the graph, which is done.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        _quantize(quantization, model, target, Images(), names)
+    finally:
+        logging.disable(before)
+    _keep_metadata(onnx, original, target)
+
+
+def _quantize(quantization: Any, model: Any, target: Path, images: Any, names: list[str]) -> None:
     quantization.quantize_static(
         model,
         str(target),
-        Images(),
+        images,
         quant_format=quantization.QuantFormat.QDQ,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
         per_channel=True,
+        # Of all operators it would measure every tensor, those masked by infinity too, which have no scale.
+        op_types_to_quantize=list(_QUANTIZED),
         nodes_to_quantize=names,
         extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
     )
-    _keep_metadata(onnx, original, target)
 
 
 def _folded(onnx: Any, source: Path, target: Path) -> Any:
@@ -72,7 +87,10 @@ def _folded(onnx: Any, source: Path, target: Path) -> Any:
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
-    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    # Folded constants would be tables of position biases, of a size that grows with the map's.
+    onnxruntime.InferenceSession(
+        str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
     model = onnx.load(target)
     target.unlink()
     return model
@@ -84,7 +102,7 @@ def _products(model: Any) -> list[str]:
     names = []
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node{index}"
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights:
+        if node.op_type in _QUANTIZED and node.input[1] in weights:
             names.append(node.name)
     return names
 

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.export import Options, aligned, export_model
@@ -66,6 +67,33 @@ def test_a_name_without_weights_is_exported_on_request(tmp_path, refused, capsys
     assert main(argv) == 0
     shapes = "map0 [1, 16, 12, 18], map1 [1, 32, 6, 9], map2 [1, 64, 3, 5], map3 [1, 128, 2, 3]"
     assert shapes in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("test_resnet", "fc."), ("nat_atto", "head.fc.")])
+def test_a_name_takes_weights_of_as_many_classes_and_channels_as_there_are(name, classifier, tmp_path, refused):
+    from safetensors.torch import load_file
+
+    weights, output = tmp_path / "own.pth.tar", tmp_path / "x.safetensors"
+    state = timm.create_model(name, num_classes=7, in_chans=4).state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, weights)
+    assert main(["export", name, str(output), "--checkpoint", str(weights)]) == 0
+    written = load_file(output)
+    assert all(torch.equal(written[key], value) for key, value in state.items())
+    torch.save({key: value for key, value in state.items() if not key.startswith(classifier)}, weights)
+    argv = ("export", name, str(tmp_path / "x.pt2"), "--checkpoint", str(weights))
+    assert "own.pth.tar: has no classifier, and so no answer; --features exports its maps" in refused(*argv)
+    assert main([*argv, "--features", "--size", "32"]) == 0
+    assert "checkpoint is not one of" in refused("export", "vit_tiny_patch16_224", *argv[2:])
+
+
+def test_a_run_s_file_under_a_name_says_itself_what_it_is(digits_run, tmp_path, refused):
+    from safetensors import safe_open
+
+    path, argv = tmp_path / "x.safetensors", ("--checkpoint", str(digits_run / "best.pth"))
+    assert main(["export", "nat_atto", str(path), *argv]) == 0
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["foveate"])["classes"][7] == "7"
+    assert "best.pth: holds nat_atto, not nat_tiny; " in refused("export", "nat_tiny", str(path), *argv)
 
 
 class Wrong(nn.Module):
@@ -164,6 +192,26 @@ def test_a_model_of_one_size_is_refused_for_any(tmp_path):
         export_model(OneSize(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {}, Options(dynamic_size=True))
 
 
+class OneImage(nn.Module):
+    def forward(self, x):
+        return {1: x.mean((2, 3))}[len(x)]
+
+
+def test_what_a_model_itself_does_not_take_is_named(tmp_path):
+    with pytest.raises(TaskError, match=r"OneImage does not take images of 3x3x8x8: 3$"):
+        export_model(OneImage(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {}, Options(dynamic_batch=True))
+
+
+def test_a_file_that_its_runtime_refuses_is_one_line(tmp_path, monkeypatch):
+    def refuse(file):
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no kernel for X(25)\nat source.cc")
+
+    monkeypatch.setattr("foveate.tasks.export.files.run_program", refuse)
+    with pytest.raises(TaskError, match=r"not written: the file can't be read: .* no kernel for X\(25\)$"):
+        export_model(Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_detections_of_equal_scores_may_swap():
     boxes, scores, labels = torch.rand(1, 3, 4), torch.tensor([[0.9, 0.5, 0.5 - 1e-6]]), torch.tensor([[2, 0, 1]])
     order = torch.tensor([0, 2, 1])
@@ -187,7 +235,10 @@ def test_detections_of_equal_scores_may_swap():
         (["nat_atto", "x.pt2", "--untrained", "--size", "1", "2", "3"], "one or two numbers"),
         (["nat_atto", "x.pt2", "--untrained", "--batch", "0"], "--batch: must be a whole number, at least 1; got 0"),
         (["nat_atto", "x.onnx", "--untrained", "--opset", "12"], "--opset is 12, but must be 17 to 23"),
-        (["vit_tiny_patch16_224", "x.pt2", "--untrained", "--size", "64"], "does not take images of 64x64 pixels"),
+        (
+            ["vit_tiny_patch16_224", "x.pt2", "--untrained", "--size", "64"],
+            "VisionTransformer does not take images of 1x3x64x64",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused(argv, reason, refused, tmp_path, monkeypatch):

@@ -14,9 +14,12 @@ from foveate.tasks.export import Options, export_model, quantize
 from foveate.tasks.export.preprocess import FromImages
 from foveate.tasks.export.program import read_program
 from foveate.tasks.exported import load_exported
+from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError
 from PIL import Image
+
+from .test_serve_dense import checkpoint
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -143,6 +146,11 @@ def folder(tmp_path_factory):
     return root
 
 
+def _weights(file):
+    """Return how many bytes of constants a file holds."""
+    return sum(len(tensor.raw_data) for tensor in pytest.importorskip("onnx").load(file).graph.initializer)
+
+
 @pytest.mark.parametrize("how", [["--int8"], pytest.param(["--dtype", "float16"], marks=pytest.mark.heavy)])
 def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
     digits_run, folder, images, exported, tmp_path, capsys, refused, monkeypatch, how
@@ -159,6 +167,7 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
     text = capsys.readouterr().out
     assert "| file | accuracy | agreement | images/s | speed | MB |" in text
     assert "On 40 held-out images" in text
+    assert _weights(file) < 0.6 * _weights(exported)
     model = onnxruntime.InferenceSession(file)
     assert json.loads(model.get_modelmeta().custom_metadata_map["foveate"])["task"] == "classify"
     answers, _ = _answers(file, images, tmp_path / "out")
@@ -169,6 +178,39 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
     monkeypatch.setattr("foveate.tasks.export.quantize.measured", lambda *args: rows)
     assert "loses 0.2000 of accuracy, more than --max-drop 0.1" in refused(*argv, "--max-drop", "0.1")
     assert not file.exists()
+
+
+@pytest.mark.parametrize(("broken", "step"), [("halved", "made"), ("measured", "measured")])
+def test_what_goes_wrong_with_a_smaller_file_is_named(
+    digits_run, folder, exported, tmp_path, refused, monkeypatch, broken, step
+):
+    def fail(*args):
+        raise RuntimeError("no kernel of Conv\nat source.cc")
+
+    monkeypatch.setattr("foveate.tasks.export.export_model", lambda *args: shutil.copyfile(exported, args[2]))
+    monkeypatch.setattr(f"foveate.tasks.export.quantize.{broken}", fail)
+    argv = ["--dtype", "float16", "--data", str(folder), "--calibration", "20"]
+    message = refused("export", str(digits_run), str(tmp_path / "a.onnx"), *argv)
+    assert f"a.onnx: not written: float16 can't be {step}: no kernel of Conv" in message
+    assert "does not take images" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_smaller_file_that_cant_be_is_refused_before_anything_is_written(
+    digits_run, folder, tmp_path, refused, monkeypatch
+):
+    def export(*args):
+        raise AssertionError("it was exported")
+
+    monkeypatch.setattr("foveate.tasks.export.export_model", export)
+    weights = tmp_path / "model.pth"
+    checkpoint("retinanet", None, weights)
+    argv = ("--dtype", "bfloat16", "--data", str(folder))
+    message = refused("export", str(weights), str(tmp_path / "a.pt2"), *argv)
+    assert "--dtype bfloat16 of detectors and segmenters is written as .onnx alone, not .pt2" in message
+    argv = ("export", str(digits_run), str(tmp_path / "a.onnx"), "--int8", "--data")
+    assert "holds 60 images, but 50 to calibrate by" in refused(*argv, str(folder), "--calibration", "50")
+    assert "no such folder" in refused(*argv, str(tmp_path / "absent"))
 
 
 def test_a_smaller_file_needs_data(refused, digits_run, tmp_path, monkeypatch):
@@ -194,10 +236,38 @@ def test_a_smaller_program_is_measured(digits_run, folder, tmp_path, capsys, how
     argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20", "--dynamic-batch"]
     assert main([*argv, "--max-drop", "0.1"]) == 0
     assert "| file | accuracy | agreement | images/s | speed | MB |" in capsys.readouterr().out
-    images = torch.stack([Digits("val")[index][0] for index in range(3)])
-    logits = read_program(file)(images)
-    assert logits.shape == (3, 10)
+    predictor, held_out = load_predictor(digits_run / "best.pth"), Digits("val")
+    images = torch.stack([predictor.transform(held_out.image(index)) for index in range(3)])
+    with torch.no_grad():
+        logits, expected = read_program(file)(images), predictor.model(images)
     assert logits.dtype == torch.float32
+    assert 0 < (logits - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+class Masked(torch.nn.Module):
+    """Two products with weights, and between them what infinity masks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(16, 16), torch.nn.Linear(16, 4)
+
+    def forward(self, x):
+        scores = self.first(x.flatten(1))
+        mask = torch.arange(16) > 7
+        return self.last(scores.masked_fill(mask, float("-inf")).softmax(-1))
+
+
+def test_what_infinity_masks_is_not_calibrated(tmp_path):
+    images = torch.randn(1, 1, 4, 4)
+    export_model(Masked().eval(), images, tmp_path / "a.onnx", {})
+    with np.errstate(all="raise", under="ignore"):
+        quantize.calibrated(tmp_path / "a.onnx", tmp_path / "b.onnx", [images])
+    got, expected = (
+        onnxruntime.InferenceSession(tmp_path / name).run(None, {"images": images.numpy()})[0]
+        for name in ("b.onnx", "a.onnx")
+    )
+    assert 0 < np.abs(got - expected).max() < 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.heavy

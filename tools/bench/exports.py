@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,14 +31,18 @@ def measure(args: argparse.Namespace) -> list[dict]:
 def bench_exports(name: str, batch: int, size: int, rounds: int) -> list[dict]:
     """Time a classifier with random weights in every runtime that is installed; images per second, ratios to eager.
 
-    All get as many threads as torch has. int8 is calibrated on noise: of its speed alone this tells.
+    All get as many threads as torch has; of one thread, time is the processor's, which nothing else on the machine
+    changes much. int8 is calibrated on noise: of its speed alone this tells.
     """
     fixed = {"img_size": size} if cfg_of(name).fixed_input_size else {}
     model = timm.create_model(name, **fixed).eval()
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         calls = dict(_runtimes(model, images, Path(folder)))
-        times = alternate(calls, rounds, "cpu")
+        print(f"{name}: timing ...", flush=True)
+        times = alternate(
+            calls, rounds, "cpu", time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        )
     return [
         {
             "model": name,
@@ -57,7 +62,8 @@ def _runtimes(model: torch.nn.Module, images: Tensor, folder: Path) -> Iterator[
     yield "torch.compile", lambda: compiled(images)
     plain, small = folder / "float32.onnx", folder / "int8.onnx"
     with torch.inference_mode(False):
-        export_model(model, images, plain, {"task": "classify"}, Options())
+        export_model(model, images, plain, {"task": "classify"}, Options(say=lambda line: print(line, flush=True)))
+        print("quantising ...", flush=True)
         calibrated(plain, small, [images])
     threads = torch.get_num_threads()
     for runtime, file in (("onnxruntime", plain), ("onnxruntime int8", small)):
