@@ -242,4 +242,6 @@ def depthwise_backends(
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    return report("depthwise_conv2d", _BACKENDS, _problem(x, weight, bias, dilation, padding, residual, activation), backend)
+    return report(
+        "depthwise_conv2d", _BACKENDS, _problem(x, weight, bias, dilation, padding, residual, activation), backend
+    )

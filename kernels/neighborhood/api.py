@@ -16,9 +16,9 @@ _BACKENDS: dict[str, Backend] = {
     "triton": Backend(triton_ops.neighborhood_triton, triton_ops.obstacle, lambda problem: off_gpu(problem.query)),
     "boxes": Backend(
         boxes.neighborhood_boxes,
-        drawback=lambda problem: None if exporting() else "tiled is faster, except where it makes a large graph",
+        drawback=lambda problem: None if exporting() or tiled.obstacle() else "tiled is faster, but makes large graphs",
     ),
-    "tiled": Backend(tiled.neighborhood_tiled),
+    "tiled": Backend(tiled.neighborhood_tiled, lambda problem: tiled.obstacle()),
     "flex": Backend(
         flex.neighborhood_flex,
         flex.obstacle,

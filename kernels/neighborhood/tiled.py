@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import exporting
+from ..backends import exporting, in_forward_mode, is_transforming
 from .problem import Problem
 from .window import Axis, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
 
@@ -195,7 +195,7 @@ def _mask(entries: Sequence[np.ndarray], column_entries: np.ndarray, table: Tens
 
 def all_finite(*tensors: Tensor | None) -> bool:
     """Return whether every number is finite, or can't be looked at."""
-    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or exporting() or is_transforming():
         return True
     tensors = [x.detach() for x in tensors if x is not None]
     if any(type(x) is not Tensor or x.is_meta for x in tensors):  # fake ones have no numbers
@@ -426,6 +426,11 @@ class _Tiled(torch.autograd.Function):
         if grad_out is None:
             grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         return *_backward(grad_out, grad_lse, tensors, ctx.axes, ctx.scale), None, None, None
+
+
+def obstacle() -> str | None:
+    """Return why the tiled path cannot run, or None if it can."""
+    return "it carries no derivatives along; boxes do" if in_forward_mode() else None
 
 
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.
