@@ -114,6 +114,8 @@ def _problem(*tensors: Tensor) -> Problem:
                 f"point_attention needs {name} of shape {list(fitting)} for a query of {list(query)}, {count} keys and "
                 f"{groups} groups; got {list(actual)}"
             )
+    if 0 in table:
+        raise ValueError(f"point_attention needs a table of an entry or more for each head; got {list(table)}")
     if groups < 1 or heads % groups:
         raise ValueError(f"point_attention needs groups of neighboring heads; {groups} don't divide {heads} heads")
     return problem
@@ -177,7 +179,7 @@ def _again(*tensors: Tensor) -> Tensor:
 
 
 def _native_obstacle(problem: Problem) -> str | None:
-    if 0 in problem.query.shape or 0 in problem.key.shape or 0 in problem.value.shape:
+    if any(0 in x.shape for x in problem):
         return "it takes no empty tensors"
     return obstacle(problem)
 

@@ -170,6 +170,7 @@ def test_nothing_to_attend_to():
         (1, (1, 6, 4, 8), r"key of shape \[2, 6, 4, 8\]"),
         (2, (2, 9, 4, 8), r"value of shape \[2, 6, 4, 8\]"),
         (3, (2, 9, 13), r"table of shape \[4, 9, 13\]"),
+        (3, (4, 0, 13), "an entry or more for each head"),
         (4, (2, 2, 3, 2), r"points of shape \[2, 2, 6, 2\]"),
         (4, (2, 3, 6, 2), "3 don't divide 4 heads"),
         (4, (2, 0, 6, 2), "0 don't divide 4 heads"),
