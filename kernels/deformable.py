@@ -44,8 +44,8 @@ def multi_scale_deformable_attention(
             built of the gathers, since not every runtime computes GridSample as torch does.
 
     Returns:
-        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three; of any order on
-        the gathers.
+        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three; of any order
+        on the gathers.
 
     Raises:
         ValueError: If shapes don't fit, or if there is no such backend or it cannot run; the message says why.

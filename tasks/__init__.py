@@ -24,7 +24,7 @@ def check_sides(name: str, *sides: int | None) -> None:
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
-    """Return a text of others without what a terminal obeys: control characters, but those ``kept``, become ``\\x1b``."""
+    """Return a text of others without what a terminal obeys: control characters but ``kept`` become ``\\x1b``."""
     return "".join(part if part in kept or not _obeyed(part) else ascii(part)[1:-1] for part in text)
 
 

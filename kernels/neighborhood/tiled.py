@@ -206,9 +206,10 @@ def all_finite(*tensors: Tensor | None) -> bool:
 
 def product_of_seen(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
     """Return ``weights @ x`` where pairs that are not ``seen`` have no part, whatever their numbers."""
-    bad = ~x.isfinite()
-    out = weights.masked_fill(~seen, 0) @ x.masked_fill(bad, 0)
-    return out.masked_fill(seen.to(x.dtype) @ bad.to(x.dtype) > 0, float("nan"))
+    # On some CPUs a row's NaN reaches the next one in torch's products of bfloat16.
+    bad, exact = ~x.isfinite(), _lse_dtype(x)
+    out = weights.masked_fill(~seen, 0).to(exact) @ x.masked_fill(bad, 0).to(exact)
+    return out.masked_fill(seen.to(exact) @ bad.to(exact) > 0, float("nan")).to(x.dtype)
 
 
 def _product(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
@@ -216,8 +217,10 @@ def _product(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, seen: Tensor | None) -> Tensor:
-    scores = (query * scale @ key.transpose(-1, -2)).to(_lse_dtype(query)) + mask
-    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+    exact = _lse_dtype(query)
+    if seen is None:
+        return (query * scale @ key.transpose(-1, -2)).to(exact) + mask
+    return (query.to(exact) * scale @ key.transpose(-1, -2).to(exact) + mask).masked_fill(~seen, float("-inf"))
 
 
 def _attend(

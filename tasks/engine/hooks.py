@@ -133,7 +133,7 @@ class RunHook(Hook):
         """Note the time, and show a bar on a terminal."""
         if self._config["compile"]:
             # After the EMA's copy, which stays as it is.
-            # Where images differ in size, inductor can't order the open strides of views that a step keeps (torch 2.14).
+            # Where images differ in size, inductor can't order open strides of views that a step keeps (torch 2.14).
             options = {"strict_output_strides": True} if hasattr(inductor, "strict_output_strides") else None
             getattr(runner.net, "backbone", runner.net).compile(options=options)
         self._stop_early(runner)

@@ -9,11 +9,13 @@ from foveate.kernels import (
     na2d,
     na2d_av,
     na2d_qk,
+    na3d,
     point_attention,
     quadtree_scores,
     quadtree_values,
     routed_attention,
 )
+from foveate.kernels.aggregated import aggregated_attention
 from foveate.kernels.neighborhood import native
 from foveate.kernels.pointwise import pointwise
 from torch.autograd import forward_ad
@@ -244,3 +246,34 @@ def test_second_derivatives_of_points_of_maps():
     if native._library is not None:
         with pytest.raises(RuntimeError, match="backend='gathers' has all"):
             penalty("native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_query_that_is_not_finite_stays_alone_in_any_dtype(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 6, 3, 1, 16).to(dtype) for _ in range(3))
+    q[:, 2] = float("nan")
+    options = {"kernel_size": (6, 6, 2), "stride": (5, 1, 2), "is_causal": (False, True, True)}
+    for backend in ("tiled", "reference"):
+        assert na3d(q, k, v, backend=backend, **options).isnan().any(-1).sum() == 18, backend
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("operand", ["key", "value"])
+def test_a_window_that_is_cut_does_not_see_what_the_shifted_one_does(operand, number):
+    """Without gradients the windows of the borders are shifted ones, whose weights beyond the cut one are zero."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(1, 6, 8, 2, 8) for name in ("query", "key", "value")}
+    tensors[operand][:, 4] = number
+    pooled = torch.randn(1, 3, 2, 8)
+    bias = torch.randn(2, 25)
+
+    def attend():
+        inputs = (*tensors.values(), pooled, pooled, bias, torch.zeros(2, 48, 3))
+        return aggregated_attention(*inputs, lambda x, first, end: x[:, first * 8 : end * 8])
+
+    with torch.no_grad():
+        out = attend()
+    assert out[:, :2].isfinite().all()
+    assert not out[:, 3:5].isfinite().all()
+    torch.testing.assert_close(out, attend(), equal_nan=True)
