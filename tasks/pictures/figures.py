@@ -44,7 +44,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def _shown(text: str) -> str:
     """Return a text as pictures have room for it: a word of hundreds of letters would leave none for the axes."""
-    return re.sub(r"\S{60,}", lambda word: f"{word[0][:57]}...", printable(text))
+    return re.sub(r"\S{40,}", lambda word: f"{word[0][:37]}...", printable(text))
 
 
 def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tuple[str, str | None]]:
