@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from ..kernels.backends import is_transforming
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Given, Recorded, Rows, exact, heads_to_map, map_to_heads
@@ -61,7 +62,7 @@ def takes_images_one_by_one(x: Tensor) -> bool:
     """Return whether each image is computed for itself: on a CPU its heads and kernels then need no copies."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return x.is_cpu and x.shape[0] > 1 and torch._C._functorch.peek_interpreter_stack() is None
+    return x.is_cpu and x.shape[0] > 1 and not is_transforming()
 
 
 @register_notrace_function

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import exporting
+from .backends import exporting, in_forward_mode
+from .neighborhood.tiled import all_finite
 from .neighborhood.unfused import na2d_av, na2d_qk
 from .rows import join_rows, rows_at_once, run_rows
 
@@ -52,13 +53,15 @@ def _middle(x: Tensor, window: int) -> Tensor:
     return x[:, reach : x.shape[1] - reach, reach : x.shape[2] - reach]
 
 
-def _without_margin(x: Tensor, window: int) -> bool:
-    """Return whether to work on the map itself, whose windows shift, and to move what belongs to the borders.
+def _without_margin(window: int, *seen: Tensor) -> bool:
+    """Return whether to work on the maps ``seen``, whose windows shift, and to move what belongs to the borders.
 
-    That overwrites parts of results, which is for no graph and no gradient.
+    That overwrites parts of results, which is for no graph and no gradient. What a shifted window sees and a free one
+    does not has weights of zero, which keep no NaN out.
     """
-    fits = min(x.shape[1], x.shape[2]) >= window
-    return fits and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting())
+    fits = min(seen[0].shape[1:3]) >= window
+    taken = fits and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting())
+    return taken and not in_forward_mode() and all_finite(*seen)
 
 
 def _move_borders(x: Tensor, window: int, to_free: bool) -> None:
@@ -107,7 +110,7 @@ def cut_window_scores(query: Tensor, key: Tensor, window: int, *, backend: str |
     Returns:
         ``[B, H, W, heads, window * window]``, keys row-major.
     """
-    if _without_margin(query, window):
+    if _without_margin(window, key):
         scores = _moved_scores(query, key, window, backend)
         return scores.masked_fill_(~window_mask(*map(int, query.shape[1:3]), window).to(query.device)[:, :, None], 0)
     scores = na2d_qk(_margin(query, window), _margin(key, window), window, backend=backend)
@@ -126,7 +129,7 @@ def cut_window_values(weights: Tensor, value: Tensor, window: int, *, backend: s
     Returns:
         ``[B, H, W, heads, dim]`` in the dtype of ``value``.
     """
-    if _without_margin(value, window):
+    if _without_margin(window, value):
         weights = weights.clone(memory_format=torch.contiguous_format)
         return _moved_values(weights, value, window, backend)
     sums = na2d_av(_margin(weights, window), _margin(value, window), window, backend=backend)
@@ -232,7 +235,7 @@ def aggregated_attention(
     mask = window_mask(height, width, window).to(query.device)
     bias = local_bias.to(exact).masked_fill(~mask[:, :, None], float("-inf"))
     rows = rows_at_once(height, batch * heads * height * width * (slots + pooled_key.shape[1]))
-    if _without_margin(query, window):
+    if _without_margin(window, key, value):
         whole = partial(pool_bias, bias_table)
         return _infer(query, key, value, (pooled_key, pooled_value), bias, whole, added_weights, rows, backend)
     local = cut_window_scores(query, key, window, backend=backend) + bias

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import export_obstacle
+from .backends import export_obstacle, is_transforming
 from .neighborhood.native import load_library, openmp
 
 # `call` in aggregated.c.
@@ -65,8 +65,8 @@ def obstacle(problem: Projected) -> str | None:
         return "it has no derivatives"
     if torch.compiler.is_compiling():
         return "a compiler traces the plain one"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms no operator of torch.library"
+    if is_transforming():
+        return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 _logger = logging.getLogger(__name__)
 
@@ -105,13 +106,24 @@ def export_obstacle() -> str | None:
     return "an exported graph must consist of torch's own operators" if exporting() else None
 
 
+def in_forward_mode() -> bool:
+    """Return whether derivatives are carried along by dual numbers (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
+    return forward_ad._current_level >= 0
+
+
+def is_transforming() -> bool:
+    """Return whether `torch.func` transforms what is called, or derivatives are carried along."""
+    return in_forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def transform_obstacle() -> str | None:
     """Return why an operator of `torch.library` cannot run where `torch.func` differentiates, or None."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or not is_transforming():
         return None
     kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
-    if kinds & {TransformType.Grad, TransformType.Jvp}:
-        return "torch.func differentiates no operator of torch.library"
+    # An operator of torch.library passes a dual number's value on, and drops its derivative without a word.
+    if in_forward_mode() or kinds & {TransformType.Grad, TransformType.Jvp}:
+        return "torch.func and dual numbers differentiate no operator of torch.library"
     return None
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, exporting, graph, report
+from .backends import Backend, choose, exporting, graph, in_forward_mode, is_transforming, report
 
 
 class Problem(NamedTuple):
@@ -103,7 +103,8 @@ def sample_aligned(x: Tensor, points: Tensor) -> Tensor:
 
 
 def _sample_aligned(x: Tensor, points: Tensor) -> Tensor:
-    if not exporting() or graph().grid_sample:
+    # GridSample has no derivatives that are carried along.
+    if graph().grid_sample or not (exporting() or in_forward_mode()):
         return F.grid_sample(x, points, mode="bilinear", align_corners=True)
     height, width = x.shape[-2:]
     columns, rows = points.flatten(1, 2).unbind(-1)
@@ -137,7 +138,7 @@ def _bags_obstacle(problem: Problem) -> str | None:
 def _bags_drawback(problem: Problem) -> str | None:
     if torch.is_grad_enabled():
         return "gradients of any order take the gather"
-    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or exporting() or is_transforming():
         return "graphs and transforms take torch's plain operators"
     return None
 

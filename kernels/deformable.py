@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, export_obstacle, exporting, graph, report
+from .backends import Backend, choose, export_obstacle, exporting, graph, in_forward_mode, report
 from .bilinear import gather_bilinear, neighbors
 from .deformable_native import deformable_native, obstacle
 
@@ -44,7 +44,8 @@ def multi_scale_deformable_attention(
             built of the gathers, since not every runtime computes GridSample as torch does.
 
     Returns:
-        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three.
+        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three; of any order
+        on the gathers.
 
     Raises:
         ValueError: If shapes don't fit, or if there is no such backend or it cannot run; the message says why.
@@ -179,14 +180,21 @@ def _bags_obstacle(problem: Problem) -> str | None:
     return None if problem.value.device.type == "cpu" else f"it is for CPU tensors; value is on {problem.value.device}"
 
 
+def _drawback(problem: Problem) -> str | None:
+    # Bags and samples have no derivatives that are carried along.
+    return "dual numbers take torch's plain operators" if in_forward_mode() else export_obstacle()
+
+
 def _reference_drawback(problem: Problem) -> str | None:
+    if in_forward_mode():
+        return _drawback(problem)
     return "runtimes differ on GridSample" if exporting() and not graph().grid_sample else None
 
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "native": Backend(lambda problem: deformable_native(*problem), lambda problem: obstacle(problem.value)),
-    "bags": Backend(_bags, _bags_obstacle, lambda problem: export_obstacle()),
+    "bags": Backend(_bags, _bags_obstacle, _drawback),
     "reference": Backend(_reference, drawback=_reference_drawback),
     "gathers": Backend(_gathers),
 }

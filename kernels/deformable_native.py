@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import export_obstacle
+from .backends import export_obstacle, is_transforming
 from .neighborhood.native import load_library, openmp
 
 # `call` in deformable.c.
@@ -35,8 +35,8 @@ def obstacle(value: Tensor) -> str | None:
         return f"it is for CPU tensors; value is on {value.device}"
     if value.dtype != torch.float32:
         return f"it computes in float32; got {value.dtype}"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms no operator of torch.library"
+    if not torch.compiler.is_compiling() and is_transforming():
+        return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing
 
 
@@ -95,7 +95,7 @@ def _differentiate(ctx, grad_out: Tensor):
 
 def _refuse(ctx, *grads):
     raise RuntimeError(
-        "foveate's native multi-scale deformable attention has first derivatives only, as its other paths"
+        "foveate's native multi-scale deformable attention has first derivatives only; backend='gathers' has all"
     )
 
 

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .backends import export_obstacle
+from .backends import export_obstacle, in_forward_mode
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def obstacle(*tensors: Tensor | None) -> str | None:
     given = [x for x in tensors if x is not None]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given):
         return f"it is for float32 on CPUs; got {given[0].dtype} on {given[0].device}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if in_forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return "it has no derivatives"
     if any(0 in x.shape for x in given):
         return f"it takes nothing empty; got {[list(x.shape) for x in given]}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, exporting, report
+from .backends import Backend, choose, default_scale, exporting, in_forward_mode, is_transforming, report
 from .bilinear import sample_aligned
 from .point_attention_native import obstacle, point_attention_native
 from .rows import join_rows, rows_at_once, run_rows
@@ -57,7 +57,7 @@ def point_attention(
         ``[B, H, W, heads, dim_v]`` in the dtype of ``value``. Gradients of any order flow to all but rows and columns.
 
     Raises:
-        ValueError: If there is no such backend or it cannot run; the message says why.
+        ValueError: If shapes don't fit, or there is no such backend or it cannot run; the message says why.
 
     Example:
         >>> query, key = torch.randn(1, 5, 7, 2, 16), torch.randn(1, 6, 2, 16)
@@ -66,7 +66,7 @@ def point_attention(
         >>> point_attention(query, key, key, torch.randn(2, 9, 13), places, *axes).shape
         torch.Size([1, 5, 7, 2, 16])
     """
-    problem = Problem(query, key, value, table, points, rows, columns)
+    problem = _problem(query, key, value, table, points, rows, columns)
     name = choose("point_attention", _BACKENDS, problem, backend)
     return _BACKENDS["whole" if query.shape[0] == 0 else name].run(problem)
 
@@ -86,8 +86,39 @@ def point_attention_backends(
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    problem = Problem(query, key, value, table, points, rows, columns)
-    return report("point_attention", _BACKENDS, problem, backend)
+    return report("point_attention", _BACKENDS, _problem(query, key, value, table, points, rows, columns), backend)
+
+
+def _problem(*tensors: Tensor) -> Problem:
+    """Check the arguments of `point_attention`."""
+    problem = Problem(*tensors)
+    for (name, x), axes in zip(problem._asdict().items(), (5, 4, 4, 3, 4, 1, 1), strict=True):
+        if x.ndim != axes:
+            raise ValueError(f"point_attention takes {name} with {axes} axes; got {list(x.shape)}")
+    query, key, value, table, points, rows, columns = (x.shape for x in problem)
+    if exporting():  # lengths may be open
+        return problem
+    batch, height, width, heads, dim = query
+    count, groups = key[1], points[1]
+    expected = {
+        "key": (key, (batch, count, heads, dim)),
+        "value": (value, (batch, count, heads, value[3])),
+        "table": (table, (heads, *table[1:])),
+        "points": (points, (batch, groups, count, 2)),
+        "rows": (rows, (height,)),
+        "columns": (columns, (width,)),
+    }
+    for name, (actual, fitting) in expected.items():
+        if tuple(actual) != tuple(fitting):
+            raise ValueError(
+                f"point_attention needs {name} of shape {list(fitting)} for a query of {list(query)}, {count} keys and "
+                f"{groups} groups; got {list(actual)}"
+            )
+    if 0 in table:
+        raise ValueError(f"point_attention needs a table of an entry or more for each head; got {list(table)}")
+    if groups < 1 or heads % groups:
+        raise ValueError(f"point_attention needs groups of neighboring heads; {groups} don't divide {heads} heads")
+    return problem
 
 
 def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -114,6 +145,8 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, points: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
     bias = displacement_bias(table, points, rows, columns).to(query.dtype)
+    if in_forward_mode():  # which torch's fused attention lacks
+        return (query @ key.mT * default_scale(query) + bias).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
@@ -135,7 +168,7 @@ def _scores(problem: Problem) -> int:
 
 
 def _rows_drawback(problem: Problem) -> str | None:
-    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or exporting() or is_transforming():
         return "graphs and transforms take all rows at once"
     height = problem.query.shape[1]
     return "the scores are few" if rows_at_once(height, _scores(problem)) == height else None
@@ -146,7 +179,7 @@ def _again(*tensors: Tensor) -> Tensor:
 
 
 def _native_obstacle(problem: Problem) -> str | None:
-    if 0 in problem.query.shape or 0 in problem.key.shape or 0 in problem.value.shape:
+    if any(0 in x.shape for x in problem):
         return "it takes no empty tensors"
     return obstacle(problem)
 

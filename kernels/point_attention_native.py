@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .backends import default_scale, export_obstacle
+from .backends import default_scale, export_obstacle, is_transforming
 from .neighborhood.native import load_library, openmp
 
 # `call` in point_attention.c.
@@ -36,8 +36,8 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
         return f"it computes in float32; query is {tensors[0].dtype}"
     if torch.compiler.is_compiling():
         return "a compiler traces the plain one"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms no operator of torch.library"
+    if is_transforming():
+        return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing
 
 

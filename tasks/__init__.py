@@ -23,9 +23,14 @@ def check_sides(name: str, *sides: int | None) -> None:
             raise TaskError(f"{name} is {side!r}, but must be from 1 to {LONGEST_SIDE}")
 
 
-def printable(text: str) -> str:
-    """Return a text of others, such as a name, without what a terminal obeys: control characters become ``\\x1b``."""
-    return "".join(part if part in "\n\t\r" or not _obeyed(part) else ascii(part)[1:-1] for part in text)
+def printable(text: str, kept: str = "\n\t") -> str:
+    """Return a text of others without what a terminal obeys: control characters but ``kept`` become ``\\x1b``."""
+    return "".join(part if part in kept or not _obeyed(part) else ascii(part)[1:-1] for part in text)
+
+
+def one_line(text: str) -> str:
+    """Return a name of others, of a file or a class, as it is printed: as `printable`, and in one line."""
+    return printable(text, kept="")
 
 
 def _obeyed(part: str) -> bool:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from ..tasks import TaskError
+    from ..tasks import TaskError, one_line
     from ..tasks.engine.config import load_config, task_class_of
 
     if not 1 <= args.count <= 100:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     which = f"image {args.same}" if args.same is not None else f"{len(indices)} of {len(data)} images"
     title = f"{which} to train on, as the model sees them" if train else f"{which} held out, as the model sees them"
     task.draw_inputs([data[index] for index in indices], output, title, train)
-    classes = ", ".join(map(str, task.classes[:10])) + (", ..." if len(task.classes) > 10 else "")
+    classes = ", ".join(one_line(str(name)) for name in task.classes[:10]) + (", ..." if len(task.classes) > 10 else "")
     print(f"{len(task.train_set)} images to train on, {len(task.val_set)} held out")
     print(f"{len(task.classes)} class{'es' if len(task.classes) != 1 else ''}: {classes}")
     print(f"picture: {output}")

@@ -83,7 +83,8 @@ def _print(histories: dict[str, list[dict]], scalars: list[str]) -> None:
     width = max(map(len, [*scalars, "scalar"]))
     for label, history in histories.items():
         seconds = sum(entry.get("seconds", 0) for entry in history)
-        print(f"{label}: {history[-1]['epoch']} epochs, {seconds:.0f} s")
+        epochs = history[-1]["epoch"]
+        print(f"{label}: {epochs} epoch{'s' * (epochs != 1)}, {seconds:.0f} s")
         print(f"  {'scalar':<{width}}  {'last':>10}  best (epoch)")
         for name in scalars:
             values = [(entry[name], entry["epoch"]) for entry in history if entry.get(name) is not None]

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from ..tasks import one_line
     from ..tasks.survey import survey
 
     folder = survey(args.root)
@@ -44,7 +45,7 @@ def _check(args: argparse.Namespace) -> int:
     for part in folder.parts:
         print(f"{part.split}: {part.images} images, {sum(part.counts)} {folder.counted}")
         for name, count in zip(folder.classes, part.counts, strict=True):
-            print(f"  {count:>8} {name}")
+            print(f"  {count:>8} {one_line(name)}")
     if len(folder.parts) == 1:
         print("no held-out images: data.name=auto holds out a share of these (data.holdout)")
     faults = [fault for part in folder.parts for fault in part.faults]
@@ -53,7 +54,7 @@ def _check(args: argparse.Namespace) -> int:
         folder.draw(path, SHOWN)
         print(f"{min(SHOWN, folder.parts[0].images)} samples: {path}")
     for fault in faults:
-        print(f"fault: {fault}")
+        print(f"fault: {one_line(fault)}")
     print("no faults" if not faults else "correct them, or leave them out with data.broken=drop")
     return 2 if faults else 0
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from ..tasks import TaskError
+    from ..tasks import TaskError, one_line
     from ..tasks.checkpoints import write_whole
     from ..tasks.data.images import check_white, choose_white, find_images, read_image
     from ..tasks.devices import choose_device
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         write_whole(args.output, lambda file: writers[args.output.suffix](file, names, vectors, args.model))
         print(f"{args.output}: {len(vectors)} embeddings of {vectors.shape[1]} numbers, by {args.model}")
     for message in sorted(unreadable):
-        print(f"foveate: error: {message}", file=sys.stderr)
+        print(f"foveate: error: {one_line(message)}", file=sys.stderr)
     return 2 if unreadable else 0
 
 

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict."""
-    from ..tasks import TaskError
+    from ..tasks import TaskError, one_line
     from ..tasks.data.images import FULL_WHITE, find_images
     from ..tasks.data.sources import is_address
     from ..tasks.data.video import Video, is_video
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     done = [f"{number} {what}{'s' * (number != 1)}" for number, what, given in counts if given]
     print(f"{', '.join(done)} and predictions.json: {args.output}")
     for message in refused:
-        print(f"foveate: error: {message}", file=sys.stderr)
+        print(f"foveate: error: {one_line(message)}", file=sys.stderr)
     return 2 if refused else 0
 
 
@@ -161,7 +161,7 @@ def _predict_images(
     """Return how many pictures were made; ``refused`` get what is wrong with the other images."""
     from tqdm import tqdm
 
-    from ..tasks import TaskError
+    from ..tasks import TaskError, one_line
     from ..zoo.library_errors import first_line
 
     most = None if (predictor.card or {}).get("task") == "classify" else args.max_pixels
@@ -186,7 +186,7 @@ def _predict_images(
                 except (ValueError, ArithmeticError, MemoryError) as error:
                     refused.append(f"{path}: no picture of it could be made ({first_line(error)})")
                 entries.add({"image": str(path), **shown, **predictor.describe(result)})
-                tqdm.write(f"{path}: {predictor.headline(result)}")
+                tqdm.write(one_line(f"{path}: {predictor.headline(result)}"))
             bar.update(min(args.batch_size, len(paths) - start))
     return count
 
@@ -197,7 +197,7 @@ def _predict_tiled(
     """Return how many pictures were made of images seen tile by tile; ``refused`` get what is wrong with the others."""
     from tqdm import tqdm
 
-    from ..tasks import TaskError
+    from ..tasks import TaskError, one_line
     from ..tasks.data.sources import is_address
     from ..tasks.data.windows import Windows
     from ..tasks.tiles import predict_tiled
@@ -206,7 +206,7 @@ def _predict_tiled(
     names, count = _picture_names(paths), 0
     for path in paths:
         picture = args.output / names[path]
-        with tqdm(unit="tile", desc=str(path), disable=not sys.stderr.isatty()) as bar:
+        with tqdm(unit="tile", desc=one_line(str(path)), disable=not sys.stderr.isatty()) as bar:
             try:
                 source = _image(path, predictor) if is_address(path) else path
                 windows = Windows(source, predictor.channels, predictor.white)
@@ -220,7 +220,7 @@ def _predict_tiled(
                 refused.append(f"{path}: has no answer ({first_line(error)})")
                 continue
         entries.add({"image": str(path), **shown, **predictor.describe(tiled.answer)})
-        print(f"{path}: {predictor.headline(tiled.answer)}")
+        print(one_line(f"{path}: {predictor.headline(tiled.answer)}"))
         count += 1
     return count
 

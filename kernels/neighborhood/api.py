@@ -16,9 +16,9 @@ _BACKENDS: dict[str, Backend] = {
     "triton": Backend(triton_ops.neighborhood_triton, triton_ops.obstacle, lambda problem: off_gpu(problem.query)),
     "boxes": Backend(
         boxes.neighborhood_boxes,
-        drawback=lambda problem: None if exporting() else "tiled is faster, except where it makes a large graph",
+        drawback=lambda problem: None if exporting() or tiled.obstacle() else "tiled is faster, but makes large graphs",
     ),
-    "tiled": Backend(tiled.neighborhood_tiled),
+    "tiled": Backend(tiled.neighborhood_tiled, lambda problem: tiled.obstacle()),
     "flex": Backend(
         flex.neighborhood_flex,
         flex.obstacle,
@@ -113,7 +113,8 @@ def na2d(
         ``[B, H, W, heads, dim_v]``; with ``return_lse`` also ``[B, H, W, heads]``, natural logarithm, at least float32.
 
     What a query does not see has no part in its result, be it NaN, on the native, tiled and reference paths; Triton,
-    FlexAttention and traced graphs of the tiled path multiply it by zero. Where no backend is named, second derivatives
+    FlexAttention, boxes and traced graphs of the tiled path multiply it by zero. Where derivatives are carried along
+    (`torch.func.jvp`, dual numbers), boxes are the path. Where no backend is named, second derivatives
     exist on every path but Triton's.
 
     Raises:

@@ -3,7 +3,8 @@
 As in `tiled`, a tile of queries attends to the smallest box of keys that holds their windows. Here all boxes are of one
 size, a tile's number says where it lies, and the relative position bias is gathered by row and column; so a graph has
 as many nodes for a map of any size, no tables but of an axis's length, and the map's sides may be unknown until it is
-run.
+run. Numbers aren't looked at: a key or value that is NaN or infinite makes NaN of every query whose box holds it,
+whether its window does or not.
 """
 
 import math

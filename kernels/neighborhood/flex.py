@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..backends import exporting
+from ..backends import exporting, is_transforming
 from .problem import Problem
 from .window import Axis, Fields, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
 
@@ -60,7 +60,7 @@ def _not_on_gpu(query: Tensor, value: Tensor) -> str | None:
         return None
     if isinstance(query, FakeTensor):
         return "on GPUs it takes tensors with data; query is a FakeTensor"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transforming():
         return "on GPUs it runs under none of torch.func's transforms, such as vmap"
     return None
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import exporting
+from ..backends import exporting, in_forward_mode, is_transforming
 from .problem import Problem
 from .window import Axis, axis_offsets, axis_ranges, flatten_axes, unflatten_axes
 
@@ -195,7 +195,7 @@ def _mask(entries: Sequence[np.ndarray], column_entries: np.ndarray, table: Tens
 
 def all_finite(*tensors: Tensor | None) -> bool:
     """Return whether every number is finite, or can't be looked at."""
-    if torch.compiler.is_compiling() or exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or exporting() or is_transforming():
         return True
     tensors = [x.detach() for x in tensors if x is not None]
     if any(type(x) is not Tensor or x.is_meta for x in tensors):  # fake ones have no numbers
@@ -206,9 +206,10 @@ def all_finite(*tensors: Tensor | None) -> bool:
 
 def product_of_seen(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
     """Return ``weights @ x`` where pairs that are not ``seen`` have no part, whatever their numbers."""
-    bad = ~x.isfinite()
-    out = weights.masked_fill(~seen, 0) @ x.masked_fill(bad, 0)
-    return out.masked_fill(seen.to(x.dtype) @ bad.to(x.dtype) > 0, float("nan"))
+    # On some CPUs a row's NaN reaches the next one in torch's products of bfloat16.
+    bad, exact = ~x.isfinite(), _lse_dtype(x)
+    out = weights.masked_fill(~seen, 0).to(exact) @ x.masked_fill(bad, 0).to(exact)
+    return out.masked_fill(seen.to(exact) @ bad.to(exact) > 0, float("nan")).to(x.dtype)
 
 
 def _product(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
@@ -216,8 +217,10 @@ def _product(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, seen: Tensor | None) -> Tensor:
-    scores = (query * scale @ key.transpose(-1, -2)).to(_lse_dtype(query)) + mask
-    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+    exact = _lse_dtype(query)
+    if seen is None:
+        return (query * scale @ key.transpose(-1, -2)).to(exact) + mask
+    return (query.to(exact) * scale @ key.transpose(-1, -2).to(exact) + mask).masked_fill(~seen, float("-inf"))
 
 
 def _attend(
@@ -426,6 +429,11 @@ class _Tiled(torch.autograd.Function):
         if grad_out is None:
             grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         return *_backward(grad_out, grad_lse, tensors, ctx.axes, ctx.scale), None, None, None
+
+
+def obstacle() -> str | None:
+    """Return why the tiled path cannot run, or None if it can."""
+    return "it carries no derivatives along; boxes do" if in_forward_mode() else None
 
 
 # The plan is made in numpy; torch.compile takes the whole function as it is and compiles the tensor part.

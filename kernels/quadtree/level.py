@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, contiguous_rows, default_scale, export_obstacle
+from ..backends import Backend, choose, contiguous_rows, default_scale, export_obstacle, is_transforming
 from ..neighborhood.native import load_library, openmp
 from ..precision import full_precision
 from .reference import accumulation_dtype
@@ -240,7 +240,7 @@ def _native_obstacle(problem: Problem) -> str | None:
         return f"it needs dims of multiples of {_VECTOR}; got {dims}"
     if any(0 in x.shape for x in problem[:4]):
         return "it takes no empty tensors"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and is_transforming():
         return "torch.func transforms no operator of torch.library"
     return export_obstacle() or _missing
 

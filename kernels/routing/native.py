@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends import contiguous_rows, export_obstacle
+from ..backends import contiguous_rows, export_obstacle, is_transforming
 from ..neighborhood.native import load_library, openmp
 from .chunked import check_routes
 
@@ -36,8 +36,8 @@ def obstacle(query: Tensor, value: Tensor) -> str | None:
         return f"it computes in float32; got {query.dtype}"
     if query.shape[-1] % _VECTOR or value.shape[-1] % _VECTOR:
         return f"it needs dims of multiples of {_VECTOR}; got {query.shape[-1]} and {value.shape[-1]}"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms no operator of torch.library"
+    if not torch.compiler.is_compiling() and is_transforming():
+        return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing
 
 

@@ -16,6 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from tqdm import tqdm
 
 from ...zoo.library_errors import call_fault
@@ -132,7 +133,9 @@ class RunHook(Hook):
         """Note the time, and show a bar on a terminal."""
         if self._config["compile"]:
             # After the EMA's copy, which stays as it is.
-            getattr(runner.net, "backbone", runner.net).compile()
+            # Where images differ in size, inductor can't order open strides of views that a step keeps (torch 2.14).
+            options = {"strict_output_strides": True} if hasattr(inductor, "strict_output_strides") else None
+            getattr(runner.net, "backbone", runner.net).compile(options=options)
         self._stop_early(runner)
         self._speak = self._progress and runner.rank == 0
         self._began, self._from_iter = time.monotonic(), runner.iter

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import TaskError, printable
+from .. import TaskError, one_line
 from ..checkpoints import write_whole
 from .config import format_config
 
@@ -117,7 +117,7 @@ class RunFolder:
 
     def say(self, line: str) -> None:
         """Add a line to the log, with the time, and show it."""
-        line = printable(line)
+        line = one_line(line)
         try:
             with open(self.path / "log.txt", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")

@@ -1,5 +1,6 @@
 """Figures, colours and legends of all pictures, and learning curves."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,12 +34,17 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG; names in it are shown as they are, not as markup."""
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         labels = [label.get_text() for label in axis.get_majorticklabels()]
-        if any(label != printable(label) for label in labels):  # else they are made anew as the figure is drawn
-            axis.set_ticks(axis.get_majorticklocs(), labels=map(printable, labels))
+        if any(label != _shown(label) for label in labels):  # else they are made anew as the figure is drawn
+            axis.set_ticks(axis.get_majorticklocs(), labels=map(_shown, labels))
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-        text.set_text(printable(text.get_text()))
+        text.set_text(_shown(text.get_text()))
     write_whole(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _shown(text: str) -> str:
+    """Return a text as pictures have room for it: a word of hundreds of letters would leave none for the axes."""
+    return re.sub(r"\S{40,}", lambda word: f"{word[0][:37]}...", printable(text))
 
 
 def choose_styles(labels: Iterable[int], classes: Sequence[str]) -> dict[int, tuple[str, str | None]]:

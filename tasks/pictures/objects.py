@@ -53,7 +53,7 @@ def draw_objects(
     axes.imshow(pixels, interpolation="nearest" if max(image.size) < 200 else "antialiased")
     axes.set(xticks=[], yticks=[], xlim=(-0.5, image.width - 0.5), ylim=(image.height - 0.5, -0.5))
     for mask, label in zip(masks, labels, strict=bool(len(masks))):
-        if mask.any() and not mask.all():
+        if min(mask.shape) > 1 and mask.any() and not mask.all():  # a line of pixels has no outline
             axes.contour(mask, levels=[0.5], colors=[styles[label][0]], linewidths=1)
     for index, (box, label) in enumerate(zip(objects["boxes"].tolist(), labels, strict=True)):
         x1, y1, x2, y2 = (value - 0.5 for value in box)

@@ -90,4 +90,4 @@ def _cell(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(printable(text)) if "\n" not in text else html.escape(text)
+    return html.escape(printable(text))

@@ -3,16 +3,22 @@
 import pytest
 import torch
 from foveate.kernels import (
+    depthwise_conv2d,
     multi_scale_deformable_attention,
     na1d,
     na2d,
     na2d_av,
     na2d_qk,
+    na3d,
+    point_attention,
     quadtree_scores,
     quadtree_values,
     routed_attention,
 )
+from foveate.kernels.aggregated import aggregated_attention
 from foveate.kernels.neighborhood import native
+from foveate.kernels.pointwise import pointwise
+from torch.autograd import forward_ad
 
 needs_library = pytest.mark.skipif(native._library is None, reason=str(native._missing))
 NEIGHBORHOOD = [None, pytest.param("native", marks=needs_library), "tiled", "reference"]
@@ -172,3 +178,102 @@ def test_second_derivatives_where_no_path_was_asked_for(with_lse):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     with pytest.raises(RuntimeError, match="FOVEATE_NEIGHBORHOOD_BACKEND=tiled"):
         penalty("native")
+
+
+ROUTES, INDEX = torch.tensor([[[0, 1], [2, 1], [3, 0], [3, 2]]]), torch.tensor([[[[0, 3], [1, 5], [2, 2]]] * 2])
+LOCATIONS, PLACES = torch.rand(1, 5, 2, 1, 4, 2) / 2 + 0.2371, torch.rand(1, 1, 6, 2) - 0.4817
+
+
+def _points(q, k, v, table):
+    axes = (torch.linspace(-1, 1, n, dtype=q.dtype) for n in q.shape[1:3])
+    return point_attention(q, k, v, table, PLACES.to(q.dtype), *axes)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes"),
+    [
+        (lambda q, k, v: na2d(q, k, v, 3), [(1, 8, 8, 2, 16)] * 3),
+        (lambda q, k: na2d_qk(q, k, 3), [(1, 8, 8, 2, 16)] * 2),
+        (lambda w, v: na2d_av(w, v, 3), [(1, 8, 8, 2, 9), (1, 8, 8, 2, 16)]),
+        (lambda q, k, v: routed_attention(q, k, v, ROUTES, 4), [(1, 8, 8, 2, 16)] * 3),
+        (_points, [(1, 4, 37, 2, 16), (1, 6, 2, 16), (1, 6, 2, 16), (2, 9, 13)]),
+        (
+            lambda v, w: multi_scale_deformable_attention(v, [(8, 8)], LOCATIONS.to(v.dtype), w),
+            [(1, 64, 2, 16), (1, 5, 2, 1, 4)],
+        ),
+        (lambda q, k: quadtree_scores(q, k, INDEX), [(1, 2, 3, 4, 8), (1, 2, 6, 4, 8)]),
+        (lambda w, v: quadtree_values(w, v, INDEX), [(1, 2, 3, 4, 8), (1, 2, 6, 4, 8)]),
+        (lambda x, w, b: pointwise(x, w, b, activation="gelu"), [(1, 40, 40, 16), (8, 16), (8,)]),
+        (depthwise_conv2d, [(1, 8, 12, 12), (8, 1, 3, 3)]),
+    ],
+)
+def test_derivatives_are_carried_along(operator, shapes):
+    """An operator of torch.library drops those of dual numbers without a word."""
+    torch.manual_seed(0)
+    x, along = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    exact = [part.double() for part in x], [part.double() for part in along]
+    plus, minus = (operator(*(a + s * b for a, b in zip(*exact, strict=True))) for s in (1e-5, -1e-5))
+    with forward_ad.dual_level():
+        out = operator(*map(forward_ad.make_dual, x, along))
+        derivative = forward_ad.unpack_dual(out).tangent
+    assert derivative is not None
+    torch.testing.assert_close(derivative.double(), (plus - minus) / 2e-5, atol=1e-4, rtol=1e-3)
+    _, derivative = torch.func.jvp(operator, tuple(x), tuple(along))
+    torch.testing.assert_close(derivative.double(), (plus - minus) / 2e-5, atol=1e-4, rtol=1e-3)
+
+
+@needs_library
+def test_paths_without_derivatives_along_are_refused():
+    x = torch.randn(1, 8, 8, 2, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        for backend in ("native", "tiled"):
+            with pytest.raises(ValueError, match=f"'{backend}' cannot run here"):
+                na2d(dual, x, x, 3, backend=backend)
+        with pytest.raises(ValueError, match="'native' cannot run here"):
+            routed_attention(dual, x, x, ROUTES, 4, backend="native")
+
+
+def test_second_derivatives_of_points_of_maps():
+    values, weights = random(1, 64, 2, 16), random(1, 5, 2, 1, 4)
+
+    def penalty(backend):
+        out = multi_scale_deformable_attention(values, [(8, 8)], LOCATIONS, weights, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), (values, weights), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), (values, weights))
+
+    assert all(x.isfinite().all() for x in penalty("gathers"))
+    if native._library is not None:
+        with pytest.raises(RuntimeError, match="backend='gathers' has all"):
+            penalty("native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_query_that_is_not_finite_stays_alone_in_any_dtype(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 6, 3, 1, 16).to(dtype) for _ in range(3))
+    q[:, 2] = float("nan")
+    options = {"kernel_size": (6, 6, 2), "stride": (5, 1, 2), "is_causal": (False, True, True)}
+    for backend in ("tiled", "reference"):
+        assert na3d(q, k, v, backend=backend, **options).isnan().any(-1).sum() == 18, backend
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("operand", ["key", "value"])
+def test_a_window_that_is_cut_does_not_see_what_the_shifted_one_does(operand, number):
+    """Without gradients the windows of the borders are shifted ones, whose weights beyond the cut one are zero."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(1, 6, 8, 2, 8) for name in ("query", "key", "value")}
+    tensors[operand][:, 4] = number
+    pooled = torch.randn(1, 3, 2, 8)
+    bias = torch.randn(2, 25)
+
+    def attend():
+        inputs = (*tensors.values(), pooled, pooled, bias, torch.zeros(2, 48, 3))
+        return aggregated_attention(*inputs, lambda x, first, end: x[:, first * 8 : end * 8])
+
+    with torch.no_grad():
+        out = attend()
+    assert out[:, :2].isfinite().all()
+    assert not out[:, 3:5].isfinite().all()
+    torch.testing.assert_close(out, attend(), equal_nan=True)

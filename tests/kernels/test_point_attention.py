@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from foveate.kernels import point_attention, point_attention_backends, rows
+from foveate.kernels import point_attention, point_attention_backends, point_attention_native, rows
 
 # Batch, height, width, points, heads, groups, dim, dim_v, table: tables finer and coarser than the map, rows of several
 # vectors and of less than one, a map of one position.
@@ -16,7 +16,7 @@ PROBLEMS = [
     (1, 1, 1, 1, 2, 2, 4, 4, (1, 1)),
 ]
 BACKENDS = ["rows", "whole"]
-if not any("compiler" in reason for reason in point_attention_backends(*[torch.zeros(1, 1, 1, 1, 1)] * 7).values()):
+if point_attention_native._library is not None:
     BACKENDS.insert(0, "native")
 
 
@@ -159,3 +159,29 @@ def test_nothing_to_attend_to():
     out = point_attention(*call)
     assert out.shape == (0, 5, 7, 4, 8)
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("place", "shape", "message"),
+    [
+        (1, (2, 6, 2, 8), r"key of shape \[2, 6, 4, 8\].*got \[2, 6, 2, 8\]"),
+        (1, (2, 6, 4, 4), r"key of shape \[2, 6, 4, 8\]"),
+        (1, (1, 6, 4, 8), r"key of shape \[2, 6, 4, 8\]"),
+        (2, (2, 9, 4, 8), r"value of shape \[2, 6, 4, 8\]"),
+        (3, (2, 9, 13), r"table of shape \[4, 9, 13\]"),
+        (3, (4, 0, 13), "an entry or more for each head"),
+        (4, (2, 2, 3, 2), r"points of shape \[2, 2, 6, 2\]"),
+        (4, (2, 3, 6, 2), "3 don't divide 4 heads"),
+        (4, (2, 0, 6, 2), "0 don't divide 4 heads"),
+        (5, (4,), r"rows of shape \[5\]"),
+        (6, (9,), r"columns of shape \[7\]"),
+        (0, (2, 5, 4, 8), "query with 5 axes"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_never_reaches_the_library(place, shape, message, backend):
+    call = problem(*PROBLEMS[0])
+    call[place] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message) as error:
+        point_attention(*call, backend=backend)
+    assert "\n" not in str(error.value)

@@ -220,6 +220,13 @@ def test_names_are_neither_markup_nor_commands(folder, config_file, tmp_path, ca
     assert "\\x1b[31m" in printed
     assert "\x1b" not in (tmp_path / "run" / "log.txt").read_text()
     assert printable("e\u0301 \u0645\u200c\u06cc \u202e") == "e\u0301 \u0645\u200c\u06cc \\u202e"
+    damaged = tmp_path / "c\x1b[31m\r\n.png"
+    damaged.write_bytes(b"no image")
+    assert main([*arguments, str(damaged), "--output", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "\r" not in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_pictures_show_dollars(tmp_path):

@@ -99,6 +99,45 @@ def test_what_is_broken_is_said(table):
         task.train_set[1]
 
 
+NAMES = ["<script>alert(1)</script>", "a $x_1$ $\\frac{", "b\x1b[31m\x1b[2J", "two\nlines\r\tand more", "n" * 300]
+
+
+def test_names_of_classes_reach_pictures_reports_and_the_terminal_as_text(tmp_path, capsys):
+    parts = {name: labelled(range(10, 60, 10), range(5), NAMES) for name in ("train", "validation")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert main(["data", "check", str(tmp_path / "saved"), "--output", str(tmp_path / "check")]) == 0
+    checked = capsys.readouterr().out
+    settings = (
+        "model.name=nat_atto",
+        "model.pretrained=False",
+        "data.size=32",
+        "epochs=1",
+        "batch_size=5",
+        "workers=0",
+    )
+    run = tmp_path / "run"
+    argv = ["train", "classify/finetune", f"data.root={tmp_path / 'saved'}", "schedule.warmup_epochs=0", *settings]
+    assert main([*argv, "--output", str(run)]) == 0
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    argv = [
+        "predict",
+        str(tmp_path / "a.png"),
+        "--checkpoint",
+        str(run / "best.pth"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(argv) == 0
+    printed = checked + capsys.readouterr().out
+    for text in (printed, (run / "log.txt").read_text(), report := (run / "report.html").read_text()):
+        assert "\x1b" not in text
+        assert "\r" not in text
+    assert "two\\nlines\\r\\tand more" in checked
+    assert "<script" not in report
+    assert "&lt;script&gt;alert(1)" in report
+    assert all("\x1b" not in path.name and "<" not in path.name for path in run.iterdir())
+
+
 def objects(kind):
     category = datasets.ClassLabel(names=["cell", "dust"])
     entry = {"bbox": datasets.Sequence(datasets.Value("float32"), 4), "category": category}

@@ -1,8 +1,13 @@
+import warnings
+
 import numpy as np
 import pytest
+import torch
+from foveate.tasks.data.coco import encode_mask
 from foveate.tasks.pictures.classes import draw_confusion, draw_gallery
-from foveate.tasks.pictures.figures import choose_styles, draw_curve, new_figure
+from foveate.tasks.pictures.figures import choose_styles, draw_curve, new_figure, save_figure
 from foveate.tasks.pictures.naming import place_names
+from foveate.tasks.pictures.objects import draw_objects
 from foveate.tasks.pictures.regions import draw_overlay
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -45,3 +50,24 @@ def test_a_region_is_outlined_in_the_colour_of_the_legend():
         assert shown[row, column] == pytest.approx(to_rgb(styles[label][0]), abs=1e-3)
     tint = 0.45 * pixels[30, 45] / 255 + 0.55 * np.array(to_rgb(styles[1][0]))
     assert shown[30, 45] == pytest.approx(tint, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(60, 1), (1, 60), (1, 1), (40, 30)])
+def test_masks_of_a_line_of_pixels_and_names_of_any_length_are_drawn(size, tmp_path):
+    mask = np.zeros(size[::-1], np.uint8)
+    mask.flat[: mask.size // 2 + 1] = 1
+    objects = {
+        "boxes": torch.tensor([[0.0, 0, *size]]),
+        "labels": [0],
+        "scores": torch.ones(1),
+        "masks": [encode_mask(mask)],
+    }
+    figure = new_figure(8, 6)
+    axes = figure.subplots()
+    name = "n" * 300
+    draw_objects(axes, Image.new("RGB", size), objects, [name], choose_styles([0], [name]))
+    axes.set(yticks=[0], yticklabels=[name], title=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure, tmp_path / "picture.png")
+    assert axes.get_title() == f"{'n' * 37}..."

@@ -265,3 +265,20 @@ def test_what_is_no_file_of_weights_is_refused_alike_by_every_door(kind, tmp_pat
         message = refused(*argv)
         assert not path.with_name("made").exists()
         assert any(part.replace("\\", "") in message for part in reason.split("|")), message
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_an_exported_model_is_no_checkpoint_and_what_takes_it_is_named(suffix, tmp_path, photo, refused):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"PK\x03\x04")
+    for argv in (
+        ["weights", "verify", str(path)],
+        ["weights", "convert", str(path), str(tmp_path / "x.safetensors")],
+        ["export", str(path), str(tmp_path / "x.pt2")],
+        ["eval", str(path)],
+        ["eval", "classify/nat_atto_digits", str(path)],
+        ["attend", str(photo), "--model", str(path)],
+        ["train", "classify/nat_atto_digits", f"model.checkpoint={path}", "--output", str(tmp_path / "run")],
+    ):
+        assert f"an exported model, no checkpoint; `foveate predict IMAGE --model {path}` takes it" in refused(*argv)
+    assert not (tmp_path / "run").exists()

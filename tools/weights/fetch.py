@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...tasks import one_line
     from ...zoo import weights
 
     failed = False
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
             address = name.startswith(("http://", "https://"))
             path = weights.fetch(weights.entry_of(name) if address else weights.find(name), renew=args.renew)
         except weights.WeightsError as error:
-            print(f"foveate: error: {error}", file=sys.stderr)
+            print(f"foveate: error: {one_line(str(error))}", file=sys.stderr)
             failed = True
             continue
         print(f"{path}  {path.stat().st_size} bytes  sha256 {weights.sha256_of(path)}")

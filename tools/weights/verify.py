@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     import torch
 
-    from ...tasks import TaskError
+    from ...tasks import TaskError, one_line
     from ...tasks.devices import choose_device
     from .contents import load_contents
     from .measure import measure_classifier, measure_dense
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int | None:
             print(f"photo      not run: {reason}")
         else:
             for name, photo in _photos(args.images, contents.predictor.channels, contents.predictor.white):
-                print(f"photo      {name}: {contents.answer(photo)}")
+                print(f"photo      {one_line(f'{name}: {contents.answer(photo)}')}")
         if args.data and contents.task == "classify":
             measure_classifier(contents, args, device)
     if entry and entry.stated and contents.task != "backbone" and not args.data:

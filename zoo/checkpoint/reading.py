@@ -126,6 +126,11 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if path.suffix in (".onnx", ".pt2"):
+        raise CheckpointError(
+            f"{path}: an exported model, no checkpoint; `foveate predict IMAGE --model {path}` takes it, here the file "
+            "goes that it was made of"
+        )
     # The length that begins a file of safetensors may have a pickle's first byte.
     safe = path.suffix == ".safetensors" or _is_safetensors(path)
     if not safe and is_pickle(path):
