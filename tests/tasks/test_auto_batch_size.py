@@ -44,24 +44,19 @@ def memory(monkeypatch):
 
 
 def train(config_file, output, *overrides, resume=False):
-    config = engine.load_config(config_file, ("batch_size=auto", "epochs=2", *overrides))
+    config = engine.load_config(config_file, ("batch_size=auto", "epochs=2", "schedule.warmup_epochs=0", *overrides))
     return engine.train(config, output, resume=resume, progress=False)
 
 
 def test_a_run_takes_what_fits_and_goes_on_with_it(config_file, memory, tmp_path):
-    run = train(config_file, tmp_path / "run", "schedule.name=step", "loss.mixup=0.2")
+    train(config_file, tmp_path / "run", "schedule.name=step", "loss.mixup=0.2", "epochs=1")
     # 12 would be out of memory; 8 of 10 bytes are below the share that may be taken.
     assert memory["tried"][:5] == [2, 4, 6, 8, 12]
     assert "batch_size = 8 " in (tmp_path / "run" / "config.py").read_text()
     assert "batch_size=auto: 8, the largest tried that fits into cpu" in (tmp_path / "run" / "log.txt").read_text()
-    # By its number, it is the same run.
-    config = engine.load_config(config_file, ("batch_size=8", "epochs=2", "schedule.name=step", "loss.mixup=0.2"))
-    same = engine.train(config, tmp_path / "same", progress=False)
-    states = [torch.load(done["last"], weights_only=True)["state_dict"] for done in (run, same)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     # What fits now is another matter.
     memory["room"] = 20
-    train(config_file, tmp_path / "run", "schedule.name=step", "loss.mixup=0.2", "epochs=3", resume=True)
+    train(config_file, tmp_path / "run", "schedule.name=step", "loss.mixup=0.2", resume=True)
     assert "batch_size=auto: 8, as the run was begun" in (tmp_path / "run" / "log.txt").read_text()
 
 
