@@ -343,6 +343,7 @@ class Classify:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
+        from ..metrics.confusion import confuse_labels
         from ..pictures.classes import draw_confusion, draw_gallery
 
         if self.several:
@@ -362,7 +363,8 @@ class Classify:
                 f"held-out images whose class got the {share} probability, epoch {epoch}",
             )
             pictures.append((f"{name}.png", f"the {name} predictions"))
-        draw_confusion(targets, shares.argmax(-1).tolist(), self.classes, folder / "confusion.png")
+        taken = confuse_labels(targets, shares.argmax(-1).tolist(), len(self.classes))
+        draw_confusion(taken, self.classes, folder / "confusion.png")
         return [*pictures, ("confusion.png", "which classes are taken for which")]
 
     def card(self) -> dict:
