@@ -1,4 +1,4 @@
-"""Context Broadcasting: every position gets the mean of all (arXiv 2210.08457), which frees attention from supplying it.
+"""Context Broadcasting: every position gets the mean of all (arXiv 2210.08457), which attention then needn't supply.
 
 ``CB(x)_i = (x_i + mean_j x_j) / 2`` at the end of an MLP, before what it adds to; without parameters. Prefix tokens are
 positions too. The paper's form is for ViTs; on the maps of hierarchies the mean is over a stage's map, which is ours.

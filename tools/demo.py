@@ -141,8 +141,8 @@ def _draw_gallery(
 
 def _draw_others(held_out, guesses: list[int], history: list[dict], predictor, image, output: Path) -> None:
     """Draw what was taken for what, the learning curve, and what two queries of an image see."""
-    from ..tasks.pictures.attention import picture
     from ..tasks.metrics.confusion import confuse_labels
+    from ..tasks.pictures.attention import picture
     from ..tasks.pictures.classes import draw_confusion
     from ..tasks.pictures.figures import draw_curve, save_figure
 

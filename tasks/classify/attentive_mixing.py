@@ -89,8 +89,8 @@ class AttentiveMixing:
         size = tuple(record[layers[-1]].map_size)
         if len(size) != 2 or size[0] * size[1] != features.shape[1]:
             raise TaskError(
-                f"{self._key}: the last attention of {type(model).__name__}, {layers[-1]}, is on a map of {list(size)}, "
-                f"but its classifier reads {features.shape[1]} positions"
+                f"{self._key}: the last attention of {type(model).__name__}, {layers[-1]}, is on a map {list(size)}, "
+                f"but what its classifier reads has {features.shape[1]} positions"
             )
         if min(size) < 2:
             raise TaskError(f"{self._key}: the last map is {size[0]}x{size[1]}; take larger images (data.size)")

@@ -384,7 +384,8 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
     optimizer, schedule, losses = config["optimizer"], config["schedule"], config.get("loss", {})
     largest = sys.float_info.max
     yield "seed", config["seed"], 0, 2**32 - 1, False, "from 0 to 2**32 - 1"
-    yield "batch_size", None if config["batch_size"] == "auto" else config["batch_size"], 1, 10**6, False, "from 1 to 1000000"
+    size = None if config["batch_size"] == "auto" else config["batch_size"]
+    yield "batch_size", size, 1, 10**6, False, "from 1 to 1000000"
     yield "workers", config["workers"], 0, 1000, False, "from 0 to 1000"
     for key in ("epochs", "iterations"):
         yield key, config[key], 1, 10**9, False, "from 1 to 10**9"

@@ -76,7 +76,8 @@ def test_it_looks_with_the_last_attention_and_leaves_the_model_as_it_was(name):
     state = torch.random.get_rng_state()
     mixing.mix(model, images, "attentive_cutmix")
     assert torch.equal(state, torch.random.get_rng_state())
-    assert model.training and not model.head.training
+    assert model.training
+    assert not model.head.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     taken = {}
 
@@ -139,7 +140,15 @@ def test_the_losses_are_the_papers():
     assert losses["loss_consistency"].item() == pytest.approx(divergence.item(), abs=1e-6)
 
 
-BOTH = ("data.size=64", "loss.smmix=0.5", "loss.attentive_cutmix=0.4", "loss.mixup=0.8", "epochs=1", "batch_size=2", "schedule.warmup_epochs=0")
+BOTH = (
+    "data.size=64",
+    "loss.smmix=0.5",
+    "loss.attentive_cutmix=0.4",
+    "loss.mixup=0.8",
+    "epochs=1",
+    "batch_size=2",
+    "schedule.warmup_epochs=0",
+)
 
 
 def train(config_file, output, *overrides, resume=False):

@@ -338,7 +338,6 @@ sys.path.insert(0, {folder!r})
 from test_tiles import Labeller
 labeller, path, folder = Labeller({output!r}), {path!r}, {scratch!r}
 predict_tiled(labeller, Windows(Image.new("RGB", (512, 512))), 512, 64, folder)
-import cv2
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -352,7 +351,9 @@ print(peak() - before)
 
 def grown(path, output, scratch, white=65535):
     """Return by how many MB the memory of a process grows over what it needs for one tile."""
-    code = MEASURE.format(folder=str(Path(__file__).parent), path=str(path), output=output, scratch=str(scratch), white=white)
+    code = MEASURE.format(
+        folder=str(Path(__file__).parent), path=str(path), output=output, scratch=str(scratch), white=white
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout) / 1024
