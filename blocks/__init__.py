@@ -3,6 +3,7 @@
 from .agent import AgentAttention2d, AgentTokenAttention, agent_attention_untrained, attend_untrained
 from .aggregated import AggregatedAttention2d, UnitGlobalAttention2d
 from .cbam import CBAM
+from .context_broadcasting import broadcast_context
 from .contmix import ContextMixing, ContextMixing2d, ContMixBlock
 from .create import create_attention, list_attentions
 from .cross_axis import CrossAxisAttention2d
@@ -75,6 +76,7 @@ __all__ = [
     "WindowAttention2d",
     "agent_attention_untrained",
     "attend_untrained",
+    "broadcast_context",
     "collect_losses",
     "create_attention",
     "list_attentions",

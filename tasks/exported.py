@@ -221,6 +221,8 @@ def _classify(network: OnnxModel, rule: dict[str, Any], classes: list[str], whit
     rule = InputRule(**rule | ({"size": size[0]} if size else {}))
     several = network.card.get("multi_label", False)
     predictor = Predictor(_Classifier(network), rule, classes, "cpu", **white, multi_label=several)
+    # Its batches and images may have any size, or one.
+    predictor.together = False
     if network.dtype == torch.uint8:
         # The file resizes and normalises by itself.
         chw = network.card["layout"] == "chw"

@@ -1,5 +1,6 @@
 """What a folder of data holds: its format, counts, faults and pictures, without a config."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from .classify.task import Classify
 from .data import class_list
 from .data.coco import Record, order_by_name, read_picture, to_run_lengths
 from .data.formats import CLASSES, OBJECTS, TABLES, as_recognised, open_part, recognise
-from .data.images import read_size
+from .data.images import as_picture, channels_beyond, read_size
 from .data.segmentation import InputRule as MapRule
 from .data.segmentation import SegmentationSet
 from .detect.task import Detect
@@ -70,6 +71,17 @@ def survey(root: str | Path) -> Survey:
     kind, data = _settings(Path(root))
     splits = [split for split in ("train", "val") if data[split] is not None]
     return {"objects": _objects, "maps": _maps, "classes": _classes}[kind](Path(root), data, splits)
+
+
+def _channels_of(files: Sequence[Any]) -> tuple[int, str | None]:
+    """Return how many channels the first image is read with, and what is to be said if they aren't those of colours."""
+    channels = None
+    if files and isinstance(files[0], str | Path):
+        with contextlib.suppress(TaskError):  # a damaged one is a fault, told elsewhere
+            channels = channels_beyond(files[0])
+    if channels is None:
+        return 3, None
+    return channels, f"images have {channels} channels: train with data.channels={channels}; drawn are the first three"
 
 
 def read_objects(root: str | Path, broken: str) -> tuple[str, dict[str, list[Record]], list[str]]:
@@ -133,21 +145,24 @@ def _objects(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         labels = np.concatenate([np.zeros(0, np.int64), *(record.instances.labels for record in records)])
         parts.append(Part(split, len(records), np.bincount(labels, minlength=len(classes)).tolist(), faults))
         first = records if first is None else first
+    channels, note = _channels_of([record.file for record in first if record.picture is None][:1])
 
     def draw(path: Path, count: int) -> None:
         from .pictures.objects import draw_inputs
 
-        draw_inputs([_drawn(record) for record in _spread(first, count)], classes, path, f"{root}, {splits[0]}")
+        drawn = [_drawn(record, channels) for record in _spread(first, count)]
+        draw_inputs(drawn, classes, path, f"{root}, {splits[0]}")
 
-    return Survey("objects", data["name"], list(classes), parts, _COUNTED["objects"], draw)
+    return Survey("objects", data["name"], list(classes), parts, _COUNTED["objects"], draw, note)
 
 
-def _drawn(record: Record) -> tuple[Tensor, dict[str, Any]]:
+def _drawn(record: Record, channels: int) -> tuple[Tensor, dict[str, Any]]:
     objects = record.instances
     target = {"boxes": torch.from_numpy(objects.boxes), "labels": torch.from_numpy(objects.labels)}
     if objects.masks is not None and len(objects) and all(mask is not None for mask in objects.masks):
         target["masks"] = [to_run_lengths(mask, *record.size) for mask in objects.masks]
-    return torch.from_numpy(np.asarray(read_picture(record)).transpose(2, 0, 1).copy()), target
+    picture = as_picture(read_picture(record, channels=channels))
+    return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy()), target
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -170,16 +185,18 @@ def _maps(root: Path, data: dict, splits: Sequence[str]) -> Survey:
             counts[np.unique(labels)] += 1
         parts.append(Part(split, part.images, counts.tolist(), faults))
         opened.append(part)
+    channels, note = _channels_of([path for path, _ in opened[0].inventory()[:1]])
+    opened[0].rule = dataclasses.replace(rule, mean=(0.0,) * channels, std=(1.0,) * channels)
 
     def draw(path: Path, count: int) -> None:
         from .pictures.regions import draw_inputs
 
         part: SegmentationSet = opened[0]
         indices = _spread(range(part.images), count)
-        images, truths = [part.image(index) for index in indices], [part.labels(index) for index in indices]
+        images, truths = [as_picture(part.image(i)) for i in indices], [part.labels(index) for index in indices]
         draw_inputs(images, list(map(torch.from_numpy, truths)), part.classes, path, f"{root}, {splits[0]}")
 
-    return Survey("maps", data["name"], list(opened[0].classes), parts, _COUNTED["maps"], draw)
+    return Survey("maps", data["name"], list(opened[0].classes), parts, _COUNTED["maps"], draw, note)
 
 
 def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
@@ -202,6 +219,7 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
                 faults.append(str(error))
         parts.append(Part(split, len(part.samples), counts, faults))
         opened.append(part)
+    opened[0].channels, beyond = _channels_of([path for path, _ in opened[0].samples[:1]])
 
     def draw(path: Path, count: int) -> None:
         from .pictures.classes import draw_inputs
@@ -209,7 +227,7 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         images, names = [], []
         for index in _spread(range(len(opened[0].samples)), count):
             try:
-                image = opened[0].image(index)
+                image = as_picture(opened[0].image(index))
             except TaskError:
                 continue  # it is listed as a fault
             image.thumbnail((_SIDE, _SIDE))
@@ -219,4 +237,5 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         draw_inputs(images, names, path, f"{root}, {splits[0]}")
 
     note = "images have several labels, or none: train with data.multi_label=True" if several else None
+    note = "; ".join(line for line in (note, beyond) if line) or None
     return Survey("classes", data["name"], list(opened[0].classes), parts, _COUNTED["classes"], draw, note)

@@ -25,6 +25,7 @@ from .detections import keep_likely
 
 _AGREEMENT = 0.5  # least overlap of what two tiles saw of one object
 _CONTAINED = 0.8  # least share of a cut piece that lies in the object it is taken for a part of
+_ROWS = 64  # of the classes of pixels that are read at once
 OVERVIEW = 2048  # longest side of the picture of an answer
 
 
@@ -102,7 +103,8 @@ def predict_tiled(
     rows = lay_tiles(windows.height, windows.width, size, overlap)
     overview = _Overview(windows.width, windows.height)
     merged: _Objects | TiledMap | None = None
-    for row in rows:
+    tops = [row[0].seen[1] for row in rows[1:]] + [windows.height]
+    for row, below in zip(rows, tops, strict=True):
         answers = []
         for tile in row:
             image = windows.read(*tile.seen)
@@ -115,9 +117,9 @@ def predict_tiled(
                     if is_objects
                     else TiledMap(windows, answer.ndim == 3, getattr(predictor, "things", ()), folder)
                 )
-            answers.append((tile, answer))
+            answers.append((tile, merged.take(answer)))
             progress()
-        merged.add_row(answers)
+        merged.add_row(answers, below)
     answer, reduced = merged.finish(overview)
     return TiledAnswer(answer, overview.image, reduced)
 
@@ -185,7 +187,11 @@ class _Objects:
         self._scores: list[float] = []
         self._runs: list[np.ndarray] | None = []
 
-    def add_row(self, answers: list[tuple[Tile, Mapping[str, Any]]]) -> None:
+    def take(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what is kept of a tile's answer until its row is complete."""
+        return answer
+
+    def add_row(self, answers: list[tuple[Tile, Mapping[str, Any]]], below: int) -> None:
         here = []
         for tile, answer in answers:
             likely = keep_likely(answer, self._threshold)
@@ -366,12 +372,13 @@ class TiledMap:
         self._bands: list[int] = []
         self._stuff: dict[int, int] = {}
 
-    def add_row(self, answers: list[tuple[Tile, torch.Tensor]]) -> None:
-        top, bottom = answers[0][0].own[1], answers[0][0].own[3]
+    def take(self, answer: torch.Tensor) -> np.ndarray:
+        """Return what is kept of a tile's answer until its row is complete: a number for each pixel."""
+        return self._number(answer.numpy()) if self.has_segments else answer.numpy().astype(self._dtype)
+
+    def add_row(self, here: list[tuple[Tile, np.ndarray]], below: int) -> None:
+        top, bottom = here[0][0].own[1], here[0][0].own[3]
         band = np.zeros((bottom - top, self.width), self._dtype)
-        here = [
-            (tile, self._number(answer.numpy()) if self.has_segments else answer.numpy()) for tile, answer in answers
-        ]
         for tile, numbers in here:
             (left, above, _, _), (x1, y1, x2, y2) = tile.seen, tile.own
             band[:, x1:x2] = numbers[y1 - above : y2 - above, x1 - left : x2 - left]
@@ -380,12 +387,12 @@ class TiledMap:
                 shared = _shared(one[0], other[0])
                 if shared is not None:
                     self._match(one, other, shared)
-            self._last = here
+            self._last = [_lower_end(tile, numbers, below) for tile, numbers in here]
         self._write(band)
 
     def _write(self, band: np.ndarray) -> None:
         try:
-            self._spool.write(band.tobytes())
+            self._spool.write(band.data)
         except OSError as error:
             raise TaskError(
                 f"the classes of {self.height}x{self.width} pixels don't fit on the disk ({error})"
@@ -450,9 +457,12 @@ class TiledMap:
 
     def _stored(self) -> Iterator[np.ndarray]:
         self._spool.seek(0)
-        for height in self._bands:
+        rest = sum(self._bands)
+        while rest:
+            height = min(rest, _ROWS)
             content = self._spool.read(height * self.width * self._dtype.itemsize)
             yield np.frombuffer(content, self._dtype).reshape(height, self.width)
+            rest -= height
 
     def bands(self) -> Iterator[np.ndarray]:
         """Yield the classes ``[h, W]``, or classes and numbers ``[h, W, 2]``, of band after band of the picture."""
@@ -462,6 +472,11 @@ class TiledMap:
     def to_tensor(self) -> torch.Tensor:
         """Return what a predictor would for the whole."""
         return torch.from_numpy(np.concatenate(list(self.bands())))
+
+
+def _lower_end(tile: Tile, numbers: np.ndarray, top: int) -> tuple[Tile, np.ndarray]:
+    """Return a tile as if it saw from ``top`` on alone: what the next row, which begins there, shares with it."""
+    return Tile((tile.seen[0], top, *tile.seen[2:]), tile.own), numbers[top - tile.seen[1] :].copy()
 
 
 def write_png(path: str | Path, bands: Iterator[np.ndarray], height: int, width: int) -> None:

@@ -141,11 +141,13 @@ def _draw_gallery(
 
 def _draw_others(held_out, guesses: list[int], history: list[dict], predictor, image, output: Path) -> None:
     """Draw what was taken for what, the learning curve, and what two queries of an image see."""
+    from ..tasks.metrics.confusion import confuse_labels
     from ..tasks.pictures.attention import picture
     from ..tasks.pictures.classes import draw_confusion
     from ..tasks.pictures.figures import draw_curve, save_figure
 
-    draw_confusion(held_out.targets, guesses, held_out.classes, output / "confusion.png")
+    taken = confuse_labels(held_out.targets, guesses, len(held_out.classes))
+    draw_confusion(taken, held_out.classes, output / "confusion.png")
     draw_curve(history, "accuracy", output / "curve.png")
     inputs = predictor.rule.transform()(image)[None].to(predictor.device)
     # One query in the middle, and one at a border, where the window shifts instead of shrinking.

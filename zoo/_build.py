@@ -5,6 +5,7 @@ from pathlib import Path
 from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
+from ..blocks.context_broadcasting import broadcast_context
 from . import weights
 from .checkpoint import Checkpoint, CheckpointError, filter_for
 from .checkpoint.fitting import Convert, Resize
@@ -37,6 +38,7 @@ def build(
     pretrained: bool,
     convert: Convert,
     resize: Resize | None = None,
+    context_broadcasting: bool = False,
     **kwargs,
 ) -> nn.Module:
     """Build a registered model.
@@ -48,10 +50,12 @@ def build(
             ``pretrained_cfg_overlay=dict(file=...)``, a path, an address, another ``model.tag`` or a `Checkpoint`.
         convert: Renames a published state dict to the model's names. It must leave the model's own names alone.
         resize: Resamples entries that were made for another size of images.
+        context_broadcasting: Whether every MLP ends with Context Broadcasting; see `blocks.broadcast_context`.
         **kwargs: Options of timm's factory and of ``cls``.
 
     Raises:
         CheckpointError: If the weights cannot be had or read, or are not those of this model.
+        ValueError: If there are no MLPs to broadcast in.
     """
     features = bool(kwargs.get("features_only", False))
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
@@ -79,7 +83,7 @@ def build(
         ) from error
     if checkpoint is not None:
         model.pretrained_cfg.pop("state_dict", None)
-    return model
+    return broadcast_context(model) if context_broadcasting else model
 
 
 def _weights(name: str, pretrained_cfg, overlay: dict, cache_dir: str | Path | None) -> Checkpoint | None:

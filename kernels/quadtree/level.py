@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 def _children(token_index: Tensor, columns: int) -> Tensor:
-    """Return the children ``[..., 4 * K]`` of tokens ``[..., K]`` of a map of so many columns, by the next one's rows."""
+    """Return the children ``[..., 4 * K]`` of tokens ``[..., K]`` of a map of so many columns, by the next's rows."""
     corner = 2 * (token_index // columns) * 2 * columns + 2 * (token_index % columns)
     steps = torch.tensor([0, 1, 2 * columns, 2 * columns + 1], device=token_index.device)
     return (corner.unsqueeze(-1) + steps).flatten(-2)

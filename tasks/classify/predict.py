@@ -17,6 +17,8 @@ from ..data.images import FULL_WHITE, to_pixels
 from .multi_label import THRESHOLD
 from .task import classifier_card, create_classifier
 
+_TOGETHER = 32  # images of a batch
+
 
 class Predictor:
     """A classifier with all it needs to name what is in an image.
@@ -27,6 +29,7 @@ class Predictor:
         card: What a file of this model has to say of it, to be read again; None if the model isn't known.
         white: See below.
         transform: Makes an image the model's input, by the rule.
+        together: Whether images share batches; then rounding depends on how many there are.
 
     Args:
         model: Maps ``[B, C, H, W]`` to logits ``[B, classes]``.
@@ -39,6 +42,7 @@ class Predictor:
 
     top = 5
     card: dict[str, Any] | None = None
+    together = True
 
     def __init__(
         self,
@@ -109,10 +113,11 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
         """Return, for every image of any mode, its ``top`` classes with their probabilities, the likeliest first."""
-        pixels = (to_pixels(image, self.channels, self.white) for image in images)
-        # Each by itself: sharing a batch would move the last bits.
-        logits = [self.model(self.transform(image)[None].to(self.device))[0] for image in pixels]
-        whole = torch.stack(logits).float()
+        inputs = [self.transform(to_pixels(image, self.channels, self.white)) for image in images]
+        # Sharing a batch moves the last bits, and takes little more than half the time.
+        count = _TOGETHER if self.together else 1
+        batches = (torch.stack(inputs[start : start + count]) for start in range(0, len(inputs), count))
+        whole = torch.cat([self.model(batch.to(self.device)) for batch in batches]).float()
         shares = whole.sigmoid() if self.multi_label else whole.softmax(-1)
         best = shares.topk(min(top or self.top, len(self.classes)))
         return [

@@ -24,9 +24,11 @@ from ..data.occurrence import check_classes, class_weights, draw_weights
 from ..data.statistics import describe_normalization, measure_normalization
 from ..dense.build import normalization_of
 from . import multi_label
+from .attentive_mixing import AttentiveMixing
 
 # Images of a gallery.
 SHOWN = 30
+MIXING = ("mixup", "cutmix", "smmix", "attentive_cutmix")  # of the keys of loss
 
 
 def create_classifier(
@@ -128,6 +130,8 @@ class Classify:
             "class_weights": None,
             "mixup": 0.0,
             "cutmix": 0.0,
+            "smmix": 0.0,
+            "attentive_cutmix": 0.0,
         },
     }
     FREE = ("model.kwargs", "data.augment")  # dicts with keys of their own
@@ -185,7 +189,7 @@ class Classify:
         self.several = data["multi_label"]
         if self.several:
             self.metric, self.shown = "map", ("map", "f1", "exact", "loss")
-            if mixing := [key for key in ("label_smoothing", "mixup", "cutmix") if loss[key]]:
+            if mixing := [key for key in ("label_smoothing", *MIXING) if loss[key]]:
                 raise TaskError(f"loss.{mixing[0]} is for one class an image; set it to 0 with data.multi_label")
         labels = [label for labels in self._labels(self.train_set) for label in labels]
         counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=len(self.classes))
@@ -200,6 +204,11 @@ class Classify:
             self.mixup = Mixup(
                 loss["mixup"], loss["cutmix"], label_smoothing=self.label_smoothing, num_classes=len(self.classes)
             )
+        self.attentive = None
+        if loss["smmix"] > 0 or loss["attentive_cutmix"] > 0:
+            if loss["smmix"] + loss["attentive_cutmix"] > 1:
+                raise TaskError("loss.smmix and loss.attentive_cutmix are probabilities; together they are at most 1")
+            self.attentive = AttentiveMixing(loss["smmix"], loss["attentive_cutmix"], self.label_smoothing)
 
     def _labels(self, samples: Any) -> list[Sequence[int]]:
         """Return the labels of every image."""
@@ -223,26 +232,35 @@ class Classify:
     def build_model(self) -> nn.Module:
         """Return the model, initialised or with the weights the config starts from."""
         options = {key: value for key, value in self.model.items() if key not in ("name", "kwargs")}
-        return create_classifier(
+        model = create_classifier(
             self.model["name"], len(self.classes), self.rule, **options, **dict(self.model["kwargs"])
         )
+        if self.attentive is not None:
+            self.attentive.prepare(model, torch.zeros(1, self.rule.channels, self.rule.size, self.rule.size))
+        return model
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the loss of ``images`` ``[B, C, H, W]`` with their targets, and those that the model reports.
 
         Targets are ``[B]``, or of several labels ``[B, classes]``.
         """
+        weight = None if self.class_weights is None else self.class_weights.to(images.device)
+        if self.attentive is not None and (way := self.attentive.draw()) is not None:
+            mixed = self.attentive.mix(model, images, way)
+            return self.attentive.loss(model, mixed, targets, partial(F.cross_entropy, weight=weight), way)
         smoothing = self.label_smoothing
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0  # the mixed targets are smooth already
-        weight = None if self.class_weights is None else self.class_weights.to(images.device)
         criterion = partial(F.cross_entropy, target=targets, weight=weight, label_smoothing=smoothing)
         if self.several:
             criterion = partial(multi_label.loss, targets=targets, weight=weight)
         with collect_losses(criterion) as own:
             logits = model(images)
-        return {"loss": criterion(logits)} | {f"loss_{name}": value for name, value in own.items()}
+        losses = {"loss": criterion(logits)} | {f"loss_{name}": value for name, value in own.items()}
+        # Processes average what they have measured: each must have the same.
+        extras = () if self.attentive is None else self.attentive.extras
+        return losses | {name: torch.zeros_like(losses["loss"]) for name in extras}
 
     def predict(self, model: nn.Module, images: Tensor) -> list[Tensor]:
         """Return the logits ``[classes]``, in float32, of every image."""
@@ -325,6 +343,7 @@ class Classify:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
+        from ..metrics.confusion import confuse_labels
         from ..pictures.classes import draw_confusion, draw_gallery
 
         if self.several:
@@ -344,7 +363,8 @@ class Classify:
                 f"held-out images whose class got the {share} probability, epoch {epoch}",
             )
             pictures.append((f"{name}.png", f"the {name} predictions"))
-        draw_confusion(targets, shares.argmax(-1).tolist(), self.classes, folder / "confusion.png")
+        taken = confuse_labels(targets, shares.argmax(-1).tolist(), len(self.classes))
+        draw_confusion(taken, self.classes, folder / "confusion.png")
         return [*pictures, ("confusion.png", "which classes are taken for which")]
 
     def card(self) -> dict:

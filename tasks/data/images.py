@@ -70,6 +70,12 @@ class Bands:
         return Bands(self.pixels[top:bottom, left:right])
 
 
+def channels_beyond(path: str | Path) -> int | None:
+    """Return how many channels a TIFF has, if they are more than pictures have, four; None of any other file."""
+    tiff = _only_ours(path)
+    return None if tiff is None else tiff.channels
+
+
 def as_picture(image: "Image.Image | Bands") -> Image.Image:
     """Return an image that can be shown: itself, or of bands what `Bands.convert` gives."""
     return image.convert("RGB") if isinstance(image, Bands) else image
@@ -273,10 +279,7 @@ def read_image(
     image, colours = _load(path, deep_colours=white != FULL_WHITE, name=name)
     if colours is not None:
         # Of TIFF, both decoders have turned it already, and the entry is gone.
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        alpha = to_bytes(colours[..., 3:], FULL_WHITE)
-        image = Image.fromarray(np.concatenate([to_bytes(colours[..., :3], white), alpha], axis=-1))
-        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = colours_as_image(colours, white, image.getexif().get(ExifTags.Base.Orientation, 1))
     return to_pixels(image, channels, white, name)
 
 
@@ -366,13 +369,58 @@ def _has_deep_colours(image: Image.Image) -> bool:
 
 
 def _decode_colours(path: str | Path | BytesIO) -> np.ndarray:
+    """Return colours of 16 bits as they are stored, ``[H, W, 3 or 4]``."""
     import cv2
 
     content = np.fromfile(path, np.uint8) if isinstance(path, str | Path) else path.getbuffer()
     values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise ValueError("colours of 16 bits that can't be decoded")
-    return cv2.cvtColor(values, cv2.COLOR_BGR2RGB if values.shape[-1] == 3 else cv2.COLOR_BGRA2RGBA)
+    if values.shape[-1] == 4:
+        # Red and blue change places where they are.
+        values[..., 0], values[..., 2] = values[..., 2].copy(), values[..., 0].copy()
+        return values
+    return values[..., ::-1]
+
+
+class DeepColours:
+    """A picture with colours of 16 bits, which become bytes window by window.
+
+    Attributes:
+        size: Width and height as it is stored.
+        orientation: As EXIF counts it.
+    """
+
+    def __init__(self, path: str | Path):
+        with naming_damage(path):
+            with open_picture(path) as picture:
+                # An entry that follows the pixels is found by decoding them; of TIFF, both decoders turn the picture.
+                exif = picture.getexif()
+                if picture.format == "TIFF":
+                    picture.load()
+                self.orientation = exif.get(ExifTags.Base.Orientation, 1)
+            self._values = _decode_colours(path)
+        self.size = self._values.shape[1], self._values.shape[0]
+
+    def crop(self, box: tuple[int, int, int, int], white: int) -> Image.Image:
+        """Return a window as it is stored, RGB or RGBA; ``white`` as for `read_image`."""
+        left, top, right, bottom = box
+        return colours_as_image(self._values[top:bottom, left:right], white, self.orientation)
+
+
+def colours_as_image(values: np.ndarray, white: int, orientation: int) -> Image.Image:
+    """Return colours of 16 bits as a picture of bytes, whose alpha has a white of its own."""
+    parts = to_bytes(values[..., :3], white), to_bytes(values[..., 3:], FULL_WHITE)
+    image = Image.fromarray(np.concatenate(parts, axis=-1))
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return image
+
+
+def deep_colours(path: str | Path) -> DeepColours | None:
+    """Return a picture with colours of 16 bits; None of any other."""
+    with naming_damage(path), open_picture(path) as picture:
+        deep = _has_deep_colours(picture)
+    return DeepColours(path) if deep else None
 
 
 def _only_ours(path: str | Path):
@@ -409,4 +457,4 @@ def _values_of(image: Image.Image, name: str | Path) -> np.ndarray:
 
 def to_bytes(values: np.ndarray, white: int) -> np.ndarray:
     """Return integers of 0 to 65535 as uint8, ``white`` and what is greater as 255."""
-    return ((np.minimum(values, white).astype(np.int64) * 255 + white // 2) // white).astype(np.uint8)
+    return ((np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)

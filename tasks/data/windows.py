@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps
 
 from .bands import bands_of, check_channels
-from .images import FULL_WHITE, Bands, naming_damage, open_picture, read_image, to_pixels
+from .images import FULL_WHITE, Bands, DeepColours, deep_colours, naming_damage, open_picture, read_image, to_pixels
 from .tiff import Tiff, is_tiff
 
 
@@ -47,14 +47,13 @@ class Windows:
         self._stored = size
         self.width, self.height = size[::-1] if self._orientation in (5, 6, 7, 8) else size
 
-    def _decode(self, path: str | Path) -> tuple[Image.Image, int]:
+    def _decode(self, path: str | Path) -> tuple[Image.Image | Bands | DeepColours, int]:
         """Return the decoded picture as it is stored, and its orientation."""
         if self._channels not in (1, 3):
             return read_image(path, self._channels, self._white), 1
+        if self._white != FULL_WHITE and (deep := deep_colours(path)) is not None:
+            return deep, deep.orientation
         with naming_damage(path), open_picture(path) as image:
-            if self._white != FULL_WHITE and image.mode in ("LA", "RGB", "RGBA") and ";16" in str(image.tile):
-                # Only the one reader knows what is white; what it returns stands upright.
-                return read_image(path, self._channels, self._white), 1
             image.load()
         return image, image.getexif().get(ExifTags.Base.Orientation, 1)
 
@@ -83,6 +82,8 @@ class Windows:
                 window.getexif()[ExifTags.Base.Orientation] = self._orientation
                 window = ImageOps.exif_transpose(window)
             return window
+        if isinstance(self._image, DeepColours):
+            return to_pixels(self._image.crop(stored, self._white), self._channels, self._white, self._path)
         # A crop keeps the entry on orientation, and is turned by it.
         return to_pixels(self._image.crop(stored), self._channels, self._white, self._path)
 

@@ -191,15 +191,22 @@ class Detect:
             indices: Which of the held-out images they are.
         """
         from ..metrics.average_precision import measure_ap
+        from ..metrics.confusion import confuse_objects, worst_of
+        from ..pictures.classes import draw_confusion
         from ..pictures.objects import draw_comparison, draw_precision
 
-        shown = list(zip(indices, targets, predictions, strict=True))[:4]
+        taken, scores = confuse_objects(predictions, targets, len(self.classes), "box")
+        worst = worst_of(scores)
+        shown = [(indices[place], targets[place], predictions[place]) for place in worst]
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
-        draw_comparison(rows, self.classes, folder / "predictions.png", f"held-out images, epoch {epoch}")
+        title = f"held-out images with the lowest F1, epoch {epoch}"
+        draw_comparison(rows, self.classes, folder / "predictions.png", title)
+        draw_confusion(taken, [*self.classes, "nothing"], folder / "confusion.png", "found and missed objects")
         curves = {kind: measure_ap(predictions, targets, kind) for kind in self._kinds()}
         draw_precision(curves, folder / "precision.png")
         return [
-            ("predictions.png", "truth and prediction side by side"),
+            ("predictions.png", "the worst predictions beside the truth"),
+            ("confusion.png", "which classes are taken for which"),
             ("precision.png", "precision by recall"),
         ]
 

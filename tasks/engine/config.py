@@ -94,12 +94,14 @@ OPTIONAL = {
     "optimizer.lr_batch": int,
     "lora.rank": int,
 }
+_KINDS = {"batch_size": "size"}  # of keys that take more than their default's type
 FINETUNE = "classify/nat_tiny_finetune"  # the recipe for any model
 SCHEDULES = ("cosine", "poly", "step")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("tensorboard", "wandb")
 
 _TYPES = {
+    "size": ('a whole number or "auto"', lambda value: value == "auto" or type(value) is int),
     bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
     float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
@@ -303,7 +305,7 @@ def _assign(
         hint = f"; set one of its own keys: {', '.join(own)}" if own else nearest(key, known)
         raise TaskError(f"{source}: unknown key {key!r}{hint}")
     default = known[key]
-    expected, fits = _TYPES[optional.get(key, type(default))]
+    expected, fits = _TYPES[_KINDS.get(key) or optional.get(key, type(default))]
     may_be_none = default is None or key in optional
     if not fits(value) and not (value is None and may_be_none):
         example = f", such as {default!r}" if default not in (None, {}) else " or None" if default is None else ""
@@ -382,7 +384,8 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
     optimizer, schedule, losses = config["optimizer"], config["schedule"], config.get("loss", {})
     largest = sys.float_info.max
     yield "seed", config["seed"], 0, 2**32 - 1, False, "from 0 to 2**32 - 1"
-    yield "batch_size", config["batch_size"], 1, 10**6, False, "from 1 to 1000000"
+    size = None if config["batch_size"] == "auto" else config["batch_size"]
+    yield "batch_size", size, 1, 10**6, False, "from 1 to 1000000"
     yield "workers", config["workers"], 0, 1000, False, "from 0 to 1000"
     for key in ("epochs", "iterations"):
         yield key, config[key], 1, 10**9, False, "from 1 to 10**9"
@@ -404,6 +407,8 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
     yield "data.balance", config["data"].get("balance"), 0, 10, False, "from 0 to 10"
     for key in ("mosaic", "copy_paste"):
         yield f"data.{key}", config["data"].get(key), 0, 1, False, "a probability, from 0 to 1"
+    for key in ("smmix", "attentive_cutmix"):
+        yield f"loss.{key}", losses.get(key), 0, 1, False, "a probability, from 0 to 1"
     yield "loss.label_smoothing", losses.get("label_smoothing"), 0, 1, False, "from 0 to 1"
 
 

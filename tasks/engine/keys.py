@@ -44,7 +44,7 @@ KEYS: dict[str | None, dict[str, str]] = {
         "deterministic": "refuse nondeterministic CUDA kernels",
         "device": '"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "mps"',
         "precision": '"float32", or by autocast "bfloat16", "float16"',
-        "batch_size": "of each process",
+        "batch_size": 'of each process; "auto": on CUDA what fits, found by trying; elsewhere 16',
         "workers": "processes that load data, for each process that trains; None: by the cores, 8 at most",
         "epochs": "passes over the training data",
         "iterations": "instead of epochs: batches to train on; the last epoch ends with them",
@@ -111,6 +111,8 @@ KEYS: dict[str | None, dict[str, str]] = {
         "loss.class_weights": '"balanced": by 1 / share of the class, 1 in the mean over the images; or one for each',
         "loss.mixup": "alpha of timm.data.Mixup; 0: none",
         "loss.cutmix": "alpha of timm.data.Mixup; 0: none",
+        "loss.smmix": "probability of SMMix for a batch, 0.5 as published; others are mixed by mixup and cutmix",
+        "loss.attentive_cutmix": "probability of Attentive CutMix for a batch, looking with the model's own attention",
     },
     "detect": {
         **_DENSE,

@@ -22,6 +22,7 @@ from ...zoo.library_errors import first_line
 from .. import TaskError
 from ..checkpoints import check_folder, read_checkpoint, remove_partial, taken_as_said
 from ..devices import choose_device
+from .batch_size import AUTO, FIXED, placeholder, settle
 from .config import format_config, task_class_of
 from .hooks import Metric, RunHook, SeedHook, TestProgressHook, build_hooks
 from .loading import build_loader, usable_cores
@@ -94,8 +95,14 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     _check_begun(last, resume)  # again, now that no other run can begin here
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
     device, distributed = _launch(config["device"])
-    task = _build_task(config, checkpoint, last)
+    task = _build_task(placeholder(config), checkpoint, last)
     remarks += task.check_data()
+    if config["batch_size"] == AUTO:
+        trial = placeholder(config)
+        size, remark = settle(trial, task, _loader(task.train_set, trial, device, seed=0), device, checkpoint)
+        config, remarks = config | {"batch_size": size}, [*remarks, remark]
+        # What a task makes of a batch's size, it makes of this one.
+        task = _build_task(config, checkpoint, last)
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
     epochs = count_epochs(config, len(loader))
@@ -216,6 +223,8 @@ def evaluate(
     checkpoint = None if opened is None else read_checkpoint(opened, config["task"])
     # What is measured is whole.
     config = config | {"freeze": (), "lora": {**config["lora"], "rank": None}}
+    if config["batch_size"] == AUTO:
+        config["batch_size"] = FIXED
     device, distributed = _launch(config["device"])
     task = _build_task(config, checkpoint, opened)
     if checkpoint is not None:

@@ -72,11 +72,16 @@ def draw_inputs(
     save_figure(figure, path)
 
 
-def draw_confusion(truths: Sequence[int], guesses: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
-    """Draw how often each class was taken for each other; numbers are written where they can be read."""
+def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: str | Path, of: str = "") -> None:
+    """Draw how often each class was taken for each other; numbers are written where they can be read.
+
+    Args:
+        matrix: Counts, a row for each true class and a column for each predicted one.
+        classes: Names of both.
+        path: PNG to write.
+        of: What is counted, where that isn't images.
+    """
     count = len(classes)
-    matrix = np.zeros((count, count), dtype=int)
-    np.add.at(matrix, (np.asarray(truths), np.asarray(guesses)), 1)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(12, 3 + 0.42 * count)
     figure = new_figure(side + 0.8, side)
@@ -84,7 +89,7 @@ def draw_confusion(truths: Sequence[int], guesses: Sequence[int], classes: Seque
     shades = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(shades, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{np.trace(matrix)} of {matrix.sum()} right")
+    axes.set_title(f"{np.trace(matrix)} of {matrix.sum()}{of and f' {of}'} right")
     if count <= 40:
         axes.set_xticks(range(count), classes, rotation=90 if max(map(len, classes)) > 3 else 0)
         axes.set_yticks(range(count), classes)

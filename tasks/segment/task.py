@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import TaskError
+from ..data.augment import IGNORE
 from ..data.formats import open_maps, resolve
 from ..data.images import LOOKED_AT, Bands, as_picture
 from ..data.occurrence import check_classes, class_weights, draw_weights
@@ -285,9 +286,13 @@ class Segment:
             epoch: After which the predictions were made.
             indices: Which of the held-out images they are.
         """
-        shown = list(zip(indices, targets, predictions, strict=True))[:4]
+        from ..metrics.confusion import worst_of
+        from ..pictures.classes import draw_confusion
+
+        taken, scores = self._confuse(predictions, targets)
+        shown = [(indices[place], targets[place], predictions[place]) for place in worst_of(scores)]
         rows = [(self.val_set.image(index), target, prediction) for index, target, prediction in shown]
-        title = f"held-out images, epoch {epoch}"
+        title = f"held-out images with the lowest {'F1' if self.output == 'instance' else 'share right'}, epoch {epoch}"
         if self.output == "instance":
             from ..pictures.objects import draw_comparison
 
@@ -296,7 +301,30 @@ class Segment:
             from ..pictures.regions import draw_comparison
 
             draw_comparison(rows, self.classes, folder / "predictions.png", title, self.things)
-        return [("predictions.png", "truth and prediction side by side")]
+        names = self.classes if self.output == "semantic" else [*self.classes, "nothing"]
+        of = "found and missed objects" if self.output == "instance" else "pixels"
+        draw_confusion(taken, names, folder / "confusion.png", of)
+        return [
+            ("predictions.png", "the worst predictions beside the truth"),
+            ("confusion.png", "which classes are taken for which"),
+        ]
+
+    def _confuse(self, predictions: list, targets: list) -> tuple[np.ndarray, list[float]]:
+        """Return which classes are taken for which, objects or pixels, and how well each image was answered."""
+        from ..metrics.confusion import confuse_objects
+        from ..metrics.segmentation import count_labels
+
+        count = len(self.classes)
+        if self.output == "instance":
+            return confuse_objects(predictions, targets, count, "mask")
+        if self.output == "panoptic":
+            # Void is the class after the last, predicted or true; true void doesn't count.
+            count += 1
+            predictions, targets = ([part[..., 0] for part in parts] for parts in (predictions, targets))
+            targets = [torch.where(target == count - 1, IGNORE, target) for target in targets]
+        of_image = [count_labels([pair], count) for pair in zip(predictions, targets, strict=True)]
+        right = [float(counts.diagonal().sum() / counts.sum().clamp(min=1)) for counts in of_image]
+        return sum(of_image).numpy(), right
 
     def draw_inputs(self, items: list[Any], path: Path, title: str, train: bool) -> None:
         """Draw items of a data set, of training or not, under their classes or segments; ``title`` says what it is."""

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 from foveate.tasks import TaskError
-from foveate.tasks.data.images import EXTENSIONS, find_images, list_images, read_image, read_size, read_values
+from foveate.tasks.data.images import (
+    EXTENSIONS,
+    DamagedImageError,
+    find_images,
+    list_images,
+    read_image,
+    read_size,
+    read_values,
+)
+from foveate.tasks.data.windows import Windows
 from PIL import Image
 
 GRADIENT = np.linspace(0, 255, 7 * 5).astype(np.uint8).reshape(5, 7)
@@ -147,3 +156,15 @@ def test_pictures_that_are_left_out_are_counted(tmp_path):
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match=r"formats that aren't read are left out: 2 \.heic, 1 \.svg"):
         assert [path.name for path in list_images(tmp_path)] == ["a.png"]
+
+
+def test_floating_point_numbers_are_refused_by_name_whole_and_in_parts(tmp_path):
+    values = np.random.default_rng(0).random((40, 30)).astype(np.float32)
+    Image.fromarray(values).save(tmp_path / "whole.tif")
+    Image.fromarray(values).save(tmp_path / "strips.tif", compression="tiff_lzw", strip_size=400)
+    message = r"\.tif: holds floating-point numbers of unknown range; save it with 8 or 16 bits"
+    for name in ("whole.tif", "strips.tif"):
+        with pytest.raises(DamagedImageError, match=message):
+            read_image(tmp_path / name)
+        with pytest.raises(DamagedImageError, match=message):
+            Windows(tmp_path / name).read(0, 0, 30, 20)

@@ -342,16 +342,18 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 before = peak()
-found = predict_tiled(labeller, Windows(path), 512, 64, folder)
+found = predict_tiled(labeller, Windows(path, white={white}), 512, 64, folder)
 labeller.describe(found.answer)
 labeller.write_map(found.answer, Path(folder) / "out.png")
 print(peak() - before)
 """
 
 
-def grown(path, output, scratch):
+def grown(path, output, scratch, white=65535):
     """Return by how many MB the memory of a process grows over what it needs for one tile."""
-    code = MEASURE.format(folder=str(Path(__file__).parent), path=str(path), output=output, scratch=str(scratch))
+    code = MEASURE.format(
+        folder=str(Path(__file__).parent), path=str(path), output=output, scratch=str(scratch), white=white
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout) / 1024
@@ -381,3 +383,33 @@ def test_memory_doesnt_grow_with_a_tiled_tiff(tmp_path):
 def test_other_pictures_take_less_than_half_again_of_themselves(tmp_path):
     Image.new("RGB", (7000, 7000)).save(tmp_path / "a.png", compress_level=1)
     assert grown(tmp_path / "a.png", "semantic", tmp_path) < 1.5 * 7000 * 7000 * 4 / 2**20
+
+
+@ON_LINUX
+@pytest.mark.heavy
+def test_colours_of_16_bits_take_less_than_half_again_of_themselves(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((5000, 5000, 3), 900, np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    assert grown(tmp_path / "a.png", "semantic", tmp_path, white=1023) < 1.5 * 5000 * 5000 * 6 / 2**20
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_windows_of_deep_colours_are_those_of_the_whole(orientation, alpha, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 1024, (30, 40, 3 + alpha)).astype(np.uint16)
+    if alpha:
+        pixels[..., 3] *= 64
+    cv2.imwrite(str(tmp_path / "plain.png"), pixels)
+    path = tmp_path / "a.png"
+    content = (tmp_path / "plain.png").read_bytes()
+    exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0" + bytes([orientation, 0, 0, 0, 0, 0, 0])
+    chunk = len(exif).to_bytes(4, "big") + b"eXIf" + exif + zlib.crc32(b"eXIf" + exif).to_bytes(4, "big")
+    path.write_bytes(content[:33] + chunk + content[33:])
+    whole = np.asarray(read_image(path, white=1023))
+    assert whole.shape[:2] == ((40, 30) if orientation == 6 else (30, 40))
+    windows = Windows(path, white=1023)
+    assert (windows.height, windows.width) == whole.shape[:2]
+    assert np.array_equal(np.asarray(windows.read(3, 5, 21, 29)), whole[5:29, 3:21])
+    # By hand, where nothing is turned or seen through.
+    if orientation == 1 and not alpha:
+        expected = np.rint(pixels[..., ::-1].astype(float) * 255 / 1023)
+        assert np.abs(whole - expected).max() <= 1

@@ -7,6 +7,8 @@ import pytest
 from foveate.tools.cli import main
 from PIL import Image
 
+from ..tasks.test_tiles import write_tiled
+
 
 def write(path, content="", size=(30, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,3 +121,42 @@ def test_several_labels_of_an_image_are_counted_each(tmp_path, capsys):
     assert "2 cat" in said
     assert "1 dog" in said
     assert (tmp_path / "out" / "samples.png").is_file()
+
+
+def six_channels(path, size=(30, 40)):
+    """A TIFF of six channels, the first of which is red."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((*size, 6), np.uint8)
+    pixels[..., 0] = 255
+    write_tiled(path, *size, 16, pixels, channels=6)
+
+
+def spectral_objects(root):
+    yolo(root)
+    for file in list(root.rglob("*.png")):
+        file.unlink()
+        six_channels(file.with_suffix(".tif"))
+
+
+def spectral_maps(root):
+    masks(root)
+    for file in list(root.rglob("images/**/*.png")):
+        file.unlink()
+        six_channels(file.with_suffix(".tif"))
+
+
+def spectral_classes(root):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            six_channels(root / split / name / "a.tif")
+
+
+@pytest.mark.parametrize("lay", [spectral_objects, spectral_maps, spectral_classes])
+def test_of_many_channels_the_first_three_are_drawn(lay, tmp_path, capsys):
+    lay(tmp_path / "data")
+    assert main(["data", "check", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "images have 6 channels: train with data.channels=6; drawn are the first three" in said
+    pixels = np.asarray(Image.open(tmp_path / "out" / "samples.png").convert("RGB")).astype(int)
+    # Of label maps little is left between the outlines.
+    assert ((pixels[..., 0] > 150) & (pixels[..., 1:].max(-1) < 100)).mean() > 0.001

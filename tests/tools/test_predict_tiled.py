@@ -24,7 +24,12 @@ def picture(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("head", "output"),
-    [("mask_rcnn", None), ("semantic_fpn", "semantic"), ("mask2former", "panoptic"), ("mask2former", "instance")],
+    [
+        pytest.param("mask_rcnn", None, marks=pytest.mark.heavy),
+        ("semantic_fpn", "semantic"),
+        ("mask2former", "panoptic"),
+        ("mask2former", "instance"),
+    ],
 )
 def test_what_is_found_in_tiles_is_written(head, output, picture, tmp_path, capsys):
     checkpoint(head, output, tmp_path / "best.pth")
