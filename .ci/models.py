@@ -1,13 +1,21 @@
-"""What is counted from the models: writes docs/models.csv, which the site shows, and zoo/shapes.csv, by which
-`zoo.variants` knows a file's model; `python .ci/models.py --check` only compares them.
+"""What is counted from the models: writes docs/models.csv, which the site shows, zoo/shapes.csv, by which
+`zoo.variants` knows a file's model, and zoo/states.csv, what each model's code was compared with;
+`python .ci/models.py --check` only compares them. README's table of families is written from the same.
 
 So neither needs all models to be built; tests count some anew.
 """
 
+import ast
 import csv
+import functools
+import re
 import sys
 from pathlib import Path
 
+_SIZES = re.compile("mini|micro|tiny|small|medium|base|large|huge|giant|[0-9]{3}")
+# Models whose names don't tell of which code they are.
+_RELATIVES = {"dat_p_tiny": "dat_pp_tiny", "dinat_isotropic": "nat_isotropic_small"}
+MARK = "<!-- families -->"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,7 +25,6 @@ def count(name: str) -> dict[str, str]:
     import torch
     from foveate.tasks.cost import count_macs
     from timm.models import get_pretrained_cfg
-    from timm.models._registry import _model_to_module
 
     size = get_pretrained_cfg(name).input_size
     with torch.device("meta"):
@@ -25,12 +32,18 @@ def count(name: str) -> dict[str, str]:
     macs = count_macs(model, size) / 1e9
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "family": _model_to_module[name].rpartition(".")[2],
+        "family": _family(name),
         "model": name,
         "parameters (M)": f"{parameters / 1e6:.2f}",
         "GMACs": f"{macs:.2f}" if macs > 0.1 else f"{macs:.4f}",
         "input": str(size[-1]),
     }
+
+
+def _family(name: str) -> str:
+    from timm.models import model_entrypoint
+
+    return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
 def group(name: str) -> dict[str, str]:
@@ -40,7 +53,71 @@ def group(name: str) -> dict[str, str]:
     return {"model": name, "entries by group": " ".join(map(str, groups_of(shapes_of(name))))}
 
 
-TABLES = {ROOT / "docs" / "models.csv": count, ROOT / "zoo" / "shapes.csv": group}
+def state(name: str) -> dict[str, str]:
+    """Return a model's row of what its code was compared with, see `zoo.states.code_of`."""
+    return {"model": name, "code": _code(name)}
+
+
+def _code(name: str) -> str:
+    family = _family(name)
+    if name == "nat_atto" or family == "host":
+        return "ours"
+    if family == "gated":
+        return "paper"
+    recorded = _recorded()
+    if name in recorded:
+        return "own"
+    named = next((other for start, other in _RELATIVES.items() if name.startswith(start)), None)
+    return named or max(sorted(recorded), key=lambda other: _kinship(_bare(name), _bare(other)))
+
+
+def _kinship(name: str, other: str) -> tuple[float, int]:
+    """Return how much two names share, sizes left out, and how far they begin alike."""
+    words, others = ({word for word in text.split("_") if not _SIZES.fullmatch(word)} for text in (name, other))
+    alike = next((place for place, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), len(name))
+    return len(words & others) / len(words | others), alike
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("foveate_")
+
+
+@functools.cache
+def _recorded() -> set[str]:
+    """Return the models of which outputs of the authors' code are recorded."""
+    import foveate
+
+    names = foveate.list_models()
+    recorded = set()
+    for path in (ROOT / "tests" / "golden").glob("*/*.npz"):
+        stem = path.stem.replace("mobilenetv2_ela_l", "ela_l_mobilenetv2")
+        fitting = [name for name in names if f"{stem}_".startswith(f"{_bare(name)}_")]
+        recorded |= {max(fitting, key=len)} if fitting else set()
+    return recorded
+
+
+TABLES = {
+    ROOT / "docs" / "models.csv": count,
+    ROOT / "zoo" / "shapes.csv": group,
+    ROOT / "zoo" / "states.csv": state,
+}
+
+
+def render() -> str:
+    """Return README's table of families."""
+    from foveate.zoo.states import family_state
+
+    tree = ast.parse((ROOT / "docs" / "pages.py").read_text())
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    families = next(ast.literal_eval(node.value) for node in assigned if node.targets[0].id == "FAMILIES")
+    with (ROOT / "docs" / "models.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| family | here, and hardly anywhere else | outputs compared with | files opened and measured |"]
+    lines.append("| --- | --- | --- | --- |")
+    for family, (title, what) in families.items():
+        states = family_state([row["model"] for row in rows if row["family"] == family])
+        lines.append(f"| {title} | {what} | {' | '.join(states)} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -62,6 +139,11 @@ def main(arguments: list[str]) -> None:
             writer = csv.DictWriter(file, new[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(new)
+    readme = ROOT / "README.md"
+    before, table, after = readme.read_text().split(MARK)
+    if arguments == ["--check"] and table.strip() != render():
+        sys.exit(f"README's table of families is out of date: run {sys.argv[0]}")
+    readme.write_text(f"{before}{MARK}\n{render()}\n{MARK}{after}")
 
 
 if __name__ == "__main__":

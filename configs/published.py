@@ -60,8 +60,9 @@ def _rows() -> tuple[Mapping[str, str], ...]:
             *form, schedule = schedule.split()
             head = "_".join([head, *form])
         recipe = f"{row['task']}/{head}_{row['backbone']}_{schedule}_{data}{_SUFFIXES.get(row['setting'], '')}"
-        # timm's own were trained by the recipes of their zoos, of which only that of DINO is here.
-        has_recipe = is_own or row["head"] == "dino"
+        # timm's own were trained by the recipes of their zoos, of which only that of DINO is here; what is shipped, by
+        # recipes that are files.
+        has_recipe = row["state"] != "shipped" and (is_own or row["head"] == "dino")
         row["config"] = recipe if has_recipe and "_base_" in settings_of(recipe) else ""
     return tuple(rows.values())
 
@@ -69,6 +70,7 @@ def _rows() -> tuple[Mapping[str, str], ...]:
 def _of_weights(entry: Weights) -> dict[str, str]:
     """Return what the table of weights says of a detector or segmenter."""
     # The table has COCO's own names.
+    numbers = entry.checked.measured if entry.state == "shipped" else entry.stated
     titles = {"AP": "mask AP", "mIoU multi-scale": "mIoU (multi-scale)"}
     return {
         "name": entry.name,
@@ -76,7 +78,7 @@ def _of_weights(entry: Weights) -> dict[str, str]:
         "head": entry.head,
         "data": entry.data,
         "schedule": entry.schedule or "",
-        "metrics": "; ".join(f"{titles.get(metric, metric)} {value}" for metric, value in entry.stated.items()),
+        "metrics": "; ".join(f"{titles.get(metric, metric)} {value}" for metric, value in numbers.items()),
         "license": entry.license or "not stated",
         "source": entry.page,
         "state": entry.state,

@@ -34,6 +34,7 @@ FAMILIES = {
 }
 _PACKAGES = {"blocks": "Blocks", "kernels": "Kernels"}
 _STATES = {
+    "shipped": "in the package",
     "listed": "a direct link",
     "derived": "a direct link, made from a page",
     "browser": "by hand: a page for people",
@@ -116,43 +117,57 @@ def _stated(entry: Any) -> str:
 
 
 def _index(models: list[dict[str, str]], weights: dict) -> str:
+    from foveate.zoo.states import code_word, family_state
+
     families = []
     for family, (title, what) in FAMILIES.items():
         rows = [row for row in models if row["family"] == family]
         sizes = [float(row["parameters (M)"]) for row in rows]
         span = f"{min(sizes):.0f} to {max(sizes):.0f}" if round(min(sizes)) != round(max(sizes)) else f"{sizes[0]:.0f}"
-        families.append((f"[{title}]({family}.md)", str(len(rows)), span, what))
-    every = [
-        (f"[`{row['model']}`]({row['family']}.md)", *list(row.values())[2:], _where(row["model"], weights))
-        for row in models
-    ]
+        states = family_state([row["model"] for row in rows])
+        families.append((f"[{title}]({family}.md)", str(len(rows)), span, what, *states))
+    folded = []
+    for family, (title, _) in FAMILIES.items():
+        rows = [row for row in models if row["family"] == family]
+        every = [
+            (f"`{row['model']}`", *list(row.values())[2:], code_word(row["model"]), _where(row["model"], weights))
+            for row in rows
+        ]
+        table = _table(("model", *list(models[0])[2:], "code", "weights"), every)
+        folded.append(f"<details markdown>\n<summary>{title}: {len(rows)}</summary>\n\n{table}\n\n</details>")
+    lines = "\n\n".join(folded)
     return f"""# Models
 
 All of them are timm's: `timm.create_model(NAME, features_only=True)`, `num_classes=`, `in_chans=` and the rest work as
 for timm's own. `foveate info NAME` says what is on these pages for one model.
 
-{_table(("family", "models", "parameters (M)", "here"), families)}
+{_table(("family", "models", "parameters (M)", "here", "outputs compared with", "files opened"), families)}
 
-Every family is compared with its authors' code: outputs under weights that are rebuilt from names and shapes. No
-published file could be opened where this was made, so that no accuracy below is measured by us; they are the papers'.
+Code is what a model's outputs were compared with: *compared* with those of its authors' code, under weights that are
+rebuilt from names and shapes; *as* another model, of the same code, whose outputs were. No published file could be
+opened where this was made, so that no accuracy is measured by us but of the package's own files; they are the papers'.
 
 ## All models
 
-{_table(("model", *list(models[0])[2:], "weights"), every)}
+{lines}
 
 Parameters in millions with the classifier; multiply-adds in billions at the input size, as executed on the CPU.
 """
 
 
 def _family(family: str, rows: list[dict[str, str]], weights: dict) -> str:
+    from foveate.zoo.states import code_word
+
     title, _ = FAMILIES[family]
-    parts = [f"# {title}", _docstring(family), "## Models"]
+    parts = [f"# {title}", _picture(family), _docstring(family), "## Models"]
     models = []
     for row in rows:
         files = [entry for entry in _files_of(row["model"], weights).values() if entry.task == "classify"]
         stated = next((entry.stated["top-1"] for entry in files if "top-1" in entry.stated), "-")
-        models.append((f"`{row['model']}`", *list(row.values())[2:], str(stated)))
-    parts.append(_table(("model", *list(rows[0])[2:], "top-1, the paper's"), models))
+        code = code_word(row["model"])
+        models.append((f"`{row['model']}`", *list(row.values())[2:], str(stated), code))
+    parts.append(_table(("model", *list(rows[0])[2:], "top-1, the paper's", "code"), models))
+    parts += ["## Speed", _speed([row["model"] for row in rows])]
     files = [(name, entry) for row in rows for name, entry in _files_of(row["model"], weights).items()]
     if files:
         parts += ["## Weights", _weights(files)]
@@ -161,15 +176,50 @@ def _family(family: str, rows: list[dict[str, str]], weights: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _picture(family: str) -> str:
+    """Return the picture of a family's attention, which .ci/pictures.py draws, or how to draw it."""
+    model, name = _drawn()[family], f"attend_{family}.webp"
+    command = f"foveate attend PHOTO --model {model} --untrained --at 300,250"
+    if not (ROOT / "docs" / "images" / name).exists():
+        return f"*No picture is here; `{command}` draws what attention uses, or says that there is none to read.*"
+    what = f"What one query of {model} may use in each stage, drawn on a photo"
+    return f"![{what}](../images/{name})\n\n*{what}: `{command}`, random weights.*"
+
+
+def _drawn() -> dict[str, str]:
+    """Return which model of each family is drawn."""
+    tree = ast.parse((ROOT / ".ci" / "pictures.py").read_text())
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return next(ast.literal_eval(node.value) for node in assigned if node.targets[0].id == "MODELS")
+
+
+def _speed(models: list[str]) -> str:
+    """Return what README measured of some models, beside timm's Swin-T; nothing else is said."""
+    readme = (ROOT / "README.md").read_text()
+    measured = re.findall(r"^\| ([a-z]\w+)[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    rows = [(f"`{name}`", *numbers) for name, *numbers in measured if name in models]
+    if not rows:
+        return "Not measured. `foveate bench models NAME` measures it on your machine."
+    header = ("model", "images/s over Swin-T's", "multiply-adds per second over Swin-T's", "time over its own floor")
+    return (
+        f"{_table(header, rows)}\n\nOurs: one core of an AMD EPYC with AVX-512, 224 pixels, batch 4, float32, beside "
+        "timm's `swin_tiny_patch4_window7_224` in the same run of `foveate bench models`; the floor is the model's own "
+        "linear and convolution layers alone. README says more."
+    )
+
+
 def _weights(files: list[tuple[str, Any]]) -> str:
+    from foveate.zoo.states import file_state
+
     rows = []
     for name, entry in files:
         where = f"[{_STATES[entry.state]}]({entry.page})"
-        rows.append((f"`{name}`", entry.data, _stated(entry), entry.license or "not stated", where))
+        state = file_state(entry)
+        rows.append((f"`{name}`", entry.data, _stated(entry), entry.license or "not stated", where, state))
     return (
-        _table(("file", "data", "the authors' numbers", "license", "where"), rows)
-        + "\n\n`foveate weights fetch NAME` brings one, `foveate weights verify FILE` reads it strictly. "
-        "Files were not opened by us; links are as they were last reported."
+        _table(("file", "data", "the authors' numbers", "license", "where", "state"), rows)
+        + "\n\n`foveate weights fetch NAME` brings one, `foveate weights verify FILE` reads it strictly. Links are as "
+        "they were last reported; [what you found in a file](../weights.md#tell-what-you-found) can stand here."
     )
 
 

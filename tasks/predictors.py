@@ -12,7 +12,7 @@ from torch import nn
 from ..configs.published import read_published
 from ..zoo.backbone import head_options_of
 from ..zoo.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from ..zoo.weights import table
+from ..zoo.weights import read, table
 from . import TASKS, TaskError
 from .checkpoints import read_checkpoint, taken_as_said
 from .data.class_names import class_names
@@ -102,6 +102,8 @@ def load_published(
     if row["state"] == "none" and weights is None:
         raise TaskError(f"{name}: no weights were published; train it: foveate train {row['config']}")
     weights = name if weights is None else weights
+    if row["state"] == "shipped":
+        return load_predictor(read(weights), device)
     if row["head"] not in _TRANSFORMERS:
         options = table()[name].options if name in table() else None
         return load_dense(row["head"], row["backbone"], weights, device, data=row["data"], options=options)

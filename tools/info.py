@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     check_name(args.name)
     arch = args.name.split(".")[0]
     cfg = get_pretrained_cfg(args.name)
-    facts = [("model", arch), *_of_the_model(args, cfg), *_of_the_weights(arch)]
+    facts = [*_of_the_code(arch), *_of_the_model(args, cfg), *_of_the_weights(arch)]
     for label, value in (("origin", cfg.origin_url), ("paper", cfg.paper_ids)):
         if value:
             facts.append((label, value if isinstance(value, str) else ", ".join(value)))
@@ -35,6 +35,19 @@ def run(args: argparse.Namespace) -> None:
     facts += [("recipe", f"foveate train {name}") for name in recipes_of_model(arch)]
     for label, fact in facts:
         print(f"{label:<11} {fact}")
+
+
+def _of_the_code(arch: str) -> list[tuple[str, str]]:
+    """Return what a model is, and of ours what its code was compared with."""
+    from timm.models import model_entrypoint
+
+    from ..zoo.states import code_state
+
+    code = code_state(arch)
+    if code is None:
+        return [("model", arch)]
+    words = (model_entrypoint(arch).__doc__ or "").strip().partition("\n")[0].replace("``", "`")
+    return [("model", f"{arch}: {words}" if words else arch), ("code", code)]
 
 
 def _of_the_model(args: argparse.Namespace, cfg) -> list[tuple[str, str]]:
@@ -78,6 +91,7 @@ def _of_the_weights(arch: str) -> list[tuple[str, str]]:
     import timm
     from timm.models import get_pretrained_cfg
 
+    from ..zoo.states import file_state
     from ..zoo.weights import table
 
     facts = []
@@ -91,6 +105,8 @@ def _of_the_weights(arch: str) -> list[tuple[str, str]]:
             ("weights", f"{name} ({weights.num_classes} classes, {weights.input_size[-1]} pixels): {source}"),
             ("", f"license {weights.license or 'not stated'}{'; ' + notes if notes else ''}"),
         ]
+        if name in table():
+            facts.append(("", f"file: {file_state(table()[name])}"))
     others = [name for name, entry in table().items() if entry.model == arch and name not in tags]
     facts += [("weights", f"{name}: `foveate weights info {name}`") for name in others]
     return facts or [("weights", "none published; train it, or give a checkpoint")]

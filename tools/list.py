@@ -1,11 +1,14 @@
 """List the models: parameters, input size, published weights, and the accuracy that their authors state.
 
-Weights are the tag that pretrained=True loads; "by hand" and a page where there is a file that it doesn't, such as one
-whose license nobody states, or that only people can fetch; "dead" where the links were reported dead; else "none".
+Code is what the model's outputs were compared with: "compared" with those of its authors' code, "as NAME" if that one
+was, of the same code; "after the paper" and "ours" if with none. File is whether the weights were opened by us, and
+"measured" if their accuracy was. Weights are the tag that pretrained=True loads; "by hand" and a page where there is a
+file that it doesn't, such as one whose license nobody states, or that only people can fetch; "dead" where the links
+were reported dead; else "none".
 
 With --detectors or --segmenters: the published detectors or segmenters, with the authors' numbers, the license and the
-state of their weights: listed (a direct link), derived (a direct link made from a page), browser (a page for people
-only), dead, or none.
+state of their weights: shipped (in this package), listed (a direct link), derived (a direct link made from a page),
+browser (a page for people only), dead, or none; of what is shipped the numbers are ours, measured of the file.
 """
 
 import argparse
@@ -31,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     from .. import list_models
     from ..tasks import TaskError, nearest
+    from ..zoo.states import code_word
 
     pattern = as_glob(args.pattern)
     if args.detectors or args.segmenters:
@@ -47,10 +51,12 @@ def run(args: argparse.Namespace) -> None:
         print(markdown(names))
         return
     if names:
-        width = max(map(len, names))
-        print(f"{'model':<{width}}  params (M)  input  top-1  weights")
-    for name, parameters, size, top1, tag in facts(names):
-        print(f"{name:<{width}}  {parameters:>10}  {size:>5}  {top1:>5}  {tag}", flush=True)
+        width, words = max(map(len, names)), max(len(code_word(name)) for name in names)
+        print(f"{'model':<{width}}  params (M)  input  top-1  {'code':<{words}}  {'file':<10}  weights")
+    for name, parameters, size, top1, code, file, tag in facts(names):
+        print(
+            f"{name:<{width}}  {parameters:>10}  {size:>5}  {top1:>5}  {code:<{words}}  {file:<10}  {tag}", flush=True
+        )
     for name in timm_names:
         print(name)
 
@@ -73,12 +79,14 @@ def _print_published(task: str, pattern: str) -> None:
     print_table([[row[column] for column in columns] for row in (titles, *matches)])
 
 
-def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:
-    """Yield name, millions of parameters, input size, the authors' top-1 and the weights of each model."""
+def facts(names: Iterable[str]) -> Iterable[tuple[str, ...]]:
+    """Yield name, millions of parameters, input size, the authors' top-1, states and the weights of each model."""
     import timm
     from timm.models import get_pretrained_cfg
 
+    from ..zoo.states import code_word, file_word
     from ..zoo.variants import WithoutInit
+    from ..zoo.weights import table
 
     for name in names:
         with WithoutInit():
@@ -87,7 +95,10 @@ def facts(names: Iterable[str]) -> Iterable[tuple[str, str, str, str, str]]:
         cfg = get_pretrained_cfg(name)
         stated = re.search(r"top-1 ([\d.]+)", " ".join(cfg.notes or ()))
         weights = cfg.tag if cfg.has_weights else _published_elsewhere(name)
-        yield name, f"{parameters / 1e6:.2f}", str(cfg.input_size[-1]), stated[1] if stated else "-", weights
+        files = [entry for entry in table().values() if entry.model == name and entry.task == "classify"]
+        file = file_word(table().get(f"{name}.{cfg.tag}", files[0])) if files else "-"
+        top1 = stated[1] if stated else "-"
+        yield name, f"{parameters / 1e6:.2f}", str(cfg.input_size[-1]), top1, code_word(name), file, weights
 
 
 def _published_elsewhere(name: str) -> str:
@@ -101,7 +112,8 @@ def _published_elsewhere(name: str) -> str:
 
 def markdown(names: Iterable[str]) -> str:
     """Return the facts as a table in markdown."""
-    lines = ["| model | params (M) | input | top-1 | weights |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = ["| model | params (M) | input | top-1 | code | file | weights |"]
+    lines.append("| --- | ---: | ---: | ---: | --- | --- | --- |")
     for row in facts(names):
         line = re.sub(r"by hand: (\S+)", r"by hand: [page](\1)", " | ".join(row))
         lines.append(f"| {line} |")

@@ -94,6 +94,8 @@ def _weights(name: str, pretrained_cfg, overlay: dict, cache_dir: str | Path | N
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     if cfg.source or cfg.state_dict or overlay.get("hf_hub_id"):
         return None
-    published = f"{name}.{cfg.tag}"
-    reference = cfg.file or (published if published in weights.table() else cfg.url)
+    published = weights.table().get(f"{name}.{cfg.tag}")
+    # timm is told of a file of this package by its path; the table knows its hash.
+    own = published and (not cfg.file or Path(cfg.file).parent == weights.SHIPPED)
+    reference = published.name if own else cfg.file or cfg.url
     return weights.read(reference, cache_dir) if reference else None

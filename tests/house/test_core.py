@@ -34,7 +34,7 @@ def test_models_and_heads_work_on_the_core():
     code = """
 import foveate, timm, torch
 from foveate.blocks import create_attention, list_attentions
-assert timm.create_model("nat_atto").eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+assert timm.create_model("nat_atto").eval()(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 detector = foveate.create_detector("mask_rcnn", "nat_atto", num_classes=2, channels=16).eval()
 assert len(detector([torch.rand(3, 64, 64)])) == 1
 segmenter = foveate.create_segmenter("upernet", "nat_atto", num_classes=2, channels=16).eval()

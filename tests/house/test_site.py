@@ -19,6 +19,8 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rgl
 # Pages that train, or take many seconds for other reasons.
 LONG = {
     "docs/index.md",
+    "docs/python.md",
+    "docs/explaining.md",
     "docs/tutorials/classify.md",
     "docs/tutorials/detect.md",
     "docs/tutorials/segment.md",
@@ -66,7 +68,7 @@ def test_commands_and_recipes_of_skipped_blocks_exist():
     names = set(list_recipes())
     for page in PAGES:
         text = (ROOT / page).read_text()
-        assert set(re.findall(r"^foveate (\w+)", text, re.MULTILINE)) <= set(COMMANDS)
+        assert set(re.findall(r"^(?:\| `)?foveate (\w+)", text, re.MULTILINE)) <= set(COMMANDS)
         for recipe in re.findall(r"foveate train ((?:classify|detect|segment)/\w+)", text):
             assert recipe in names, f"{page}: {recipe}"
 
@@ -89,6 +91,30 @@ def test_the_tables_of_models_name_them_all_and_count_right():
     for name in smallest.values():
         for function, rows in tables.items():
             assert function(name) == rows[name]
+    assert all(module.state(name) == row for name, row in tables[module.state].items())
+
+
+def test_a_family_s_page_shows_its_attention_and_no_speed_but_what_readme_measured():
+    pages = _pages()
+    models = pages._models()
+    readme, measured = (ROOT / "README.md").read_text(), 0
+    assert set(pages._drawn()) == set(pages.FAMILIES)
+    for family in pages.FAMILIES:
+        names = [row["model"] for row in models if row["family"] == family]
+        assert pages._drawn()[family] in names
+        speed = pages._speed(names)
+        rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", speed, re.MULTILINE)
+        assert bool(rows) != speed.startswith("Not measured")
+        assert all(re.search(rf"^\| {name}\b.*\| {' . '.join(numbers)} \|$", readme, re.M) for name, *numbers in rows)
+        measured += len(rows)
+    assert measured >= 10
+
+
+def _pages():
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_builds_strictly(tmp_path):

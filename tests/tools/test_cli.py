@@ -166,7 +166,8 @@ def test_the_list_shows_our_models_with_their_parameters(capsys):
     for name, told in (
         ("agent_deit_tiny", "by hand: https://github.com/LeapLabTHU/Agent-Attention"),
         ("biformer_tiny", "dead"),
-        ("nat_atto", "none"),
+        ("nat_atto", "foveate_digits"),
+        ("foveate_host_atto", "none"),
         ("nat_mini", "shi_in1k"),
     ):
         assert main(["list", name]) == 0

@@ -60,8 +60,8 @@ def test_safetensors_hold_the_weights_and_the_card(digits_run, tmp_path):
 
 def test_a_name_without_weights_is_exported_on_request(tmp_path, refused, capsys):
     path = tmp_path / "maps.pt2"
-    message = refused("export", "nat_atto", str(path))
-    assert "No pretrained weights exist for nat_atto" in message
+    message = refused("export", "foveate_host_atto", str(path))
+    assert "No pretrained weights exist for foveate_host_atto" in message
     assert "--untrained exports random weights" in message
     argv = ["export", "nat_atto", str(path), "--untrained", "--features", "--size", "45", "70"]
     assert main(argv) == 0

@@ -91,8 +91,8 @@ def test_what_cannot_be_probed_is_told(folder, tmp_path, refused, monkeypatch):
         (tmp_path / "one" / split / "dog").mkdir(parents=True)
         (tmp_path / "one" / split / "dog" / "bad.png").write_bytes(b"no image")
     assert "dog/bad.png: not an image, or damaged" in refused("probe", "one", *base)
-    assert "nat_atto: no weights were published; give a checkpoint, or --untrained" in refused(
-        "probe", str(folder), "--models", "nat_atto"
+    assert "foveate_host_atto: no weights were published; give a checkpoint, or --untrained" in refused(
+        "probe", str(folder), "--models", "foveate_host_atto"
     )
     assert "unknown probe 'lineer'; did you mean 'linear'?" in refused("probe", "one", *base, "--probes", "lineer")
     assert "queries that fit: 32, 64, 16" in refused("probe", str(folder), *base, "--queries", "48")

@@ -1,5 +1,6 @@
 """`foveate weights`: a list that is true, files verified and converted, hub folders that read back bit-exactly."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import foveate
+import huggingface_hub
 import matplotlib.cbook
 import numpy as np
 import pytest
@@ -22,8 +24,11 @@ from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
+from foveate.tools.weights.card import Findings, card_of
+from foveate.tools.weights.contents import load_contents
 from foveate.zoo import CheckpointError, variants, weights
 from foveate.zoo.checkpoint import open_checkpoint
+from foveate.zoo.states import file_state
 from foveate.zoo.weights import Source, Weights
 from PIL import Image
 
@@ -330,6 +335,52 @@ def test_what_was_trained_here_is_published_with_its_classes(digits_run, tmp_pat
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     state = torch.load(digits_run / "best.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_card_says_what_was_found_and_the_table_takes_its_row(home, tmp_path, quadtree, monkeypatch, capsys):
+    name, card = "quadtree_b0.tang_in1k", tmp_path / "card.md"
+    folder = tmp_path / "mirror" / name
+    folder.mkdir(parents=True)
+    quadtree.rename(folder / "b0.pth")
+    monkeypatch.setenv("FOVEATE_WEIGHTS_MIRROR", str(tmp_path / "mirror"))
+    reference = GOLDEN / "quadtree" / "quadtree_b0.json"
+    assert main(["weights", "verify", name, "--reference", str(reference), "--card", str(card)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("row ")]
+    row = json.loads(line.removeprefix("row ").partition("; CONTRIBUTING")[0])
+    read = huggingface_hub.ModelCard.load(card)
+    assert read.data.license == weights.table()[name].license
+    assert read.data.pipeline_tag == "image-classification"
+    assert row["sha256"] in read.text
+    assert f"{row['checked']['difference']:.1e} (quadtree_b0.json)" in read.text
+    assert "no accuracy was measured" in read.text
+    checked = weights.Checked(**row["checked"])
+    assert 0 < checked.difference < 1e-4
+    assert checked.measured == {}
+    entry = dataclasses.replace(weights.table()[name], checked=checked)
+    assert "opened on" in file_state(entry)
+    assert "not measured" in file_state(entry)
+    assert file_state(weights.table()[name]) == "not opened, not measured"
+
+
+def test_measured_numbers_are_in_the_card(home, tmp_path):
+    contents = load_contents("nat_atto.foveate_digits")
+    findings = Findings(measured={"top-1": 97.25}, data="digits, held out", command="foveate eval")
+    card = huggingface_hub.ModelCard(card_of(contents, findings, "mit", "import foveate"))
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("top-1", 97.25, "digits")
+    assert "top-1 97.25 on digits, held out by `foveate eval`" in card.text
+
+
+@pytest.mark.parametrize("name", ["nat_atto.foveate_mask_rcnn_nuclei", "nat_atto.foveate_upernet_nuclei"])
+def test_detectors_and_segmenters_make_hub_folders(name, home, tmp_path, refused):
+    folder = tmp_path / "hub"
+    assert main(["weights", "push", name, "--output", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert huggingface_hub.ModelCard.load(folder / "README.md").data.library_name == "foveate"
+    model, expected = (foveate.load(source).predictor for source in (str(folder / "model.safetensors"), name))
+    assert_same(model.model, expected.model)
+    assert model.card == expected.card == json.loads((folder / "config.json").read_text())["card"]
+    assert "exists already" in refused("weights", "push", name, "--output", str(folder))
 
 
 class Payload:

@@ -167,9 +167,9 @@ def test_a_file_without_a_classifier_starts_a_new_one_if_classes_were_chosen(sta
 
 
 def test_a_file_of_other_classes_is_refused_unless_they_were_chosen(tmp_path):
-    tuned = timm.create_model("nat_atto", num_classes=10)
+    tuned = timm.create_model("nat_atto", num_classes=12)
     torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
-    with pytest.raises(zoo.CheckpointError, match="has 10 classes, nat_atto has 1000: give num_classes=10") as error:
+    with pytest.raises(zoo.CheckpointError, match="has 12 classes, nat_atto has 10: give num_classes=12") as error:
         load("nat_atto", tmp_path / "tuned.pth")
     assert "\n" not in str(error.value)
     for classes in (1000, 7, 0):
@@ -178,7 +178,7 @@ def test_a_file_of_other_classes_is_refused_unless_they_were_chosen(tmp_path):
         assert torch.equal(model.state_dict()["stem.norm.weight"], tuned.state_dict()["stem.norm.weight"])
         assert model.load_report.unexpected == ("head.fc.bias", "head.fc.weight")
         assert model.load_report.missing == (("head.fc.weight", "head.fc.bias") if classes else ())
-    overlay = dict(file=str(tmp_path / "tuned.pth"), num_classes=10)
+    overlay = dict(file=str(tmp_path / "tuned.pth"), num_classes=12)
     assert_same(timm.create_model("nat_atto", pretrained=True, pretrained_cfg_overlay=overlay), tuned.state_dict())
     # Features need no classifier, whatever its classes.
     foveate.create_backbone("nat_atto", checkpoint=tmp_path / "tuned.pth")
@@ -428,8 +428,8 @@ def test_settings_do_not_smuggle_code(config_node, state, tmp_path):
 
 
 def test_a_model_without_weights_says_so():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for nat_atto"):
-        timm.create_model("nat_atto", pretrained=True)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for foveate_host_atto"):
+        timm.create_model("foveate_host_atto", pretrained=True)
 
 
 def test_a_file_of_safetensors_that_begins_like_a_pickle_is_read(tmp_path):

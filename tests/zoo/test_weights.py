@@ -43,12 +43,18 @@ def test_entries_are_well_formed(name):
     assert entry.sources
     kinds = [weights.KINDS.index(source.kind) for source in entry.sources]
     assert kinds == sorted(kinds), "the most trusted source stands first"
-    for value in entry.stated.values():
+    for value in (*entry.stated.values(), *(entry.checked.measured.values() if entry.checked else ())):
         assert 20 < value < 100
+    if entry.checked:
+        assert time.strptime(entry.checked.date, "%Y-%m-%d")
+        assert entry.checked.by
+        assert any(source.sha256 for source in entry.sources), "what was opened has a hash"
     for source in entry.sources:
         assert source.state in weights.STATES
         assert not source.fetchable or bool(source.url) != bool(source.repo)
-        assert source.state == "listed" or source.page, "what needs a browser, or is dead, has a page to visit"
+        assert (source.state == "shipped") == (source.kind == "package")
+        direct = source.state in ("shipped", "listed")
+        assert direct or source.page, "what needs a browser, or is dead, has a page to visit"
         assert source.file is None or Path(source.file).name == source.file
         assert source.sha256 is None or len(source.sha256) == 64
         assert source.reported is None or time.strptime(source.reported, "%Y-%m-%d"[: len(source.reported) - 2])
@@ -71,9 +77,12 @@ def test_nothing_is_advertised_whose_links_are_dead_or_need_a_browser():
     advertised = set(timm.list_models(pretrained=True)) & set(weights.table())
     assert "nat_mini.shi_in1k" in advertised
     for name in advertised:
-        assert weights.table()[name].state == "listed"
         assert weights.table()[name].license
         cfg = get_pretrained_cfg(name)
+        if weights.table()[name].state == "shipped":
+            assert Path(cfg.file).is_file()
+            continue
+        assert weights.table()[name].state == "listed"
         usable = [source for source in weights.table()[name].sources if source.state == "listed"]
         assert cfg.url in [source.url for source in usable] or cfg.hf_hub_id in [source.repo for source in usable]
     assert not get_pretrained_cfg("biformer_tiny").has_weights
@@ -519,7 +528,7 @@ def test_an_address_needs_no_file_name(host, home, payload, state):
 
 def test_pretrained_and_checkpoint_ask_the_table(host, home, state, monkeypatch):
     entry = published(host.address("missing/file.pth"), host.address("ok/file.pth"))
-    monkeypatch.setattr(weights, "table", lambda: {"nat_atto.untrained": entry, NAME: entry})
+    monkeypatch.setattr(weights, "table", lambda: {"nat_atto.foveate_digits": entry, NAME: entry})
     model = timm.create_model("nat_atto", pretrained=True)
     assert torch.equal(model.state_dict()["head.fc.weight"], state["head.fc.weight"])
     backbone = foveate.create_backbone("nat_atto", checkpoint=NAME)

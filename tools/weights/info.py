@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ...zoo import weights
+    from ...zoo.states import code_state, file_state
 
     entry = weights.find(args.name)
     kind = " ".join(filter(None, (entry.head, entry.schedule)))
@@ -21,6 +22,9 @@ def run(args: argparse.Namespace) -> None:
         ("license", entry.license or "none is stated by the authors; ask them"),
         ("page", entry.page),
     ]
+    facts.append(("state", file_state(entry)))
+    if code := code_state(entry.model):
+        facts.append(("code", code))
     if entry.note:
         facts.append(("note", entry.note))
     for source in entry.sources:

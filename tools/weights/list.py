@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ...tasks import TaskError, nearest
     from ...zoo import weights
+    from ...zoo.states import file_word
 
     pattern = as_glob(args.pattern)
     entries = [
@@ -31,17 +32,21 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({entry.name: dataclasses.asdict(entry) for entry in entries}, indent=1))
         return
     pins = weights.pins()
-    rows = [("weights", "stated by the authors", "license", "link", "reported", "last good", "here")]
+    rows = [("weights", "stated by the authors", "license", "link", "file", "reported", "last good", "here")]
     for entry in entries:
         good = [pins[key]["date"] for key in (f"{entry.name}/{source.name}" for source in entry.sources) if key in pins]
         stated = numbers(entry.stated)
         here = "yes" if file_here(entry) else "-"
         license = entry.license or "none"
         rows.append(
-            (entry.name, stated or "-", license, entry.state, entry.reported or "-", max(good, default="-"), here)
+            (
+                *(entry.name, stated or "-", license, entry.state, file_word(entry)),
+                *(entry.reported or "-", max(good, default="-"), here),
+            )
         )
     print_table(rows)
     print(
-        f"\n{len(entries)} files. Links as last reported: listed by the authors; derived from a share page; browser: "
-        "for people only; dead.\nLast good: when the file was first fetched here."
+        f"\n{len(entries)} files. Links as last reported: shipped with this package; listed by the authors; derived "
+        "from a share page; browser: for people only; dead.\nFile: whether somebody reported to have opened it, or "
+        "measured it.\nLast good: when the file was first fetched here."
     )

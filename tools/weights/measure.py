@@ -27,8 +27,8 @@ _MULTI_SCALE = "mIoU multi-scale"
 _VIEWS = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
 
 
-def measure_classifier(contents: Classifier, args: argparse.Namespace, device) -> None:
-    """Print the accuracy on a folder of labelled images, beside the stated one."""
+def measure_classifier(contents: Classifier, args: argparse.Namespace, device) -> dict[str, float]:
+    """Print the accuracy on a folder of labelled images, beside the stated one, and return it in percent."""
     from timm.data import ImageNetInfo
     from tqdm import tqdm
 
@@ -51,10 +51,14 @@ def measure_classifier(contents: Classifier, args: argparse.Namespace, device) -
     accuracy = 100 * right / len(images)
     stated = beside(contents.file.entry, "top-1", accuracy)
     print(f"accuracy   top-1 {accuracy:.2f} on {len(images)} images of {folder}{stated}")
+    return {"top-1": accuracy}
 
 
-def measure_dense(contents: Contents, args: argparse.Namespace) -> None:
-    """Print the metrics of a detector or segmenter on the held-out part of a data set, beside the stated ones."""
+def measure_dense(contents: Contents, args: argparse.Namespace) -> dict[str, float]:
+    """Print the metrics of a detector or segmenter on the held-out part of a data set, beside the stated ones.
+
+    They are returned, in percent.
+    """
     from ...tasks import engine
 
     stated = contents.file.entry.stated if contents.file.entry else {}
@@ -64,13 +68,14 @@ def measure_dense(contents: Contents, args: argparse.Namespace) -> None:
         config["test"] |= _VIEWS
     metrics, _, targets = engine.evaluate(config)
     names = [name for name in stated or _SHOWN if _METRICS[name] in metrics and (multi_scale or name != _MULTI_SCALE)]
-    for name in names:
-        value = 100 * metrics[_METRICS[name]]
+    measured = {name: 100 * metrics[_METRICS[name]] for name in names}
+    for name, value in measured.items():
         authors = beside(contents.file.entry, name, value)
         print(f"measured   {name} {value:.2f} on {len(targets)} images of {args.data}{authors}")
     others = {name: value for name, value in stated.items() if name not in names}
     if others:
         print(f"stated     {numbers(others)}; not measured: of another task, or of several views of each image")
+    return measured
 
 
 def _test_config(contents: Contents, args: argparse.Namespace) -> dict:

@@ -1,4 +1,4 @@
-"""Make a folder for the Hugging Face hub of a classifier, and upload it."""
+"""Make a folder for the Hugging Face hub, and upload it: of a classifier timm's, of a detector or segmenter our own."""
 
 import argparse
 import json
@@ -22,9 +22,6 @@ def run(args: argparse.Namespace) -> None:
     import os
     import shutil
 
-    from timm.models import save_for_hf
-    from timm.models._hub import generate_readme
-
     from ...tasks import TaskError
     from .contents import load_contents
 
@@ -33,13 +30,39 @@ def run(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise TaskError(f"{args.output}: exists already; name a new folder")
     contents = load_contents(args.file, args.model)
-    if contents.task != "classify":
-        kind = contents.head or "backbone alone"
-        raise TaskError(f"{contents.file.path}: holds a {kind}; timm's hub folders are for classifiers")
+    if contents.task == "backbone":
+        raise TaskError(f"{contents.file.path}: holds a backbone alone; push a classifier, a detector or a segmenter")
     entry = contents.file.entry
     stated = args.license or (entry.license if entry else None)
     if args.repo and not stated:
         raise TaskError("the license of these weights is not known, so that they can't be published; give --license")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    folder = args.output.with_name(f".{args.output.name}-{os.getpid()}")
+    folder.mkdir()
+    try:
+        write = _write_classifier if contents.task == "classify" else _write_dense
+        write(contents, folder, stated, args)
+        # safetensors' files are private otherwise.
+        shutil.copymode(folder / "README.md", folder / "model.safetensors")
+        if args.output.exists():
+            args.output.rmdir()
+        folder.rename(args.output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    use = f"timm.create_model('local-dir:{args.output}', pretrained=True) reads it, after import foveate"
+    if contents.head:
+        use = f"foveate.load('{args.output / 'model.safetensors'}') reads it"
+    print(f"{args.output}: {use}")
+    if args.repo:
+        _upload(args.output, args.repo)
+
+
+def _write_classifier(contents: "Contents", folder: Path, stated: str | None, args: argparse.Namespace) -> None:
+    """Fill a folder as timm's `save_for_hf` does."""
+    from timm.models import save_for_hf
+    from timm.models._hub import generate_readme
+
     rule = contents.predictor.rule
     data = dict(
         input_size=(rule.channels, rule.size, rule.size),
@@ -50,27 +73,33 @@ def run(args: argparse.Namespace) -> None:
         crop_mode=rule.crop_mode,
     )
     labels = {"label_names": contents.predictor.classes}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    folder = args.output.with_name(f".{args.output.name}-{os.getpid()}")
-    folder.mkdir()
-    try:
-        save_for_hf(contents.model, str(folder), model_config=labels, data_config=data, safe_serialization=True)
-        _settle_config(folder / "config.json", contents, stated)
-        card = generate_readme(_card(contents, stated, args.repo), (args.repo or args.output.name).rpartition("/")[2])
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        # safetensors' files are private otherwise.
-        shutil.copymode(folder / "README.md", folder / "model.safetensors")
-        if args.output.exists():
-            args.output.rmdir()
-        folder.rename(args.output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    print(
-        f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True) reads it, after import foveate"
-    )
-    if args.repo:
-        _upload(args.output, args.repo)
+    save_for_hf(contents.model, str(folder), model_config=labels, data_config=data, safe_serialization=True)
+    _settle_config(folder / "config.json", contents, stated)
+    card = generate_readme(_card(contents, stated, args.repo), (args.repo or args.output.name).rpartition("/")[2])
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_dense(contents: "Contents", folder: Path, stated: str | None, args: argparse.Namespace) -> None:
+    """Fill a folder with a detector or segmenter: its weights, which say what they are of, and the same as JSON."""
+    from .card import Findings, card_of
+    from .convert import save_contents
+
+    save_contents(contents, folder / "model.safetensors", stated)
+    config = {"library_name": "foveate", "architecture": contents.title, "card": contents.card()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    where = f'hf_hub_download("{args.repo}", "model.safetensors")' if args.repo else '"FOLDER/model.safetensors"'
+    card = card_of(contents, Findings(), stated, usage_of(contents, where))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def usage_of(contents: "Contents", where: str) -> str:
+    """Return lines of Python that use a file; ``where`` is the expression that names it."""
+    lines = ["from huggingface_hub import hf_hub_download", ""] if where.startswith("hf_hub") else []
+    if contents.task == "backbone":
+        lines += ["import foveate", "", f'maps = foveate.create_backbone("{contents.name}", checkpoint={where})']
+    else:
+        lines += ["import foveate", "", f'results = foveate.load({where}).predict("photo.jpg")']
+    return "\n".join(lines)
 
 
 def _settle_config(path: Path, contents: "Contents", stated: str | None) -> None:
