@@ -21,7 +21,7 @@ from .neighborhood import (
 )
 from .point_attention import point_attention, point_attention_backends
 from .pointwise import pointwise_backends
-from .quadtree import quadtree_backends, quadtree_level, quadtree_scores, quadtree_values
+from .quadtree import quadtree_backends, quadtree_level, quadtree_level_backends, quadtree_scores, quadtree_values
 from .routing import routed_attention, routing_backends
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "pointwise_backends",
     "quadtree_backends",
     "quadtree_level",
+    "quadtree_level_backends",
     "quadtree_scores",
     "quadtree_values",
     "routed_attention",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, contiguous_rows, default_scale, export_obstacle, is_transforming
+from ..backends import Backend, choose, contiguous_rows, default_scale, export_obstacle, is_transforming, report
 from ..neighborhood.native import load_library, openmp
 from ..precision import full_precision
 from .reference import accumulation_dtype
@@ -79,10 +79,11 @@ def quadtree_level_reference(problem: Problem) -> tuple[Tensor, Tensor]:
         )
         best = scores.detach().topk(topk, sorted=False).indices
         weights = scores.softmax(-1)
-        attended = torch.einsum("bhrcfk,bhrckd->bhrcfd", weights, _gather(value, index).to(exact)).to(value.dtype)
+        attended = torch.einsum("bhrcfk,bhrckd->bhrcfd", weights, _gather(value, index).to(exact))
     tokens = index.unsqueeze(4).expand(*index.shape[:4], 4, -1).gather(-1, best)
     tokens = _to_map(tokens).permute(0, 3, 1, 2, 4)
-    out = _to_map(_siblings(base) + parent.permute(0, 3, 1, 2, 4).unsqueeze(4) + attended * share)
+    message = (attended * share.to(exact)).to(value.dtype)
+    out = _to_map(_siblings(base) + parent.permute(0, 3, 1, 2, 4).unsqueeze(4) + message)
     return out, tokens
 
 
@@ -300,6 +301,28 @@ def quadtree_level(
     problem = Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query))
     _check(problem)
     return _BACKENDS[choose("quadtree_level", _BACKENDS, problem, backend)].run(problem)
+
+
+def quadtree_level_backends(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_index: Tensor,
+    topk: int,
+    *,
+    share: Tensor,
+    parent: Tensor,
+    base: Tensor,
+    backend: str | None = None,
+) -> dict[str, str]:
+    """Say which backends can run a call of `quadtree_level`, whose arguments these are, and why the others cannot.
+
+    Returns:
+        Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
+    """
+    problem = Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query))
+    _check(problem)
+    return report("quadtree_level", _BACKENDS, problem, backend)
 
 
 def level_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:

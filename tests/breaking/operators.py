@@ -18,6 +18,7 @@ from foveate.kernels import (
     na3d_av,
     na3d_qk,
     point_attention,
+    quadtree_level,
     quadtree_scores,
     quadtree_values,
     routed_attention,
@@ -34,6 +35,7 @@ KINDS = (
     "points",
     "deformable",
     "quadtree",
+    "level",
     "window and pooled",
     "aggregated",
     "maps",
@@ -240,6 +242,27 @@ def _quadtree(draw) -> None:
         [_tensor(draw, batch, heads, parents, 4, 4 * chosen), _tensor(draw, batch, heads, tokens, 4, dim)],
         (None, "chunked", "reference"),
     )
+
+
+def _level(draw) -> None:
+    batch, heads, dims = draw.choice((0, 1, 2)), draw.randint(1, 3), draw.choice(((16, 16), (32, 64), (48, 16), (5, 3)))
+    rows, columns, key_rows, key_columns = (draw.randint(1, 5) for _ in range(4))
+    chosen = draw.randint(1, key_rows * key_columns)
+    index = torch.rand(batch, heads, rows, columns, key_rows * key_columns).argsort(-1)[..., :chosen]
+    topk = draw.randint(0, 4 * chosen)
+    tensors = [
+        _tensor(draw, batch, 2 * rows, 2 * columns, heads, dims[0]),
+        *(_tensor(draw, batch, 2 * key_rows, 2 * key_columns, heads, dim) for dim in dims),
+        _tensor(draw, batch, rows, columns, heads, dims[1]),
+        _tensor(draw, batch, 2 * rows, 2 * columns, heads, dims[1]),
+        torch.rand(()),
+    ]
+
+    def level(query, key, value, parent, base, share, backend):
+        options = {"share": share, "parent": parent, "base": base, "backend": backend}
+        return quadtree_level(query, key, value, index, topk, **options)[0]
+
+    _compare(level, tensors, (None, "native", "reference"))
 
 
 def _window_and_pooled(draw) -> None:

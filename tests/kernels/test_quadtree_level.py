@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from foveate.blocks import QuadTreeAttention2d
-from foveate.kernels import quadtree_level
+from foveate.kernels import quadtree_level, quadtree_level_backends
 from foveate.kernels.quadtree.level import level_obstacle
 
 pytestmark = pytest.mark.versions
@@ -152,7 +152,10 @@ def test_refusals():
     narrow = problem(dims=(8, 16))
     with pytest.raises(ValueError, match="dims of multiples of 16; got 8 and 16"):
         quadtree_level(**narrow, topk=2, backend="native")
+    assert "computes in float32" in quadtree_level_backends(**wide, topk=2)["native"]
+    assert quadtree_level_backends(**wide, topk=2)["reference"] == "chosen"
     if native is None:
+        assert quadtree_level_backends(**tensors, topk=2)["native"] == "chosen"
         with pytest.raises(IndexError, match="chosen tokens from 0 to 23; got 0 to 24"):
             quadtree_level(**tensors | {"token_index": tensors["token_index"] * 0 + torch.tensor([0, 1, 24])}, topk=2)
     for kind, levels in product("AB", (1, 2)):
