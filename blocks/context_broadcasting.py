@@ -24,15 +24,16 @@ def broadcast_context(model: nn.Module) -> nn.Module:
         ValueError: If it has no such MLP.
 
     Example:
+        >>> import timm
         >>> model = broadcast_context(timm.create_model("vit_tiny_patch16_224"))
     """
-    found = False
+    has_mlps = False
     for name, module in model.named_modules():
         first = getattr(module, "fc1", None)
         if name.rpartition(".")[2] == "mlp" and isinstance(first, nn.Linear | nn.Conv2d):
             module.register_forward_hook(_over_rows if isinstance(first, nn.Linear) else _over_channels)
-            found = True
-    if not found:
+            has_mlps = True
+    if not has_mlps:
         raise ValueError(f"context_broadcasting: {type(model).__name__} has no MLPs")
     return model
 

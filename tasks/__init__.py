@@ -23,14 +23,14 @@ def check_sides(name: str, *sides: int | None) -> None:
             raise TaskError(f"{name} is {side!r}, but must be from 1 to {LONGEST_SIDE}")
 
 
-def printable(text: str, kept: str = "\n\t") -> str:
-    """Return a text of others without what a terminal obeys: control characters but ``kept`` become ``\\x1b``."""
-    return "".join(part if part in kept or not _obeyed(part) else ascii(part)[1:-1] for part in text)
+def printable(text: str, spared: str = "\n\t") -> str:
+    """Return a text of others without what a terminal obeys: control characters but ``spared`` become ``\\x1b``."""
+    return "".join(part if part in spared or not _obeyed(part) else ascii(part)[1:-1] for part in text)
 
 
 def one_line(text: str) -> str:
     """Return a name of others, of a file or a class, as it is printed: as `printable`, and in one line."""
-    return printable(text, kept="")
+    return printable(text, spared="")
 
 
 def _obeyed(part: str) -> bool:

@@ -91,9 +91,10 @@ typedef struct {
 
 INLINE work_space share_scratch(const job *j, float *scratch) {
     int64_t *place = (int64_t *)scratch;
-    work_space w = {place, place + j->keys, place + 2 * j->keys, place + 3 * j->keys};
-    w.score = (float *)(place + 4 * j->keys), w.gain = w.score + SIBLINGS * j->space;
-    return w;
+    float *score = (float *)(place + 4 * j->keys);
+    return (work_space){
+        place, place + j->keys, place + 2 * j->keys, place + 3 * j->keys, score, score + SIBLINGS * j->space
+    };
 }
 
 /* The siblings' weights, before they are divided by their sums, one over which is `factor`. */

@@ -24,13 +24,13 @@ class Mixed(NamedTuple):
     Attributes:
         images: ``[B, C, H, W]``.
         pasted: Which positions of the last map are the other image's, ``[B, h, w]``, bool.
-        kept: The share of the pixels that are the image's own, ``[B]``.
+        own_share: The share of the pixels that are the image's own, ``[B]``.
         logits: Of the images as they were, ``[B, classes]``, without gradients.
     """
 
     images: Tensor
     pasted: Tensor
-    kept: Tensor
+    own_share: Tensor
     logits: Tensor
 
 
@@ -133,8 +133,8 @@ class AttentiveMixing:
             way: How they were mixed.
         """
         own = smooth(targets, mixed.logits.shape[1], self._smoothing)
-        kept = mixed.kept[:, None]
-        shares = kept * own + (1 - kept) * own.flip(0)
+        own_share = mixed.own_share[:, None]
+        shares = own_share * own + (1 - own_share) * own.flip(0)
         with collect_losses(lambda logits: criterion(logits, shares)) as reported:
             if way == "smmix":
                 features = model.forward_features(mixed.images)
@@ -148,7 +148,7 @@ class AttentiveMixing:
             criterion(_read_part(model, features, ~mixed.pasted), own),
             criterion(_read_part(model, features, mixed.pasted), own.flip(0)),
         )
-        expected = (kept * mixed.logits + (1 - kept) * mixed.logits.flip(0)).float().softmax(1)
+        expected = (own_share * mixed.logits + (1 - own_share) * mixed.logits.flip(0)).float().softmax(1)
         consistency = F.kl_div(F.log_softmax(logits.float(), 1), expected, reduction="batchmean")
         return losses | dict(zip(EXTRAS, (sum(parts) / 2, consistency), strict=True))
 
@@ -186,8 +186,8 @@ def paste_cells(images: Tensor, look: _Look) -> Mixed:
     """Copy the other image's most attended cells to the same places (Attentive CutMix)."""
     rows, columns = look.importance.shape[1:]
     count = max(1, round(_CELLS * rows * columns))
-    chosen = look.importance.flip(0).flatten(1).topk(count).indices
-    pasted = torch.zeros_like(look.importance, dtype=torch.bool).flatten(1).scatter_(1, chosen, True)
+    attended = look.importance.flip(0).flatten(1).topk(count).indices
+    pasted = torch.zeros_like(look.importance, dtype=torch.bool).flatten(1).scatter_(1, attended, True)
     pasted = pasted.unflatten(1, (rows, columns))
     cells = (
         (torch.arange(length, device=images.device) // step).clamp(max=number - 1)

@@ -67,13 +67,13 @@ def settle(
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """Return the largest size up to ``most`` that fits, of 2, 4, 6, 8, 12, 16, 24 and so on, else 1; 0 if none does."""
-    found = 0
+    size_that_fits = 0
     for size in _sizes(most):
         if not fits(size):
             break
-        found = size
+        size_that_fits = size
     # Batch norms and mixtures want two images at least.
-    return found or int(fits(1))
+    return size_that_fits or int(fits(1))
 
 
 def _sizes(most: int) -> Iterator[int]:

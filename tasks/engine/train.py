@@ -95,14 +95,8 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     _check_begun(last, resume)  # again, now that no other run can begin here
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
     device, distributed = _launch(config["device"])
-    task = _build_task(placeholder(config), checkpoint, last)
-    remarks += task.check_data()
-    if config["batch_size"] == AUTO:
-        trial = placeholder(config)
-        size, remark = settle(trial, task, _loader(task.train_set, trial, device, seed=0), device, checkpoint)
-        config, remarks = config | {"batch_size": size}, [*remarks, remark]
-        # What a task makes of a batch's size, it makes of this one.
-        task = _build_task(config, checkpoint, last)
+    config, task, more = _settled(config, checkpoint, last, device)
+    remarks += more
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
     epochs = count_epochs(config, len(loader))
@@ -165,6 +159,19 @@ def _build_task(config: dict, checkpoint: dict | None, path: str | Path | Checkp
         return build(config)
     with taken_as_said(path):
         return build(rebuild_config(config, checkpoint, path))
+
+
+def _settled(config: dict, checkpoint: dict | None, path: Path, device: torch.device) -> tuple[dict, Any, list[str]]:
+    """Return a config whose batch size is a number, its task, and what there is to say of its data."""
+    trial = placeholder(config)
+    task = _build_task(trial, checkpoint, path)
+    remarks = task.check_data()
+    if config["batch_size"] != AUTO:
+        return config, task, remarks
+    size, remark = settle(trial, task, _loader(task.train_set, trial, device, seed=0), device, checkpoint)
+    config = config | {"batch_size": size}
+    # What a task makes of a batch's size, it makes of this one.
+    return config, _build_task(config, checkpoint, path), [*remarks, remark]
 
 
 def _loop(config: dict, epochs: int, batches: int) -> dict[str, Any]:

@@ -52,12 +52,12 @@ def confuse_objects(
     """
     counts, scores = np.zeros((classes + 1, classes + 1), np.int64), []
     for everything, truth in zip(predictions, targets, strict=True):
-        found = keep_likely(everything, threshold)
-        overlaps = _overlaps(found, truth, kind)
+        detections = keep_likely(everything, threshold)
+        overlaps = _overlaps(detections, truth, kind)
         crowds = np.asarray(truth["iscrowd"]).astype(bool)
-        true_labels, labels = np.asarray(truth["labels"]), np.asarray(found["labels"])
+        true_labels, labels = np.asarray(truth["labels"]), np.asarray(detections["labels"])
         free, right, of_crowds = ~crowds, 0, 0
-        for place in np.argsort(-np.asarray(found["scores"]), kind="stable"):
+        for place in np.argsort(-np.asarray(detections["scores"]), kind="stable"):
             candidates = np.where(free, overlaps[place], -1.0)
             best = int(candidates.argmax()) if len(candidates) else -1
             if best >= 0 and candidates[best] >= _AGREEMENT:
@@ -74,12 +74,12 @@ def confuse_objects(
     return counts, scores
 
 
-def _overlaps(found: dict[str, Any], truth: dict[str, Any], kind: str) -> np.ndarray:
+def _overlaps(detections: dict[str, Any], truth: dict[str, Any], kind: str) -> np.ndarray:
     """Return the IoU of all that was found with all that is there, ``[N, M]``."""
-    size = (len(found["labels"]), len(truth["labels"]))
+    size = (len(detections["labels"]), len(truth["labels"]))
     if 0 in size:
         return np.zeros(size)
     if kind == "box":
-        return pairwise_iou(found["boxes"].reshape(-1, 4), truth["boxes"].reshape(-1, 4)).numpy()
-    one, other = ([to_run_lengths(mask, *truth["size"]) for mask in part["masks"]] for part in (found, truth))
+        return pairwise_iou(detections["boxes"].reshape(-1, 4), truth["boxes"].reshape(-1, 4)).numpy()
+    one, other = ([to_run_lengths(mask, *truth["size"]) for mask in part["masks"]] for part in (detections, truth))
     return np.asarray(rle_codec.iou(one, other, [0] * len(other))).reshape(size)

@@ -33,7 +33,7 @@ def test_the_most_attended_square_covers_the_least_attended_one(monkeypatch):
     assert torch.equal(mixed.images, expected)
     assert mixed.pasted[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert mixed.pasted[1].nonzero().tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]
-    assert mixed.kept.tolist() == [0.75, 0.75]  # 1 - s^2 / side^2
+    assert mixed.own_share.tolist() == [0.75, 0.75]  # 1 - s^2 / side^2
 
 
 def test_a_square_has_a_quarter_to_three_quarters_of_the_side_and_is_whole():
@@ -48,7 +48,7 @@ def test_a_square_has_a_quarter_to_three_quarters_of_the_side_and_is_whole():
         torch.manual_seed(seed)
         mixed = paste_square(batch(side=50), look(torch.rand(2, 4, 4), 16))
         other = (mixed.images != batch(side=50)).float().mean((1, 2, 3))
-        assert torch.allclose(1 - other, mixed.kept)
+        assert torch.allclose(1 - other, mixed.own_share)
 
 
 def test_the_most_attended_cells_are_copied_to_their_places():
@@ -56,7 +56,7 @@ def test_the_most_attended_cells_are_copied_to_their_places():
     importance = torch.rand(2, 7, 7)
     mixed = paste_cells(images, look(importance, 8))
     assert mixed.pasted.sum((1, 2)).tolist() == [6, 6]
-    assert torch.allclose(mixed.kept, torch.tensor(1 - 6 / 49))
+    assert torch.allclose(mixed.own_share, torch.tensor(1 - 6 / 49))
     best = importance[1].flatten().topk(6).indices
     assert set(mixed.pasted[0].flatten().nonzero()[:, 0].tolist()) == set(best.tolist())
     # Pixel by pixel, they are the other image's there and its own elsewhere.
@@ -125,7 +125,7 @@ def test_the_losses_are_the_papers():
     torch.manual_seed(0)
     model, images = Reader(), torch.rand(2, 3, 4, 4)
     mixed = paste_square(images, _Look(torch.rand(2, 4, 4), (1, 1), model(images).detach()))
-    targets, kept = torch.tensor([0, 2]), mixed.kept[0]
+    targets, kept = torch.tensor([0, 2]), mixed.own_share[0]
     losses = AttentiveMixing(1.0, 0.0).loss(model, mixed, targets, F.cross_entropy, "smmix")
     logits = model(mixed.images)
     hard = F.cross_entropy(logits, targets) * kept + F.cross_entropy(logits, targets.flip(0)) * (1 - kept)

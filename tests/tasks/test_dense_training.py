@@ -223,7 +223,7 @@ def test_a_run_that_began_before_cards_left_out_the_start_is_rebuilt_too(tmp_pat
         (MASK_RCNN, "model.head=mask_rccn", "must be auto or one of dino, retinanet"),
         (MASK_RCNN, "model.kwargs.chanels=3", "chanels"),
         (MASK_RCNN, "data.augment.corp=3", "did you mean 'crop'"),
-        (MASK_RCNN, "model.pretrained=True", "published weights can't be loaded"),
+        (MASK_RCNN, "model.pretrained=True model.backbone=foveate_host_atto", "published weights can't be loaded"),
         (UPERNET, "model.output=panoptic", "panoptic segmentation needs mask2former"),
         (UPERNET, "model.kwargs.chanels=3", "chanels"),
         (UPERNET, "data.augment.crop=None", r"data\.augment\.crop is not set"),
@@ -232,7 +232,7 @@ def test_a_run_that_began_before_cards_left_out_the_start_is_rebuilt_too(tmp_pat
 )
 def test_a_setting_that_cannot_be_done_is_refused(recipe, override, reason, tmp_path):
     with pytest.raises(ValueError, match=reason) as caught:
-        train(recipe, tmp_path / "run", override)
+        train(recipe, tmp_path / "run", *override.split())
     assert "\n" not in str(caught.value)
 
 

@@ -21,7 +21,7 @@ class StubBackbone(nn.Module):
 
 
 def small(head: str, backbone="nat_atto", **options):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     widths = {"channels": 16} if head == "retinanet" else {"channels": 16, "hidden": 24}
     return create_detector(head, backbone, **({"num_classes": 3, "min_size": 64, "max_size": 96} | widths | options))
 
@@ -185,7 +185,7 @@ def test_a_detector_learns_one_image():
     target = boxes_target([[24, 16, 72, 48]], [1], 64, 96)
     model = small("mask_rcnn", min_size=None, num_classes=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         sum(model([image], [target]).values()).backward()
         optimizer.step()

@@ -259,7 +259,7 @@ def test_a_wrong_config_file_is_answered_in_one_line(config_file, line, reason):
         ("model.kwargs.drop_path=0.1", "unexpected keyword argument 'drop_path'"),
         ("data.augment.hflop=0.1", "unexpected keyword argument 'hflop'"),
         ("optimizer.kwargs.nestorov=True", "nestorov"),
-        ("model.pretrained=True", "No pretrained weights exist"),
+        ("model.pretrained=True model.name=foveate_host_atto", "No pretrained weights exist"),
         ("device=cuda:77", "CUDA"),
         ("device=gpu", "unknown device 'gpu'"),
         ("model.checkpoint=absent.pth", "absent.pth: no such file"),
@@ -267,7 +267,7 @@ def test_a_wrong_config_file_is_answered_in_one_line(config_file, line, reason):
 )
 def test_a_setting_that_cannot_be_done_is_refused(config_file, tmp_path, override, reason):
     with pytest.raises((TaskError, CheckpointError, UnknownModelError), match=reason) as caught:
-        train(config_file, tmp_path / "run", override)
+        train(config_file, tmp_path / "run", *override.split())
     assert "\n" not in str(caught.value)
 
 

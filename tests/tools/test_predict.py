@@ -105,7 +105,9 @@ def without_card(path, task):
 def test_what_has_no_weights_is_refused(refused, tmp_path, monkeypatch):
     Digits("val").image(0).save(tmp_path / "image.png")
     image = str(tmp_path / "image.png")
-    assert "No pretrained weights exist for nat_atto" in refused("predict", image, "--model", "nat_atto")
+    assert "No pretrained weights exist for foveate_host_atto" in refused(
+        "predict", image, "--model", "foveate_host_atto"
+    )
     assert "did you mean 'nat_tiny'" in refused("predict", image, "--model", "nat_tinny")
 
     def offline(*args, **kwargs):

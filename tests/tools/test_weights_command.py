@@ -256,14 +256,15 @@ def test_no_model_is_passed_over_that_shares_half_of_a_files_shapes():
 
 def test_verify_measures_the_accuracy(tmp_path, home, capsys, monkeypatch, refused):
     """A classifier that always says class 0 is right on the images of ImageNet's first synset alone."""
-    model = timm.create_model("nat_atto")
+    name = "foveate_host_atto"
+    model = timm.create_model(name)
     torch.nn.init.zeros_(model.head.fc.weight)
     model.head.fc.bias.data[0] = 9.0
     entry = Weights(
-        "nat_atto.x", "classify", "imagenet-1k", (Source("url", "listed", "http://a/b"),), "x", {"top-1": 50.0}
+        f"{name}.x", "classify", "imagenet-1k", (Source("url", "listed", "http://a/b"),), "x", {"top-1": 50.0}
     )
-    monkeypatch.setattr(weights, "table", lambda: {"nat_atto.x": entry})
-    path = weights.cache_folder() / "nat_atto.x" / "weights"
+    monkeypatch.setattr(weights, "table", lambda: {f"{name}.x": entry})
+    path = weights.cache_folder() / f"{name}.x" / "weights"
     path.parent.mkdir(parents=True)
     torch.save(model.state_dict(), path)
     for synset, count in (("n01440764", 3), ("n15075141", 1)):
@@ -272,11 +273,11 @@ def test_verify_measures_the_accuracy(tmp_path, home, capsys, monkeypatch, refus
             pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "val" / synset / f"{i}.png")
     options = ["--data", str(tmp_path), "--workers", "0", "--batch-size", "3"]
-    assert main(["weights", "verify", "nat_atto.x", *options]) == 0
+    assert main(["weights", "verify", f"{name}.x", *options]) == 0
     text = capsys.readouterr().out
     assert f"top-1 75.00 on 4 images of {tmp_path / 'val'}; its authors state 50, +25.00" in text
     assert "tench" in text
-    assert "no such folder" in refused("weights", "verify", "nat_atto.x", "--data", str(tmp_path / "nowhere"))
+    assert "no such folder" in refused("weights", "verify", f"{name}.x", "--data", str(tmp_path / "nowhere"))
 
 
 def test_a_hub_folder_reads_back_bit_exactly(quadtree, tmp_path, home, refused, monkeypatch):

@@ -243,7 +243,8 @@ def test_every_published_file_is_tested_by_its_own_recipe(task, tmp_path, monkey
         assert (len(single) < len(entry.stated) or "panoptic" in entry.name) == ("not measured" in text)
     # OneFormer, the decoders tried on VAN, and what others trained on
     # timm's own backbones have no recipe.
-    ours = [name for name, _ in refused if weights.table()[name].model in foveate.list_models()]
+    rows = (weights.table()[name] for name, _ in refused)
+    ours = [row.name for row in rows if row.model in foveate.list_models() and row.state != "shipped"]
     assert sum(not name.startswith("van_") for name in ours) == {"detect": 0, "segment": 8}[task]
     assert all("_ham_" in name for name in ours if name.startswith("van_"))
     assert all(f"no recipe tells how {name} is tested" in message for name, message in refused)
