@@ -185,10 +185,12 @@ def test_a_detector_learns_one_image():
     target = boxes_target([[24, 16, 72, 48]], [1], 64, 96)
     model = small("mask_rcnn", min_size=None, num_classes=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(60):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=80)
+    for _ in range(80):
         optimizer.zero_grad()
         sum(model([image], [target]).values()).backward()
         optimizer.step()
+        schedule.step()
     with torch.inference_mode():
         best = {key: value[0] for key, value in model.eval()([image])[0].items()}
     assert best["labels"] == 1
