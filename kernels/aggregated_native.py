@@ -3,7 +3,6 @@
 Forward alone, in float32. See `neighborhood.native` for how such a library is built and called.
 """
 
-import ctypes
 import math
 import struct
 from pathlib import Path
@@ -14,19 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import export_obstacle, is_transforming
-from .neighborhood.native import load_library, openmp
+from .neighborhood.native import load_function
 
 # `call` in aggregated.c.
 _CALL = struct.Struct("=29q")
 
-
-class _Library:
-    def __init__(self, path: Path):
-        self.call = ctypes.CDLL(str(path)).foveate_aggregated
-        self.parallel = openmp()
-
-
-_library, _missing = load_library(Path(__file__).with_name("_aggregated.c.so"), _Library)
+_library, _missing = load_function(Path(__file__).with_name("_aggregated.c.so"), "foveate_aggregated")
 
 
 class Projected(NamedTuple):

@@ -4,7 +4,6 @@ No sample is kept for the backward pass, and no pixel's gradient is sorted. See 
 library is built and called.
 """
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +13,12 @@ import torch
 from torch import Tensor
 
 from .backends import export_obstacle, is_transforming
-from .neighborhood.native import load_library, openmp
+from .neighborhood.native import load_function
 
 # `call` in deformable.c.
 _CALL = struct.Struct("=18q")
 
-
-class _Library:
-    def __init__(self, path: Path):
-        self.call = ctypes.CDLL(str(path)).foveate_deformable
-        self.parallel = openmp()
-
-
-_library, _missing = load_library(Path(__file__).with_name("_deformable.c.so"), _Library)
+_library, _missing = load_function(Path(__file__).with_name("_deformable.c.so"), "foveate_deformable")
 
 
 def obstacle(value: Tensor) -> str | None:

@@ -4,7 +4,6 @@ In float32. The backward pass computes the scores again, and none is kept. See `
 library is built and called.
 """
 
-import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,19 +12,12 @@ import torch
 from torch import Tensor
 
 from .backends import default_scale, export_obstacle, is_transforming
-from .neighborhood.native import load_library, openmp
+from .neighborhood.native import load_function
 
 # `call` in point_attention.c.
 _CALL = struct.Struct("=12qd15q")
 
-
-class _Library:
-    def __init__(self, path: Path):
-        self.call = ctypes.CDLL(str(path)).foveate_point_attention
-        self.parallel = openmp()
-
-
-_library, _missing = load_library(Path(__file__).with_name("_point_attention.c.so"), _Library)
+_library, _missing = load_function(Path(__file__).with_name("_point_attention.c.so"), "foveate_point_attention")
 
 
 def obstacle(tensors: Sequence[Tensor]) -> str | None:

@@ -67,6 +67,19 @@ def load_library(path: Path, kind: Callable[[Path], Any]) -> tuple[Any, str | No
     return None, "no C compiler was found when foveate was installed; install one and then foveate again"
 
 
+class Function:
+    """One function of a compiled library, ``call``, and torch's OpenMP, in whose threads it runs."""
+
+    def __init__(self, name: str, path: Path):
+        self.call = getattr(ctypes.CDLL(str(path)), name)
+        self.parallel = openmp()
+
+
+def load_function(path: Path, name: str) -> tuple[Function | None, str | None]:
+    """Return a function of a compiled library, or None and why there is none."""
+    return load_library(path, functools.partial(Function, name))
+
+
 _library, _missing = load_library(Path(__file__).with_name("_native.c.so"), _Library)
 
 

@@ -3,7 +3,6 @@
 Forward alone, in float32. See `neighborhood.native` for how such a library is built and called.
 """
 
-import ctypes
 import struct
 from pathlib import Path
 
@@ -11,21 +10,14 @@ import torch
 from torch import Tensor
 
 from ..backends import contiguous_rows, export_obstacle, is_transforming
-from ..neighborhood.native import load_library, openmp
+from ..neighborhood.native import load_function
 from .chunked import check_routes
 
 # `call` in native.c.
 _CALL = struct.Struct("=11qd21q")
 _VECTOR = 16
 
-
-class _Library:
-    def __init__(self, path: Path):
-        self.call = ctypes.CDLL(str(path)).foveate_routed
-        self.parallel = openmp()
-
-
-_library, _missing = load_library(Path(__file__).with_name("_native.c.so"), _Library)
+_library, _missing = load_function(Path(__file__).with_name("_native.c.so"), "foveate_routed")
 
 
 def obstacle(query: Tensor, value: Tensor) -> str | None:
