@@ -455,11 +455,14 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
+def _split_query_and_key(qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    return qk.unflatten(-1, (2, heads, -1)).unbind(3)
+
+
 def _level_obstacle(finest: Tensor, values: list[Tensor], level_weights: Tensor | None, heads: int) -> str | None:
     if level_weights is None or len(values) == 1:
         return "it is for type B, and for two levels or more"
-    query, key = finest.unflatten(-1, (2, heads, -1)).unbind(3)
-    return level_obstacle(query, key, _split_heads(values[0], heads))
+    return level_obstacle(*_split_query_and_key(finest, heads), _split_heads(values[0], heads))
 
 
 def _attend_level_by_level(
@@ -472,10 +475,11 @@ def _attend_level_by_level(
     total = torch.addcmul(_split_heads(lepe[0], heads), out.transpose(1, 2).unflatten(1, size), shares[0])
     tokens = tokens.unflatten(2, size)
     for level in range(1, levels):
-        query, key = pyramid[level].unflatten(-1, (2, heads, -1)).unbind(3)
+        query, key = _split_query_and_key(pyramid[level], heads)
         value, base = (_split_heads(x, heads) for x in (values[levels - 1 - level], lepe[level]))
         best = min(topk[level], 4 * tokens.shape[-1]) if level < levels - 1 else 0
-        total, tokens = quadtree_level(query, key, value, tokens, best, share=shares[level], parent=total, base=base)
+        added = {"share": shares[level], "parent": total, "base": base}
+        total, tokens = quadtree_level(query, key, value, tokens, best, **added, backend="native")
     return total.flatten(3)
 
 

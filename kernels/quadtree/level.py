@@ -3,7 +3,6 @@
 Tokens are numbered along the rows of their map, so that nothing is put into a tree's order and back.
 """
 
-import ctypes
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose, contiguous_rows, default_scale, export_obstacle, is_transforming, report
-from ..neighborhood.native import load_library, openmp
+from ..neighborhood.native import load_function
 from ..precision import full_precision
 from .reference import accumulation_dtype
 
@@ -20,14 +19,7 @@ from .reference import accumulation_dtype
 _CALL = struct.Struct("=12q2d61q")
 _VECTOR = 16
 
-
-class _Library:
-    def __init__(self, path: Path):
-        self.call = ctypes.CDLL(str(path)).foveate_quadtree_level
-        self.parallel = openmp()
-
-
-_library, _missing = load_library(Path(__file__).with_name("_native.c.so"), _Library)
+_library, _missing = load_function(Path(__file__).with_name("_native.c.so"), "foveate_quadtree_level")
 
 
 class Problem(NamedTuple):
@@ -123,14 +115,17 @@ def _call(problem: Problem, out: Tensor | None, tokens: Tensor | None, gradients
 
 
 def _ready(*problem) -> Problem:
-    """Return the problem with maps whose channels lie side by side, checked for tokens that don't exist."""
+    """Return the problem as the library reads it: maps whose channels lie side by side."""
     problem = Problem(*problem)
     maps = {name: contiguous_rows(getattr(problem, name)) for name in ("query", "key", "value", "parent", "base")}
-    token_index, tokens = problem.token_index.contiguous(), problem.key[0, ::2, ::2, 0, 0].numel()
+    return problem._replace(token_index=problem.token_index.contiguous(), **maps)
+
+
+def _check_tokens(token_index: Tensor, key: Tensor) -> None:
+    tokens = key.shape[1] * key.shape[2] // 4
     least, most = (int(limit) for limit in token_index.aminmax())
     if least < 0 or most >= tokens:
         raise IndexError(f"quadtree_level needs chosen tokens from 0 to {tokens - 1}; got {least} to {most}")
-    return problem._replace(token_index=token_index, **maps)
 
 
 @torch.library.custom_op("foveate::quadtree_level", mutates_args=(), device_types="cpu")
@@ -145,6 +140,7 @@ def _operator(
     topk: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_tokens(token_index, key)
     problem = _ready(query, key, value, token_index, share, parent, base, topk, scale)
     batch, height, width, heads, _ = query.shape
     out = query.new_empty(batch, height, width, heads, value.shape[-1])
@@ -298,8 +294,7 @@ def quadtree_level(
         >>> out.shape, chosen.shape
         (torch.Size([1, 4, 6, 2, 16]), torch.Size([1, 2, 4, 6, 8]))
     """
-    problem = Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query))
-    _check(problem)
+    problem = _checked(Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query)))
     return _BACKENDS[choose("quadtree_level", _BACKENDS, problem, backend)].run(problem)
 
 
@@ -320,8 +315,7 @@ def quadtree_level_backends(
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    problem = Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query))
-    _check(problem)
+    problem = _checked(Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query)))
     return report("quadtree_level", _BACKENDS, problem, backend)
 
 
@@ -330,7 +324,8 @@ def level_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return _native_obstacle(Problem(query, key, value, *[query] * 4, topk=0, scale=1.0))
 
 
-def _check(problem: Problem) -> None:
+def _checked(problem: Problem) -> Problem:
+    """Return a problem whose shapes, dtypes and devices fit each other."""
     query, key, value, token_index, share, parent, base, topk, _ = problem
     maps = {"query": query, "key": key, "value": value, "parent": parent, "base": base}
     for name, x in maps.items():
@@ -364,3 +359,4 @@ def _check(problem: Problem) -> None:
         raise ValueError(f"topk must be from 0 to 4 x {token_index.shape[-1]} candidates; got {topk}")
     if share.numel() != 1 or share.dtype != query.dtype or share.device != query.device:
         raise ValueError(f"share must be a number of the maps' dtype and device; got {list(share.shape)} {share.dtype}")
+    return problem
