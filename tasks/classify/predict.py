@@ -113,10 +113,13 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
         """Return, for every image of any mode, its ``top`` classes with their probabilities, the likeliest first."""
-        inputs = [self.transform(to_pixels(image, self.channels, self.white)) for image in images]
         # Sharing a batch moves the last bits, and takes little more than half the time.
         count = _TOGETHER if self.together else 1
-        batches = (torch.stack(inputs[start : start + count]) for start in range(0, len(inputs), count))
+        parts = (images[start : start + count] for start in range(0, len(images), count))
+        batches = (
+            torch.stack([self.transform(to_pixels(image, self.channels, self.white)) for image in part])
+            for part in parts
+        )
         whole = torch.cat([self.model(batch.to(self.device)) for batch in batches]).float()
         shares = whole.sigmoid() if self.multi_label else whole.softmax(-1)
         best = shares.topk(min(top or self.top, len(self.classes)))
