@@ -141,8 +141,10 @@ def main(arguments: list[str]) -> None:
             writer.writerows(new)
     readme = ROOT / "README.md"
     before, table, after = readme.read_text().split(MARK)
-    if arguments == ["--check"] and table.strip() != render():
-        sys.exit(f"README's table of families is out of date: run {sys.argv[0]}")
+    if arguments == ["--check"]:
+        if table.strip() != render():
+            sys.exit(f"README's table of families is out of date: run {sys.argv[0]}")
+        return
     readme.write_text(f"{before}{MARK}\n{render()}\n{MARK}{after}")
 
 
