@@ -14,8 +14,10 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..zoo.maps import cfg_of
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> float:
@@ -30,24 +32,27 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> float:
     return counter.get_total_flops() / 2
 
 
-def peak_memory(name: str, batch: int, size: int | tuple[int, int], device: str, **kwargs: Any) -> int:
+def peak_memory(
+    name: str, batch: int, size: int | tuple[int, int], device: str, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> int:
     """Return by how many bytes inference on ``[batch, 3, *size]`` raises the memory in use, at its peak.
 
     On the CPU a fresh process measures, since a process keeps memory that earlier work has freed.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(_peak_here, name, batch, size, device, kwargs, torch.get_num_threads()).result()
+        images = torch.empty(batch, 3, *to_2tuple(size), dtype=dtype, device="meta")
+        return executor.submit(_peak_here, name, images, device, kwargs, torch.get_num_threads()).result()
 
 
-def _peak_here(name: str, batch: int, size: int | tuple[int, int], device: str, kwargs: dict, threads: int) -> int:
+def _peak_here(name: str, like: Tensor, device: str, kwargs: dict, threads: int) -> int:
     import foveate  # noqa: F401 (registers the models)
 
     torch.set_num_threads(threads)
-    model = timm.create_model(name, **kwargs).eval().to(device)
-    images = torch.randn(batch, 3, *to_2tuple(size), device=device)
+    model = timm.create_model(name, **kwargs).eval().to(device, like.dtype)
+    images = torch.randn_like(like, device=device)
     with torch.inference_mode():
         # Libraries load, and their work spaces come, with the first call.
-        model(images[:1, :, :64, :64])
+        model(images[:1] if cfg_of(name).fixed_input_size else images[:1, :, :64, :64])
         return memory_growth(lambda: model(images), device)
 
 

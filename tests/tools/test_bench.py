@@ -6,13 +6,17 @@ import csv
 import pytest
 import timm
 import torch
+from foveate.kernels import na2d
+from foveate.kernels.neighborhood.window import Axis
 from foveate.tasks.cost import count_macs
+from foveate.tools.bench import gpu
 from foveate.tools.bench.deformable import bench_deformable
 from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
 from foveate.tools.bench.floor import Floor
-from foveate.tools.bench.kernels import SIDES, bench_kernels, plot
+from foveate.tools.bench.kernels import SIDES, bench_kernels, masked_attention_of, plot
 from foveate.tools.bench.models import stated_accuracy
 from foveate.tools.cli import main
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -136,6 +140,60 @@ def test_kernels_agree_before_they_are_timed(backward):
     rows = bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward, dtype=torch.float32)
     assert {row["path"] for row in rows} >= {"tiled", "gather"}
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_dense_attention_under_a_mask_is_that_of_the_windows():
+    query, key, value = torch.randn(3, 2, 9, 8, 2, 8).unbind()
+    dense = masked_attention_of((Axis(9, 3), Axis(8, 3)), query, [SDPBackend.MATH])
+    torch.testing.assert_close(dense(query, key, value), na2d(query, key, value, 3, backend="reference"))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """`foveate bench gpu` of small things, which CPUs can do too."""
+    monkeypatch.setattr(gpu, "GPU_SHAPES", [(1, 9, 8, 2, 8, 3)])
+    monkeypatch.setattr(gpu, "MODELS", ["nat_atto"])
+    monkeypatch.setattr(gpu, "BATCH", 1)
+    monkeypatch.setattr(gpu, "SIDE", 64)
+    monkeypatch.setattr(gpu, "EXTRAS", ["memory"])
+    return ["bench", "gpu", "--device", "cpu", "--no-flex", "--rounds", "1", "--peers", "resnet10t"]
+
+
+def test_models_are_timed_in_half_precision(tmp_path):
+    argv = ["bench", "models", "nat_atto", "--peers", "test_vit", "--dtype", "bfloat16", "--size", "160"]
+    assert main([*argv, "--rounds", "1", "--also", "memory", "--output", str(tmp_path)]) == 0
+    for row in csv.DictReader((tmp_path / "models.csv").open()):
+        assert min(float(row["GMACs"]), float(row["images/s"]), float(row["peak MB"])) > 0
+
+
+def test_a_short_visit_to_a_gpu_leaves_a_table_of_each_part(small_parts, monkeypatch, tmp_path, capsys):
+    def fail(names, *args):
+        raise RuntimeError("out of registers\nand more")
+
+    assert main([*small_parts, "--output", str(tmp_path / "whole")]) == 0
+    tables = {path.stem: list(csv.DictReader(path.open())) for path in (tmp_path / "whole").glob("*.csv")}
+    assert tables.keys() == {"gpu", "gpu_kernels", "gpu_models"}
+    assert {row["state"] for row in tables["gpu"]} == {"measured"}
+    assert {row["pass"] for row in tables["gpu_kernels"]} == {"forward", "forward+backward"}
+    assert [row["model"] for row in tables["gpu_models"]] == ["nat_atto", "resnet10t"]
+
+    monkeypatch.setattr(gpu, "bench_models", fail)
+    assert main([*small_parts, "--output", str(tmp_path / "failing")]) == 0
+    states = {row["part"]: row["state"] for row in csv.DictReader((tmp_path / "failing" / "gpu.csv").open())}
+    assert states.pop("nat_atto") == "failed: RuntimeError: out of registers"
+    assert set(states.values()) == {"measured"}
+    assert (tmp_path / "failing" / "gpu_kernels.md").exists()
+
+
+def test_no_part_begins_when_the_time_is_up(small_parts, tmp_path):
+    assert main([*small_parts, "--minutes", "0", "--output", str(tmp_path)]) == 0
+    assert {row["state"] for row in csv.DictReader((tmp_path / "gpu.csv").open())} == {"left out: the time is up"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_at_once(capsys):
+    assert main(["bench", "gpu"]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 def test_plot_of_the_sweep_is_written(tmp_path):

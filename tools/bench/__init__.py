@@ -11,8 +11,9 @@ deformable attention at Mask2Former's shapes, forward and backward, against the 
 ``aggregated`` times TransNeXt against its formulas as they stand, with unfolded windows. ``depthwise`` times the
 dilated, strip and wide depthwise convolutions of VAN, MSCAN and OverLoCK against torch's. ``loader`` times epochs of
 labelled JPEGs by our loader and by timm's, with the same augmentation. ``exports`` times classifiers in torch,
-compiled, and exported to onnxruntime and, if it is installed, OpenVINO, in float32 and in int8. Tables are printed and
-written as markdown and csv; kernels also as a plot of time against size.
+compiled, and exported to onnxruntime and, if it is installed, OpenVINO, in float32 and in int8. ``gpu`` measures
+kernels and models on a CUDA device in bfloat16, the most telling first, until ``--minutes`` are over. Tables are
+printed and written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from ..arguments import at_least, image_size
 
 # What can be timed. Each is a module of that name, with measure(args), which returns the rows of a table.
-KINDS = ("kernels", "models", "detectors", "deformable", "aggregated", "depthwise", "loader", "exports")
+KINDS = ("kernels", "models", "detectors", "deformable", "aggregated", "depthwise", "loader", "exports", "gpu")
 DTYPES = ("float32", "float16", "bfloat16")
 # What `models` measures beside inference; see `bench.models.bench_models`.
 EXTRAS = ("floor", "train", "bfloat16", "compile", "freeze", "memory", "latency")
@@ -77,7 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=15,
         help="medians are over this many alternating calls; %(default)s by default",
     )
-    parser.add_argument("--device", default="cpu", help="where to measure; %(default)s by default")
+    parser.add_argument("--device", help="where to measure; cpu by default, cuda for gpu")
+    parser.add_argument(
+        "--minutes", type=at_least(0), default=6, help="gpu: no part begins after so many; %(default)s by default"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="kernels, models: %(default)s by default")
     parser.add_argument("--data", type=Path, help="loader: one folder of images a class; made-up JPEGs by default")
     parser.add_argument("--workers", type=at_least(0), default=2, help="loader: processes; %(default)s by default")
@@ -91,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, and write it."""
     # They import torch, which the command's help does without.
+    from ...tasks.devices import choose_device
+
+    args.device = str(choose_device(args.device or ("cuda" if args.what == "gpu" else "cpu")))
     module = importlib.import_module(f".{args.what}", __package__)
     from ..tables import as_markdown, save_table
     from ..timing import machine

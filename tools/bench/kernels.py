@@ -2,18 +2,22 @@
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ...kernels import na2d, na2d_av, na2d_qk, neighborhood_backends, unfused_neighborhood_backends
 from ...kernels.neighborhood.reference import window_tables
 from ...kernels.neighborhood.window import Axis, axis_ranges
 from ...tasks.cost import memory_growth
+from ...zoo.library_errors import first_line
 from ..timing import alternate, run_pass
 
 # Batch, height, width, heads, head dim, kernel size: NAT's first stage alone and batched, and larger maps.
@@ -31,6 +35,7 @@ GPU_SHAPES = (
     (8, 64, 64, 4, 64, 13),
 )
 SIDES = (28, 56, 84, 112)
+CUDNN = "cudnn (masked)"
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -99,6 +104,20 @@ def gather_of(axes: tuple[Axis, Axis], device: str) -> Callable[..., Tensor]:
     return run
 
 
+def masked_attention_of(axes: tuple[Axis, Axis], like: Tensor, backends: Sequence[SDPBackend]) -> Callable[..., Tensor]:
+    """Return torch's attention of all tokens to all under a mask of the windows, which is in memory; without bias."""
+    tokens, _ = (torch.from_numpy(table).to(like.device) for table in window_tables(axes))
+    mask = like.new_full((len(tokens), len(tokens)), -torch.inf).scatter_(1, tokens, 0.0)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        flat = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+        with sdpa_kernel(backends):
+            out = F.scaled_dot_product_attention(*flat, attn_mask=mask)
+        return out.transpose(1, 2).reshape(query.shape)
+
+    return run
+
+
 def bench_kernels(
     shapes: Sequence[tuple[int, ...]],
     rounds: int,
@@ -110,9 +129,12 @@ def bench_kernels(
 ) -> list[dict]:
     """Time one call of every path, and of its peers, at every shape, with relative position bias or without.
 
-    Memory is what one call adds at its peak, its results included. FlexAttention has no gradient on CPUs.
+    Memory is what one call adds at its peak, its results included. FlexAttention has no gradient on CPUs. On a GPU the
+    memory floor is the time of copying as many bytes as a call must read and write, and cuDNN is among the peers for
+    half precision without bias.
     """
     matmul = matmul_rate(device, 15, dtype)
+    copies = 0.0 if device == "cpu" else copy_rate(device, 15)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     flex = flex and not (backward and device == "cpu")
     rows = []
@@ -129,6 +151,8 @@ def bench_kernels(
             peers["flex (compiled)"] = flex_attention_of(axes, rpb, device, compiled=True)
             if batch * heads * (height * width) ** 2 <= 2**27:  # all scores, some times over
                 peers["flex (eager)"] = flex_attention_of(axes, rpb, device, compiled=False)
+        if device != "cpu" and not bias and dtype != torch.float32:
+            peers |= _cudnn_of(axes, query, key, value)
         functions |= peers
         calls, memory = {}, {}
         for name, function in functions.items():
@@ -138,9 +162,12 @@ def bench_kernels(
             calls[name]()
             memory[name] = memory_growth(calls[name], device)
         times = alternate(calls, rounds, device)
-        shown = ["gather", *(["flex (compiled)", "flex (eager)"] if flex else []), *(["natten"] if has_natten else [])]
+        flexes = ["flex (compiled)", "flex (eager)"] if flex else []
+        shown = ["gather", *flexes, *(["natten"] if has_natten else []), *([CUDNN] if CUDNN in peers else [])]
         # Useful work: a query-key pair costs a multiply-add per channel, for the score and again for the value.
         useful = batch * height * width * heads * kernel_size**2 * dim * 4 * (3.5 if backward else 1)
+        # Forward reads three maps and writes one; backward reads these four and a gradient, and writes three.
+        moved = query.nbytes * (12 if backward else 4)
         for name, seconds in times.items():
             rate = useful / seconds / 1e9
             rows.append(
@@ -154,6 +181,7 @@ def bench_kernels(
                     "useful GFLOP/s": round(rate, 1),
                     "of matmul": f"{rate / matmul:.0%}",
                     "peak MB": round(memory[name] / 2**20, 1),
+                    **({} if device == "cpu" else {"over memory floor": round(seconds * copies / moved, 1)}),
                     **{f"times {peer}": round(times[peer] / seconds, 1) if peer in times else "-" for peer in shown},
                 }
             )
@@ -191,6 +219,26 @@ def _unfused(
     """Scores, torch's softmax, and sums of values: what NATTEN's users composed."""
     scores = na2d_qk(query * query.shape[-1] ** -0.5, key, kernel_size, rpb=rpb, backend=backend)
     return na2d_av(scores.softmax(-1), value, kernel_size, backend=backend)
+
+
+def _cudnn_of(axes: tuple[Axis, Axis], query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Return cuDNN's attention under a mask of the windows by its name, or nothing where it takes no such call."""
+    run = masked_attention_of(axes, query, [SDPBackend.CUDNN_ATTENTION])
+    try:
+        with torch.inference_mode():
+            run(query, key, value)
+    except RuntimeError as error:
+        print(f"cuDNN is left out: {first_line(error)}", file=sys.stderr)
+        return {}
+    return {CUDNN: run}
+
+
+@functools.cache
+def copy_rate(device: str, rounds: int) -> float:
+    """Return the bytes a second that a copy of a gibibyte reads and writes."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / alternate({"copy": lambda: target.copy_(source)}, rounds, device)["copy"]
 
 
 @functools.cache

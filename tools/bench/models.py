@@ -102,7 +102,8 @@ def bench_models(
             file=sys.stderr,
         )
     seconds = {key: statistics.median(times) for key, times in samples.items()}
-    macs = {name: count_macs(copy.deepcopy(model).to("meta"), (3, *case.size)) for name, model in models.items()}
+    shape = (3, *case.size)
+    macs = {name: count_macs(copy.deepcopy(model).to("meta").float(), shape) for name, model in models.items()}
     return [
         _row(name, peers[0], case, models[name], seconds, macs)
         | {"spread": f"{_spread(samples[name, 'forward']):.0%}", "machine moved": f"{moved:.0%}"}
@@ -185,7 +186,7 @@ def _beside(
             cells[f"{what} times forward"] = round(forward / seconds[name, what], 3)
     if "memory" in extras:
         fixed = {"img_size": case.size} if cfg_of(name).fixed_input_size else {}
-        cells["peak MB"] = round(peak_memory(name, case.batch, case.size, case.device, **fixed) / 2**20)
+        cells["peak MB"] = round(peak_memory(name, *case, **fixed) / 2**20)
     if "latency" in extras:
         cells["ms for one image"] = round(seconds[name, "latency"] * 1e3, 2)
     return cells
