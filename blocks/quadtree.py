@@ -468,7 +468,10 @@ def _level_obstacle(finest: Tensor, values: list[Tensor], level_weights: Tensor 
 def _attend_level_by_level(
     pyramid: list[Tensor], values: list[Tensor], shares: Tensor, heads: int, topk: list[int], lepe: list[Tensor]
 ) -> Tensor:
-    """Do what `attend` does for type B, without any order but that of the maps."""
+    """Do what `attend` does for type B, without any order but that of the maps, and in float32."""
+    dtype = values[0].dtype
+    pyramid, values, lepe = ([x.float() for x in maps] for maps in (pyramid, values, lepe))
+    shares = shares.float()
     queries, keys = _queries_and_keys(pyramid[:1], heads)
     size, levels = pyramid[0].shape[1:3], len(pyramid)
     out, tokens, _ = _coarsest(queries[0], keys[0], to_tree(values[-1], 0, heads), topk, False, None)
@@ -480,7 +483,7 @@ def _attend_level_by_level(
         best = min(topk[level], 4 * tokens.shape[-1]) if level < levels - 1 else 0
         added = {"share": shares[level], "parent": total, "base": base}
         total, tokens = quadtree_level(query, key, value, tokens, best, **added, backend="native")
-    return total.flatten(3)
+    return total.flatten(3).to(dtype)
 
 
 def _queries_and_keys(pyramid: list[Tensor], heads: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -126,6 +126,8 @@ def _channels_last_drawback(problem: Problem) -> str | None:
 def _onednn_obstacle(problem: Problem) -> str | None:
     if problem.residual and not all(length % 2 for length in problem.weight.shape[2:]):
         return "an even kernel has no centre to add the map by"
+    if problem.residual and problem.x.dtype == torch.bfloat16:
+        return "a weight in bfloat16 is lost beside the 1 that adds the map"
     return onednn.obstacle(*problem[:3])
 
 
@@ -206,9 +208,10 @@ def depthwise_conv2d(
         dilation: Distance of the kernel's rows and columns on the map.
         padding: Zeros on each side of the map; by default as many as keep its size, which takes odd kernels.
         backend: ``"convolution"``, the reference, which is torch's own; ``"interleaved"``, a plain convolution on each
-            of the grids of every ``dilation``-th row and column; ``"channels_last"``; or ``"onednn"`` (float32 on CPUs,
-            without gradients: one operator with all that follows in it). By default the fastest: on a CPU, interleaved
-            for dilated kernels and channels last for plain ones, where they are wide, else oneDNN.
+            of the grids of every ``dilation``-th row and column; ``"channels_last"``; or ``"onednn"`` (float32, or
+            bfloat16 if no map is added, on CPUs, without gradients: one operator with all that follows in it). By
+            default the fastest: on a CPU, interleaved for dilated kernels and channels last for plain ones, where they
+            are wide, else oneDNN.
         residual: Whether to add the map.
         activation: ``"gelu"`` of the sum, or None.
 

@@ -13,6 +13,11 @@ def _has_operators() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
+@functools.cache
+def _has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def is_available() -> bool:
     """Return whether torch has oneDNN, with these operators, and may use it."""
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and _has_operators()
@@ -25,8 +30,11 @@ def obstacle(*tensors: Tensor | None) -> str | None:
     if reason := export_obstacle():  # before a traced shape is looked at
         return reason
     given = [x for x in tensors if x is not None]
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given):
-        return f"it is for float32 on CPUs; got {given[0].dtype} on {given[0].device}"
+    dtype = given[0].dtype
+    if any(x.device.type != "cpu" or x.dtype != dtype for x in given) or dtype not in (torch.float32, torch.bfloat16):
+        return f"it is for float32 or bfloat16 on CPUs; got {dtype} on {given[0].device}"
+    if dtype == torch.bfloat16 and not _has_bfloat16():
+        return "this processor has no products of bfloat16"
     if in_forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return "it has no derivatives"
     if any(0 in x.shape for x in given):

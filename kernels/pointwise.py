@@ -92,9 +92,9 @@ def pointwise(
         x: Map ``[B, H, W, in]``, or tokens ``[B, N, in]``.
         weight: ``[out, in]``.
         bias: ``[out]``.
-        backend: ``"linear"``, the reference, ``"onednn"`` (float32 on CPUs, without gradients: one operator with the
-            activation in it) or ``"convolution"``, a 1x1 one. By default oneDNN where it can run, then the convolution
-            where it is faster, which is in float32 on several threads of a CPU.
+        backend: ``"linear"``, the reference, ``"onednn"`` (float32 or bfloat16 on CPUs, without gradients: one operator
+            with the activation in it) or ``"convolution"``, a 1x1 one. By default oneDNN where it can run, then the
+            convolution where it is faster, which is in float32 on several threads of a CPU.
         activation: ``"gelu"``, or None.
 
     Returns:

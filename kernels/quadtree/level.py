@@ -226,20 +226,28 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 _operator_backward.register_autograd(_differentiate_again, setup_context=_save_backward)
 
 
-def _native_obstacle(problem: Problem) -> str | None:
-    tensors = [x for x in problem[:7] if x.is_floating_point()]
-    if any(x.device.type != "cpu" for x in tensors):
-        return f"it is for CPU tensors; query is on {problem.query.device}"
-    if any(x.dtype != torch.float32 for x in tensors):
-        return f"it computes in float32; got {', '.join(sorted({str(x.dtype) for x in tensors}))}"
-    if problem.query.shape[-1] % _VECTOR or problem.value.shape[-1] % _VECTOR:
-        dims = f"{problem.query.shape[-1]} and {problem.value.shape[-1]}"
-        return f"it needs dims of multiples of {_VECTOR}; got {dims}"
-    if any(0 in x.shape for x in problem[:4]):
+def level_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Return why the native path of `quadtree_level` cannot take such maps, once in float32, or None if it can."""
+    if any(x.device.type != "cpu" for x in (query, key, value)):
+        return f"it is for CPU tensors; query is on {query.device}"
+    if any(x.dtype == torch.float64 for x in (query, key, value)):
+        return "it computes in float32; got torch.float64"
+    if query.shape[-1] % _VECTOR or value.shape[-1] % _VECTOR:
+        return f"it needs dims of multiples of {_VECTOR}; got {query.shape[-1]} and {value.shape[-1]}"
+    if any(0 in x.shape for x in (query, key, value)):
         return "it takes no empty tensors"
     if not torch.compiler.is_compiling() and is_transforming():
         return "torch.func transforms no operator of torch.library"
     return export_obstacle() or _missing
+
+
+def _native_obstacle(problem: Problem) -> str | None:
+    dtypes = {x.dtype for x in problem[:7] if x.is_floating_point()}
+    if dtypes != {torch.float32}:
+        return f"it computes in float32; got {', '.join(sorted(map(str, dtypes)))}"
+    if 0 in problem.token_index.shape:
+        return "it takes no empty tensors"
+    return level_obstacle(problem.query, problem.key, problem.value)
 
 
 # In order of preference.
@@ -317,11 +325,6 @@ def quadtree_level_backends(
     """
     problem = _checked(Problem(query, key, value, token_index, share, parent, base, topk, default_scale(query)))
     return report("quadtree_level", _BACKENDS, problem, backend)
-
-
-def level_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Return why the native path of `quadtree_level` cannot take such maps, or None if it can."""
-    return _native_obstacle(Problem(query, key, value, *[query] * 4, topk=0, scale=1.0))
 
 
 def _checked(problem: Problem) -> Problem:

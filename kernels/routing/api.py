@@ -75,10 +75,10 @@ def routed_attention(
         routes: Integers ``[B, regions, topk]``, each below ``regions``; one that is named twice counts twice.
         region_size: Height and width of a region, in tokens.
         scale: Factor on the scores; ``dim ** -0.5`` by default.
-        backend: ``"triton"`` (GPU; reads the regions in place), ``"native"`` (CPU, float32, in C, where it was
-            compiled: likewise, in the forward pass), ``"chunked"`` (plain torch, a few regions at a time) or
-            ``"reference"`` (gathers all regions at once). By default the first that runs; graphs for export, and
-            traced ones, are built from the reference, whose operators other runtimes know.
+        backend: ``"triton"`` (GPU; reads the regions in place), ``"native"`` (CPU, in C, where it was compiled:
+            likewise, in the forward pass; half precision as copies in float32), ``"chunked"`` (plain torch, a few
+            regions at a time) or ``"reference"`` (gathers all regions at once). By default the first that runs; graphs
+            for export, and traced ones, are built from the reference, whose operators other runtimes know.
 
     Returns:
         ``[B, H, W, heads, dim_v]``. Gradients of the first order flow to query, key and value.

@@ -1,6 +1,6 @@
 """Routed attention in C for CPUs: loads ``native.c``.
 
-Forward alone, in float32. See `neighborhood.native` for how such a library is built and called.
+Forward alone. See `neighborhood.native` for how such a library is built and called.
 """
 
 import struct
@@ -16,6 +16,8 @@ from .chunked import check_routes
 # `call` in native.c.
 _CALL = struct.Struct("=11qd21q")
 _VECTOR = 16
+# It computes in the first; of the others it takes copies in that.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library, _missing = load_function(Path(__file__).with_name("_native.c.so"), "foveate_routed")
 
@@ -24,7 +26,7 @@ def obstacle(query: Tensor, value: Tensor) -> str | None:
     """Return why the native path cannot take such a call, or None if it can."""
     if query.device.type != "cpu":
         return f"it is for CPU tensors; query is on {query.device}"
-    if query.dtype != torch.float32:
+    if query.dtype not in _DTYPES:
         return f"it computes in float32; got {query.dtype}"
     if query.shape[-1] % _VECTOR or value.shape[-1] % _VECTOR:
         return f"it needs dims of multiples of {_VECTOR}; got {query.shape[-1]} and {value.shape[-1]}"
@@ -40,7 +42,8 @@ def native_forward(
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
     check_routes(routes)
-    query, key, value = map(contiguous_rows, (query, key, value))
+    dtype = query.dtype
+    query, key, value = (contiguous_rows(x.float()) for x in (query, key, value))
     routes = routes.to(torch.int64).contiguous()
     batch, height, width, heads, dim = query.shape
     out = query.new_empty(*query.shape[:4], value.shape[-1])
@@ -49,4 +52,4 @@ def native_forward(
     call = _CALL.pack(torch.get_num_threads(), _library.parallel, *numbers, scale, *tensors, routes.data_ptr())
     if _library.call(call):
         raise RuntimeError("foveate's native routed attention failed: out of memory")
-    return out
+    return out.to(dtype)

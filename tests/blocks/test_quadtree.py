@@ -158,6 +158,7 @@ def test_half_precision_chooses_the_same_tokens(kind, levels, dtype):
         if kind == "A" and levels == 1:
             assert torch.equal(half.routes(x)[0].weights == 0, full.routes(x.float())[0].weights == 0)
         torch.testing.assert_close(half(x).float(), full(x.float()), atol=0.05, rtol=0.1)
+        assert half(x).dtype == dtype
 
 
 def test_autocast_chooses_the_same_tokens():

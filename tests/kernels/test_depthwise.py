@@ -139,6 +139,18 @@ def test_what_follows_a_convolution(kernel, memory_format):
             torch.testing.assert_close(gradients, expected)
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products of bfloat16 here")
+@torch.inference_mode()
+def test_bfloat16_is_fused_without_the_map():
+    x, weight, bias = (t.bfloat16() for t in tensors(2, 20, (14, 9), (3, 3), torch.float32))
+    x = x.contiguous(memory_format=CHANNELS_LAST)
+    assert depthwise_backends(x, weight, bias, activation="gelu")["onednn"] == "chosen"
+    exact = F.gelu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=20))
+    out = depthwise_conv2d(x, weight, bias, activation="gelu")
+    torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=2**-7)
+    assert "lost beside the 1" in depthwise_backends(x, weight, bias, activation="gelu", residual=True)["onednn"]
+
+
 def test_the_choice_of_what_is_fused():
     x = torch.randn(1, 8, 9, 9).contiguous(memory_format=CHANNELS_LAST)
     weight = torch.randn(8, 1, 3, 3, requires_grad=True)

@@ -163,3 +163,20 @@ def test_refusals():
             block = QuadTreeAttention2d(32, 2, levels, 2, kind, backend="native")
             with pytest.raises(ValueError, match="'native' cannot run here: it is for type B, and for two levels"):
                 block(torch.randn(1, 4, 4, 32))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_in_half_precision_take_the_levels_too(dtype):
+    torch.manual_seed(0)
+    block = QuadTreeAttention2d(32, 2, 3, 4, "B", backend="native").to(dtype)
+    x = torch.randn(2, 16, 24, 32, dtype=dtype, requires_grad=True)
+    out = block(x)
+    assert out.dtype == dtype
+    out.float().square().mean().backward()
+    gradient = x.grad
+    x.grad, block.backend = None, "chunked"
+    expected = block(x)
+    expected.float().square().mean().backward()
+    torch.testing.assert_close(out.float(), expected.float(), atol=0.02, rtol=0.05)
+    torch.testing.assert_close(gradient.float(), x.grad.float(), atol=1e-3, rtol=0.1)

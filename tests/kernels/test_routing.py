@@ -145,6 +145,7 @@ def test_half_precision_is_near_float32(dtype):
     inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     rounded = routed_attention(*inputs, routes, (5, 3))
     assert rounded.dtype == dtype
+    assert routing_backends(*inputs, routes, (5, 3))["native" if native._library else "chunked"] == "chosen"
     exact = routed_attention(q, k, v, routes, (5, 3), backend="reference")
     torch.testing.assert_close(rounded.float(), exact, atol=0.03, rtol=0.03)
     rounded.float().square().sum().backward()
