@@ -4,11 +4,27 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:  # an old setuptools, outside of pip's builds: it makes no wheel, but libraries in place
     bdist_wheel = object
+
+
+# A library is compiled once more for each, as functions whose names end in it, of which the loader takes the best.
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
+}
 
 
 class BuildLibrary(build_ext):
@@ -22,7 +38,22 @@ class BuildLibrary(build_ext):
         """Build an extension; MinGW's own libraries become part of it, since no user of the wheel has them."""
         if self.compiler.compiler_type == "mingw32":
             ext.extra_link_args = ["-static"]
+        if ext.depends and self.plat_name.endswith(("x86_64", "amd64")):
+            ext.extra_objects = [file for isa in INSTRUCTION_SETS for file in self.compile_for(ext, isa)]
         super().build_extension(ext)
+
+    def compile_for(self, ext: Extension, isa: str) -> list[str]:
+        """Return the object files of an extension for an instruction set; none where the compiler doesn't know it."""
+        try:
+            return self.compiler.compile(
+                ext.sources,
+                output_dir=str(Path(self.build_temp, isa)),
+                macros=[("ISA", isa)],
+                extra_postargs=[*ext.extra_compile_args, *INSTRUCTION_SETS[isa]],
+                depends=ext.depends,
+            )
+        except CompileError:
+            return []
 
 
 class PlatformWheel(bdist_wheel):
@@ -33,7 +64,9 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def library(name: str, source: str) -> Extension:
+def library(
+    name: str, source: str, depends: tuple[str, ...] = ("kernels/lanes.h", "kernels/shared_keys.h")
+) -> Extension:
     """Return a library without which the install succeeds: where no compiler takes it, the plain torch path serves."""
     return Extension(
         name,
@@ -48,7 +81,7 @@ def library(name: str, source: str) -> Extension:
             "-Wno-psabi",
         ],
         libraries=["m", "pthread"],
-        depends=["kernels/lanes.h"],
+        depends=list(depends),
         optional=True,
     )
 
@@ -57,7 +90,7 @@ setup(
     script_name=__file__,  # or a build would take this file for a module of the package, whose folder is this one
     cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildLibrary},
     ext_modules=[
-        library("foveate.kernels.neighborhood._native", "kernels/neighborhood/native.c"),
+        library("foveate.kernels.neighborhood._native", "kernels/neighborhood/native.c", depends=()),
         library("foveate.kernels.quadtree._native", "kernels/quadtree/native.c"),
         library("foveate.kernels.routing._native", "kernels/routing/native.c"),
         library("foveate.kernels._deformable", "kernels/deformable.c"),

@@ -175,7 +175,7 @@ INLINE void transpose_rows(const job *j, int64_t image, int64_t head, int64_t fi
     for (int64_t at = 0; at + LANES <= j->space; at += LANES) normalize(key + at, j->space, dim);
 }
 
-CLONES static void attend(const team *team, int64_t task, float *scratch) {
+static void attend(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
     const int64_t head = task / j->bands, first = task % j->bands * j->rows, dim = a->dim, reach = j->reach;
@@ -276,7 +276,7 @@ CLONES static void attend(const team *team, int64_t task, float *scratch) {
     }
 }
 
-EXPORT int foveate_aggregated(const call *a) {
+EXPORTED(foveate_aggregated)(const call *a) {
     job j = {.team.run = attend, .a = a, .reach = a->window / 2, .keys = a->rows.keys * a->columns.keys, .slots = a->window * a->window};
     j.pitch = a->width + j.reach;
     j.rows = BAND / (j.pitch * j.keys);

@@ -68,7 +68,7 @@ INLINE float dot(const float *a, const float *b, int64_t dim) {
     return sum;
 }
 
-CLONES static void forward(const call *a, int64_t plane, int64_t begin, int64_t end) {
+static void forward(const call *a, int64_t plane, int64_t begin, int64_t end) {
     const int64_t image = plane / a->heads, head = plane % a->heads, stride = a->heads * a->dim;
     const int64_t *shapes = (const int64_t *)(intptr_t)a->shapes;
     const float *value = (const float *)(intptr_t)a->value + image * a->pixels * stride + head * a->dim;
@@ -95,7 +95,7 @@ CLONES static void forward(const call *a, int64_t plane, int64_t begin, int64_t 
     }
 }
 
-CLONES static void backward(const call *a, int64_t plane) {
+static void backward(const call *a, int64_t plane) {
     const int64_t image = plane / a->heads, head = plane % a->heads, stride = a->heads * a->dim;
     const int64_t *shapes = (const int64_t *)(intptr_t)a->shapes;
     const int64_t first = image * a->pixels * stride + head * a->dim;
@@ -144,7 +144,7 @@ static void run(const team *team, int64_t task, float *scratch) {
         forward(j->a, plane, begin, end < j->a->queries ? end : j->a->queries);
 }
 
-EXPORT int foveate_deformable(const call *a) {
+EXPORTED(foveate_deformable)(const call *a) {
     job j = {.team.run = run, .a = a, .pieces = a->grad_out ? 1 : (a->queries + PIECE - 1) / PIECE};
     j.team.tasks = a->batch * a->heads * j.pieces;
     return share_out(a->parallel, a->threads, &j.team);

@@ -1,7 +1,9 @@
 /* Vectors of sixteen numbers, and what else the C libraries of the kernels have in common.
  *
  * A library is one file that includes this one, knows nothing of torch, and gets a call as numbers of eight bytes.
- * `neighborhood/native.c` has vectors of its own: it is compiled for each instruction set by itself.
+ * `setup.py` compiles it for any processor, and again for each instruction set, after which its functions are named
+ * then: compilers lower comparisons of vectors before they clone a function for another set, lane by lane.
+ * `neighborhood/native.c` has vectors of its own, and includes itself for each set.
  */
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inline functions alone */
@@ -19,17 +21,18 @@
 #define BLOCK (LANES * VECTORS)
 #define LOG2E 1.44269504088896340736f
 
-/* Compiled for several instruction sets, one of which the loader chooses. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
 #define EXPORT __attribute__((visibility("default")))
+#endif
+
+#define JOIN(name, isa) name##_##isa
+#define NAME(name, isa) JOIN(name, isa)
+#ifdef ISA
+#define EXPORTED(name) EXPORT int NAME(name, ISA)
+#else
+#define EXPORTED(name) EXPORT int name
 #endif
 
 typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

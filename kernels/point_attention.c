@@ -416,7 +416,7 @@ INLINE void differentiate(const job *j, int64_t task, float *scratch, const int 
     }
 }
 
-CLONES static void attend_by_loads(const team *team, int64_t task, float *scratch) {
+static void attend_by_loads(const team *team, int64_t task, float *scratch) {
     attend((const job *)team, task, scratch, 0);
 }
 
@@ -426,7 +426,7 @@ PERMUTES static void attend_by_permutes(const team *team, int64_t task, float *s
 }
 #endif
 
-CLONES static void differentiate_by_loads(const team *team, int64_t task, float *scratch) {
+static void differentiate_by_loads(const team *team, int64_t task, float *scratch) {
     differentiate((const job *)team, task, scratch, 0);
 }
 
@@ -436,7 +436,7 @@ PERMUTES static void differentiate_by_permutes(const team *team, int64_t task, f
 }
 #endif
 
-EXPORT int foveate_point_attention(const call *a) {
+EXPORTED(foveate_point_attention)(const call *a) {
     job j = {.a = a, .lanes = (a->width + BLOCK - 1) / BLOCK * BLOCK, .line = a->table_width + 2 + 2 * LANES};
     int64_t planes = a->batch * a->heads, wanted = a->bands ? a->bands : (4 * a->threads + planes - 1) / planes;
     j.rows = (a->height + wanted - 1) / wanted;

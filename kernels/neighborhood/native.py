@@ -68,10 +68,15 @@ def load_library(path: Path, kind: Callable[[Path], Any]) -> tuple[Any, str | No
 
 
 class Function:
-    """One function of a compiled library, ``call``, and torch's OpenMP, in whose threads it runs."""
+    """One function of a compiled library, ``call``, and torch's OpenMP, in whose threads it runs.
+
+    It is that for torch's instruction set, if there is one: ``NAME_avx512`` or ``NAME_avx2``.
+    """
 
     def __init__(self, name: str, path: Path):
-        self.call = getattr(ctypes.CDLL(str(path)), name)
+        library = ctypes.CDLL(str(path))
+        isa = torch.backends.cpu.get_cpu_capability().lower()
+        self.call = getattr(library, f"{name}_{isa}", None) or getattr(library, name)
         self.parallel = openmp()
 
 

@@ -76,7 +76,7 @@ def routed_attention(
         region_size: Height and width of a region, in tokens.
         scale: Factor on the scores; ``dim ** -0.5`` by default.
         backend: ``"triton"`` (GPU; reads the regions in place), ``"native"`` (CPU, in C, where it was compiled:
-            likewise, in the forward pass; half precision as copies in float32), ``"chunked"`` (plain torch, a few
+            likewise; half precision as copies in float32), ``"chunked"`` (plain torch, a few
             regions at a time) or ``"reference"`` (gathers all regions at once). By default the first that runs; graphs
             for export, and traced ones, are built from the reference, whose operators other runtimes know.
 

@@ -1,18 +1,17 @@
-/* Routed attention on CPU cores, forward, float32: regions of keys are read where they lie.
+/* Routed attention on CPU cores, forward and backward, float32: regions of keys are read where they lie.
  *
- * In a region of many tokens a lane is one query: queries are transposed to [dim][lane], keys and values are numbers that
- * all lanes take. In a region of a few tokens, lanes would be idle: there a lane is a channel, and the products of four
- * queries and four keys are summed across lanes together. A task is a row of regions of one head of one image.
+ * Forward in a region of many tokens a lane is one query: queries are transposed to [dim][lane], keys and values are
+ * numbers that all lanes take. In a region of a few tokens lanes would be idle: there a lane is a channel, as it is
+ * backward. A task is a row of regions of one head of one image; backward a band of rows, which has sums of its own.
  *
  * Nothing here knows torch.
  */
-#include "../lanes.h"
+#include "../shared_keys.h"
 
-#define KEYS 4    /* whose scores are computed together */
-#define QUERIES 4 /* of a small region, likewise */
-#define DIMS 8    /* whose sums are computed together */
-#define TILE 64   /* keys whose scores are held at once */
-#define FEW 12    /* tokens that a region needs for lanes of queries */
+#define KEYS 4  /* whose scores are computed together */
+#define DIMS 8  /* whose sums are computed together */
+#define TILE 64 /* keys whose scores are held at once */
+#define FEW 12  /* tokens that a region needs for lanes of queries */
 
 /* Address and strides in numbers; a head's channels lie side by side. */
 typedef struct {
@@ -25,6 +24,9 @@ typedef struct {
     double scale;
     tensor query, key, value, out;
     int64_t routes; /* int64 [batch][regions][topk] */
+    int64_t bands;  /* of rows; 0 is the forward pass */
+    tensor grad, grad_query, grad_key, grad_value;
+    int64_t key_band, value_band; /* numbers from the sums of a band to the next one's */
 } call;
 
 typedef struct {
@@ -135,53 +137,62 @@ INLINE void attend_region(
     }
 }
 
-/* A region of a few tokens, a lane a channel. */
+/* Up to four tokens of a region from the `first` on, of which there are `count`; the last stands in for what is beyond. */
+INLINE int64_t find_queries(
+    const job *j, const tensor *t, int64_t top, int64_t left, int64_t first, int64_t *place
+) {
+    const int64_t width = j->a->region_width, rest = j->tokens - first;
+    EACH(i, QUERIES) {
+        int64_t token = i < rest ? first + i : j->tokens - 1;
+        place[i] = offset(t, top + token / width, left + token % width);
+    }
+    return rest < QUERIES ? rest : QUERIES;
+}
+
+/* A region of a few tokens. */
 INLINE void attend_small_region(
-    const job *j, const work_space *w, int64_t image, int64_t head, int64_t top, int64_t left
+    const job *j, const shared_keys *w, int64_t image, int64_t head, int64_t top, int64_t left
 ) {
     const call *a = j->a;
-    const int64_t keys = j->keys, space = (keys + LANES - 1) / LANES * LANES;
-    const float *query = at(&a->query, image, head), scale = (float)a->scale * LOG2E;
-    float *out = at(&a->out, image, head);
+    const float *query = at(&a->query, image, head), *q[QUERIES];
+    float *out = at(&a->out, image, head), factor[QUERIES];
     for (int64_t first = 0; first < j->tokens; first += QUERIES) {
-        const float *q[QUERIES];
-        int64_t to[QUERIES];
-        for (int64_t i = 0; i < QUERIES; i++) { /* what is beyond the region's tokens is done and thrown away */
-            int64_t token = first + i < j->tokens ? first + i : j->tokens - 1;
-            int64_t y = top + token / a->region_width, x = left + token % a->region_width;
-            q[i] = query + offset(&a->query, y, x);
-            to[i] = offset(&a->out, y, x);
-        }
-        for (int64_t from = 0; from < keys; from += KEYS) {
-            const float *k[KEYS];
-            V sums[QUERIES * KEYS] = {0};
-            EACH(i, KEYS) k[i] = w->key + w->key_at[from + i < keys ? from + i : keys - 1];
-            for (int64_t d = 0; d < a->dim; d += LANES)
-                EACH(i, QUERIES) EACH(n, KEYS) sums[i * KEYS + n] += load(q[i] + d) * load(k[n] + d);
-            V score = sum_lanes(sums) * scale;
-            EACH(i, QUERIES) *(F *)(w->score + i * space + from) = ((F *)&score)[i];
-        }
-        float factor[QUERIES];
-        EACH(i, QUERIES) factor[i] = soften_row(w->score + i * space, keys);
+        int64_t from[QUERIES], to[QUERIES], count = find_queries(j, &a->query, top, left, first, from);
+        find_queries(j, &a->out, top, left, first, to);
+        EACH(i, QUERIES) q[i] = query + from[i];
+        score_rows(w, q, (float)a->scale);
+        weigh_rows(w, factor);
         for (int64_t d = 0; d < a->dim_v; d += LANES) {
-            V sum[QUERIES] = {0};
-            for (int64_t n = 0; n < keys; n++) {
-                V value = load(w->value + w->value_at[n] + d);
-                EACH(i, QUERIES) sum[i] += value * w->score[i * space + n];
-            }
-            for (int64_t i = 0; i < QUERIES && first + i < j->tokens; i++) store(out + to[i] + d, sum[i] * factor[i]);
+            V sum[QUERIES];
+            sum_rows(w, d, sum);
+            for (int64_t i = 0; i < count; i++) store(out + to[i] + d, sum[i] * factor[i]);
         }
     }
 }
 
-CLONES static void attend(const team *team, int64_t task, float *scratch) {
+INLINE void differentiate_region(
+    const job *j, const shared_keys *w, int64_t image, int64_t head, int64_t top, int64_t left
+) {
+    const call *a = j->a;
+    const float *query = at(&a->query, image, head), *grad = at(&a->grad, image, head), *q[QUERIES], *g[QUERIES];
+    float *grad_query = at(&a->grad_query, image, head), *to_query[QUERIES];
+    for (int64_t first = 0; first < j->tokens; first += QUERIES) {
+        int64_t from[QUERIES], under[QUERIES], to[QUERIES], count = find_queries(j, &a->query, top, left, first, from);
+        find_queries(j, &a->grad, top, left, first, under), find_queries(j, &a->grad_query, top, left, first, to);
+        EACH(i, QUERIES) q[i] = query + from[i], g[i] = grad + under[i], to_query[i] = grad_query + to[i];
+        differentiate_rows(w, q, g, to_query, count, (float)a->scale, 1);
+    }
+}
+
+static void attend(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
     const int64_t plane = task / j->rows, row = task % j->rows, image = plane / a->heads, head = plane % a->heads;
     const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
     const int small = j->tokens < FEW;
-    work_space w = {.key = at(&a->key, image, head), .value = at(&a->value, image, head)};
-    w.key_at = (int64_t *)scratch, w.value_at = w.key_at + j->keys;
+    shared_keys few = lay_out(scratch, j->keys, a->dim, a->dim_v);
+    few.key = at(&a->key, image, head), few.value = at(&a->value, image, head);
+    work_space w = {.key = few.key, .value = few.value, .key_at = few.key_at, .value_at = few.value_at};
     w.score = (float *)(w.value_at + j->keys), w.query = w.score + TILE * BLOCK, w.sums = w.query + a->dim * BLOCK;
     w.most = w.sums + a->dim_v * BLOCK, w.total = w.most + BLOCK, w.fade = w.total + BLOCK;
     memset(w.query, 0, small ? 0 : a->dim * BLOCK * sizeof(float));
@@ -189,19 +200,40 @@ CLONES static void attend(const team *team, int64_t task, float *scratch) {
         find_tokens(j, &a->key, routes, w.key_at);
         find_tokens(j, &a->value, routes, w.value_at);
         if (small)
-            attend_small_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+            attend_small_region(j, &few, image, head, row * a->region_height, column * a->region_width);
         else
             attend_region(j, &w, image, head, row * a->region_height, column * a->region_width);
     }
 }
 
-EXPORT int foveate_routed(const call *a) {
-    job j = {.team.run = attend, .a = a, .rows = a->height / a->region_height, .columns = a->width / a->region_width};
+static void differentiate(const team *team, int64_t task, float *scratch) {
+    const job *j = (const job *)team;
+    const call *a = j->a;
+    const int64_t plane = task / a->bands, band = task % a->bands, step = (j->rows + a->bands - 1) / a->bands;
+    const int64_t end = (band + 1) * step < j->rows ? (band + 1) * step : j->rows;
+    const int64_t image = plane / a->heads, head = plane % a->heads;
+    shared_keys w = lay_out(scratch, j->keys, a->dim, a->dim_v);
+    w.key = at(&a->key, image, head), w.grad_key = at(&a->grad_key, image, head) + band * a->key_band;
+    w.value = at(&a->value, image, head), w.grad_value = at(&a->grad_value, image, head) + band * a->value_band;
+    for (int64_t row = band * step; row < end; row++) {
+        const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
+        for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
+            find_tokens(j, &a->key, routes, w.key_at);
+            find_tokens(j, &a->value, routes, w.value_at);
+            find_tokens(j, &a->grad_key, routes, w.grad_key_at);
+            find_tokens(j, &a->grad_value, routes, w.grad_value_at);
+            differentiate_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+        }
+    }
+}
+
+EXPORTED(foveate_routed)(const call *a) {
+    job j = {.team.run = a->bands ? differentiate : attend, .a = a};
+    j.rows = a->height / a->region_height, j.columns = a->width / a->region_width;
     j.tokens = a->region_height * a->region_width;
     j.keys = a->topk * j.tokens;
-    j.team.tasks = a->batch * a->heads * j.rows;
-    int64_t scores = QUERIES * (j.keys + LANES);
-    if (j.tokens >= FEW) scores = TILE * BLOCK + (a->dim + a->dim_v + 3) * BLOCK;
-    j.team.scratch = 4 * j.keys + scores; /* addresses are two floats wide */
+    j.team.tasks = a->batch * a->heads * (a->bands ? a->bands : j.rows);
+    j.team.scratch = scratch_of(j.keys);
+    if (!a->bands && j.tokens >= FEW) j.team.scratch = 4 * j.keys + (TILE + a->dim + a->dim_v + 3) * BLOCK;
     return share_out(a->parallel, a->threads, &j.team);
 }

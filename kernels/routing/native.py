@@ -1,9 +1,10 @@
-"""Routed attention in C for CPUs: loads ``native.c``.
+"""Routed attention in C for CPUs, forward and backward: loads ``native.c``.
 
-Forward alone. See `neighborhood.native` for how such a library is built and called.
+See `neighborhood.native` for how such a library is built and called.
 """
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ..neighborhood.native import load_function
 from .chunked import check_routes
 
 # `call` in native.c.
-_CALL = struct.Struct("=11qd21q")
+_CALL = struct.Struct("=11qd44q")
 _VECTOR = 16
 # It computes in the first; of the others it takes copies in that.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,21 +36,71 @@ def obstacle(query: Tensor, value: Tensor) -> str | None:
     return export_obstacle() or _missing
 
 
+def _layout(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) * 5 if x is None else (x.data_ptr(), *x.stride()[-5:-1])
+
+
+def _call(
+    maps: Sequence[Tensor | None],
+    routes: Tensor,
+    region_size: tuple[int, int],
+    scale: float,
+    gradients: Sequence[Tensor | None] = (None,) * 4,
+) -> None:
+    """Call the library on query, key, value and output or, without the latter, on the gradients of it and of them.
+
+    Those of key and value have one axis more in front, of the bands of rows, which have sums of their own.
+    """
+    if _library is None:
+        raise RuntimeError(f"foveate's native path cannot run: {_missing}")
+    check_routes(routes)
+    routes = routes.to(torch.int64).contiguous()
+    sums = [x for x in gradients[2:] if x is not None]
+    call = _CALL.pack(
+        torch.get_num_threads(),
+        _library.parallel,
+        *maps[0].shape,
+        maps[2].shape[-1],
+        *region_size,
+        routes.shape[2],
+        scale,
+        *(number for x in maps for number in _layout(x)),
+        routes.data_ptr(),
+        len(sums[0]) if sums else 0,
+        *(number for x in gradients for number in _layout(x)),
+        *([x.stride(0) for x in sums] or [0, 0]),
+    )
+    if _library.call(call):
+        raise RuntimeError("foveate's native routed attention failed: out of memory")
+
+
 def native_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: tuple[int, int], scale: float
 ) -> Tensor:
     """Return routed attention ``[B, H, W, heads, dim_v]``; see `foveate.kernels.routed_attention`."""
-    if _library is None:
-        raise RuntimeError(f"foveate's native path cannot run: {_missing}")
-    check_routes(routes)
     dtype = query.dtype
     query, key, value = (contiguous_rows(x.float()) for x in (query, key, value))
-    routes = routes.to(torch.int64).contiguous()
-    batch, height, width, heads, dim = query.shape
     out = query.new_empty(*query.shape[:4], value.shape[-1])
-    numbers = (batch, height, width, heads, dim, value.shape[-1], *region_size, routes.shape[2])
-    tensors = [number for x in (query, key, value, out) for number in (x.data_ptr(), *x.stride()[:4])]
-    call = _CALL.pack(torch.get_num_threads(), _library.parallel, *numbers, scale, *tensors, routes.data_ptr())
-    if _library.call(call):
-        raise RuntimeError("foveate's native routed attention failed: out of memory")
+    _call((query, key, value, out), routes, region_size, scale)
     return out.to(dtype)
+
+
+def native_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    region_size: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value for the gradient ``grad`` of the output."""
+    dtype = query.dtype
+    grad, query, key, value = (contiguous_rows(x.float()) for x in (grad, query, key, value))
+    planes, rows = query.shape[0] * query.shape[3], query.shape[1] // region_size[0]
+    # A band has sums of its own, which take memory.
+    bands = min(rows, -(-torch.get_num_threads() // planes))
+    gradients = [grad, query.new_empty(query.shape), *(x.new_zeros(bands, *x.shape) for x in (key, value))]
+    _call((query, key, value, None), routes, region_size, scale, gradients)
+    sums = (x[0] if bands == 1 else x.sum(0) for x in gradients[2:])
+    return tuple(x.to(dtype) for x in (gradients[1], *sums))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..precision import full_precision
 from .chunked import chunked_backward, chunked_forward
-from .native import native_forward
+from .native import native_backward, native_forward
 
 
 @torch.library.custom_op("foveate::routed_attention", mutates_args=())
@@ -50,6 +50,8 @@ def routed_attention_backward_op(
         from .triton_kernels import triton_backward
 
         return triton_backward(grad, query, key, value, routes, out, lse, (height, width), scale)
+    if backend == "native":
+        return native_backward(grad, query, key, value, routes, (height, width), scale)
     with full_precision(query):
         return chunked_backward(grad, query, key, value, routes, (height, width), scale)
 

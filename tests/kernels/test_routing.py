@@ -1,8 +1,11 @@
 """The routed operator: its specification by brute force, its paths against each other, and bad arguments."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from foveate.kernels import routed_attention, routing_backends
+from foveate.kernels.neighborhood.native import load_function
 from foveate.kernels.routing import chunked, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,3 +219,22 @@ def test_triton_is_refused_with_the_reason(monkeypatch):
     wide = torch.zeros(1, 8, 9, 1, 129)
     with pytest.raises(ValueError, match="at most 128; got 129"):
         routed_attention(wide, wide, wide, R, (4, 3), backend="triton")
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+@pytest.mark.parametrize("region", [(2, 2), (5, 7)])
+def test_every_instruction_set_computes_the_same(isa, region, monkeypatch):
+    q, k, v, routes = tensors(2, (2, 2), region, 2, 16, 3, torch.float32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    expected = routed_attention(*inputs, routes, region, backend="native")
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
+        library, _ = load_function(Path(native.__file__).with_name("_native.c.so"), "foveate_routed")
+    # A compiler may know no other set than the plain one.
+    assert library.call.__name__ in ("foveate_routed", f"foveate_routed_{isa.lower()}")
+    monkeypatch.setattr(native, "_library", library)
+    out = routed_attention(*inputs, routes, region, backend="native")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), inputs), gradients, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,115 @@
+/* Four queries that share their keys, forward and backward: a lane is a channel, and the products of four queries with
+ * four keys are summed across lanes together. Rows are given as places from the start of a map.
+ */
+#include "lanes.h"
+
+#define QUERIES 4
+
+typedef struct {
+    int64_t keys, space, dim, dim_v; /* the keys, the same in whole vectors, and channels */
+    const float *key, *value;
+    int64_t *key_at, *value_at, *grad_key_at, *grad_value_at; /* of each key */
+    float *score, *gain, *grad_key, *grad_value;              /* the first two [QUERIES][space] */
+} shared_keys;
+
+/* How many numbers of scratch `lay_out` shares out; addresses are two floats wide. */
+INLINE int64_t scratch_of(int64_t keys) { return 8 * keys + 2 * QUERIES * (keys + LANES); }
+
+INLINE shared_keys lay_out(float *scratch, int64_t keys, int64_t dim, int64_t dim_v) {
+    int64_t *place = (int64_t *)scratch, space = (keys + LANES - 1) / LANES * LANES;
+    float *score = (float *)(place + 4 * keys);
+    return (shared_keys){
+        .keys = keys, .space = space, .dim = dim, .dim_v = dim_v,
+        .key_at = place, .value_at = place + keys, .grad_key_at = place + 2 * keys, .grad_value_at = place + 3 * keys,
+        .score = score, .gain = score + QUERIES * space,
+    };
+}
+
+/* Products of the queries' rows with all keys', times `scale`, and `rest` behind them. */
+INLINE void multiply_rows(
+    const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, int64_t dim, float scale,
+    float rest, float *out
+) {
+    for (int64_t from = 0; from < w->keys; from += QUERIES) {
+        const float *row[QUERIES];
+        V sums[QUERIES * QUERIES] = {0};
+        EACH(n, QUERIES) row[n] = rows + place[from + n < w->keys ? from + n : w->keys - 1];
+        for (int64_t d = 0; d < dim; d += LANES)
+            EACH(i, QUERIES) EACH(n, QUERIES) sums[i * QUERIES + n] += load(own[i] + d) * load(row[n] + d);
+        V product = sum_lanes(sums) * scale;
+        EACH(i, QUERIES) *(F *)(out + i * w->space + from) = ((F *)&product)[i];
+    }
+    EACH(i, QUERIES) for (int64_t n = w->keys; n < w->space; n++) out[i * w->space + n] = rest;
+}
+
+INLINE void score_rows(const shared_keys *w, const float *const *query, float scale) {
+    multiply_rows(w, query, w->key, w->key_at, w->dim, scale * LOG2E, -INFINITY, w->score);
+}
+
+/* Turn scores into weights, which are still to be multiplied by `factor`. */
+INLINE void weigh_rows(const shared_keys *w, float *factor) {
+    EACH(i, QUERIES) factor[i] = soften_row(w->score + i * w->space, w->keys);
+}
+
+/* Sums of the values' channels from `d` on. */
+INLINE void sum_rows(const shared_keys *w, int64_t d, V *sum) {
+    EACH(i, QUERIES) sum[i] = (V){0};
+    for (int64_t n = 0; n < w->keys; n++) {
+        V value = load(w->value + w->value_at[n] + d);
+        EACH(i, QUERIES) sum[i] += value * w->score[i * w->space + n];
+    }
+}
+
+/* Add the first `count` queries' parts of the keys' and the values' gradients, and write their own. The message is
+ * multiplied by `share`, whose gradient is returned. */
+INLINE double differentiate_rows(
+    const shared_keys *w, const float *const *query, const float *const *grad, float *const *grad_query, int64_t count,
+    float scale, float share
+) {
+    float *score = w->score, *gain = w->gain, factor[QUERIES];
+    const int64_t space = w->space;
+    double shares = 0;
+    score_rows(w, query, scale);
+    multiply_rows(w, grad, w->value, w->value_at, w->dim_v, 1, 0, gain);
+    weigh_rows(w, factor);
+    for (int64_t i = 0; i < QUERIES; i++) {
+        float *p = score + i * space, *s = gain + i * space, mean = 0;
+        V sum = {0};
+        if (i >= count) { /* a query that stands in for none */
+            memset(p, 0, space * sizeof(float)), memset(s, 0, space * sizeof(float));
+            continue;
+        }
+        for (int64_t n = 0; n < w->keys; n += LANES) {
+            store(p + n, load(p + n) * factor[i]);
+            sum += load(p + n) * load(s + n);
+        }
+        EACH(k, LANES) mean += sum[k];
+        shares += mean;
+        for (int64_t n = 0; n < w->keys; n += LANES) {
+            store(s + n, load(p + n) * (load(s + n) - mean) * (share * scale));
+            store(p + n, load(p + n) * share);
+        }
+    }
+    for (int64_t d = 0; d < w->dim; d += LANES) {
+        V sum[QUERIES] = {0}, own[QUERIES];
+        EACH(i, QUERIES) own[i] = load(query[i] + d);
+        for (int64_t n = 0; n < w->keys; n++) {
+            float *to = w->grad_key + w->grad_key_at[n] + d;
+            V key = load(w->key + w->key_at[n] + d), total = load(to);
+            EACH(i, QUERIES) sum[i] += key * gain[i * space + n], total += own[i] * gain[i * space + n];
+            store(to, total);
+        }
+        for (int64_t i = 0; i < count; i++) store(grad_query[i] + d, sum[i]);
+    }
+    for (int64_t d = 0; d < w->dim_v; d += LANES) {
+        V own[QUERIES];
+        EACH(i, QUERIES) own[i] = load(grad[i] + d);
+        for (int64_t n = 0; n < w->keys; n++) {
+            float *to = w->grad_value + w->grad_value_at[n] + d;
+            V total = load(to);
+            EACH(i, QUERIES) total += own[i] * score[i * space + n];
+            store(to, total);
+        }
+    }
+    return shares;
+}
