@@ -129,8 +129,9 @@ INLINE V sum_lanes(V *x) {
            MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* Turn the first `count` of a query's scores, in whole vectors, into weights, and return one over their sum. */
-INLINE float soften_row(float *score, int64_t count) {
+/* Turn the first `count` of a query's scores, in whole vectors, into weights beside that of the highest, which is `top_score`,
+ * and return one over their sum. */
+INLINE float soften_row(float *score, int64_t count, float *top_score) {
     const V least = all(-INFINITY);
     V most = least, sum = {0};
     for (int64_t i = count; i % LANES; i++) score[i] = -INFINITY;
@@ -140,6 +141,7 @@ INLINE float soften_row(float *score, int64_t count) {
     }
     float top = most[0];
     EACH(i, LANES) top = top > most[i] ? top : most[i];
+    *top_score = top;
     for (int64_t i = 0; i < count; i += LANES) {
         V x = power_of_2(load(score + i) - top);
         store(score + i, x);

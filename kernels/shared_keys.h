@@ -25,6 +25,14 @@ INLINE shared_keys lay_out(float *scratch, int64_t keys, int64_t dim, int64_t di
     };
 }
 
+/* The keys from one on, in the same scratch. */
+INLINE shared_keys some_keys(const shared_keys *all, int64_t from, int64_t keys) {
+    shared_keys some = *all;
+    some.keys = keys, some.space = (keys + LANES - 1) / LANES * LANES, some.gain = some.score + QUERIES * some.space;
+    some.key_at += from, some.value_at += from, some.grad_key_at += from, some.grad_value_at += from;
+    return some;
+}
+
 /* Products of the queries' rows with all keys', times `scale`, and `rest` behind them. */
 INLINE void multiply_rows(
     const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, int64_t dim, float scale,
@@ -46,9 +54,9 @@ INLINE void score_rows(const shared_keys *w, const float *const *query, float sc
     multiply_rows(w, query, w->key, w->key_at, w->dim, scale * LOG2E, -INFINITY, w->score);
 }
 
-/* Turn scores into weights, which are still to be multiplied by `factor`. */
-INLINE void weigh_rows(const shared_keys *w, float *factor) {
-    EACH(i, QUERIES) factor[i] = soften_row(w->score + i * w->space, w->keys);
+/* Turn scores into weights, which are still to be multiplied by `factor`; `top` are the highest scores. */
+INLINE void weigh_rows(const shared_keys *w, float *factor, float *top) {
+    EACH(i, QUERIES) factor[i] = soften_row(w->score + i * w->space, w->keys, top + i);
 }
 
 /* Sums of the values' channels from `d` on. */
@@ -60,36 +68,13 @@ INLINE void sum_rows(const shared_keys *w, int64_t d, V *sum) {
     }
 }
 
-/* Add the first `count` queries' parts of the keys' and the values' gradients, and write their own. The message is
- * multiplied by `share`, whose gradient is returned. */
-INLINE double differentiate_rows(
-    const shared_keys *w, const float *const *query, const float *const *grad, float *const *grad_query, int64_t count,
-    float scale, float share
+/* Gradients by the weights of the values, `score`, and those of the scaled products, `gain`: add the queries' parts of the
+ * keys' and the values', and add the first `count` of their own. */
+INLINE void spread_rows(
+    const shared_keys *w, const float *const *query, const float *const *grad, float *const *grad_query, int64_t count
 ) {
-    float *score = w->score, *gain = w->gain, factor[QUERIES];
+    const float *score = w->score, *gain = w->gain;
     const int64_t space = w->space;
-    double shares = 0;
-    score_rows(w, query, scale);
-    multiply_rows(w, grad, w->value, w->value_at, w->dim_v, 1, 0, gain);
-    weigh_rows(w, factor);
-    for (int64_t i = 0; i < QUERIES; i++) {
-        float *p = score + i * space, *s = gain + i * space, mean = 0;
-        V sum = {0};
-        if (i >= count) { /* a query that stands in for none */
-            memset(p, 0, space * sizeof(float)), memset(s, 0, space * sizeof(float));
-            continue;
-        }
-        for (int64_t n = 0; n < w->keys; n += LANES) {
-            store(p + n, load(p + n) * factor[i]);
-            sum += load(p + n) * load(s + n);
-        }
-        EACH(k, LANES) mean += sum[k];
-        shares += mean;
-        for (int64_t n = 0; n < w->keys; n += LANES) {
-            store(s + n, load(p + n) * (load(s + n) - mean) * (share * scale));
-            store(p + n, load(p + n) * share);
-        }
-    }
     for (int64_t d = 0; d < w->dim; d += LANES) {
         V sum[QUERIES] = {0}, own[QUERIES];
         EACH(i, QUERIES) own[i] = load(query[i] + d);
@@ -99,7 +84,7 @@ INLINE double differentiate_rows(
             EACH(i, QUERIES) sum[i] += key * gain[i * space + n], total += own[i] * gain[i * space + n];
             store(to, total);
         }
-        for (int64_t i = 0; i < count; i++) store(grad_query[i] + d, sum[i]);
+        for (int64_t i = 0; i < count; i++) store(grad_query[i] + d, load(grad_query[i] + d) + sum[i]);
     }
     for (int64_t d = 0; d < w->dim_v; d += LANES) {
         V own[QUERIES];
@@ -111,5 +96,4 @@ INLINE double differentiate_rows(
             store(to, total);
         }
     }
-    return shares;
 }

@@ -73,7 +73,7 @@ INLINE void attend_siblings(
     const float *query = at(&a->query, image, head);
     const float *parent = at(&a->parent, image, head) + row * a->parent.row + column * a->parent.column;
     const float *base = at(&a->base, image, head);
-    float *out = at(&a->out, image, head), factor[SIBLINGS];
+    float *out = at(&a->out, image, head), factor[SIBLINGS], top[SIBLINGS];
     int64_t from[SIBLINGS], under[SIBLINGS], to[SIBLINGS];
     children(&a->query, row, column, from), children(&a->base, row, column, under), children(&a->out, row, column, to);
     const float *q[SIBLINGS];
@@ -83,7 +83,7 @@ INLINE void attend_siblings(
         int64_t plane = image * a->heads + head, place = (plane * 2 * a->rows + 2 * row + i / 2) * 2 * a->columns;
         choose(j, w->score + i * w->space, tokens, (int64_t *)(intptr_t)a->next + (place + 2 * column + i % 2) * a->topk);
     }
-    weigh_rows(w, factor);
+    weigh_rows(w, factor, top);
     EACH(i, SIBLINGS) factor[i] *= (float)a->share;
     for (int64_t d = 0; d < a->dim_v; d += LANES) {
         V sum[SIBLINGS], above = load(parent + d);
@@ -124,7 +124,28 @@ INLINE double differentiate_siblings(
         EACH(i, SIBLINGS) above += load(g[i] + d);
         store(grad_parent + d, above);
     }
-    return differentiate_rows(w, q, g, to_query, SIBLINGS, (float)a->scale, (float)a->share);
+    float factor[SIBLINGS], top[SIBLINGS], share = (float)a->share;
+    double shares = 0;
+    score_rows(w, q, (float)a->scale);
+    multiply_rows(w, g, w->value, w->value_at, a->dim_v, 1, 0, w->gain);
+    weigh_rows(w, factor, top);
+    for (int64_t i = 0; i < SIBLINGS; i++) {
+        float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean = 0;
+        V sum = {0};
+        for (int64_t n = 0; n < w->keys; n += LANES) {
+            store(p + n, load(p + n) * factor[i]);
+            sum += load(p + n) * load(s + n);
+        }
+        EACH(k, LANES) mean += sum[k];
+        shares += mean;
+        for (int64_t n = 0; n < w->keys; n += LANES) {
+            store(s + n, load(p + n) * (load(s + n) - mean) * (share * (float)a->scale));
+            store(p + n, load(p + n) * share);
+        }
+        memset(to_query[i], 0, a->dim * sizeof(float));
+    }
+    spread_rows(w, q, g, to_query, SIBLINGS);
+    return shares;
 }
 
 static void differentiate(const team *team, int64_t task, float *scratch) {

@@ -24,6 +24,7 @@ typedef struct {
     double scale;
     tensor query, key, value, out;
     int64_t routes; /* int64 [batch][regions][topk] */
+    int64_t lse;    /* float32 [batch][heads][height][width], log2 of the sums of 2 to the scores */
     int64_t bands;  /* of rows; 0 is the forward pass */
     tensor grad, grad_query, grad_key, grad_value;
     int64_t key_band, value_band; /* numbers from the sums of a band to the next one's */
@@ -37,6 +38,10 @@ typedef struct {
 
 INLINE float *at(const tensor *t, int64_t image, int64_t head) {
     return (float *)(intptr_t)t->data + image * t->batch + head * t->head;
+}
+
+INLINE float *sums_at(const call *a, int64_t image, int64_t head) {
+    return (float *)(intptr_t)a->lse + (image * a->heads + head) * a->height * a->width;
 }
 
 INLINE int64_t offset(const tensor *t, int64_t row, int64_t column) { return row * t->row + column * t->column; }
@@ -111,21 +116,22 @@ INLINE void attend_region(
 ) {
     const call *a = j->a;
     const float *query = at(&a->query, image, head), scale = (float)a->scale * LOG2E;
-    float *out = at(&a->out, image, head);
+    float *out = at(&a->out, image, head), *lse = sums_at(a, image, head);
     for (int64_t first = 0; first < j->tokens; first += BLOCK) {
         int64_t count = j->tokens - first < BLOCK ? j->tokens - first : BLOCK;
         for (int64_t pass = 0; pass < 2; pass++) {
             for (int64_t lane = 0, run; lane < count; lane += run) { /* of tokens side by side */
                 int64_t y = (first + lane) / a->region_width, x = (first + lane) % a->region_width;
                 run = a->region_width - x < count - lane ? a->region_width - x : count - lane;
-                if (pass == 0)
+                if (pass == 0) {
                     transpose(
                         query + offset(&a->query, top + y, left + x), a->query.column, w->query + lane, BLOCK, run, a->dim
                     );
-                else
-                    transpose(
-                        w->sums + lane, BLOCK, out + offset(&a->out, top + y, left + x), a->out.column, a->dim_v, run
-                    );
+                    continue;
+                }
+                transpose(w->sums + lane, BLOCK, out + offset(&a->out, top + y, left + x), a->out.column, a->dim_v, run);
+                for (int64_t i = lane; i < lane + run; i++)
+                    lse[(top + y) * a->width + left + x + i - lane] = w->most[i] + log2f(w->total[i]);
             }
             if (pass == 1) break;
             for (int64_t i = 0; i < a->dim * BLOCK; i++) w->query[i] *= scale;
@@ -137,14 +143,12 @@ INLINE void attend_region(
     }
 }
 
-/* Up to four tokens of a region from the `first` on, of which there are `count`; the last stands in for what is beyond. */
-INLINE int64_t find_queries(
-    const job *j, const tensor *t, int64_t top, int64_t left, int64_t first, int64_t *place
-) {
-    const int64_t width = j->a->region_width, rest = j->tokens - first;
+/* Up to four tokens of a region from the `first` on, whose number is returned; the last stands in for what is beyond. */
+INLINE int64_t find_queries(const job *j, int64_t top, int64_t left, int64_t first, int64_t *row, int64_t *column) {
+    const int64_t rest = j->tokens - first;
     EACH(i, QUERIES) {
         int64_t token = i < rest ? first + i : j->tokens - 1;
-        place[i] = offset(t, top + token / width, left + token % width);
+        row[i] = top + token / j->a->region_width, column[i] = left + token % j->a->region_width;
     }
     return rest < QUERIES ? rest : QUERIES;
 }
@@ -155,32 +159,53 @@ INLINE void attend_small_region(
 ) {
     const call *a = j->a;
     const float *query = at(&a->query, image, head), *q[QUERIES];
-    float *out = at(&a->out, image, head), factor[QUERIES];
+    float *out = at(&a->out, image, head), *lse = sums_at(a, image, head), factor[QUERIES], most[QUERIES];
     for (int64_t first = 0; first < j->tokens; first += QUERIES) {
-        int64_t from[QUERIES], to[QUERIES], count = find_queries(j, &a->query, top, left, first, from);
-        find_queries(j, &a->out, top, left, first, to);
-        EACH(i, QUERIES) q[i] = query + from[i];
+        int64_t y[QUERIES], x[QUERIES], count = find_queries(j, top, left, first, y, x);
+        EACH(i, QUERIES) q[i] = query + offset(&a->query, y[i], x[i]);
         score_rows(w, q, (float)a->scale);
-        weigh_rows(w, factor);
+        weigh_rows(w, factor, most);
+        for (int64_t i = 0; i < count; i++) lse[y[i] * a->width + x[i]] = most[i] - log2f(factor[i]);
         for (int64_t d = 0; d < a->dim_v; d += LANES) {
             V sum[QUERIES];
             sum_rows(w, d, sum);
-            for (int64_t i = 0; i < count; i++) store(out + to[i] + d, sum[i] * factor[i]);
+            for (int64_t i = 0; i < count; i++) store(out + offset(&a->out, y[i], x[i]) + d, sum[i] * factor[i]);
         }
     }
 }
 
+/* The parts of some keys, which stay in the cache while all of a region's queries pass. */
 INLINE void differentiate_region(
     const job *j, const shared_keys *w, int64_t image, int64_t head, int64_t top, int64_t left
 ) {
     const call *a = j->a;
-    const float *query = at(&a->query, image, head), *grad = at(&a->grad, image, head), *q[QUERIES], *g[QUERIES];
+    const float *query = at(&a->query, image, head), *grad = at(&a->grad, image, head), *out = at(&a->out, image, head);
+    const float *lse = sums_at(a, image, head), *q[QUERIES], *g[QUERIES], scale = (float)a->scale;
     float *grad_query = at(&a->grad_query, image, head), *to_query[QUERIES];
     for (int64_t first = 0; first < j->tokens; first += QUERIES) {
-        int64_t from[QUERIES], under[QUERIES], to[QUERIES], count = find_queries(j, &a->query, top, left, first, from);
-        find_queries(j, &a->grad, top, left, first, under), find_queries(j, &a->grad_query, top, left, first, to);
-        EACH(i, QUERIES) q[i] = query + from[i], g[i] = grad + under[i], to_query[i] = grad_query + to[i];
-        differentiate_rows(w, q, g, to_query, count, (float)a->scale, 1);
+        int64_t y[QUERIES], x[QUERIES], count = find_queries(j, top, left, first, y, x);
+        EACH(i, QUERIES) {
+            q[i] = query + offset(&a->query, y[i], x[i]), g[i] = grad + offset(&a->grad, y[i], x[i]);
+            to_query[i] = grad_query + offset(&a->grad_query, y[i], x[i]);
+        }
+        score_rows(w, q, scale);
+        multiply_rows(w, g, w->value, w->value_at, a->dim_v, 1, 0, w->gain);
+        for (int64_t i = 0; i < QUERIES; i++) {
+            float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean = 0;
+            if (i >= count) { /* a query that stands in for none */
+                memset(p, 0, w->space * sizeof(float)), memset(s, 0, w->space * sizeof(float));
+                continue;
+            }
+            const float *o = out + offset(&a->out, y[i], x[i]), sum = lse[y[i] * a->width + x[i]];
+            V products = {0};
+            for (int64_t d = 0; d < a->dim_v; d += LANES) products += load(g[i] + d) * load(o + d);
+            EACH(k, LANES) mean += products[k];
+            for (int64_t n = 0; n < w->keys; n += LANES) {
+                store(p + n, power_of_2(load(p + n) - sum));
+                store(s + n, load(p + n) * (load(s + n) - mean) * scale);
+            }
+        }
+        spread_rows(w, q, g, to_query, count);
     }
 }
 
@@ -212,17 +237,20 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
     const int64_t plane = task / a->bands, band = task % a->bands, step = (j->rows + a->bands - 1) / a->bands;
     const int64_t end = (band + 1) * step < j->rows ? (band + 1) * step : j->rows;
     const int64_t image = plane / a->heads, head = plane % a->heads;
-    shared_keys w = lay_out(scratch, j->keys, a->dim, a->dim_v);
-    w.key = at(&a->key, image, head), w.grad_key = at(&a->grad_key, image, head) + band * a->key_band;
-    w.value = at(&a->value, image, head), w.grad_value = at(&a->grad_value, image, head) + band * a->value_band;
+    shared_keys all = lay_out(scratch, j->keys, a->dim, a->dim_v);
+    all.key = at(&a->key, image, head), all.grad_key = at(&a->grad_key, image, head) + band * a->key_band;
+    all.value = at(&a->value, image, head), all.grad_value = at(&a->grad_value, image, head) + band * a->value_band;
     for (int64_t row = band * step; row < end; row++) {
         const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
         for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
-            find_tokens(j, &a->key, routes, w.key_at);
-            find_tokens(j, &a->value, routes, w.value_at);
-            find_tokens(j, &a->grad_key, routes, w.grad_key_at);
-            find_tokens(j, &a->grad_value, routes, w.grad_value_at);
-            differentiate_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+            find_tokens(j, &a->key, routes, all.key_at);
+            find_tokens(j, &a->value, routes, all.value_at);
+            find_tokens(j, &a->grad_key, routes, all.grad_key_at);
+            find_tokens(j, &a->grad_value, routes, all.grad_value_at);
+            for (int64_t from = 0; from < j->keys; from += TILE) {
+                shared_keys w = some_keys(&all, from, j->keys - from < TILE ? j->keys - from : TILE);
+                differentiate_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+            }
         }
     }
 }

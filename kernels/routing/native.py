@@ -15,7 +15,7 @@ from ..neighborhood.native import load_function
 from .chunked import check_routes
 
 # `call` in native.c.
-_CALL = struct.Struct("=11qd44q")
+_CALL = struct.Struct("=11qd45q")
 _VECTOR = 16
 # It computes in the first; of the others it takes copies in that.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,13 +41,14 @@ def _layout(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _call(
-    maps: Sequence[Tensor | None],
+    maps: Sequence[Tensor],
     routes: Tensor,
     region_size: tuple[int, int],
     scale: float,
+    lse: Tensor,
     gradients: Sequence[Tensor | None] = (None,) * 4,
 ) -> None:
-    """Call the library on query, key, value and output or, without the latter, on the gradients of it and of them.
+    """Call the library on query, key, value and output, forward or for the gradients of the output and of the others.
 
     Those of key and value have one axis more in front, of the bands of rows, which have sums of their own.
     """
@@ -66,6 +67,7 @@ def _call(
         scale,
         *(number for x in maps for number in _layout(x)),
         routes.data_ptr(),
+        lse.data_ptr(),
         len(sums[0]) if sums else 0,
         *(number for x in gradients for number in _layout(x)),
         *([x.stride(0) for x in sums] or [0, 0]),
@@ -76,13 +78,15 @@ def _call(
 
 def native_forward(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: tuple[int, int], scale: float
-) -> Tensor:
-    """Return routed attention ``[B, H, W, heads, dim_v]``; see `foveate.kernels.routed_attention`."""
+) -> tuple[Tensor, Tensor]:
+    """Return routed attention ``[B, H, W, heads, dim_v]``, and log2 of each softmax's sum ``[B, heads, H * W]``."""
     dtype = query.dtype
     query, key, value = (contiguous_rows(x.float()) for x in (query, key, value))
-    out = query.new_empty(*query.shape[:4], value.shape[-1])
-    _call((query, key, value, out), routes, region_size, scale)
-    return out.to(dtype)
+    batch, height, width, heads, _ = query.shape
+    out = query.new_empty(batch, height, width, heads, value.shape[-1])
+    lse = query.new_empty(batch, heads, height * width)
+    _call((query, key, value, out), routes, region_size, scale, lse)
+    return out.to(dtype), lse
 
 
 def native_backward(
@@ -91,16 +95,18 @@ def native_backward(
     key: Tensor,
     value: Tensor,
     routes: Tensor,
+    out: Tensor,
+    lse: Tensor,
     region_size: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value for the gradient ``grad`` of the output."""
     dtype = query.dtype
-    grad, query, key, value = (contiguous_rows(x.float()) for x in (grad, query, key, value))
+    grad, query, key, value, out = (contiguous_rows(x.float()) for x in (grad, query, key, value, out))
     planes, rows = query.shape[0] * query.shape[3], query.shape[1] // region_size[0]
     # A band has sums of its own, which take memory.
     bands = min(rows, -(-torch.get_num_threads() // planes))
-    gradients = [grad, query.new_empty(query.shape), *(x.new_zeros(bands, *x.shape) for x in (key, value))]
-    _call((query, key, value, None), routes, region_size, scale, gradients)
+    gradients = [grad, query.new_zeros(query.shape), *(x.new_zeros(bands, *x.shape) for x in (key, value))]
+    _call((query, key, value, out), routes, region_size, scale, lse, gradients)
     sums = (x[0] if bands == 1 else x.sum(0) for x in gradients[2:])
     return tuple(x.to(dtype) for x in (gradients[1], *sums))

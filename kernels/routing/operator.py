@@ -12,13 +12,13 @@ from .native import native_backward, native_forward
 def routed_attention_op(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, height: int, width: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log2 of each softmax's sum; the latter from triton only, else empty."""
+    """Return the output and the log2 of each softmax's sum; chunked returns nothing of the latter."""
     if backend == "triton":
         from .triton_kernels import triton_forward
 
         return triton_forward(query, key, value, routes, (height, width), scale)
     if backend == "native":
-        return native_forward(query, key, value, routes, (height, width), scale), query.new_empty(0)
+        return native_forward(query, key, value, routes, (height, width), scale)
     out = chunked_forward(query, key, value, routes, (height, width), scale)
     return out, query.new_empty(0, dtype=torch.float32)
 
@@ -27,7 +27,7 @@ def routed_attention_op(
 def _(query, key, value, routes, height, width, scale, backend):
     batch, rows, columns, heads = query.shape[:4]
     out = query.new_empty(batch, rows, columns, heads, value.shape[-1])
-    shape = (batch, heads, rows * columns) if backend == "triton" else (0,)
+    shape = (0,) if backend == "chunked" else (batch, heads, rows * columns)
     return out, query.new_empty(shape, dtype=torch.float32)
 
 
@@ -51,7 +51,7 @@ def routed_attention_backward_op(
 
         return triton_backward(grad, query, key, value, routes, out, lse, (height, width), scale)
     if backend == "native":
-        return native_backward(grad, query, key, value, routes, (height, width), scale)
+        return native_backward(grad, query, key, value, routes, out, lse, (height, width), scale)
     with full_precision(query):
         return chunked_backward(grad, query, key, value, routes, (height, width), scale)
 
@@ -63,8 +63,8 @@ def _(grad, query, key, value, *_):
 
 def _setup_context(ctx, inputs, output):
     query, key, value, routes, ctx.height, ctx.width, ctx.scale, ctx.backend = inputs
-    # Only triton's backward pass reads the output.
-    saved = output if ctx.backend == "triton" else (query.new_empty(0), output[1])
+    # The chunked backward pass computes all again.
+    saved = (query.new_empty(0), output[1]) if ctx.backend == "chunked" else output
     ctx.save_for_backward(query, key, value, routes, *saved)
 
 
