@@ -144,3 +144,7 @@ class Predictor:
 
         draw_prediction(to_pixels(image, self.channels, self.white), ranking, path)
         return {}
+
+    def write_map(self, ranking: list[tuple[str, float]], path: Path) -> dict[str, str]:
+        """Write nothing: classes of an image have no map."""
+        return {}

@@ -92,6 +92,10 @@ def test_a_video_is_annotated_and_described(classifier, tmp_path, capsys):
     results = model.predict(path, every=2, top=1)
     assert [dict(result) for result in results] == [{"classes": entry["classes"]} for entry in entries]
     assert results[1].source == f"{path}, frame 2"
+    assert main([*argv, "--every", "2", "--top", "1", "--no-pictures", "--output", str(tmp_path / "bare")]) == 0
+    assert [file.name for file in (tmp_path / "bare").iterdir()] == ["predictions.json"]
+    bare = json.loads((tmp_path / "bare" / "predictions.json").read_text())
+    assert [entry["classes"] for entry in bare] == [entry["classes"] for entry in entries]
 
 
 def test_interrupted_it_leaves_a_playable_file(classifier, tmp_path):
