@@ -128,7 +128,7 @@ def _listed(read: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 
 def _damage(read: Callable[[int], Any], count: int) -> list[str | None]:
-    """Return for each of so many images why it can't be decoded, if it can't: a header tells nothing of what follows."""
+    """Return for each of so many images why it can't be decoded, if it can't; headers don't tell."""
 
     def reason(index: int) -> str | None:
         try:

@@ -3,8 +3,7 @@
 What is done depends on the checkpoint: classes of the image, boxes and masks of objects, or classes of pixels.
 
 Of a video, an animated picture or a camera ("camera:0") an MP4 is written, with an entry in predictions.json for each
-frame that was looked at. Ctrl-C ends it; what was done until then is whole. With --no-pictures there are no pictures and
-no videos.
+frame that was looked at. Ctrl-C ends it; what was done until then is whole. With --no-pictures there are none of these.
 
 An image that can't be read, or has no answer, is reported, and the others are done; the exit code is then 2.
 """

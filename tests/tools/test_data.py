@@ -105,7 +105,7 @@ def test_images_that_end_early_are_faults_and_the_others_are_drawn(make, tmp_pat
     assert f"fault: {whole[0]}: not an image, or damaged" in text
     assert f"samples: {tmp_path / 'out' / 'samples.png'}" in text
     assert (tmp_path / "out" / "samples.png").is_file()
-    for file in whole + [whole[0].with_name("z.png")]:
+    for file in [*whole, whole[0].with_name("z.png")]:
         file.write_bytes(file.read_bytes()[:50])
     assert main(["data", "check", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
     assert "samples: " not in capsys.readouterr().out
