@@ -63,7 +63,10 @@ def test_frames_come_in_order_with_their_numbers(tmp_path):
     assert len(list(moving.frames())) == 3
 
 
-def test_what_is_no_video_is_said(tmp_path):
+def test_what_is_no_video_is_said(tmp_path, capfd):
+    with pytest.raises(DamagedImageError, match=r"^camera:97: no such camera$"):
+        Video("camera:97")
+    assert capfd.readouterr().err == ""
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(DamagedImageError, match=r"bad.mp4: not a video, or damaged"):
         Video(tmp_path / "bad.mp4")
