@@ -170,6 +170,10 @@ def test_objects_and_regions_are_drawn_in_their_classes_colours():
     assert (frame[:, 32:] == 90).all() or tuple(frame[5, 40]) == (90, 90, 90)  # too unlikely
     tinted = frame[31, 12].astype(int)
     assert abs(tinted - (0.55 * 90 + 0.45 * np.array(colour))).max() <= 2
+    both = answer | {"masks": [answer["masks"][0]] * 2, "scores": torch.tensor([0.9, 0.8])}
+    tints = [np.array(list(bytes.fromhex(choose_styles([label], classes)[label][0][1:]))) for label in (3, 1)]
+    shared = 0.55 * (0.55 * 90 + 0.45 * tints[0]) + 0.45 * tints[1]
+    assert abs(annotate(result_of(both, classes))[31, 12] - shared).max() <= 2
     labels = torch.zeros(40, 60, dtype=torch.uint8)
     labels[20:] = 2
     regions = annotate(result_of(labels, classes))
