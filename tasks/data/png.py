@@ -48,11 +48,11 @@ def read_deep_png(path: str | Path) -> np.ndarray | None:
     return values
 
 
-def _begins_with(file: BinaryIO, wanted: bytes) -> bool:
+def _begins_with(file: BinaryIO, name: bytes) -> bool:
     """Return whether a kind of chunk comes before the pixels, to which the file is left open."""
     place, there = file.tell(), False
     while (kind := (head := file.read(8))[4:]) not in (b"IDAT", b"IEND", b""):
-        there |= kind == wanted
+        there |= kind == name
         place = file.seek(int.from_bytes(head[:4], "big") + 4, 1)
     file.seek(place)
     return there
