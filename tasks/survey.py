@@ -15,11 +15,11 @@ from torch import Tensor
 from . import TaskError
 from .classify.task import Classify
 from .data import class_list
+from .data.annotations import in_threads
 from .data.coco import Record, order_by_name, read_picture, to_run_lengths
 from .data.formats import CLASSES, OBJECTS, TABLES, as_recognised, open_part, recognise
-from .data.images import as_picture, channels_beyond, read_size
+from .data.images import as_picture, channels_beyond
 from .data.segmentation import InputRule as MapRule
-from .data.segmentation import SegmentationSet
 from .detect.task import Detect
 from .segment.task import Segment
 
@@ -49,7 +49,7 @@ class Survey:
         classes: Names.
         parts: The splits, that to train on first.
         counted: What the numbers of the classes count.
-        draw: Draws so many samples of the first split into a PNG.
+        draw: Draws so many samples of the first split into a PNG, as far as there are some; returns how many.
         note: What else is to be said.
     """
 
@@ -58,7 +58,7 @@ class Survey:
     classes: list[str]
     parts: list[Part]
     counted: str
-    draw: Callable[[Path, int], None]
+    draw: Callable[[Path, int], int]
     note: str | None = None
 
 
@@ -127,6 +127,18 @@ def _listed(read: Callable[[], Any]) -> tuple[Any, list[str]]:
     return result, [str(each.message).removesuffix("; left out") for each in caught]
 
 
+def _damage(read: Callable[[int], Any], count: int) -> list[str | None]:
+    """Return for each of so many images why it can't be decoded, if it can't; headers don't tell."""
+
+    def reason(index: int) -> str | None:
+        try:
+            read(index)
+        except TaskError as error:
+            return str(error)
+
+    return in_threads(reason, range(count))
+
+
 def _objects(root: Path, data: dict, splits: Sequence[str]) -> Survey:
     find, parts, first, classes = OBJECTS[data["name"]].find, [], None, []
     for split in splits:
@@ -143,17 +155,27 @@ def _objects(root: Path, data: dict, splits: Sequence[str]) -> Survey:
             for record in records:
                 record.instances.labels = order[record.instances.labels]
         labels = np.concatenate([np.zeros(0, np.int64), *(record.instances.labels for record in records)])
+        channels, beyond = _channels_of([record.file for record in records if record.picture is None][:1])
+        damage = _damage(partial(_picture, records, channels), len(records))
+        faults += filter(None, damage)
         parts.append(Part(split, len(records), np.bincount(labels, minlength=len(classes)).tolist(), faults))
-        first = records if first is None else first
-    channels, note = _channels_of([record.file for record in first if record.picture is None][:1])
+        if first is None:
+            first = [record for record, reason in zip(records, damage, strict=True) if reason is None]
+            seen, note = channels, beyond
 
-    def draw(path: Path, count: int) -> None:
+    def draw(path: Path, count: int) -> int:
         from .pictures.objects import draw_inputs
 
-        drawn = [_drawn(record, channels) for record in _spread(first, count)]
-        draw_inputs(drawn, classes, path, f"{root}, {splits[0]}")
+        drawn = [_drawn(record, seen) for record in _spread(first, count)]
+        if drawn:
+            draw_inputs(drawn, classes, path, f"{root}, {splits[0]}")
+        return len(drawn)
 
     return Survey("objects", data["name"], list(classes), parts, _COUNTED["objects"], draw, note)
+
+
+def _picture(records: Sequence[Record], channels: int, index: int) -> Any:
+    return read_picture(records[index], channels=channels)
 
 
 def _drawn(record: Record, channels: int) -> tuple[Tensor, dict[str, Any]]:
@@ -183,20 +205,23 @@ def _maps(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         counts = np.zeros(len(part.classes), np.int64)
         for labels in part.occurring():
             counts[np.unique(labels)] += 1
-        parts.append(Part(split, part.images, counts.tolist(), faults))
-        opened.append(part)
-    channels, note = _channels_of([path for path, _ in opened[0].inventory()[:1]])
-    opened[0].rule = dataclasses.replace(rule, mean=(0.0,) * channels, std=(1.0,) * channels)
+        channels, beyond = _channels_of([path for path, _ in part.inventory()[:1]])
+        part.rule = dataclasses.replace(rule, mean=(0.0,) * channels, std=(1.0,) * channels)
+        damage = _damage(part.image, part.images)
+        parts.append(Part(split, part.images, counts.tolist(), [*faults, *filter(None, damage)]))
+        opened.append((part, [index for index, reason in enumerate(damage) if reason is None], beyond))
+    part, sound, note = opened[0]
 
-    def draw(path: Path, count: int) -> None:
+    def draw(path: Path, count: int) -> int:
         from .pictures.regions import draw_inputs
 
-        part: SegmentationSet = opened[0]
-        indices = _spread(range(part.images), count)
+        indices = _spread(sound, count)
         images, truths = [as_picture(part.image(i)) for i in indices], [part.labels(index) for index in indices]
-        draw_inputs(images, list(map(torch.from_numpy, truths)), part.classes, path, f"{root}, {splits[0]}")
+        if images:
+            draw_inputs(images, list(map(torch.from_numpy, truths)), part.classes, path, f"{root}, {splits[0]}")
+        return len(images)
 
-    return Survey("maps", data["name"], list(opened[0].classes), parts, _COUNTED["maps"], draw, note)
+    return Survey("maps", data["name"], list(part.classes), parts, _COUNTED["maps"], draw, note)
 
 
 def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
@@ -206,36 +231,30 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
     if several:
         samples = partial(samples, several=True)
     for split in splits:
-        classes = opened[0].classes if opened else None
+        classes = opened[0][0].classes if opened else None
         part = samples(root, root / data[split], None, 3, classes, layout=layout)
         labels = [label for own in part.targets for label in own] if several else part.targets
         counts = np.bincount(np.array(labels, np.int64), minlength=len(part.classes)).tolist()
-        faults = []
-        for index, (path, _) in enumerate(part.samples):
-            try:
-                # Where images aren't files, they are read.
-                read_size(path) if Path(path).is_file() else part.image(index)
-            except TaskError as error:
-                faults.append(str(error))
-        parts.append(Part(split, len(part.samples), counts, faults))
-        opened.append(part)
-    opened[0].channels, beyond = _channels_of([path for path, _ in opened[0].samples[:1]])
+        part.channels, beyond = _channels_of([path for path, _ in part.samples[:1]])
+        damage = _damage(part.image, len(part.samples))
+        parts.append(Part(split, len(part.samples), counts, list(filter(None, damage))))
+        opened.append((part, [index for index, reason in enumerate(damage) if reason is None], beyond))
+    first, sound, beyond = opened[0]
 
-    def draw(path: Path, count: int) -> None:
+    def draw(path: Path, count: int) -> int:
         from .pictures.classes import draw_inputs
 
         images, names = [], []
-        for index in _spread(range(len(opened[0].samples)), count):
-            try:
-                image = as_picture(opened[0].image(index))
-            except TaskError:
-                continue  # it is listed as a fault
+        for index in _spread(sound, count):
+            image = as_picture(first.image(index))
             image.thumbnail((_SIDE, _SIDE))
             images.append(np.asarray(image) / 255)
-            own = opened[0].targets[index]
-            names.append(", ".join(opened[0].classes[label] for label in (own if several else (own,))) or "none")
-        draw_inputs(images, names, path, f"{root}, {splits[0]}")
+            own = first.targets[index]
+            names.append(", ".join(first.classes[label] for label in (own if several else (own,))) or "none")
+        if images:
+            draw_inputs(images, names, path, f"{root}, {splits[0]}")
+        return len(images)
 
     note = "images have several labels, or none: train with data.multi_label=True" if several else None
     note = "; ".join(line for line in (note, beyond) if line) or None
-    return Survey("classes", data["name"], list(opened[0].classes), parts, _COUNTED["classes"], draw, note)
+    return Survey("classes", data["name"], list(first.classes), parts, _COUNTED["classes"], draw, note)

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after ``foveate``; those of the process by default.
 
     Returns:
-        Exit code: 0; 2 if something that was asked for can't be done; 130 if interrupted.
+        Exit code: 0; 2 if something that was asked for can't be done; 130 if interrupted; 141 if nobody
+        reads on.
     """
     if "torch" not in sys.modules:
         # OpenMP's threads spin while they wait, and starve whoever shares their cores. It reads this as torch loads it.
@@ -86,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who read the output, such as `head`, has enough; Python would complain of what is left in its buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _run(argv: list[str]) -> int:

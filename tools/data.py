@@ -49,10 +49,10 @@ def _check(args: argparse.Namespace) -> int:
     if len(folder.parts) == 1:
         print("no held-out images: data.name=auto holds out a share of these (data.holdout)")
     faults = [fault for part in folder.parts for fault in part.faults]
-    if folder.parts[0].images:
-        path = args.output / "samples.png"
-        folder.draw(path, SHOWN)
-        print(f"{min(SHOWN, folder.parts[0].images)} samples: {path}")
+    path = args.output / "samples.png"
+    drawn = folder.draw(path, SHOWN)
+    if drawn:
+        print(f"{drawn} samples: {path}")
     for fault in faults:
         print(f"fault: {one_line(fault)}")
     print("no faults" if not faults else "correct them, or leave them out with data.broken=drop")

@@ -11,6 +11,7 @@ from torch import nn
 from ...zoo.checkpoint import Checkpoint, load
 from .. import TaskError
 from ..checkpoints import read_checkpoint, without_start
+from ..data.annotations import in_threads
 from ..data.class_names import class_names
 from ..data.classification import InputRule
 from ..data.images import FULL_WHITE, to_pixels
@@ -116,8 +117,9 @@ class Predictor:
         # Sharing a batch moves the last bits, and takes little more than half the time.
         count = _TOGETHER if self.together else 1
         parts = (images[start : start + count] for start in range(0, len(images), count))
+        # Threads only resize: of an image that is there twice, the pixels are decoded once.
         batches = (
-            torch.stack([self.transform(to_pixels(image, self.channels, self.white)) for image in part])
+            torch.stack(in_threads(self.transform, [to_pixels(each, self.channels, self.white) for each in part]))
             for part in parts
         )
         whole = torch.cat([self.model(batch.to(self.device)) for batch in batches]).float()
@@ -143,4 +145,8 @@ class Predictor:
         from ..pictures.classes import draw_prediction
 
         draw_prediction(to_pixels(image, self.channels, self.white), ranking, path)
+        return {}
+
+    def write_map(self, ranking: list[tuple[str, float]], path: Path) -> dict[str, str]:
+        """Write nothing: classes of an image have no map."""
         return {}

@@ -21,21 +21,31 @@ def recognise(root: Path, kind: str = "instances") -> dict | None:
         kind: ``"instances"`` or ``"panoptic"``.
 
     Raises:
-        TaskError: If there are several files for a split, or none of the folders has the images that a file names.
+        TaskError: If there are several files for a split, a file beside them is damaged, those to train on are missing,
+            or none of the folders has the images that a file names.
     """
-    files = [
+    there = [
         file
         for folder in (root, root / "annotations", *(root / name for names in SPLITS.values() for name in names))
         if folder.is_dir()
         for file in sorted(folder.glob("*.json"))
-        if kind_of(file) == kind
+        if file.is_file()
     ]
+    files = [file for file in there if kind_of(file) == kind]
     # As distributed, other annotations lie beside the objects'.
     files = [file for file in files if kind in file.name] or files
     if not files:
         return None
+    damaged = next((file for file in there if not _is_whole(file)), None)
+    if damaged is not None:
+        # Else a split would be taken for one that isn't there.
+        raise TaskError(f"{damaged}: is cut off, or no JSON in UTF-8; write it again, or move it away")
     parts = {split: _of_split(files, split, root) for split in SPLITS}
     if parts["train"] is None:
+        if len(files) == 1 and parts["val"] is not None:
+            raise TaskError(
+                f"{files[0]}: is named as held-out images, and there are none to train on; name it train to train on it"
+            )
         if len(files) > 1:
             raise TaskError(
                 f"{root}: which file is to train on, {', '.join(file.name for file in files)}? name it train"
@@ -55,6 +65,14 @@ def kind_of(path: Path) -> str | None:
     if not all(f'"{key}"'.encode() in ends for key in ("images", "annotations", "categories")):
         return None
     return "panoptic" if b'"segments_info"' in ends else None if b'"caption"' in ends else "instances"
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file begins and ends as JSON's lists and objects do."""
+    with open(path, "rb") as file:
+        start = file.read(_PIECE).lstrip()[:1]
+        file.seek(-min(_PIECE, path.stat().st_size), os.SEEK_END)
+        return start + file.read().rstrip()[-1:] in (b"{}", b"[]")
 
 
 def _of_split(files: list[Path], split: str, root: Path) -> Path | None:

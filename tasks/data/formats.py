@@ -159,7 +159,10 @@ def as_recognised(data: dict, name: str, settings: dict, kind: str) -> tuple[dic
     }
     said = f"{Path(data['root'])} holds {kind} in the format {name}"
     if settings["val"] is None:
-        said += f"; no held-out images: {data['holdout']:.0%} of the training images are, by data.holdout_seed"
+        said += (
+            f"; no held-out images: {data['holdout']:.0%} of the training images are, drawn by "
+            f"data.holdout_seed={data['holdout_seed']}"
+        )
         if not 0 < data["holdout"] < 1:
             raise TaskError(f"data.holdout is {data['holdout']}, but must be a share between 0 and 1")
     return data | {"name": name} | parts, [said]

@@ -318,7 +318,13 @@ def recognise(root: Path, kind: str = "classes") -> dict[str, Any] | None:
     there = [name for name in usual if name in columns and (name in pictures) == (kind == "maps")]
     if not there or not any(name in columns for name in _IMAGES):
         return None
-    train = "train" if "train" in table else next(iter(table))
+    train = "train" if "train" in table else next((name for name in table if name not in _HELD_OUT), None)
+    if train is None:
+        key = "data.train" if kind == "classes" else "data.train.split"
+        raise TaskError(
+            f"{root}: has no split to train on, only {', '.join(table)}; name one of them: data.name=huggingface "
+            f"{key}={next(iter(table))}"
+        )
     val = next((name for name in _HELD_OUT if name in table and name != train), None)
     if kind == "classes":
         return {"train": train, "val": val}

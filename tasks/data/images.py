@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, features
 
 from ...zoo.library_errors import first_line, unknown_picture
 from .. import TaskError
+from .png import read_deep_png
 
 _READ = ".bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 EXTENSIONS = tuple(sorted([*_READ.split(), *([".avif"] if features.check("avif") else [])]))
@@ -399,7 +400,9 @@ class DeepColours:
                 if picture.format == "TIFF":
                     picture.load()
                 self.orientation = exif.get(ExifTags.Base.Orientation, 1)
-            self._values = _decode_colours(path)
+            del picture  # with its pixels, if they were decoded
+            values = read_deep_png(path)
+            self._values = _decode_colours(path) if values is None else values
         self.size = self._values.shape[1], self._values.shape[0]
 
     def crop(self, box: tuple[int, int, int, int], white: int) -> Image.Image:

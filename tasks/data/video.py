@@ -69,7 +69,12 @@ class Video:
             raise TaskError(f"{self.name}: a camera has a number, such as {_CAMERA}0")
         if not is_camera and not Path(self.name).is_file():
             raise DamagedImageError(f"{self.name}: no such file")
-        self._capture = cv2.VideoCapture(int(number) if is_camera else self.name)
+        logging = cv2.utils.logging
+        level = logging.setLogLevel(logging.LOG_LEVEL_ERROR)  # what it warns of is said below, in one line
+        try:
+            self._capture = cv2.VideoCapture(int(number) if is_camera else self.name)
+        finally:
+            logging.setLogLevel(level)
         if not self._capture.isOpened():
             raise DamagedImageError(f"{self.name}: " + ("no such camera" if is_camera else "not a video, or damaged"))
         rate, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)

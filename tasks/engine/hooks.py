@@ -29,6 +29,9 @@ from .run_folder import RunFolder
 from .runner import TaskRunner
 from .schedule import learning_rate
 
+# So many classes are named at the beginning of a run.
+_NAMED = 20
+
 
 class Metric(BaseMetric):
     """Gathers predictions and targets from all processes, each sample's once, for the task's ``measure``."""
@@ -120,6 +123,8 @@ class RunHook(Hook):
             f"{len(self._task.classes)} classes; {runner.tried}; {environment['device']}, "
             f"{environment['processes']} process{'es' if environment['processes'] > 1 else ''}"
         )
+        classes = list(self._task.classes)
+        self.folder.say(f"classes: {', '.join(classes[:_NAMED])}{', ...' if len(classes) > _NAMED else ''}")
         for remark in remarks:
             self.folder.say(remark)
         if (white := self._task.train_set.white) != FULL_WHITE:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
 from .. import TaskError, printable
 from ..data.coco import decode_masks
@@ -37,8 +37,10 @@ def annotate(result: Result) -> np.ndarray:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if objects.masks is not None and shown:
         masks = decode_masks([objects.masks[place] for place in shown], image.height, image.width).astype(bool)
-        pixels = draw_segmentation_masks(pixels, torch.from_numpy(masks), alpha=_TINT, colors=colours)
-        outlined = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+        outlined = np.array(image)
+        for mask, colour in zip(masks, colours, strict=True):
+            # One over the other: torchvision blackens what several share.
+            outlined[mask] = np.rint((1 - _TINT) * outlined[mask] + _TINT * np.array(_rgb(colour)))
         for mask, colour in zip(masks, colours, strict=True):
             # Tints alone are lost on coloured images.
             outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)

@@ -58,7 +58,7 @@ def test_a_log_goes_on_where_a_run_goes_on(config_file, tmp_path):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
     assert "14 training and 6 held-out samples, 2 classes; a batch of 2 forward and backward in" in lines[0]
     assert [line.split()[3] for line in lines if "  epoch" in line] == ["1/2", "2/2", "3/3"]
-    assert "continued" in lines[5]
+    assert "continued" in lines[7]
 
 
 def test_galleries_show_the_surest_hits_and_the_worst_misses(config_file, tmp_path, monkeypatch):

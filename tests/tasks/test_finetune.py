@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Task as Classify
-from foveate.tasks.data.formats import hold_out
+from foveate.tasks.data.formats import hold_out, recognise
 from foveate.tasks.data.segmentation import LabelMaps
 from foveate.tasks.detect import Task as Detect
 from foveate.tasks.segment import Task as Segment
@@ -62,7 +62,9 @@ def test_a_detector_is_trained_on_a_folder_without_held_out_images(tmp_path):
     assert (len(task.train_set), len(task.val_set), task.model["head"]) == (4, 1, "faster_rcnn")
     result = engine.train(config, tmp_path / "run", progress=False)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "holds objects in the format yolo; no held-out images: 20% of the training images are" in log
+    assert "holds objects in the format yolo; no held-out images: 20% of the training images are, drawn by" in log
+    assert "drawn by data.holdout_seed=0" in log
+    assert "  classes: cell\n" in log
     assert "objects without masks: faster_rcnn" in log
     # Two batches an epoch: the second ends after one.
     assert [entry["epoch"] for entry in result["history"]] == [1, 2]
@@ -144,6 +146,35 @@ def test_what_a_folder_is_not_is_said(tmp_path):
     yolo(tmp_path / "yolo")
     with pytest.raises(TaskError, match=r"data.holdout is 1.5"):
         task_of("detect/finetune", tmp_path / "yolo", "data.holdout=1.5")
+
+
+def coco(root):
+    for split in ("train", "val"):
+        picture(root / "images" / split / f"{split}.png")
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 20]}
+        content = {"images": [{"id": 1, "file_name": f"{split}.png", "height": 40, "width": 60}], "annotations": [box]}
+        (root / "annotations").mkdir(exist_ok=True)
+        file = root / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "cell"}]}))
+
+
+@pytest.mark.parametrize("spoiled", ["gone", b"", b'{"images": [', b"<html>\n", "a folder"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_split_of_coco_s_is_taken_for_one_that_is_damaged(split, spoiled, tmp_path):
+    coco(tmp_path)
+    file = tmp_path / "annotations" / f"instances_{split}.json"
+    assert {part["annotations"][-10:-5] for part in recognise(tmp_path, "objects")[1].values()} == {"train", "s_val"}
+    file.unlink()
+    if spoiled == "a folder":
+        file.mkdir()
+    elif spoiled != "gone":
+        file.write_bytes(spoiled)
+    if split == "val" and isinstance(spoiled, str):
+        assert recognise(tmp_path, "objects")[1]["val"] is None
+        return
+    message = "is named as held-out images" if isinstance(spoiled, str) else f"instances_{split}.json: is cut off"
+    with pytest.raises(TaskError, match=message):
+        task_of("detect/finetune", tmp_path)
 
 
 def test_rare_classes_of_pixels_weigh_more(tmp_path):

@@ -48,6 +48,12 @@ def task_of(root, *overrides):
     return Classify(engine.load_config("classify/finetune", options))
 
 
+def test_held_out_rows_alone_are_not_trained_on(table):
+    (table / "parquet" / "data" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(TaskError, match=r"no split to train on, only validation; name one .* data.train=validation"):
+        task_of(table / "parquet")
+
+
 @pytest.mark.parametrize("form", ["parquet", "saved"])
 def test_labels_come_with_their_names(table, form, capsys):
     task = task_of(table / form, "data.size=32")

@@ -1,8 +1,13 @@
 """Predictors of published detectors and segmenters, from files that hold random weights in their place."""
 
+import threading
+
+import numpy as np
 import pytest
+import timm
 import torch
 from foveate.tasks import TaskError
+from foveate.tasks.classify import Predictor as Classifier
 from foveate.tasks.data.class_names import class_names
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
@@ -27,6 +32,23 @@ def test_a_published_detector_knows_its_classes(tmp_path):
     assert predictor.model.transform.min_size == (800,)
     with pytest.raises(CheckpointError, match="holds a retinanet, not a mask_rcnn"):
         load_published("foveate_davit_tiny.dingmyu_mask_rcnn_coco_1x", weights=path)
+
+
+def test_a_classifier_s_images_are_resized_beside_each_other():
+    predictor = Classifier.from_model("nat_atto", timm.create_model("nat_atto"))
+    draw, both = np.random.default_rng(0), threading.Barrier(2)
+    images = [Image.fromarray(draw.integers(0, 256, (30, 40), np.uint8)) for _ in range(2)]
+    alone = [predictor([image]) for image in images]
+    transform = predictor.transform
+
+    def resize(image):
+        both.wait(timeout=60)  # broken, unless there are two at once
+        return transform(image)
+
+    predictor.transform = resize
+    for (single,), pair in zip(alone, predictor(images), strict=True):
+        assert [name for name, _ in single] == [name for name, _ in pair]
+        assert [share for _, share in single] == pytest.approx([share for _, share in pair], abs=1e-5)
 
 
 def test_a_published_dino_is_a_detector(tmp_path):

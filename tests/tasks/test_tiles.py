@@ -14,6 +14,7 @@ import torch
 from foveate.tasks import TaskError
 from foveate.tasks.data.coco import decode_masks, encode_mask
 from foveate.tasks.data.images import DamagedImageError, read_image
+from foveate.tasks.data.png import read_deep_png
 from foveate.tasks.data.tiff import Tiff
 from foveate.tasks.data.windows import Windows, own_parts, starts
 from foveate.tasks.load import Model
@@ -390,6 +391,29 @@ def test_other_pictures_take_less_than_half_again_of_themselves(tmp_path):
 def test_colours_of_16_bits_take_less_than_half_again_of_themselves(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.full((5000, 5000, 3), 900, np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     assert grown(tmp_path / "a.png", "semantic", tmp_path, white=1023) < 1.5 * 5000 * 5000 * 6 / 2**20
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_pngs_of_16_bits_are_decoded_band_by_band(alpha, tmp_path, monkeypatch):
+    monkeypatch.setattr("foveate.tasks.data.png.BAND_BYTES", 1000)
+    pixels = np.random.default_rng(1).integers(0, 1 << 16, (30, 40, 3 + alpha)).astype(np.uint16)
+    pixels[10:20] //= 4096
+    path = tmp_path / "a.png"
+    for filters in ("NONE", "SUB", "UP", "AVG", "PAETH"):
+        options = [cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_FILTER_{filters}")]
+        cv2.imwrite(str(path), pixels[..., [2, 1, 0, 3][: 3 + alpha]], options)
+        assert np.array_equal(read_deep_png(path), pixels)
+    content = path.read_bytes()
+    half = len(content) // 2
+    other = bytes([content[half] ^ 255])
+    for damaged in (content[:half], content[:half] + other + content[half + 1 :], content[:33] + content[-12:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cut off|checksum|rows|decompressing|can't be decoded"):
+            read_deep_png(path)
+        with pytest.raises(DamagedImageError, match=r"a.png: not an image, or damaged"):
+            Windows(path, white=1023)
+    cv2.imwrite(str(path), np.zeros((4, 4, 3), np.uint8))
+    assert read_deep_png(path) is None
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -231,7 +231,14 @@ def test_outlines_of_masks_follow_the_edges_of_pixels():
     assert join_polygons([np.array([0.0, 0, 1, 0, 1, 1])]).tolist() == [0, 0, 1, 0, 1, 1]
 
 
-def test_a_yolo_and_a_coco_copy_train_to_the_same_numbers(root, tmp_path):
+OF_DETECTORS = ("hidden=16", "region_samples=8", "min_size=48", "max_size=64")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kwargs"),
+    [("detect/mask_rcnn_nat_atto_nuclei", OF_DETECTORS), ("segment/upernet_nat_atto_nuclei", ())],
+)
+def test_a_yolo_and_a_coco_copy_train_to_the_same_numbers(recipe, kwargs, root, tmp_path):
     parts, _ = coco_copy(root, tmp_path / "coco")
     found = []
     for name, where in (("yolo", root), ("coco", tmp_path / "coco")):
@@ -245,13 +252,10 @@ def test_a_yolo_and_a_coco_copy_train_to_the_same_numbers(root, tmp_path):
             "val_interval=2",
             "batch_size=2",
             "model.kwargs.channels=16",
-            "model.kwargs.hidden=16",
-            "model.kwargs.region_samples=8",
-            "model.kwargs.min_size=48",
-            "model.kwargs.max_size=64",
             "schedule.warmup_iterations=0",
+            *(f"model.kwargs.{option}" for option in kwargs),
         ]
-        config = engine.load_config("detect/mask_rcnn_nat_atto_nuclei", overrides)
+        config = engine.load_config(recipe, overrides)
         result = engine.train(config, tmp_path / name, progress=False)
         history = [{key: value for key, value in entry.items() if key != "seconds"} for entry in result["history"]]
         found.append((history, read_checkpoint(result["last"])["state_dict"]))

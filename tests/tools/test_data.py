@@ -92,6 +92,25 @@ def test_faults_are_listed_and_what_is_none_is_said(tmp_path, capsys):
     assert "is in no known format" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("make", [yolo, masks, folders])
+def test_images_that_end_early_are_faults_and_the_others_are_drawn(make, tmp_path, capsys):
+    make(tmp_path / "data")
+    whole = sorted(file for file in (tmp_path / "data").rglob("*.png") if "masks" not in file.parts)
+    write(whole[0].with_name("z.png"), size=(30, 40))
+    if make is masks:
+        write(tmp_path / "data" / "masks" / "train" / "z.png", "map")
+    whole[0].write_bytes(whole[0].read_bytes()[:50])
+    assert main(["data", "check", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().out
+    assert f"fault: {whole[0]}: not an image, or damaged" in text
+    assert f"samples: {tmp_path / 'out' / 'samples.png'}" in text
+    assert (tmp_path / "out" / "samples.png").is_file()
+    for file in [*whole, whole[0].with_name("z.png")]:
+        file.write_bytes(file.read_bytes()[:50])
+    assert main(["data", "check", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
+    assert "samples: " not in capsys.readouterr().out
+
+
 def test_a_set_is_converted_and_what_is_lost_is_named_first(tmp_path, capsys):
     yolo(tmp_path / "data")
     there, back = tmp_path / "coco", tmp_path / "back"

@@ -38,6 +38,20 @@ def test_images_of_any_kind_get_a_picture_and_an_entry(digits_run, tmp_path, cap
     assert "4 pictures" in capsys.readouterr().out
 
 
+def test_without_pictures_the_answers_are_the_same(digits_run, tmp_path, capsys):
+    Digits("val").image(0).save(tmp_path / "digit.png")
+    argv = ["predict", str(tmp_path / "digit.png"), "--checkpoint", str(digits_run / "best.pth"), "--output"]
+    entries = []
+    for more in ([], ["--no-pictures"]):
+        output = tmp_path / f"out{len(more)}"
+        assert main([*argv, str(output), *more]) == 0
+        entries += json.loads((output / "predictions.json").read_text())
+    assert f"1 image and predictions.json: {output}" in capsys.readouterr().out
+    assert [file.name for file in output.iterdir()] == ["predictions.json"]
+    assert entries[0].pop("picture")
+    assert entries[0] == entries[1]
+
+
 def test_an_image_file_is_predicted_as_it_was_evaluated(digits_run, tmp_path):
     held_out = Digits("val")
     for index in range(397):

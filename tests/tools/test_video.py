@@ -63,7 +63,10 @@ def test_frames_come_in_order_with_their_numbers(tmp_path):
     assert len(list(moving.frames())) == 3
 
 
-def test_what_is_no_video_is_said(tmp_path):
+def test_what_is_no_video_is_said(tmp_path, capfd):
+    with pytest.raises(DamagedImageError, match=r"^camera:97: no such camera$"):
+        Video("camera:97")
+    assert capfd.readouterr().err == ""
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(DamagedImageError, match=r"bad.mp4: not a video, or damaged"):
         Video(tmp_path / "bad.mp4")
@@ -92,6 +95,10 @@ def test_a_video_is_annotated_and_described(classifier, tmp_path, capsys):
     results = model.predict(path, every=2, top=1)
     assert [dict(result) for result in results] == [{"classes": entry["classes"]} for entry in entries]
     assert results[1].source == f"{path}, frame 2"
+    assert main([*argv, "--every", "2", "--top", "1", "--no-pictures", "--output", str(tmp_path / "bare")]) == 0
+    assert [file.name for file in (tmp_path / "bare").iterdir()] == ["predictions.json"]
+    bare = json.loads((tmp_path / "bare" / "predictions.json").read_text())
+    assert [entry["classes"] for entry in bare] == [entry["classes"] for entry in entries]
 
 
 def test_interrupted_it_leaves_a_playable_file(classifier, tmp_path):
@@ -163,6 +170,10 @@ def test_objects_and_regions_are_drawn_in_their_classes_colours():
     assert (frame[:, 32:] == 90).all() or tuple(frame[5, 40]) == (90, 90, 90)  # too unlikely
     tinted = frame[31, 12].astype(int)
     assert abs(tinted - (0.55 * 90 + 0.45 * np.array(colour))).max() <= 2
+    both = answer | {"masks": [answer["masks"][0]] * 2, "scores": torch.tensor([0.9, 0.8])}
+    tints = [np.array(list(bytes.fromhex(choose_styles([label], classes)[label][0][1:]))) for label in (3, 1)]
+    shared = 0.55 * (0.55 * 90 + 0.45 * tints[0]) + 0.45 * tints[1]
+    assert abs(annotate(result_of(both, classes))[31, 12] - shared).max() <= 2
     labels = torch.zeros(40, 60, dtype=torch.uint8)
     labels[20:] = 2
     regions = annotate(result_of(labels, classes))
