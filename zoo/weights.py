@@ -244,10 +244,15 @@ def locate(reference: str | Path, cache_dir: str | Path | None = None) -> Path:
 
 def _located(text: str, cache_dir: str | Path | None) -> Path | Checkpoint:
     """Return the file that ``text`` means; it is read already if it has just come."""
-    if Path(text).exists():
-        return Path(text)
     if text.startswith(("http://", "https://")):
         return _fetched(entry_of(text), cache_dir)
+    try:
+        if Path(text).exists():
+            return Path(text)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{text[:80]}: is no name of a file ({getattr(error, 'strerror', None) or error})"
+        ) from error
     if text in table():
         return _fetched(table()[text], cache_dir)
     near = difflib.get_close_matches(text, table(), n=1, cutoff=0.8)
@@ -263,9 +268,13 @@ def entry_of(address: str) -> Weights:
     url, _, fragment = address.partition("#")
     sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise WeightsError(f"{address}: a sha256 has 64 hexadecimal digits")
-    file = urllib.parse.urlsplit(url).path.rpartition("/")[2]
-    file = file if re.fullmatch(r"\w[\w.+-]*", file) else None
+        raise WeightsError(f"{shown(url)}: a sha256 has 64 hexadecimal digits")
+    try:
+        file = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+    except ValueError as error:
+        raise WeightsError(f"{shown(url)}: makes no sense as an address ({first_line(error)})") from error
+    # Every file system takes 200 letters of ASCII, with what a part's name adds.
+    file = file if re.fullmatch(r"\w[\w.+-]{,199}", file, re.ASCII) else None
     name = f"url-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return Weights(name, "unknown", "unknown", (Source("url", "listed", url, file=file, sha256=sha256),), url)
 
