@@ -124,6 +124,8 @@ def download(
             os.fsync(file.fileno())
         os.replace(part, path)
         return checked
+    except OSError as error:
+        raise _unwritten(part, error) from error
     finally:
         # Whole but wrong bytes must not be continued.
         part.unlink(missing_ok=True)
@@ -177,7 +179,11 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         # Only a strong validator promises the same bytes.
         validator = etag if (etag or "").startswith('"') else changed
         notes = {"url": shown(url), "validator": validator, "etag": etag, "changed": changed, "total": total}
-        _notes(part).write_text(json.dumps(notes))
+        try:
+            _notes(part).write_text(json.dumps(notes))
+            file = open(part, "ab" if start else "wb")  # noqa: SIM115 (closed below, where what happens is another fault)
+        except OSError as error:
+            raise _unwritten(part, error) from error
         bar = tqdm(
             total=total,
             initial=start,
@@ -187,7 +193,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             desc=part.name[1:-14],
             disable=None,
         )
-        with open(part, "ab" if start else "wb") as file, bar:
+        with file, bar:
             try:
                 _receive(response, file, bar, part)
             except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
@@ -218,7 +224,7 @@ def _read_notes(part: Path) -> dict:
     """Return what was noted of the answer that a part is of; nothing if that can't be read."""
     try:
         notes = json.loads(_notes(part).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) and "validator" in notes else {}
 
@@ -234,11 +240,14 @@ def _append(file: BinaryIO, chunk: bytes, part: Path) -> None:
         file.write(chunk)
         file.flush()
     except OSError as error:
-        part.unlink(missing_ok=True)
-        _notes(part).unlink(missing_ok=True)
-        raise DownloadError(
-            f"{part.parent}: {error.strerror}; free space, or set TORCH_HOME to another disk"
-        ) from error
+        raise _unwritten(part, error) from error
+
+
+def _unwritten(part: Path, error: OSError) -> DownloadError:
+    """Remove a part that can't be written, and return what to say."""
+    part.unlink(missing_ok=True)
+    _notes(part).unlink(missing_ok=True)
+    return DownloadError(f"{part.parent}: {error.strerror}; free space, or set TORCH_HOME to another disk")
 
 
 def shown(address: str) -> str:

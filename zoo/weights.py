@@ -393,8 +393,14 @@ def _failure(weights: Weights, folder: Path, failures: list[str]) -> WeightsErro
             f"`foveate weights fetch {weights.name}` where there is a network{tried}"
         )
     changed = any("wrong file" in failure for failure in failures)
-    renewal = f", or run `foveate weights fetch --renew {weights.name}` if the new file is right" if changed else ""
+    renewal = f", or run `{_renewal(weights)}` if the new file is right" if changed else ""
     return WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
+
+
+def _renewal(weights: Weights) -> str:
+    """Return the command that fetches a file again."""
+    name = shown(weights.page) if weights.sources[0].kind == "url" else weights.name
+    return f"foveate weights fetch --renew {name}"
 
 
 def _way_out(weights: Weights) -> str:
@@ -494,7 +500,7 @@ def pins(cache_dir: str | Path | None = None) -> dict[str, dict]:
         return records
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         # After a loss of power, say. It stays to be looked at.
         aside = path.with_name("pins.broken.json")
         with contextlib.suppress(OSError):
@@ -529,7 +535,7 @@ def _pinned(
     if known and source.sha256 and known.get("sha256") != source.sha256:
         raise WeightsError(
             f"{path}: its sha256 is {known.get('sha256')}, not {source.sha256} as asked for; run "
-            f"`foveate weights fetch --renew {weights.name}`, or check the hash"
+            f"`{_renewal(weights)}`, or check the hash"
         )
     if known and all(known.get(name) == value for name, value in seen.items()):
         return path
@@ -538,15 +544,13 @@ def _pinned(
     if expected and actual != expected:
         raise WeightsError(
             f"{path}: has changed: its sha256 is {actual}, but {expected} was recorded {since}; run "
-            f"`foveate weights fetch --renew {weights.name}`"
+            f"`{_renewal(weights)}`"
         )
     file: Path | Checkpoint = path
     if not known and address is None:
         file = open_checkpoint(path)
         if fault := _fault_of(weights, file):
-            raise WeightsError(
-                f"{path}: {fault}; run `foveate weights fetch --renew {weights.name}`, or remove the file"
-            )
+            raise WeightsError(f"{path}: {fault}; run `{_renewal(weights)}`, or remove the file")
     today = known["date"] if known else datetime.date.today().isoformat()
     came_from = shown(address) if address else (known or {}).get("address")
     record = {"sha256": actual, **seen, "date": today, "address": came_from}
@@ -559,7 +563,7 @@ def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
     try:
         with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
             records = pins(cache_dir) | changes
-            temporary = folder / f".pins-{os.getpid()}.json"
+            temporary = folder / ".pins-new.json"  # the lock's holder alone writes it, over what a killed one left
             try:
                 with open(temporary, "w", encoding="utf-8") as file:
                     file.write(json.dumps(records, indent=1))

@@ -702,7 +702,7 @@ def test_a_full_disk_keeps_nothing_and_is_one_line(host, home, monkeypatch):
     assert leftovers(home) == []
 
 
-@pytest.mark.parametrize("content", ["", '{"a": {"sha', "[]", '{"a": 1}'])
+@pytest.mark.parametrize("content", ["", '{"a": {"sha', "[]", '{"a": 1}', "[" * 100_000])
 def test_records_that_can_not_be_read_are_set_aside(content, host, home, payload):
     entry = published(host.address("ok/file.pth"))
     fetch(entry)
@@ -710,6 +710,31 @@ def test_records_that_can_not_be_read_are_set_aside(content, host, home, payload
     assert fetch(entry).read_bytes() == payload
     assert (home / "pins.broken.json").read_text() == content
     assert list(weights.pins()) == [f"{NAME}/file.pth"]
+
+
+def test_what_a_killed_process_left_of_the_records_is_written_over(host, home, monkeypatch):
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights.os, "replace", killed)
+        patched.setattr(weights.os, "getpid", lambda: 1)
+        with pytest.raises(KeyboardInterrupt):
+            weights._write_pins(None, {})
+    fetch(published(host.address("ok/file.pth")))
+    assert sorted(path.name for path in home.iterdir()) == [".pins.lock", NAME, "pins.json"]
+
+
+@pytest.mark.parametrize("name", ["write_text", "open", "fsync"])
+def test_a_disk_without_room_for_another_file_is_one_line(name, host, home, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    place = {"write_text": Path, "open": _download, "fsync": _download.os}[name]
+    monkeypatch.setattr(place, name, full, raising=False)
+    with pytest.raises(WeightsError, match="No space left on device; free space"):
+        fetch(published(host.address("ok/file.pth")))
+    assert leftovers(home) == []
 
 
 def test_secrets_are_not_told(host, home):
@@ -766,7 +791,7 @@ def test_a_hash_counts_for_a_file_that_is_here(host, home, payload):
     address = host.address("ok/file.pth")
     digest = hashlib.sha256(payload).hexdigest()
     assert weights.locate(f"{address}#sha256={digest}").read_bytes() == payload
-    with pytest.raises(WeightsError, match="as asked for"):
+    with pytest.raises(WeightsError, match=f"as asked for.*--renew {address}`"):
         weights.locate(f"{address}#sha256={'0' * 64}")
 
 
