@@ -157,20 +157,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         length = _count(response.headers.get("Content-Length"))
         etag, changed = response.headers.get("ETag"), response.headers.get("Last-Modified")
         if response.status == 206:
-            begin, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-            if begin.partition("-")[0] != str(start):
-                part.unlink(missing_ok=True)
-                raise _Interrupted("the host sends another part of the file than asked for")
-            total = _count(total)
-            # Some hosts send the rest of whatever they have now, whatever was asked for. One that checked says what it
-            # checked once more; one that has nothing to check the file by is never asked for the rest.
-            differs = validator is not None and validator not in (etag, changed)
-            for now, key in ((etag, "etag"), (changed, "changed"), (total, "total")):
-                differs |= None not in (now, notes.get(key)) and now != notes[key]
-            if differs:
-                part.unlink(missing_ok=True)
-                raise _Interrupted("the host has another file now")
-            total = notes.get("total") if total is None else total
+            total = _total_of_rest(response.headers, part, start, notes)
         else:
             start, total = 0, length
         if size is not None and total is not None and total != size:
@@ -205,6 +192,23 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         part.unlink(missing_ok=True)
         _notes(part).unlink(missing_ok=True)
         raise DownloadError(f"the host sends {arrived} bytes of a file that it says has {total}")
+
+
+def _total_of_rest(headers: http.client.HTTPMessage, part: Path, start: int, notes: dict) -> int | None:
+    """Return how long a file is whose rest a host sends; a rest of another file, or another part, is interrupted."""
+    begin, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+    if begin.partition("-")[0] != str(start):
+        part.unlink(missing_ok=True)
+        raise _Interrupted("the host sends another part of the file than asked for")
+    now = {"etag": headers.get("ETag"), "changed": headers.get("Last-Modified"), "total": _count(total)}
+    # Some hosts send the rest of whatever they have now, whatever was asked for. One that checked says what it checked
+    # once more; one that has nothing to check the file by is never asked for the rest.
+    differs = notes.get("validator") not in (None, now["etag"], now["changed"]) if start else False
+    differs |= any(None not in (value, notes.get(key)) and value != notes[key] for key, value in now.items())
+    if differs:
+        part.unlink(missing_ok=True)
+        raise _Interrupted("the host has another file now")
+    return notes.get("total") if now["total"] is None else now["total"]
 
 
 def _receive(response: http.client.HTTPResponse, file: BinaryIO, bar: tqdm, part: Path) -> None:
