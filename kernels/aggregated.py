@@ -232,6 +232,12 @@ def aggregated_attention(
     if window * window != slots or window % 2 == 0 or window < 3:
         raise ValueError(f"aggregated_attention needs odd windows from 3x3 on; got {slots} entries of local_bias")
     exact = torch.promote_types(query.dtype, torch.float32)
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not all_finite(query, key, value):
+        # On some CPUs a row's NaN reaches the next one in torch's products of bfloat16.
+        tensors = (x.float() for x in (query, key, value, pooled_key, pooled_value))
+        added_weights = None if added_weights is None else added_weights.float()
+        out = aggregated_attention(*tensors, local_bias, bias_table, pool_bias, added_weights, backend=backend)
+        return out.to(value.dtype)
     mask = window_mask(height, width, window).to(query.device)
     bias = local_bias.to(exact).masked_fill(~mask[:, :, None], float("-inf"))
     rows = rows_at_once(height, batch * heads * height * width * (slots + pooled_key.shape[1]))

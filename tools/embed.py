@@ -100,5 +100,7 @@ def _write_parquet(file: str, names: list[str], vectors, model: str) -> None:
     from pyarrow import parquet
 
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), vectors.shape[1])
+    # Parquet's texts are UTF-8, which names of files needn't be.
+    names = [name.encode(errors="backslashreplace").decode() for name in names]
     table = pyarrow.table({"path": names, "embedding": column}).replace_schema_metadata({"model": model})
     parquet.write_table(table, file)

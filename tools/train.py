@@ -44,6 +44,15 @@ def run(args: argparse.Namespace) -> None:
         return
     metric = result["metric"]
     print(f"best held-out {metric}: {result['metrics'][metric]:.4f}")
-    pictures = ", ".join(name for name, _ in result["pictures"])
-    files = f"config.py, environment.json, log.txt, history.json, {pictures}, report.html, best.pth, last.pth"
-    print(f"run: {output} ({files})")
+    pictures = [name for name, _ in result["pictures"]]
+    files = [
+        "config.py",
+        "environment.json",
+        "log.txt",
+        "history.json",
+        *pictures,
+        "report.html",
+        "best.pth",
+        "last.pth",
+    ]
+    print(f"run: {output} ({', '.join(name for name in files if (output / name).is_file())})")

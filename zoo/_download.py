@@ -1,11 +1,14 @@
 """Downloading large files from hosts that fail: resumed where they allow it, checked, whole or not there at all."""
 
+import base64
 import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -41,11 +44,18 @@ class _Interrupted(Exception):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from an encrypted address to an open one."""
+    """Follows redirects, but never from an encrypted address to an open one.
+
+    Attributes:
+        address: Where they have led to; None if there was none.
+    """
+
+    address: str | None = None
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
             raise DownloadError(f"redirected from https to {newurl.split(':')[0]}, which anybody could change")
+        self.address = newurl
         # urllib before Python 3.11 doesn't know 308, the permanent redirect that keeps the method.
         return super().redirect_request(req, fp, 301 if code == 308 else code, msg, headers, newurl)
 
@@ -114,6 +124,8 @@ def download(
             os.fsync(file.fileno())
         os.replace(part, path)
         return checked
+    except OSError as error:
+        raise _unwritten(part, error) from error
     finally:
         # Whole but wrong bytes must not be continued.
         part.unlink(missing_ok=True)
@@ -145,16 +157,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         length = _count(response.headers.get("Content-Length"))
         etag, changed = response.headers.get("ETag"), response.headers.get("Last-Modified")
         if response.status == 206:
-            begin, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-            if begin.partition("-")[0] != str(start):
-                part.unlink(missing_ok=True)
-                raise _Interrupted("the host sends another part of the file than asked for")
-            total = _count(total)
-            # Some hosts send the rest of whatever they have now, whatever was asked for.
-            for now, key in ((etag, "etag"), (changed, "changed"), (total, "total")):
-                if None not in (now, notes.get(key)) and now != notes[key]:
-                    part.unlink(missing_ok=True)
-                    raise _Interrupted("the host has another file now")
+            total = _total_of_rest(response.headers, part, start, notes)
         else:
             start, total = 0, length
         if size is not None and total is not None and total != size:
@@ -163,7 +166,11 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         # Only a strong validator promises the same bytes.
         validator = etag if (etag or "").startswith('"') else changed
         notes = {"url": shown(url), "validator": validator, "etag": etag, "changed": changed, "total": total}
-        _notes(part).write_text(json.dumps(notes))
+        try:
+            _notes(part).write_text(json.dumps(notes))
+            file = open(part, "ab" if start else "wb")  # noqa: SIM115 (closed below, where what happens is another fault)
+        except OSError as error:
+            raise _unwritten(part, error) from error
         bar = tqdm(
             total=total,
             initial=start,
@@ -173,7 +180,7 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
             desc=part.name[1:-14],
             disable=None,
         )
-        with open(part, "ab" if start else "wb") as file, bar:
+        with file, bar:
             try:
                 _receive(response, file, bar, part)
             except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
@@ -185,6 +192,23 @@ def _transfer(url: str, part: Path, size: int | None) -> None:
         part.unlink(missing_ok=True)
         _notes(part).unlink(missing_ok=True)
         raise DownloadError(f"the host sends {arrived} bytes of a file that it says has {total}")
+
+
+def _total_of_rest(headers: http.client.HTTPMessage, part: Path, start: int, notes: dict) -> int | None:
+    """Return how long a file is whose rest a host sends; a rest of another file, or another part, is interrupted."""
+    begin, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+    if begin.partition("-")[0] != str(start):
+        part.unlink(missing_ok=True)
+        raise _Interrupted("the host sends another part of the file than asked for")
+    now = {"etag": headers.get("ETag"), "changed": headers.get("Last-Modified"), "total": _count(total)}
+    # Some hosts send the rest of whatever they have now, whatever was asked for. One that checked says what it checked
+    # once more; one that has nothing to check the file by is never asked for the rest.
+    differs = notes.get("validator") not in (None, now["etag"], now["changed"]) if start else False
+    differs |= any(None not in (value, notes.get(key)) and value != notes[key] for key, value in now.items())
+    if differs:
+        part.unlink(missing_ok=True)
+        raise _Interrupted("the host has another file now")
+    return notes.get("total") if now["total"] is None else now["total"]
 
 
 def _receive(response: http.client.HTTPResponse, file: BinaryIO, bar: tqdm, part: Path) -> None:
@@ -204,7 +228,7 @@ def _read_notes(part: Path) -> dict:
     """Return what was noted of the answer that a part is of; nothing if that can't be read."""
     try:
         notes = json.loads(_notes(part).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) and "validator" in notes else {}
 
@@ -220,19 +244,23 @@ def _append(file: BinaryIO, chunk: bytes, part: Path) -> None:
         file.write(chunk)
         file.flush()
     except OSError as error:
-        part.unlink(missing_ok=True)
-        _notes(part).unlink(missing_ok=True)
-        raise DownloadError(
-            f"{part.parent}: {error.strerror}; free space, or set TORCH_HOME to another disk"
-        ) from error
+        raise _unwritten(part, error) from error
+
+
+def _unwritten(part: Path, error: OSError) -> DownloadError:
+    """Remove a part that can't be written, and return what to say."""
+    part.unlink(missing_ok=True)
+    _notes(part).unlink(missing_ok=True)
+    return DownloadError(f"{part.parent}: {error.strerror}; free space, or set TORCH_HOME to another disk")
 
 
 def shown(address: str) -> str:
     """Return an address without what only its owner should know: user, password and query."""
     try:
         parts = urllib.parse.urlsplit(address)
-    except ValueError:
-        return address.partition("?")[0]
+        _ = parts.port
+    except ValueError:  # of a password with a slash, say
+        return re.sub("//.*@", "//", address.partition("?")[0])
     if parts.scheme not in ("http", "https"):
         return address
     host = parts.netloc.rpartition("@")[2]
@@ -241,9 +269,11 @@ def shown(address: str) -> str:
 
 def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPResponse:
     """Return the host's answer, whose body is not read yet."""
-    opener = urllib.request.build_opener(_Redirects)
+    redirects = _Redirects()
+    opener = urllib.request.build_opener(redirects)
     try:
-        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        request = _request(url, headers)
+        return _in_time(lambda: opener.open(request, timeout=TIMEOUT))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
@@ -254,10 +284,42 @@ def _ask(url: str, headers: dict[str, str], part: Path) -> http.client.HTTPRespo
         raise DownloadError(f"the host answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         if isinstance(getattr(error, "reason", error), socket.gaierror):
-            raise _nameless(url) from error
+            raise _nameless(redirects.address or url) from error
         raise _Interrupted(_reason(error)) from error
     except (ValueError, LookupError) as error:  # of addresses and redirects that make no sense
         raise DownloadError(f"the address, or one that it redirects to, makes no sense ({_reason(error)})") from error
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    """Return a request; user and password of an address, which urllib takes for its host, go to that host alone."""
+    parts = urllib.parse.urlsplit(url)
+    owner, _, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    if owner:
+        secret = base64.b64encode(urllib.parse.unquote(owner).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {secret}")
+    return request
+
+
+def _in_time(ask: Callable[[], http.client.HTTPResponse]) -> http.client.HTTPResponse:
+    """Return an answer; one whose first lines drip is given up, which a limit on the time between bytes never sees."""
+    answers: list[http.client.HTTPResponse] = []
+    errors: list[BaseException] = []
+
+    def wait():
+        try:
+            answers.append(ask())
+        except BaseException as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE + TIMEOUT)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise DownloadError(f"the host has not answered for {PATIENCE + TIMEOUT:g} seconds: given up")
+    return answers[0]
 
 
 def check_host(url: str) -> None:

@@ -244,10 +244,15 @@ def locate(reference: str | Path, cache_dir: str | Path | None = None) -> Path:
 
 def _located(text: str, cache_dir: str | Path | None) -> Path | Checkpoint:
     """Return the file that ``text`` means; it is read already if it has just come."""
-    if Path(text).exists():
-        return Path(text)
     if text.startswith(("http://", "https://")):
         return _fetched(entry_of(text), cache_dir)
+    try:
+        if Path(text).exists():
+            return Path(text)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{text[:80]}: is no name of a file ({getattr(error, 'strerror', None) or error})"
+        ) from error
     if text in table():
         return _fetched(table()[text], cache_dir)
     near = difflib.get_close_matches(text, table(), n=1, cutoff=0.8)
@@ -263,9 +268,13 @@ def entry_of(address: str) -> Weights:
     url, _, fragment = address.partition("#")
     sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise WeightsError(f"{address}: a sha256 has 64 hexadecimal digits")
-    file = urllib.parse.urlsplit(url).path.rpartition("/")[2]
-    file = file if re.fullmatch(r"\w[\w.+-]*", file) else None
+        raise WeightsError(f"{shown(url)}: a sha256 has 64 hexadecimal digits")
+    try:
+        file = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+    except ValueError as error:
+        raise WeightsError(f"{shown(url)}: makes no sense as an address ({first_line(error)})") from error
+    # Every file system takes 200 letters of ASCII, with what a part's name adds.
+    file = file if re.fullmatch(r"\w[\w.+-]{,199}", file, re.ASCII) else None
     name = f"url-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return Weights(name, "unknown", "unknown", (Source("url", "listed", url, file=file, sha256=sha256),), url)
 
@@ -384,8 +393,14 @@ def _failure(weights: Weights, folder: Path, failures: list[str]) -> WeightsErro
             f"`foveate weights fetch {weights.name}` where there is a network{tried}"
         )
     changed = any("wrong file" in failure for failure in failures)
-    renewal = f", or run `foveate weights fetch --renew {weights.name}` if the new file is right" if changed else ""
+    renewal = f", or run `{_renewal(weights)}` if the new file is right" if changed else ""
     return WeightsError(f"{weights.name} can't be had: {'; '.join(failures)}; {_way_out(weights)}{renewal}")
+
+
+def _renewal(weights: Weights) -> str:
+    """Return the command that fetches a file again."""
+    name = shown(weights.page) if weights.sources[0].kind == "url" else weights.name
+    return f"foveate weights fetch --renew {name}"
 
 
 def _way_out(weights: Weights) -> str:
@@ -485,7 +500,7 @@ def pins(cache_dir: str | Path | None = None) -> dict[str, dict]:
         return records
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         # After a loss of power, say. It stays to be looked at.
         aside = path.with_name("pins.broken.json")
         with contextlib.suppress(OSError):
@@ -520,7 +535,7 @@ def _pinned(
     if known and source.sha256 and known.get("sha256") != source.sha256:
         raise WeightsError(
             f"{path}: its sha256 is {known.get('sha256')}, not {source.sha256} as asked for; run "
-            f"`foveate weights fetch --renew {weights.name}`, or check the hash"
+            f"`{_renewal(weights)}`, or check the hash"
         )
     if known and all(known.get(name) == value for name, value in seen.items()):
         return path
@@ -529,15 +544,13 @@ def _pinned(
     if expected and actual != expected:
         raise WeightsError(
             f"{path}: has changed: its sha256 is {actual}, but {expected} was recorded {since}; run "
-            f"`foveate weights fetch --renew {weights.name}`"
+            f"`{_renewal(weights)}`"
         )
     file: Path | Checkpoint = path
     if not known and address is None:
         file = open_checkpoint(path)
         if fault := _fault_of(weights, file):
-            raise WeightsError(
-                f"{path}: {fault}; run `foveate weights fetch --renew {weights.name}`, or remove the file"
-            )
+            raise WeightsError(f"{path}: {fault}; run `{_renewal(weights)}`, or remove the file")
     today = known["date"] if known else datetime.date.today().isoformat()
     came_from = shown(address) if address else (known or {}).get("address")
     record = {"sha256": actual, **seen, "date": today, "address": came_from}
@@ -550,7 +563,7 @@ def _write_pins(cache_dir: str | Path | None, changes: dict[str, dict]) -> None:
     try:
         with _alone(folder / ".pins.lock", "waiting for another process to record its weights"):
             records = pins(cache_dir) | changes
-            temporary = folder / f".pins-{os.getpid()}.json"
+            temporary = folder / ".pins-new.json"  # the lock's holder alone writes it, over what a killed one left
             try:
                 with open(temporary, "w", encoding="utf-8") as file:
                     file.write(json.dumps(records, indent=1))

@@ -112,6 +112,9 @@ def _first_name(path: Path) -> str | None:
         while piece := file.read(_PIECE):
             rest += piece
             if (match := _NAME.search(rest)) is not None:
-                return json.loads(match[1])
+                try:
+                    return json.loads(match[1], strict=False)
+                except ValueError:
+                    return match[1].decode(errors="replace")
             rest = rest[-1000:]
     return None

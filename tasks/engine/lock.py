@@ -59,5 +59,5 @@ def _describe(holder: Path) -> str:
         return (
             f"process {record['process']} on {record['machine']} has been writing a run there since {record['since']}"
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process is writing a run there"

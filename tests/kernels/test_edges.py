@@ -277,3 +277,20 @@ def test_a_window_that_is_cut_does_not_see_what_the_shifted_one_does(operand, nu
     assert out[:, :2].isfinite().all()
     assert not out[:, 3:5].isfinite().all()
     torch.testing.assert_close(out, attend(), equal_nan=True)
+
+
+@pytest.mark.parametrize(("operand", "seeing"), [("query", [5]), ("key", [3, 4, 5, 6, 7]), ("value", [3, 4, 5, 6, 7])])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_pooled_products_of_bfloat16_keep_rows_apart(operand, seeing, gradients):
+    """Torch's own products don't, on CPUs with AMX: what one query sees would reach those beside it."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(2, 9, 11, 1, 5, dtype=torch.bfloat16) for name in ("query", "key", "value")}
+    tensors[operand][:, 5] = float("nan")
+    pooled, bias = torch.randn(2, 9, 1, 5, dtype=torch.bfloat16), torch.randn(1, 25, dtype=torch.bfloat16)
+    table, added = torch.randn(1, 99, 9, dtype=torch.bfloat16), torch.randn(2, 9, 11, 1, 25, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(gradients):
+        out = aggregated_attention(
+            *tensors.values(), pooled, pooled, bias, table, lambda x, first, end: x[:, first * 11 : end * 11], added
+        )
+    assert out.dtype == torch.bfloat16
+    assert sorted(set((~out.isfinite()).nonzero()[:, 1].tolist())) == seeing

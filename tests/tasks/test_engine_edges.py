@@ -311,3 +311,12 @@ def test_the_config_in_a_checkpoint_is_data(config_file):
     assert config["data"]["root"] == "elsewhere"
     with pytest.raises(TaskError, match=r"last.pth: holds no config; name one: foveate eval CONFIG last.pth"):
         engine.config_of({}, "last.pth")
+
+
+def test_files_that_a_run_did_not_leave_are_not_listed(tmp_path, monkeypatch, capsys):
+    """As where one that was complete is continued, which draws nothing new."""
+    (tmp_path / "last.pth").touch()
+    result = {"metric": "accuracy", "metrics": {"accuracy": 0.5}, "pictures": [("curves.png", "the curves")]}
+    monkeypatch.setattr(engine, "train", lambda *_, **__: result)
+    assert main(["train", "classify/nat_atto_digits", "--output", str(tmp_path)]) == 0
+    assert f"run: {tmp_path} (last.pth)" in capsys.readouterr().out

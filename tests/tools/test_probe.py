@@ -8,6 +8,7 @@ import pytest
 import torch
 from foveate.tasks.data.classification import Digits
 from foveate.tools.cli import main
+from foveate.tools.embed import _write_parquet
 
 ARGUMENTS = ("--untrained", "--size", "32", "--seeds", "2", "--epochs", "3", "--k", "5", "--workers", "1")
 
@@ -138,3 +139,9 @@ def test_parquet_is_read_by_others(folder, tmp_path):
     table, expected = parquet.read_table(tmp_path / "e.parquet"), np.load(tmp_path / "e.npz")
     assert table["path"].to_pylist() == expected["paths"].tolist()
     assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), expected["embeddings"])
+
+
+def test_names_of_files_that_are_no_utf8_reach_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    _write_parquet(str(tmp_path / "e.parquet"), ["\udcffä.png"], np.zeros((1, 2), np.float32), "a model")
+    assert parquet.read_table(tmp_path / "e.parquet")["path"].to_pylist() == [r"\udcffä.png"]

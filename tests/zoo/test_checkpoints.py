@@ -592,3 +592,27 @@ def test_what_else_a_file_holds_is_not_walked(tmp_path):
         content["log"] = [content["log"], content["log"]]
     torch.save(content, tmp_path / "file.pth")
     load("foveate_host_atto", tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("classes", [{}, {"num_classes": 1000}, {"num_classes": 7}])
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("head.fc.bias", None),
+        ("head.fc.weight", None),
+        ("head.fc.bias", torch.zeros(3)),
+        ("head.fc.bias", torch.zeros(())),
+    ],
+)
+def test_half_a_classifier_is_none(entry, value, classes, tmp_path):
+    state = timm.create_model("foveate_host_atto").state_dict() | {entry: value}
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "half.pth")
+    with pytest.raises(CheckpointError, match=rf"{entry}[,)]|the checkpoint has no classifier"):
+        load("foveate_host_atto", tmp_path / "half.pth", **classes)
+
+
+def test_a_classifier_of_other_inputs_is_not_the_models(tmp_path):
+    state = timm.create_model("foveate_host_atto").state_dict()
+    torch.save(state | {"head.fc.weight": torch.zeros(1000, 5)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"1 of another shape \(head\.fc\.weight\)$"):
+        load("foveate_host_atto", tmp_path / "other.pth")

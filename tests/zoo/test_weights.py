@@ -1,5 +1,6 @@
 """Published weights: a well-formed table, and downloads that end in the right file or in a clear error."""
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import filelock
@@ -267,6 +269,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.wfile.write(body[start:])
         self.give(b"x" * len(body) if first else body, upto=len(body) // 2 if first else None, etag='"old"')
 
+    def unsigned_halves(self, first):
+        """As two_halves, by a host that doesn't say which file its rest is of."""
+        body = self.server.payload
+        if first or not self.headers.get("Range"):
+            return self.give(b"x" * len(body) if first else body, upto=len(body) // 2 if first else None)
+        start = int(self.headers["Range"][6:-1])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        self.wfile.write(body[start:])
+
+    def no_total(self, first):
+        """Break off twice, and not say again how long the file is."""
+        body = self.server.payload
+        if first:
+            return self.give(body, upto=len(body) // 2)
+        start = int(self.headers["Range"][6:-1])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/*")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(body[start : None if start > len(body) // 2 else -9])
+
+    def owned(self, first):
+        """Give the file to those alone who say who they are."""
+        right = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"me:a b").decode()
+        self.ok(first) if right else self.send_error(401)
+
+    def owned_elsewhere(self, first):
+        self.server.told = self.headers.get("Authorization")
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.server.server_port}/owned/file.pth")
+        self.end_headers()
+
+    def dripping_head(self, first):
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b"HTTP/1.1 "[:1])
+                self.wfile.flush()
+                time.sleep(0.02)
+
     def too_long(self, first):
         body = self.server.payload
         if first:
@@ -353,7 +396,7 @@ def leftovers(folder: Path) -> list[str]:
 
 GOOD = (
     *("ok", "busy", "slow", "stuck", "truncated", "reset", "no-ranges", "changed", "wrong-range", "refused-range"),
-    *("redirect", "no-length", "two-halves"),
+    *("redirect", "no-length", "two-halves", "unsigned-halves", "no-total"),
 )
 
 
@@ -629,11 +672,13 @@ def test_the_table_is_plain_data():
         ("flipped", "the checksum of .* is another"),
         ("nowhere", "makes no sense"),
         ("drip", "bytes a second: given up"),
+        ("dripping-head", "not answered for .* seconds: given up"),
     ],
 )
 def test_no_other_file_is_taken_for_it(path, message, host, home, monkeypatch):
-    if path == "drip":
+    if "drip" in path:
         monkeypatch.setattr(_download, "PATIENCE", 0.2)
+        monkeypatch.setattr(_download, "TIMEOUT", 0.5)
     with pytest.raises(WeightsError, match=message):
         fetch(published(host.address(f"{path}/file.pth")))
     assert not (home / NAME / "file.pth").exists()
@@ -657,7 +702,7 @@ def test_a_full_disk_keeps_nothing_and_is_one_line(host, home, monkeypatch):
     assert leftovers(home) == []
 
 
-@pytest.mark.parametrize("content", ["", '{"a": {"sha', "[]", '{"a": 1}'])
+@pytest.mark.parametrize("content", ["", '{"a": {"sha', "[]", '{"a": 1}', "[" * 100_000])
 def test_records_that_can_not_be_read_are_set_aside(content, host, home, payload):
     entry = published(host.address("ok/file.pth"))
     fetch(entry)
@@ -665,6 +710,31 @@ def test_records_that_can_not_be_read_are_set_aside(content, host, home, payload
     assert fetch(entry).read_bytes() == payload
     assert (home / "pins.broken.json").read_text() == content
     assert list(weights.pins()) == [f"{NAME}/file.pth"]
+
+
+def test_what_a_killed_process_left_of_the_records_is_written_over(host, home, monkeypatch):
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights.os, "replace", killed)
+        patched.setattr(weights.os, "getpid", lambda: 1)
+        with pytest.raises(KeyboardInterrupt):
+            weights._write_pins(None, {})
+    fetch(published(host.address("ok/file.pth")))
+    assert sorted(path.name for path in home.iterdir()) == [".pins.lock", NAME, "pins.json"]
+
+
+@pytest.mark.parametrize("name", ["write_text", "open", "fsync"])
+def test_a_disk_without_room_for_another_file_is_one_line(name, host, home, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    place = {"write_text": Path, "open": _download, "fsync": _download.os}[name]
+    monkeypatch.setattr(place, name, full, raising=False)
+    with pytest.raises(WeightsError, match="No space left on device; free space"):
+        fetch(published(host.address("ok/file.pth")))
+    assert leftovers(home) == []
 
 
 def test_secrets_are_not_told(host, home):
@@ -676,11 +746,52 @@ def test_secrets_are_not_told(host, home):
     assert "geheim" not in (home / "pins.json").read_text()
 
 
+@pytest.mark.parametrize("address", ["https://me:secret@[::1/x", "https://me:sec/secret@host/x?key=secret"])
+def test_addresses_that_make_no_sense_keep_their_secrets(address, home):
+    assert "secret" not in weights.shown(address)
+    with pytest.raises(WeightsError) as error:
+        weights.locate(f"{address}#sha256=1")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".pth", "%C3%A4" * 99, "ä" * 130])
+def test_a_files_name_of_any_length_arrives(name, host, home, payload):
+    assert weights.locate(host.address(f"ok/{urllib.parse.quote(name)}")).read_bytes() == payload
+
+
+@pytest.mark.parametrize("name", ["http://[::1/x", "a" * 300, "a\0b"])
+def test_what_is_no_name_of_a_file_is_one_line(name, home):
+    with pytest.raises(WeightsError, match=r"makes no sense as an address|is no name of a file|no such file"):
+        weights.locate(name)
+
+
+def test_user_and_password_of_an_address_go_to_its_host_alone(host, home, payload):
+    owned = host.address("owned/file.pth").replace("//", "//me:a%20b@")
+    assert weights.locate(owned).read_bytes() == payload
+    with pytest.raises(WeightsError, match="401"):
+        weights.locate(owned.replace("owned", "owned-elsewhere"))
+    assert host.told is not None
+
+
+def test_the_name_that_a_redirect_leads_to_is_the_one_told(host, home, monkeypatch):
+    monkeypatch.setattr(
+        Handler,
+        "nowhere",
+        lambda self, first: (
+            self.send_response(302),
+            self.send_header("Location", "http://nobody.invalid/x"),
+            self.end_headers(),
+        ),
+    )
+    with pytest.raises(WeightsError, match=r"no host of the name nobody\.invalid"):
+        fetch(published(host.address("nowhere/file.pth")))
+
+
 def test_a_hash_counts_for_a_file_that_is_here(host, home, payload):
     address = host.address("ok/file.pth")
     digest = hashlib.sha256(payload).hexdigest()
     assert weights.locate(f"{address}#sha256={digest}").read_bytes() == payload
-    with pytest.raises(WeightsError, match="as asked for"):
+    with pytest.raises(WeightsError, match=f"as asked for.*--renew {address}`"):
         weights.locate(f"{address}#sha256={'0' * 64}")
 
 

@@ -131,7 +131,7 @@ def _compare(model, reference: Path, device) -> tuple[bool, float]:
         rule = spec["inputs"].get("x", spec["inputs"])
         generator = torch.Generator().manual_seed(rule.get("seed", 0))
         images = torch.randn(tuple(rule["shape"]), generator=generator, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TaskError(f"{reference}: not a recorded output beside its .npz ({error})") from error
     outputs = model(images.to(device))
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs

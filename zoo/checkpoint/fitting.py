@@ -205,8 +205,13 @@ def _fit_family(
     classifiers, first_convs = (
         (entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in (cfg["classifier"], cfg["first_conv"])
     )
-    classifier = {f"{layer}.{leaf}" for layer in classifiers for leaf in ("weight", "bias")}
     model_state = model.state_dict()
+    classifier = {
+        f"{layer}.{leaf}"
+        for layer in classifiers
+        if _is_layer(layer, state, model_state)
+        for leaf in ("weight", "bias")
+    }
     initial = [key for key, value in state.items() if value is None]
     state = {key: value for key, value in state.items() if value is not None}
     initial += absent_counters(state, model)
@@ -236,6 +241,15 @@ def _fit_family(
     model.load_report = report
     _logger.log(logging.WARNING if report.reshaped else logging.INFO, f"{name}: {report}")
     return fitted | own | {key: state[key] for key in classifier & state.keys()}
+
+
+def _is_layer(name: str, state: Mapping[str, Tensor | None], model_state: Mapping[str, Tensor]) -> bool:
+    """Return whether a file's classifier is whole or not there, and fits the model unless it has other classes."""
+    leaves = [f"{name}.{leaf}" for leaf in ("weight", "bias") if f"{name}.{leaf}" in model_state]
+    shapes = [None if state.get(leaf) is None else state[leaf].shape for leaf in leaves]
+    own = [model_state[leaf].shape for leaf in leaves]
+    classes = {shape and shape[:1] for shape in shapes}
+    return len(classes) <= 1 and (shapes == own or classes != {shape[:1] for shape in own})
 
 
 def check_classes(name: str, file_classes: int | None, classes: int | None, explicit: bool) -> None:

@@ -91,7 +91,7 @@ class Checkpoint:
             return dict(card)
         try:
             card = json.loads(self.metadata.get("foveate", "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return card if isinstance(card, dict) else None
 
