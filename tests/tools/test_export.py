@@ -254,3 +254,19 @@ def test_missing_packages_name_the_extra(refused, monkeypatch):
     )
     message = refused("export", "nat_atto", "x.onnx", "--untrained")
     assert "needs the package onnxscript: pip install 'foveate[export]'" in message
+
+
+def test_no_rule_of_onnxscript_looks_through_the_graph_at_every_node(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    rewriter, seen, export = pytest.importorskip("onnxscript.rewriter"), [], torch.onnx.export
+    before = rewriter._DEFAULT_REWRITE_RULES
+
+    def spy(*args, **options):
+        seen.extend(rewriter._DEFAULT_REWRITE_RULES)
+        return export(*args, **options)
+
+    monkeypatch.setattr("torch.onnx.export", spy)
+    export_model(Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.onnx", {})
+    assert len(seen) > 0.9 * len(before)
+    assert all(rule._target_pattern.has_single_output_node for rule in seen)
+    assert rewriter._DEFAULT_REWRITE_RULES is before
