@@ -71,10 +71,14 @@ def neighbors(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 def gather_bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Do what `sample_bilinear` does, by four gathers; in exported graphs by one."""
-    # TorchScript leaves the other branch out.
-    if not torch.jit.is_scripting():
-        if exporting():
-            return _gather_corners(x, rows, columns)
+    # TorchScript, which knows no graphs for other runtimes, leaves the other branch out.
+    if torch.jit.is_scripting():
+        return _gather_each(x, rows, columns)
+    else:
+        return _gather_corners(x, rows, columns) if exporting() else _gather_each(x, rows, columns)
+
+
+def _gather_each(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     height, width, dim = x.shape[1], x.shape[2], x.shape[3]
     upper, lower, upper_share, lower_share = neighbors(rows, torch.full_like(rows[:1, :1], height))
     left, right, left_share, right_share = neighbors(columns, torch.full_like(columns[:1, :1], width))
@@ -89,7 +93,7 @@ def gather_bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _gather_corners(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Do what `sample_bilinear` does, in a third of the operators: writing a graph takes the square of their number."""
-    batch, height, width, dim = x.shape
+    batch, height, width = x.shape[:3]
     (row, row_share), (column, column_share) = _ends(rows, height), _ends(columns, width)
     pixel = row[:, None] * width + column + torch.arange(batch, device=x.device)[:, None] * (height * width)
     share = (row_share[:, None] * column_share).unsqueeze(-1)
@@ -117,7 +121,7 @@ def sample_aligned(x: Tensor, points: Tensor) -> Tensor:
     Returns:
         ``[B, C, h, w]``.
     """
-    # TorchScript, which knows no graphs for other runtimes, leaves the other branch out.
+    # As in `gather_bilinear`.
     if torch.jit.is_scripting():
         return F.grid_sample(x, points, mode="bilinear", align_corners=True)
     else:
