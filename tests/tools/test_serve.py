@@ -120,9 +120,9 @@ def test_resize_in_the_graph_is_pillows(interpolation, size):
     expected = rule.transform()(Image.fromarray(image[0].numpy()))
     got = FromImages(torch.nn.Identity(), rule)(image)[0]
     difference = (got - expected).abs()
-    # Sums that lie halfway between two levels are rounded twice.
-    assert difference.max() < 2.01
-    assert (difference > 1.01).float().mean() < 1e-3
+    # Bilinear weights are fractions of whole numbers; those of the cubic are rounded, and so are a few of its levels.
+    assert difference.max() < (0.01 if interpolation == "bilinear" else 1.01)
+    assert (difference > 0.01).float().mean() < 2e-3
 
 
 def test_what_cant_be_written_is_refused(refused, digits_run, tmp_path):
