@@ -307,6 +307,24 @@ def test_detectors_and_segmenters_are_held_to_their_answers_in_float32(monkeypat
         quantize.compared(files, [image])
 
 
+def test_speeds_are_those_of_one_thread(monkeypatch, tmp_path):
+    (tmp_path / "a.pt2").write_bytes(b"x")
+    threads, before = set(), torch.get_num_threads()
+
+    def logits(image):
+        threads.add(torch.get_num_threads())
+        return torch.zeros(1, 2)
+
+    monkeypatch.setattr(quantize, "_logits", lambda path: logits)
+    torch.set_num_threads(2)
+    try:
+        quantize.measured({"a": tmp_path / "a.pt2"}, [torch.zeros(1, 4, 4)], [0])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
+
+
 def test_images_to_calibrate_by_are_not_compared_on(tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(9)]
     used, others = quantize.split_files(paths, 4)
