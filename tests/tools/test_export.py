@@ -6,8 +6,11 @@ import timm
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.export import Options, aligned, export_model
+from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 
@@ -190,6 +193,35 @@ class OneSize(nn.Module):
 def test_a_model_of_one_size_is_refused_for_any(tmp_path):
     with pytest.raises(TaskError, match=r"OneSize can't be exported for images of any size: .* without --dynamic-size"):
         export_model(OneSize(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {}, Options(dynamic_size=True))
+
+
+class Merged(nn.Module):
+    """Patches that are merged three times, each padded to a multiple."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = PatchEmbed(None, 4, 3, 8, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True)
+        self.merges = nn.Sequential(*(PatchMerging(8 * 2**level) for level in range(3)))
+
+    def forward(self, x):
+        return self.merges(self.patches(x))
+
+
+def test_sides_that_are_padded_stand_once_in_the_sizes_of_a_graph():
+    model = Merged().eval()
+    with symbolic(True):
+        program = trace(model, torch.randn(1, 3, 64, 64), False, True)
+    assert program.state_dict.keys() == model.state_dict().keys()
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    shape = str(output.args[0][0].meta["val"].shape)
+    assert "Mod" not in shape
+    assert len(shape) < 80
+    module = program.module()
+    for size in ((64, 64), (45, 70), (33, 95)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(module(images), model(images))
 
 
 class OneImage(nn.Module):
