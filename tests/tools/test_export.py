@@ -224,6 +224,20 @@ def test_sides_that_are_padded_stand_once_in_the_sizes_of_a_graph():
             torch.testing.assert_close(module(images), model(images))
 
 
+def test_what_onnx_cant_write_for_any_size_may_be_for_one(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def fail(*args):
+        raise TaskError("torch.onnx can't write this model: no such rank")
+
+    monkeypatch.setattr("foveate.tasks.export.files.write_onnx", fail)
+    call = Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.onnx", {}
+    with pytest.raises(TaskError, match=r"^Small can't be .* any size: .* rank; export it for one, without --dynamic-"):
+        export_model(*call, Options(dynamic_size=True))
+    with pytest.raises(TaskError, match=r"no such rank$"):
+        export_model(*call)
+
+
 class OneImage(nn.Module):
     def forward(self, x):
         return {1: x.mean((2, 3))}[len(x)]
