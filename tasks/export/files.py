@@ -1,9 +1,10 @@
 """Writing a model's file: traced once, written, read again, run and compared, and only then put in place."""
 
+import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def export_model(
         file = folder / path.name
         if is_onnx:
             limits = options.opset, options.external_from
-            with symbolic(options.dynamic_size):
+            with symbolic(options.dynamic_size), _of_any_size(model, options):
                 files = timed("writing ONNX", lambda: write_onnx(program, names, card, file, *limits))
         else:
             files = timed("writing the program", lambda: write_program(program, card, file))
@@ -131,6 +132,20 @@ def export_model(
 
     facts["files"] = write_together(path.parent, path.name, write)
     return facts
+
+
+@contextlib.contextmanager
+def _of_any_size(model: nn.Module, options: Options) -> Iterator[None]:
+    """Say of what can't be written that it may be for one size."""
+    try:
+        yield
+    except TaskError as error:
+        if not options.dynamic_size:
+            raise
+        what = type(getattr(model, "model", model)).__name__
+        raise TaskError(
+            f"{what} can't be exported for images of any size: {error}; export it for one, without --dynamic-size"
+        ) from error
 
 
 def _runner(file: Path, path: Path) -> Callable[[Tensor], list[Tensor]]:

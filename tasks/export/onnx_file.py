@@ -34,6 +34,26 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _in_linear_time() -> Iterator[None]:
+    """Leave out the rules of onnxscript that look for pairs of nodes (two Slices that are a Split).
+
+    For each it goes through the whole graph at every node: of thousands of nodes that is most of an export.
+    """
+    rewriter = require("onnxscript.rewriter")
+    name = "_DEFAULT_REWRITE_RULES"
+    before = getattr(rewriter, name, None)
+    try:
+        if before is not None:
+            patterns = [getattr(rule, "_target_pattern", None) for rule in before]
+            pairs = [not getattr(pattern, "has_single_output_node", True) for pattern in patterns]
+            setattr(rewriter, name, tuple(rule for rule, pair in zip(before, pairs, strict=True) if not pair))
+        yield
+    finally:
+        if before is not None:
+            setattr(rewriter, name, before)
+
+
 def write_onnx(
     program: torch.export.ExportedProgram,
     names: Sequence[str],
@@ -49,7 +69,7 @@ def write_onnx(
     """
     try:
         # With gradients, torch 2.14 can't decompose a program whose parameters are reshaped.
-        with _silent(), torch.no_grad():
+        with _silent(), _in_linear_time(), torch.no_grad():
             written = torch.onnx.export(
                 program,
                 (),

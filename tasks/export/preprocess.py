@@ -15,24 +15,36 @@ from ..data.classification import InputRule
 
 LAYOUTS = ("hwc", "chw")
 
+# Pillow's weights are integers, in so many parts of 1, and its sums exact; ours are so in halves, which float32 holds.
+_ONE, _HALF = 2.0**22, 2.0**11
 
-def _triangle(x: Tensor) -> Tensor:
-    return (1 - x.abs()).clamp(min=0)
+
+def _triangle(distance: Tensor, reach: Tensor) -> Tensor:
+    """Return Pillow's weights, whole numbers in float32, of pixels ``[size, L]`` at integer distances."""
+    weights = (reach - distance.abs()).clamp(min=0)
+    total = weights.sum(1, keepdim=True)
+    return ((weights * int(2 * _ONE) + total) // (2 * total)).float()
 
 
-def _cubic(x: Tensor) -> Tensor:
-    """Keys' cubic with a = -0.5, which is Pillow's; torch.nn.functional.interpolate's is -0.75."""
-    x = x.abs()
+def _cubic(distance: Tensor, reach: Tensor) -> Tensor:
+    """Do so for Keys' cubic with a = -0.5, which is Pillow's; torch.nn.functional.interpolate's is -0.75."""
+    x = distance.abs().float() / reach.float()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return (weights / weights.sum(1, keepdim=True) * _ONE).round()
 
 
-_FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {"bilinear": (_triangle, 1.0), "bicubic": (_cubic, 2.0)}
+_FILTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bilinear": _triangle, "bicubic": _cubic}
 
 
-def _whole(x: Tensor) -> Tensor:
-    return (x + 0.5).floor().clamp(0, 255)
+def _filtered(weights: Tensor, x: Tensor) -> Tensor:
+    """Return the levels, rounded as Pillow does, that weights ``[size, L]`` make of ``[..., L, N]``."""
+    high = (weights / _HALF).round()
+    high, low = (torch.cat([high, weights - high * _HALF]) @ x).chunk(2, dim=-2)
+    high = high + _HALF / 2
+    level = (high / _HALF).floor()
+    return (level + (((high - level * _HALF) * _HALF + low) / _ONE).floor()).clamp(0, 255)
 
 
 class FromImages(nn.Module):
@@ -44,9 +56,8 @@ class FromImages(nn.Module):
         layout: ``"hwc"`` for ``[1, H, W, C]``, as decoders give it, or ``"chw"``.
 
     Shape:
-        uint8 in ``layout`` to what the model returns. Its inputs are within one grey level of ``rule``'s (of noise, one
-        pixel in thousands within two, where both roundings fall between levels); but
-        for ``"squash"``: of images that shrink more in height than in width, Pillow 13 takes the columns first, which
+        uint8 in ``layout`` to what the model returns. Its inputs are within one grey level of ``rule``'s, but for
+        ``"squash"``: of images that shrink more in height than in width, Pillow 13 takes the columns first, which
         shows where the filter overshoots black or white.
 
     Raises:
@@ -88,32 +99,27 @@ class FromImages(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """Return the resized crop ``[1, C, size, size]`` in whole grey levels, float32."""
         x = (images.permute(0, 3, 1, 2) if self.layout == "hwc" else images).float()
-        rows = torch.arange(x.shape[2], dtype=torch.float32)
-        columns = torch.arange(x.shape[3], dtype=torch.float32)
+        rows, columns = torch.arange(x.shape[2]), torch.arange(x.shape[3])
         height, width = rows[-1] + 1, columns[-1] + 1
         scaled = int(self.rule.size / self.rule.crop_pct)
         if self.rule.crop_mode == "squash":
             sides = [torch.full_like(height, scaled)] * 2
         else:
-            # Of the longer side the whole pixels, as torchvision has it; in integers a division is exact.
-            short = torch.minimum(height, width).long()
-            sides = [(side.long() * scaled // short).float() for side in (height, width)]
-        x = _whole(x @ self._matrix(columns, width, sides[1]).mT)
-        return _whole(self._matrix(rows, height, sides[0]) @ x)
+            # Of the longer side the whole pixels, as torchvision has it.
+            short = torch.minimum(height, width)
+            sides = [side * scaled // short for side in (height, width)]
+        x = _filtered(self._weights(columns, width, sides[1]), x.mT).mT
+        return _filtered(self._weights(rows, height, sides[0]), x)
 
-    def _matrix(self, positions: Tensor, length: Tensor, scaled: Tensor) -> Tensor:
-        """Return the weights ``[size, L]`` of an axis's pixels in those of the crop of its ``scaled`` ones."""
-        function, support = _FILTERS[self.rule.interpolation]
-        first = ((scaled - self.rule.size) / 2).round()
-        step = length / scaled
-        stretch = step.clamp(min=1)
-        centre = (torch.arange(self.rule.size, dtype=torch.float32) + first + 0.5) * step
-        reach = support * stretch
-        # Pillow takes whole pixels, those whose middles are within reach, rounded.
-        low, high = (centre - reach + 0.5).floor()[:, None], (centre + reach + 0.5).floor()[:, None]
-        weights = function((positions - centre[:, None] + 0.5) / stretch)
-        weights = torch.where((positions >= low) & (positions < high), weights, torch.zeros_like(weights))
-        return weights / weights.sum(1, keepdim=True)
+    def _weights(self, positions: Tensor, length: Tensor, scaled: Tensor) -> Tensor:
+        """Return the weights ``[size, L]`` of an axis's pixels in those of the crop of its ``scaled`` ones.
+
+        Distances are integers: a position that is rounded to float32 is off by more than a level may bear.
+        """
+        first = ((scaled - self.rule.size) / 2).round().long()
+        centre = (2 * (torch.arange(self.rule.size) + first) + 1) * length
+        distance = (2 * positions + 1) * scaled - centre[:, None]
+        return _FILTERS[self.rule.interpolation](distance, 2 * torch.maximum(length, scaled))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the model's answer; see the class."""

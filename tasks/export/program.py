@@ -15,6 +15,7 @@ from ...zoo.library_errors import cause_of, fixed_size
 from .. import TaskError
 from .check import as_list
 from .metadata import plain_metadata
+from .sizes import restate_sizes
 
 # Of a node, what says where in the source it came from.
 _ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -48,10 +49,13 @@ def trace(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_size: 
         axes |= dict.fromkeys(getattr(model, "size_axes", (2, 3)), torch.export.Dim.DYNAMIC)
     if axes:
         shapes = (axes,)
+    traced = copy.deepcopy(model)
+    if dynamic_size:
+        restate_sizes(traced)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(copy.deepcopy(model), (inputs,), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(traced, (inputs,), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         what = type(getattr(model, "model", model)).__name__
         if dynamic_size:

@@ -7,6 +7,7 @@ more than the product saves, and so they stay in float32. The outputs of product
 rounding and a conversion each.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,18 @@ def _keep_metadata(onnx: Any, source: Any, target: Path) -> None:
     onnx.save(written, target)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute in one thread, as onnxruntime is told to: what is compared has as much of the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def measured(files: dict[str, Path], images: Sequence[Tensor], labels: Sequence[int], rounds: int = 9) -> list[dict]:
     """Return a row for each classifier's file: accuracy, agreement with the first, speed, and size.
 
@@ -220,6 +233,7 @@ def network_inputs(predictor: Any, images: Sequence[Any]) -> list[Tensor]:
     return inputs
 
 
+@_one_thread()
 def compared(files: dict[str, Path], images: Sequence[Any], threshold: float = 0.5) -> list[dict]:
     """Return a row for each detector's or segmenter's file: agreement with the first, speed of a picture, and size.
 

@@ -67,3 +67,19 @@ def test_half_precision_reads_at_exact_points():
     out = sample_bilinear(x.bfloat16(), rows, columns)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), sample_bilinear(x, rows, columns), rtol=2e-2, atol=2e-2)
+
+
+class Reads(torch.nn.Module):
+    def forward(self, x, rows, columns):
+        return sample_bilinear(x, rows, columns)
+
+
+def test_an_exported_graph_reads_the_same_in_few_operators():
+    x, rows, columns = torch.randn(2, 5, 7, 3), torch.rand(2, 30) * 9 - 2, torch.rand(2, 30) * 11 - 2
+    rows[0, :6] = torch.tensor([float("nan"), float("inf"), -1e30, 1e30, 0.0, 4.0])
+    columns[0, 6:9] = torch.tensor([float("nan"), -float("inf"), 6.0])
+    program = torch.export.export(Reads(), (x, rows, columns))
+    expected = sample_bilinear(x, rows, columns, "gather")
+    assert expected.isnan().any()
+    torch.testing.assert_close(program.module()(x, rows, columns), expected, rtol=0, atol=0, equal_nan=True)
+    assert sum(node.op == "call_function" for node in program.graph.nodes) < 70

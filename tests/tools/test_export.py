@@ -6,8 +6,11 @@ import timm
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.export import Options, aligned, export_model
+from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 
@@ -192,6 +195,49 @@ def test_a_model_of_one_size_is_refused_for_any(tmp_path):
         export_model(OneSize(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {}, Options(dynamic_size=True))
 
 
+class Merged(nn.Module):
+    """Patches that are merged three times, each padded to a multiple."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = PatchEmbed(None, 4, 3, 8, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True)
+        self.merges = nn.Sequential(*(PatchMerging(8 * 2**level) for level in range(3)))
+
+    def forward(self, x):
+        return self.merges(self.patches(x))
+
+
+def test_sides_that_are_padded_stand_once_in_the_sizes_of_a_graph():
+    model = Merged().eval()
+    with symbolic(True):
+        program = trace(model, torch.randn(1, 3, 64, 64), False, True)
+    assert program.state_dict.keys() == model.state_dict().keys()
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    shape = str(output.args[0][0].meta["val"].shape)
+    assert "Mod" not in shape
+    assert len(shape) < 80
+    module = program.module()
+    for size in ((64, 64), (45, 70), (33, 95)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(module(images), model(images))
+
+
+def test_what_onnx_cant_write_for_any_size_may_be_for_one(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def fail(*args):
+        raise TaskError("torch.onnx can't write this model: no such rank")
+
+    monkeypatch.setattr("foveate.tasks.export.files.write_onnx", fail)
+    call = Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.onnx", {}
+    with pytest.raises(TaskError, match=r"^Small can't be .* any size: .* rank; export it for one, without --dynamic-"):
+        export_model(*call, Options(dynamic_size=True))
+    with pytest.raises(TaskError, match=r"no such rank$"):
+        export_model(*call)
+
+
 class OneImage(nn.Module):
     def forward(self, x):
         return {1: x.mean((2, 3))}[len(x)]
@@ -254,3 +300,19 @@ def test_missing_packages_name_the_extra(refused, monkeypatch):
     )
     message = refused("export", "nat_atto", "x.onnx", "--untrained")
     assert "needs the package onnxscript: pip install 'foveate[export]'" in message
+
+
+def test_no_rule_of_onnxscript_looks_through_the_graph_at_every_node(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    rewriter, seen, export = pytest.importorskip("onnxscript.rewriter"), [], torch.onnx.export
+    before = rewriter._DEFAULT_REWRITE_RULES
+
+    def spy(*args, **options):
+        seen.extend(rewriter._DEFAULT_REWRITE_RULES)
+        return export(*args, **options)
+
+    monkeypatch.setattr("torch.onnx.export", spy)
+    export_model(Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.onnx", {})
+    assert len(seen) > 0.9 * len(before)
+    assert all(rule._target_pattern.has_single_output_node for rule in seen)
+    assert rewriter._DEFAULT_REWRITE_RULES is before

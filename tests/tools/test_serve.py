@@ -120,9 +120,9 @@ def test_resize_in_the_graph_is_pillows(interpolation, size):
     expected = rule.transform()(Image.fromarray(image[0].numpy()))
     got = FromImages(torch.nn.Identity(), rule)(image)[0]
     difference = (got - expected).abs()
-    # Sums that lie halfway between two levels are rounded twice.
-    assert difference.max() < 2.01
-    assert (difference > 1.01).float().mean() < 1e-3
+    # Bilinear weights are fractions of whole numbers; those of the cubic are rounded, and so are a few of its levels.
+    assert difference.max() < (0.01 if interpolation == "bilinear" else 1.01)
+    assert (difference > 0.01).float().mean() < 2e-3
 
 
 def test_what_cant_be_written_is_refused(refused, digits_run, tmp_path):
@@ -305,6 +305,24 @@ def test_detectors_and_segmenters_are_held_to_their_answers_in_float32(monkeypat
     monkeypatch.setattr(quantize, "load_exported", lambda path, threads: lambda images: [low])
     with pytest.raises(TaskError, match=r"no object of a score of 0.5"):
         quantize.compared(files, [image])
+
+
+def test_speeds_are_those_of_one_thread(monkeypatch, tmp_path):
+    (tmp_path / "a.pt2").write_bytes(b"x")
+    threads, before = set(), torch.get_num_threads()
+
+    def logits(image):
+        threads.add(torch.get_num_threads())
+        return torch.zeros(1, 2)
+
+    monkeypatch.setattr(quantize, "_logits", lambda path: logits)
+    torch.set_num_threads(2)
+    try:
+        quantize.measured({"a": tmp_path / "a.pt2"}, [torch.zeros(1, 4, 4)], [0])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
 
 
 def test_images_to_calibrate_by_are_not_compared_on(tmp_path):

@@ -57,12 +57,24 @@ def assert_same(model, expected):
         lambda state: {"module." + key: value for key, value in state.items()},
         lambda state: {"state_dict": {"module._orig_mod." + key: value for key, value in state.items()}},
         lambda state: {"meta": {}, "state_dict": {"backbone." + key: value for key, value in state.items()}},
+        lambda state: {
+            "ema_state_dict": {f"module.{key}": value for key, value in state.items()} | {"steps": torch.ones(1)}
+        },
     ],
-    ids=["state_dict", "model", "ema first", "DataParallel", "compiled", "detector"],
+    ids=["state_dict", "model", "ema first", "DataParallel", "compiled", "detector", "mmengine's other"],
 )
 def test_wrapped_checkpoints_load(wrap, state, expected, tmp_path):
     torch.save(wrap(state), tmp_path / "wrapped.pth")
     assert_same(load("nat_mini", tmp_path / "wrapped.pth"), expected)
+
+
+def test_which_of_several_state_dicts_is_read_is_said(state, expected, tmp_path, caplog):
+    """mmengine's `state_dict` is the average where it holds both."""
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": state, "ema_state_dict": {key: value + 1 for key, value in state.items()}}, path)
+    assert_same(load("nat_mini", path), expected)
+    (record,) = [record for record in caplog.records if record.name == "foveate.zoo.checkpoint.reading"]
+    assert "both.pth: its state_dict is read, not its ema_state_dict; " in record.getMessage()
 
 
 @pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pickle
 import pickletools
@@ -19,8 +20,11 @@ from torch import Tensor
 from ..library_errors import first_line, needs_unpickling
 from .arrays import MAX_STEPS, PlainType, UnsafePickleError, is_pickle, plain_scalar, read_arrays
 
-# In order of trust: the averaged weights are the published ones where a file holds both.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+_logger = logging.getLogger(__name__)
+
+# In order of trust: the averaged weights are the published ones where a file holds both. mmengine swaps them to save:
+# its `state_dict` is the average, and its `ema_state_dict` what was trained.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "ema_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 # The largest models have a few thousand.
 _MOST_ENTRIES = 100_000
@@ -97,11 +101,20 @@ class Checkpoint:
 
     @functools.cached_property
     def state(self) -> dict[str, Tensor]:
-        """The state dict inside, see `state_of`.
+        """The state dict inside, see `state_of`; of several, a warning of the log says which.
 
         Raises:
             CheckpointError: If there is none.
         """
+        # A run of ours says what it is.
+        if self.card is None and len(held := _wrappers(self.content)) > 1:
+            _logger.warning(
+                "%s: its %s is read, not its %s; a file that holds nothing else is read for that: "
+                "torch.save({KEY: torch.load(FILE)[KEY]}, OTHER)",
+                self.path,
+                held[0],
+                " or ".join(held[1:]),
+            )
         return state_of(self.content)
 
 
@@ -228,14 +241,20 @@ def _of_arrays(path: Path) -> dict:
     return checkpoint
 
 
+def _wrappers(content: Mapping[str, Any]) -> list[str]:
+    """Return the keys under which a checkpoint may hold a state dict, the one that is read first."""
+    return [key for key in _WRAPPERS if isinstance(content.get(key), Mapping) and content[key]]
+
+
 def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state dict inside a checkpoint: out of its wrapper, without the prefixes of parallel training.
 
     Raises:
         CheckpointError: If there is none.
     """
-    state, outer = content, []
-    while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None):
+    state, outer, kind = content, [], ""
+    while held := _wrappers(state):
+        kind, inner = held[0], state[held[0]]
         if any(inner is known for known in (state, *outer)):
             raise CheckpointError("the checkpoint holds itself, endlessly")
         outer.append(state)
@@ -244,7 +263,9 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"the checkpoint holds {len(state):,} entries, more than any model")
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"the checkpoint holds no state dict, only {', '.join(map(repr, list(state)[:6]))}")
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    # Beside the weights of an average mmengine counts.
+    counter = ("steps",) if kind == "ema_state_dict" else ()
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in counter}
     if strange := [key for key in state if not isinstance(key, str)]:
         raise CheckpointError(f"the checkpoint holds no state dict: {strange[0]!r} is no entry's name")
     for prefix in _PREFIXES:
