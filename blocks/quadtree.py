@@ -538,9 +538,10 @@ def message(
             weights = scores.softmax(-1)
         if level < levels - 1:
             weights, position, handed = _hand_down(scores, weights, topk[level], shares is None)
-            token_index = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, position >> 2) * 4 + (
-                position & 3
-            )
+            # In arithmetic: runtimes have few operators on bits.
+            parent = position.div(4, rounding_mode="trunc")
+            token_index = candidates.unsqueeze(3).expand(-1, -1, -1, 4, -1).gather(-1, parent)
+            token_index = (token_index - parent) * 4 + position
             token_index = token_index.flatten(2, 3)
             handed = None if handed is None else handed.flatten(2, 3)
         out = quadtree_values(weights, values.pop(0).unflatten(2, (-1, 4)), candidates, backend=backend)
