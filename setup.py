@@ -28,7 +28,12 @@ INSTRUCTION_SETS = {
 
 
 class BuildLibrary(build_ext):
-    """Builds a library for ctypes, under a name that Python does not take for a module."""
+    """Builds libraries for ctypes beside each other, under names that Python does not take for modules."""
+
+    def finalize_options(self) -> None:
+        """Take all cores, unless told otherwise."""
+        super().finalize_options()
+        self.parallel = self.parallel or True
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the file of an extension: one for every version of Python."""
