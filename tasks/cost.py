@@ -17,8 +17,6 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..zoo.maps import cfg_of
-
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> float:
     """Return the multiply-adds of a model on the meta device for one image of ``shape`` ``(C, H, W)``, as on the CPU.
@@ -50,9 +48,10 @@ def _peak_here(name: str, like: Tensor, device: str, kwargs: dict, threads: int)
     torch.set_num_threads(threads)
     model = timm.create_model(name, **kwargs).eval().to(device, like.dtype)
     images = torch.randn_like(like, device=device)
+    small = timm.create_model(name, **kwargs | {"img_size": 64}).eval() if "img_size" in kwargs else model
     with torch.inference_mode():
         # Libraries load, and their work spaces come, with the first call.
-        model(images[:1] if cfg_of(name).fixed_input_size else images[:1, :, :64, :64])
+        small.to(device, like.dtype)(images[:1, :, :64, :64])
         return memory_growth(lambda: model(images), device)
 
 

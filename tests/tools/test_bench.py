@@ -38,13 +38,13 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
 
 def test_models_are_measured_in_all_ways_and_sizes(tmp_path):
     argv = ["bench", "models", "nat_atto", "--peers", "resnet10t", "test_vit", "--sizes", "160", "160x192"]
-    argv += ["--batches", "1", "2", "--rounds", "1", "--also", "floor", "train", "bfloat16", "memory", "latency"]
+    argv += ["--batches", "1", "2", "--rounds", "1", "--also", "floor", "train", "bfloat16", "latency"]
     assert main([*argv, "--output", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "models.csv").open()))
     assert [(row["size"], row["batch"]) for row in rows[::3]] == [(s, b) for s in ("160", "160x192") for b in "12"]
     assert [row["model"] for row in rows[:3]] == ["nat_atto", "resnet10t", "test_vit"]
     for row in rows:
-        numbers = ("over floor", "training step over forward", "bfloat16 times forward", "peak MB", "ms for one image")
+        numbers = ("over floor", "training step over forward", "bfloat16 times forward", "ms for one image")
         assert all(float(row[column]) > 0 for column in numbers)
         assert row["machine moved"].endswith("%")
         assert row["model"] != "resnet10t" or float(row["training steps times resnet10t"]) == 1
@@ -155,7 +155,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(gpu, "MODELS", ["nat_atto"])
     monkeypatch.setattr(gpu, "BATCH", 1)
     monkeypatch.setattr(gpu, "SIDE", 64)
-    monkeypatch.setattr(gpu, "EXTRAS", ["memory"])
+    monkeypatch.setattr(gpu, "EXTRAS", ["latency"])
     return ["bench", "gpu", "--device", "cpu", "--no-flex", "--rounds", "1", "--peers", "resnet10t"]
 
 

@@ -492,7 +492,7 @@ def test_the_first_hash_is_recorded_and_held(host, home, payload, state, tmp_pat
     assert pin["address"] == address
     # Another file at the same address, after the cache was emptied.
     path.unlink()
-    torch.save(state | {"head.fc.bias": torch.ones(1000)}, tmp_path / "other.pth")
+    torch.save(state | {"head.fc.bias": torch.ones_like(state["head.fc.bias"])}, tmp_path / "other.pth")
     host.payload = (tmp_path / "other.pth").read_bytes()
     with pytest.raises(WeightsError, match=r"wrong file: .*--renew nat_atto\.somebody_in1k` if the new file is right"):
         fetch(published(address))

@@ -107,13 +107,13 @@ class Checkpoint:
             CheckpointError: If there is none.
         """
         # A run of ours says what it is.
-        if self.card is None and len(held := _wrappers(self.content)) > 1:
+        if self.card is None and len(keys := _wrappers(self.content)) > 1:
             _logger.warning(
                 "%s: its %s is read, not its %s; a file that holds nothing else is read for that: "
                 "torch.save({KEY: torch.load(FILE)[KEY]}, OTHER)",
                 self.path,
-                held[0],
-                " or ".join(held[1:]),
+                keys[0],
+                " or ".join(keys[1:]),
             )
         return state_of(self.content)
 
@@ -253,8 +253,8 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
         CheckpointError: If there is none.
     """
     state, outer, kind = content, [], ""
-    while held := _wrappers(state):
-        kind, inner = held[0], state[held[0]]
+    while keys := _wrappers(state):
+        kind, inner = keys[0], state[keys[0]]
         if any(inner is known for known in (state, *outer)):
             raise CheckpointError("the checkpoint holds itself, endlessly")
         outer.append(state)
