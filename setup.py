@@ -43,6 +43,7 @@ class BuildLibrary(build_ext):
         """Build an extension; MinGW's own libraries become part of it, since no user of the wheel has them."""
         if self.compiler.compiler_type == "mingw32":
             ext.extra_link_args = ["-static"]
+        # What includes no header of ours includes itself for each set.
         if ext.depends and self.plat_name.endswith(("x86_64", "amd64")):
             ext.extra_objects = [file for isa in INSTRUCTION_SETS for file in self.compile_for(ext, isa)]
         super().build_extension(ext)

@@ -100,9 +100,15 @@ def run(args: argparse.Namespace) -> None:
     args.device = str(choose_device(args.device or ("cuda" if args.what == "gpu" else "cpu")))
     module = importlib.import_module(f".{args.what}", __package__)
     from ..tables import as_markdown, save_table
-    from ..timing import machine
 
-    title = f"Measured on {machine(args.device)}; medians of {args.rounds} alternating calls."
+    title = title_of(args)
     rows = module.measure(args)
     save_table(rows, args.output, args.what, title)
     print(title, as_markdown(rows), f"written to {args.output}", sep="\n\n")
+
+
+def title_of(args: argparse.Namespace) -> str:
+    """Return what stands above a table: where and how it was measured."""
+    from ..timing import machine
+
+    return f"Measured on {machine(args.device)}; medians of {args.rounds} alternating calls."

@@ -10,7 +10,7 @@ import torch
 
 from ...zoo.library_errors import first_line
 from ..tables import as_markdown, save_table
-from ..timing import machine
+from . import title_of
 from .kernels import GPU_SHAPES, bench_kernels
 from .models import Case, bench_models
 
@@ -34,14 +34,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
     No part begins after ``args.minutes``; one that fails leaves the others as they are.
     """
     deadline = time.monotonic() + 60 * args.minutes
-    title = f"Measured on {machine(args.device)}; medians of {args.rounds} alternating calls."
     tables: dict[str, list[dict]] = {}
     states = []
     for part in parts(args):
         began = time.monotonic()
         state = "left out: the time is up" if began >= deadline else _add(part, tables)
         if state == "measured":
-            save_table(tables[part.table], args.output, part.table, title)
+            save_table(tables[part.table], args.output, part.table, title_of(args))
         seconds = round(time.monotonic() - began, 1)
         states.append({"table": part.table, "part": part.name, "state": state, "seconds": seconds})
         print(f"{part.table}, {part.name}: {state}, {seconds} s", flush=True)
