@@ -4,8 +4,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels.gelu_linear import gelu_linear
 from .depthwise import apply_depthwise
-from .pieces import may_take_pieces, sum_over_channels
+from .pieces import may_recompute, may_take_pieces, sum_over_channels
 from .pointwise import apply_linear
 
 # Of the MLP's hidden map at a time, where it is computed in pieces.
@@ -17,7 +18,8 @@ class DepthwiseMlp(nn.Module):
 
     Its hidden map is the largest tensor of the model, up to 8 times its input, but no hidden channel and no image
     depends on another. Without gradients on the CPU it is therefore computed in pieces if it is large: images, or
-    channels of an image, for which fresh memory costs less.
+    channels of an image, for which fresh memory costs less. With gradients it is kept once if it is large, before the
+    convolution.
 
     Args:
         dim: Channels.
@@ -51,8 +53,10 @@ class DepthwiseMlp(nn.Module):
         if torch.jit.is_scripting():
             x = self.act(self.dwconv(self.fc1(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
             return self.drop(self.fc2(self.drop(x)))
-        x = apply_linear(self.fc1, x).permute(0, 3, 1, 2)
-        x = apply_depthwise(self.dwconv, x, self.act).permute(0, 2, 3, 1)
+        x = apply_linear(self.fc1, x)
+        if may_recompute(x, self.act, self.drop, self.dwconv, self.fc2):
+            return gelu_linear(x, self.fc2.weight, self.fc2.bias, self.dwconv.weight, self.dwconv.bias)
+        x = apply_depthwise(self.dwconv, x.permute(0, 3, 1, 2), self.act).permute(0, 2, 3, 1)
         return self.drop(apply_linear(self.fc2, self.drop(x)))
 
     @torch.jit.ignore

@@ -2,7 +2,8 @@
 
 The hidden map is the largest tensor of most models. No position's hidden channels depend on another's, and with a
 depthwise convolution between the layers no hidden channel depends on another. Inference on a CPU may therefore compute
-a piece at a time: fresh memory for the whole costs more than the products.
+a piece at a time: fresh memory for the whole costs more than the products. In training what follows the hidden map may
+be made again in the backward pass, likewise.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.backends import exporting
 from ..kernels.depthwise import depthwise_conv2d
+from ..kernels.gelu_linear import is_recomputed
 from ..kernels.pointwise import pointwise
 from .plain import is_plain, is_plain_gelu
 
@@ -22,6 +24,14 @@ def may_take_pieces(x: Tensor, *layers: nn.Module) -> bool:
     traced = torch.compiler.is_compiling() or exporting()
     # The device last: what stands for a map in a traced graph has none, and there layers are not plain.
     return not traced and not torch.is_grad_enabled() and is_plain(*layers) and x.is_cpu
+
+
+def may_recompute(hidden: Tensor, act: nn.Module, drop: nn.Module, *layers: nn.Module) -> bool:
+    """Return whether `kernels.gelu_linear` stands in for these layers after a hidden map, to keep less of it."""
+    if torch.compiler.is_compiling() or exporting() or not is_recomputed(hidden):
+        return False
+    dropping = isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
+    return not dropping and is_plain_gelu(act) and is_plain(drop, *layers)
 
 
 def sum_over_channels(

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.backends import channels_come_last
+from ..kernels.gelu_linear import gelu_linear
 from ..kernels.pointwise import is_fused, pointwise
 from .layout import channels_last
-from .pieces import may_take_pieces
+from .pieces import may_recompute, may_take_pieces
 from .plain import is_plain, is_plain_gelu
 
 
@@ -95,7 +96,8 @@ def positions_at_once(x: Tensor, hidden: int) -> int:
 class PointwiseMlp(nn.Module):
     """Two linear layers around a GELU at each position; parameters are named as in `timm.layers.Mlp`.
 
-    Inference on a CPU takes large maps in pieces: fresh memory for all hidden channels costs more than the product.
+    A CPU takes large maps in pieces: fresh memory for all hidden channels costs more than the product. In training the
+    hidden map is kept once, before the GELU.
 
     Args:
         dim: Channels.
@@ -123,9 +125,15 @@ class PointwiseMlp(nn.Module):
         return self._feed_forward(x) if torch.jit.is_scripting() else self._forward_in_pieces(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x)) if torch.jit.is_scripting() else apply_linear_gelu(self.fc1, self.act, x)
-        x = self.drop(x)
-        return self.drop(self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x))
+        if torch.jit.is_scripting():
+            return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        if not torch.is_grad_enabled():
+            x = apply_linear_gelu(self.fc1, self.act, x)
+            return self.drop(apply_linear(self.fc2, self.drop(x)))
+        x = apply_linear(self.fc1, x)
+        if may_recompute(x, self.act, self.drop, self.fc2):
+            return gelu_linear(x, self.fc2.weight, self.fc2.bias)
+        return self.drop(apply_linear(self.fc2, self.drop(self.act(x))))
 
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
         free = may_take_pieces(x, self.fc1, self.act, self.drop, self.fc2)

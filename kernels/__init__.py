@@ -6,6 +6,7 @@ if __name__ != "kernels":
     from .attention import attention, merge_attentions
     from .deformable import deformable_backends, multi_scale_deformable_attention
     from .depthwise import depthwise_backends, depthwise_conv2d
+    from .gelu_linear import gelu_linear, gelu_linear_backends
     from .neighborhood import (
         na1d,
         na1d_av,
@@ -32,6 +33,8 @@ __all__ = [
     "deformable_backends",
     "depthwise_backends",
     "depthwise_conv2d",
+    "gelu_linear",
+    "gelu_linear_backends",
     "merge_attentions",
     "multi_scale_deformable_attention",
     "na1d",

@@ -6,6 +6,7 @@ from foveate.kernels import (
     deformable_backends,
     deformable_native,
     depthwise_backends,
+    gelu_linear_backends,
     pointwise_backends,
     quadtree_backends,
     routing_backends,
@@ -66,6 +67,7 @@ def deformable_report(backend=None, device="cpu"):
         (lambda **o: quadtree_backends(CHILDREN, **o), "chunked"),
         (deformable_report, "bags" if deformable_native._library is None else "native"),
         (lambda **o: depthwise_backends(CHILDREN[0], torch.zeros(3, 1, 3, 3), **o), "convolution"),
+        (lambda **o: gelu_linear_backends(torch.zeros(3, 4), torch.zeros(2, 4), **o), "reference"),
         (lambda **o: pointwise_backends(torch.zeros(3, 4).double(), torch.zeros(2, 4).double(), **o), "linear"),
     ],
 )
