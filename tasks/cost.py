@@ -31,27 +31,47 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> float:
 
 
 def peak_memory(
-    name: str, batch: int, size: int | tuple[int, int], device: str, dtype: torch.dtype = torch.float32, **kwargs: Any
+    name: str,
+    batch: int,
+    size: int | tuple[int, int],
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    train: bool = False,
+    **kwargs: Any,
 ) -> int:
     """Return by how many bytes inference on ``[batch, 3, *size]`` raises the memory in use, at its peak.
 
-    On the CPU a fresh process measures, since a process keeps memory that earlier work has freed.
+    Or, if ``train``, a forward and a backward pass; gradients count, an optimizer's state would come on top. On the CPU
+    a fresh process measures, since a process keeps memory that earlier work has freed.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         images = torch.empty(batch, 3, *to_2tuple(size), dtype=dtype, device="meta")
-        return executor.submit(_peak_here, name, images, device, kwargs, torch.get_num_threads()).result()
+        return executor.submit(_peak_here, name, images, device, kwargs, torch.get_num_threads(), train).result()
 
 
-def _peak_here(name: str, like: Tensor, device: str, kwargs: dict, threads: int) -> int:
+def train_once(model: nn.Module, images: Tensor) -> None:
+    """Run a forward pass and a backward pass from the squares of the outputs."""
+    outputs = model(images)
+    # Some models answer twice, or with losses of their own.
+    outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+    sum(output.float().square().mean() for output in outputs if isinstance(output, Tensor)).backward()
+
+
+def _peak_here(name: str, like: Tensor, device: str, kwargs: dict, threads: int, train: bool) -> int:
     import foveate  # noqa: F401 (registers the models)
 
     torch.set_num_threads(threads)
     model = timm.create_model(name, **kwargs).eval().to(device, like.dtype)
     images = torch.randn_like(like, device=device)
     small = timm.create_model(name, **kwargs | {"img_size": 64}).eval() if "img_size" in kwargs else model
+    # Libraries load, and their work spaces come, with the first call.
+    first = images[:2, :, :64, :64]
+    if train:
+        train_once(small.to(device, like.dtype), first)
+        small.zero_grad()
+        return memory_growth(lambda: train_once(model.train(), images), device)
     with torch.inference_mode():
-        # Libraries load, and their work spaces come, with the first call.
-        small.to(device, like.dtype)(images[:1, :, :64, :64])
+        small.to(device, like.dtype)(first[:1])
         return memory_growth(lambda: model(images), device)
 
 

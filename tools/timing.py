@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 SAMPLE_SECONDS = 0.02
+# The time of one and the same product may move by so much on a quiet machine.
+QUIET = 0.05
+_PRODUCT = 768  # its matrices' side
 
 
 def alternate(
@@ -32,25 +35,76 @@ def sample(
     `time.monotonic`, but the first. The ``clock`` may be that of the process, where all is done in one thread.
     """
 
-    def seconds(call: Callable[[], object], number: int = 1) -> float:
-        start = clock()
-        for _ in range(number):
-            call()
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        return (clock() - start) / number
-
-    for call in calls.values():  # compile, plan, warm up
-        seconds(call)
-    numbers = {name: max(1, round(SAMPLE_SECONDS / seconds(call))) for name, call in calls.items()}
+    stopwatch = _Stopwatch(calls, device, clock)
     times = {name: [] for name in calls}
     for round_ in range(rounds):
         if round_ and deadline is not None and time.monotonic() > deadline:
             break
-        for name, call in calls.items():
-            seconds(call)
-            times[name].append(seconds(call, numbers[name]))
+        for name in calls:
+            times[name].append(stopwatch(name))
     return times
+
+
+def sample_calmly(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    deadline: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, list[float]], float]:
+    """Do what `sample` does, but leave out the moments in which the machine was busy with something else.
+
+    One and the same matrix product is timed before and after each call. A sample beside a product that took more than
+    ``QUIET`` longer than the quick ones do is left out, and there are up to three times as many rounds until each
+    call has ``rounds`` calm samples. What hasn't by then keeps those beside the quickest products.
+
+    Returns:
+        The samples, and by how much the slowest product beside one of them lay above the quick ones.
+    """
+    product = torch.randn(_PRODUCT, _PRODUCT, device=device)
+    stopwatch = _Stopwatch({"": lambda: product @ product, **calls}, device, clock)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}  # a product's seconds, and the call's
+    products = [stopwatch("")]
+    for round_ in range(3 * rounds):
+        if round_ and deadline is not None and time.monotonic() > deadline:
+            break
+        for name in calls:
+            seconds = stopwatch(name)
+            products.append(stopwatch(""))
+            samples[name].append((max(products[-2:]), seconds))
+        limit = (1 + QUIET) * _quick(products)
+        if all(sum(beside <= limit for beside, _ in each) >= rounds for each in samples.values()):
+            break
+    calmest = {name: sorted(each)[:rounds] for name, each in samples.items()}
+    slowest = max(beside for each in calmest.values() for beside, _ in each)
+    return {name: [seconds for _, seconds in each] for name, each in calmest.items()}, slowest / _quick(products) - 1
+
+
+def _quick(times: list[float]) -> float:
+    """Return what the quickest tenth stays below: the quickest of all may be a moment of a faster clock."""
+    return statistics.quantiles([*times, *times], n=10, method="inclusive")[0]
+
+
+class _Stopwatch:
+    """Seconds of calls, each called once before, and short ones repeated."""
+
+    def __init__(self, calls: dict[str, Callable[[], object]], device: str, clock: Callable[[], float]):
+        self.calls, self.device, self.clock = calls, device, clock
+        for call in calls.values():  # compile, plan, warm up
+            self._seconds(call)
+        self.numbers = {name: max(1, round(SAMPLE_SECONDS / self._seconds(call))) for name, call in calls.items()}
+
+    def __call__(self, name: str) -> float:
+        self._seconds(self.calls[name])
+        return self._seconds(self.calls[name], self.numbers[name])
+
+    def _seconds(self, call: Callable[[], object], number: int = 1) -> float:
+        start = self.clock()
+        for _ in range(number):
+            call()
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+        return (self.clock() - start) / number
 
 
 def run_pass(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> None:

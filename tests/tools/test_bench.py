@@ -9,6 +9,7 @@ import torch
 from foveate.kernels import na2d
 from foveate.kernels.neighborhood.window import Axis
 from foveate.tasks.cost import count_macs
+from foveate.tools import timing
 from foveate.tools.bench import gpu
 from foveate.tools.bench.deformable import bench_deformable
 from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
@@ -53,13 +54,43 @@ def test_models_are_measured_in_all_ways_and_sizes(tmp_path):
 
 def test_a_moving_machine_is_said(monkeypatch, capsys, tmp_path):
     def moving(calls, rounds, device, deadline=None):
-        return {key: [1.0, 1.07] if key[1] == "product" else [0.5, 0.5] for key in calls}
+        return {key: [0.5, 0.5] for key in calls}, 0.07
 
-    monkeypatch.setattr("foveate.tools.bench.models.sample", moving)
+    monkeypatch.setattr("foveate.tools.bench.models.sample_calmly", moving)
     argv = ["bench", "models", "nat_atto", "--peers", "resnet10t", "--size", "64", "--quick", "--output", str(tmp_path)]
     assert main(argv) == 0
-    assert "the machine was not quiet: the same matrix product took up to 7% longer" in capsys.readouterr().err
+    assert "the machine was not quiet: beside what was measured the same matrix product took up to 7%" in (
+        capsys.readouterr().err
+    )
     assert "over floor" not in (tmp_path / "models.md").read_text()
+
+
+def measure_calmly(monkeypatch, busy, rounds):
+    """Sample a call that takes 10 seconds beside products of 1, but more than that in the calls that ``busy`` holds."""
+    now, count = [0.0], [0]
+
+    def multiply(x, other):
+        now[0] += 1.3 if count[0] in busy else 1.0
+
+    def call():
+        count[0] += 1
+        now[0] += 20.0 if count[0] in busy else 10.0
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    return timing.sample_calmly({"x": call}, rounds, "cpu", clock=lambda: now[0])
+
+
+def test_disturbed_samples_are_measured_again(monkeypatch):
+    """Two calls warm up and a sample takes two, so that the sixth is the second sample."""
+    samples, moved = measure_calmly(monkeypatch, busy={5, 6}, rounds=4)
+    assert samples == {"x": [10.0] * 4}
+    assert moved == 0
+
+
+def test_a_machine_that_is_never_calm_is_measured_and_said(monkeypatch):
+    samples, moved = measure_calmly(monkeypatch, busy=range(6, 100), rounds=4)
+    assert len(samples["x"]) == 4
+    assert moved == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("name", ["nat_atto", "biformer_tiny", "dat_tiny", "quadtree_b0", "resnet10t"])

@@ -14,18 +14,14 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from ...tasks.cost import count_macs, peak_memory
+from ...tasks.cost import count_macs, peak_memory, train_once
 from ...zoo.backbone import check_name
 from ...zoo.maps import cfg_of
 from ...zoo.weights import table
-from ..timing import sample
+from ..timing import QUIET, sample_calmly
 from .floor import Floor
 
 QUICK_SECONDS = 100  # after which no round begins; what is under way may take some more
-
-# The time of one and the same product may move by so much on a quiet machine.
-QUIET = 0.05
-_PRODUCT = 768  # its matrices' side
 
 
 class Case(NamedTuple):
@@ -65,7 +61,8 @@ def bench_models(
     """Time models and their peers in turn; ratios are to the first peer.
 
     What can be re-parameterised for inference is, before it is timed and its multiply-adds are counted. The same matrix
-    product runs in every round: ``machine moved`` tells by how much its slowest time lay above its fastest.
+    product runs beside every call, and what a busy moment disturbed is measured again: ``machine moved`` is what is
+    left, as `timing.sample_calmly` says.
 
     Args:
         names: Models.
@@ -75,7 +72,7 @@ def bench_models(
         extras: Of `bench.EXTRAS`, what to measure too: forward time over that of the model's own linear and convolution
             operators; training steps (forward, backward, a step of SGD) beside the peer's; forward in bfloat16, by
             torch.compile and with inductor's freezing of weights beside that of the model itself; peak memory of
-            inference in MB; milliseconds for one image.
+            inference in MB, and of a training step if both are asked for; milliseconds for one image.
         deadline: As in `timing.sample`.
 
     Returns:
@@ -85,20 +82,19 @@ def bench_models(
     every = list(dict.fromkeys((*names, *peers)))
     models = {name: _prepare(name, case) for name in every}
     images = torch.randn(case.batch, 3, *case.size, device=case.device, dtype=case.dtype)
-    product = torch.randn(_PRODUCT, _PRODUCT, device=case.device)
-    calls: dict[tuple[str, str], Callable[[], object]] = {("", "product"): lambda: product @ product}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, model in models.items():
         calls |= {(name, what): call for what, call in _inference(model, images, extras)}
     with torch.inference_mode():
-        samples = sample(calls, rounds, case.device, deadline)
+        samples, moved = sample_calmly(calls, rounds, case.device, deadline)
     if "train" in extras:
         steps = {(name, "train"): _training(_prepare(name, case, train=True), images) for name in every}
-        samples |= sample({("", "product again"): calls["", "product"], **steps}, rounds, case.device, deadline)
-    moved = max(max(times) / min(times) - 1 for (name, _), times in samples.items() if not name)
+        trained, also = sample_calmly(steps, rounds, case.device, deadline)
+        samples, moved = samples | trained, max(moved, also)
     if moved > QUIET:
         print(
-            f"the machine was not quiet: the same matrix product took up to {moved:.0%} longer; ratios of this run say "
-            "little",
+            f"the machine was not quiet: beside what was measured the same matrix product took up to {moved:.0%} "
+            "longer; ratios of this run say little",
             file=sys.stderr,
         )
     seconds = {key: statistics.median(times) for key, times in samples.items()}
@@ -145,10 +141,7 @@ def _training(model: nn.Module, images: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
-        outputs = model(images)
-        # Some models answer twice, or with losses of their own.
-        outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
-        sum(output.float().square().mean() for output in outputs if isinstance(output, Tensor)).backward()
+        train_once(model, images)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -187,6 +180,8 @@ def _beside(
     if "memory" in extras:
         fixed = {"img_size": case.size} if cfg_of(name).fixed_input_size else {}
         cells["peak MB"] = round(peak_memory(name, *case, **fixed) / 2**20)
+        if "train" in extras:
+            cells["training step's peak MB"] = round(peak_memory(name, *case, train=True, **fixed) / 2**20)
     if "latency" in extras:
         cells["ms for one image"] = round(seconds[name, "latency"] * 1e3, 2)
     return cells
