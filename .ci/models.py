@@ -68,7 +68,8 @@ def _code(name: str) -> str:
     if name in recorded:
         return "own"
     named = next((other for start, other in _RELATIVES.items() if name.startswith(start)), None)
-    return named or max(sorted(recorded), key=lambda other: _kinship(_bare(name), _bare(other)))
+    relatives = sorted(other for other in recorded if _family(other) == family)
+    return named or max(relatives, key=lambda other: _kinship(_bare(name), _bare(other)))
 
 
 def _kinship(name: str, other: str) -> tuple[float, int]:

@@ -156,6 +156,7 @@ def test_published_models_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "authors' metrics" in lines[0]
     assert any("mask_rcnn" in line and "box AP 47.7; mask AP 42.6" in line and " mit " in line for line in lines)
+    assert all("not opened" in line for line in lines if ".shi_" in line)
     assert main(["list", "--segmenters", "*oneformer*"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
     assert main(["list", "--detectors", "zzz"]) == 2

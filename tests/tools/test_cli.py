@@ -1,5 +1,6 @@
 import argparse
 import ast
+import fnmatch
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foveate
 import pytest
 from foveate.configs import list_recipes, read_recipe
 from foveate.tasks import engine
@@ -174,6 +176,18 @@ def test_the_list_shows_our_models_with_their_parameters(capsys):
         assert capsys.readouterr().out.rstrip().endswith(f"  {told}")
     assert main(["list", "resnet18", "--timm"]) == 0
     assert "resnet18" in capsys.readouterr().out.splitlines()
+
+
+def test_the_list_of_all_is_a_line_a_family(capsys):
+    assert main(["list"]) == 0
+    head, *rows, _, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["models", "what", "they", "are"]
+    starts = [word for row in rows for word in row.split("  ")[0].split()]
+    assert {"nat_*", "dinat_*", "foveate_davit_*", "foveate_host_*"} <= set(starts)
+    for name in foveate.list_models():
+        assert sum(fnmatch.fnmatchcase(name, start) for start in starts) == 1
+    assert sum(int(re.search(r"  (\d+) +", row)[1]) for row in rows) == len(foveate.list_models())
+    assert last.startswith(f"{len(foveate.list_models())} models")
 
 
 def test_info_counts_the_operator_and_states_source_and_license(capsys):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from foveate.zoo.backbone import dense_settings_of
+from foveate.zoo.states import code_of
 
 # Parameters of the published models, counted on the authors' code.
 PARAMETERS = {
@@ -131,3 +132,12 @@ def test_backbone_of_timms_own():
     maps = backbone(torch.zeros(1, 3, 64, 96))
     assert [m.shape[1] for m in maps] == backbone.channels == [64, 128, 256, 512]
     assert backbone.reductions == [4, 8, 16, 32]
+
+
+def test_a_models_relative_is_of_its_own_file_and_compared():
+    """What is said of a model's code is said of another one's outputs only where the code is the same."""
+    for name in foveate.list_models():
+        code = code_of(name)
+        if code not in ("own", "paper", "ours"):
+            assert code_of(code) == "own"
+            assert timm.models.model_entrypoint(code).__module__ == timm.models.model_entrypoint(name).__module__
