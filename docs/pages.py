@@ -60,9 +60,10 @@ def _reference(package: str, title: str) -> str:
     """Return the reference of all that a package exports."""
     tree = ast.parse((ROOT / package / "__init__.py").read_text())
     parts = [f"# {title}", ast.get_docstring(tree)]
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            parts += [f"::: foveate.{package}.{alias.name}" for alias in node.names]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for node in sorted(imports, key=lambda node: node.lineno):
+        # By the module it comes from: a function's name may be its module's too.
+        parts += [f"::: foveate.{package}.{node.module}.{alias.name}" for alias in node.names]
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,11 +178,11 @@ def _family(family: str, rows: list[dict[str, str]], weights: dict) -> str:
 
 
 def _picture(family: str) -> str:
-    """Return the picture of a family's attention, which .ci/pictures.py draws, or how to draw it."""
+    """Return the picture of a family's attention, which .ci/pictures.py draws, or that there is none."""
     model, name = _drawn()[family], f"attend_{family}.webp"
     command = f"foveate attend PHOTO --model {model} --untrained --at 300,250"
     if not (ROOT / "docs" / "images" / name).exists():
-        return f"*No picture is here; `{command}` draws what attention uses, or says that there is none to read.*"
+        return f"*No picture: `{command}` says that nothing in it attends.*"
     what = f"What one query of {model} may use in each stage, drawn on a photo"
     return f"![{what}](../images/{name})\n\n*{what}: `{command}`, random weights.*"
 

@@ -117,6 +117,13 @@ def _pages():
     return module
 
 
+@pytest.mark.parametrize("package", ["blocks", "kernels"])
+def test_the_reference_names_all_that_a_package_exports(package):
+    exported = importlib.import_module(f"foveate.{package}").__all__
+    named = re.findall(rf"^::: foveate\.{package}\.[\w.]+\.(\w+)$", _pages()._reference(package, package), re.MULTILINE)
+    assert set(exported) <= set(named)
+
+
 def test_builds_strictly(tmp_path):
     """With every link and anchor checked."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
