@@ -71,8 +71,8 @@ def bench_models(
         rounds: How many alternating calls.
         extras: Of `bench.EXTRAS`, what to measure too: forward time over that of the model's own linear and convolution
             operators; training steps (forward, backward, a step of SGD) beside the peer's; forward in bfloat16, by
-            torch.compile and with inductor's freezing of weights beside that of the model itself; peak memory of
-            inference in MB, and of a training step if both are asked for; milliseconds for one image.
+            torch.compile and with inductor's freezing of weights beside that of the model, and beside the peer's; peak
+            memory of inference in MB, and of a training step if both are asked for; milliseconds for one image.
         deadline: As in `timing.sample`.
 
     Returns:
@@ -177,6 +177,7 @@ def _beside(
     for what in ("bfloat16", "compile", "freeze"):
         if what in extras:
             cells[f"{what} times forward"] = round(forward / seconds[name, what], 3)
+            cells[f"{what} times {peer}'s"] = round(seconds[peer, what] / seconds[name, what], 3)
     if "memory" in extras:
         fixed = {"img_size": case.size} if cfg_of(name).fixed_input_size else {}
         cells["peak MB"] = round(peak_memory(name, *case, **fixed) / 2**20)
