@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from . import onednn
 from .backends import Backend, choose, export_obstacle, is_transforming, report
 from .depthwise import depthwise_conv2d
 
@@ -75,8 +76,11 @@ class _Recomputed(Function):
         x, weight, bias = problem[:3]
         out = x.new_empty(*x.shape[:-1], len(weight))
         rows = out.flatten(0, -2)
+        by_onednn = _by_onednn(problem)
         for piece, hidden in _pieces(problem):
-            if bias is None:
+            if by_onednn:
+                rows[piece] = onednn.linear(F.gelu(hidden), weight, bias)
+            elif bias is None:
                 torch.mm(F.gelu(hidden), weight.t(), out=rows[piece])
             else:
                 torch.addmm(bias, F.gelu(hidden), weight.t(), out=rows[piece])
@@ -88,6 +92,10 @@ class _Recomputed(Function):
         if torch.is_grad_enabled():
             return None, *_by_reference(problem, grad)
         return None, *_gradients(problem, grad, ctx.needs_input_grad[1:])
+
+
+def _by_onednn(problem: Problem) -> bool:
+    return problem.x.dtype == torch.float32 and onednn.is_faster_than_blas()
 
 
 def _by_reference(problem: Problem, grad: Tensor) -> list[Tensor | None]:
@@ -104,12 +112,13 @@ def _gradients(problem: Problem, grad: Tensor, wanted: tuple[bool, ...]) -> list
     grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
     before = wanted[0] or wanted[3] or wanted[4]
     grad_hidden = x.new_empty(x.shape) if before else None
+    product = onednn.product if _by_onednn(problem) else torch.mm
     for piece, hidden in _pieces(problem):
         if grad_weight is not None:
-            grad_weight.addmm_(grads[piece].t(), F.gelu(hidden))
+            grad_weight += product(grads[piece].t(), F.gelu(hidden))
         if grad_hidden is not None:
             into = grad_hidden.flatten(0, -2)[piece]
-            torch.ops.aten.gelu_backward.grad_input(grads[piece] @ weight, hidden, grad_input=into)
+            torch.ops.aten.gelu_backward.grad_input(product(grads[piece], weight), hidden, grad_input=into)
     if grad_hidden is None or conv_weight is None:
         return [grad_hidden, grad_weight, grad_bias, None, None]
     maps, inputs = grad_hidden.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)

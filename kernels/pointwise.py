@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from . import onednn
-from .backends import Backend, choose, report
+from .backends import Backend, choose, is_transforming, report
 
 
 class Problem(NamedTuple):
@@ -29,9 +30,7 @@ def _linear(problem: Problem) -> Tensor:
 
 def _onednn(problem: Problem) -> Tensor:
     """Call what inductor calls of oneDNN: code for the processor at hand, with no map between product and GELU."""
-    activation = "none" if problem.activation is None else problem.activation
-    bias = None if problem.bias is None else problem.bias.contiguous()  # an expanded one would be read as it isn't
-    return torch.ops.mkldnn._linear_pointwise(problem.x, problem.weight, bias, activation, [], "none")
+    return onednn.linear(*problem)
 
 
 def _onednn_obstacle(problem: Problem) -> str | None:
@@ -41,6 +40,48 @@ def _onednn_obstacle(problem: Problem) -> str | None:
 
 
 def _onednn_drawback(problem: Problem) -> str | None:
+    return onednn.drawback()
+
+
+class _Products(Function):
+    """A linear layer and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads, rows = grad.reshape(-1, len(weight)), x.reshape(-1, weight.shape[1])
+        # Gradients of gradients take torch's products, which have them.
+        product = torch.mm if torch.is_grad_enabled() else onednn.product
+        return (
+            product(grads, weight).view(x.shape) if ctx.needs_input_grad[0] else None,
+            product(grads.t(), rows) if ctx.needs_input_grad[1] else None,
+            grads.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _with_gradients(problem: Problem) -> Tensor:
+    return _activate(_Products.apply(*problem[:3]), problem)
+
+
+def _gradients_obstacle(problem: Problem) -> str | None:
+    if problem.x.dtype != torch.float32:
+        return f"it is for float32; got {problem.x.dtype}"
+    if not torch.compiler.is_compiling() and is_transforming():
+        return "torch.func and dual numbers take torch's plain operators"
+    with torch.no_grad():  # what forbids oneDNN's operator but that it has no derivatives
+        return _onednn_obstacle(problem)
+
+
+def _gradients_drawback(problem: Problem) -> str | None:
+    if not onednn.is_faster_than_blas():
+        return "torch's own products are as fast on this processor"
+    if torch.get_num_threads() > 1 and _convolution_obstacle(problem) is None:
+        return "torch's convolution is oneDNN's on several threads"
     return onednn.drawback()
 
 
@@ -74,6 +115,7 @@ def _convolution_drawback(problem: Problem) -> str | None:
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
+    "onednn_trained": Backend(_with_gradients, _gradients_obstacle, _gradients_drawback),
     "convolution": Backend(_convolution, _convolution_obstacle, _convolution_drawback),
     "linear": Backend(_linear),
 }
@@ -93,8 +135,9 @@ def pointwise(
         weight: ``[out, in]``.
         bias: ``[out]``.
         backend: ``"linear"``, the reference, ``"onednn"`` (float32 or bfloat16 on CPUs, without gradients: one operator
-            with the activation in it) or ``"convolution"``, a 1x1 one. By default oneDNN where it can run, then the
-            convolution where it is faster, which is in float32 on several threads of a CPU.
+            with the activation in it), ``"onednn_trained"`` (float32 on CPUs: its products, for the gradients too) or
+            ``"convolution"``, a 1x1 one. By default oneDNN where it can run. With gradients in float32 on a CPU, the
+            convolution on several threads, and on a single one oneDNN's products where the BLAS is slow.
         activation: ``"gelu"``, or None.
 
     Returns:

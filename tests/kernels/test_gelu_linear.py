@@ -6,7 +6,7 @@ import pytest
 import torch
 from foveate.blocks.depthwise_mlp import DepthwiseMlp
 from foveate.blocks.pointwise import PointwiseMlp
-from foveate.kernels import gelu_linear, gelu_linear_backends
+from foveate.kernels import gelu_linear, gelu_linear_backends, onednn
 from foveate.zoo.dat import ConvMlp
 from foveate.zoo.van import ConvFeedForward
 
@@ -44,6 +44,20 @@ def test_values_and_gradients_are_the_references(shape, conv, residual, bias, pi
         both.append([out, *torch.autograd.grad(out, wanted, torch.randn_like(out))])
     for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("slow", [True, False])
+def test_products_are_those_of_the_faster_library(slow, monkeypatch):
+    monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: slow)
+    monkeypatch.setattr(module, "_PIECE", 100)
+    given = tensors(2, 6, 7, 8, conv=(3, 3), dtype=torch.float32)
+    grads = [
+        torch.autograd.grad(gelu_linear(*given, backend=backend).square().sum(), given)
+        for backend in ("recomputed", "reference")
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("frozen", range(5))

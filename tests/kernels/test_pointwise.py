@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foveate.blocks.pointwise import apply_linear_gelu, apply_pointwise
-from foveate.kernels import pointwise_backends
+from foveate.kernels import onednn, pointwise_backends
 from foveate.kernels.pointwise import pointwise
 
 pytestmark = pytest.mark.versions
 
-BACKENDS = ("onednn", "convolution", "linear")
+BACKENDS = ("onednn", "onednn_trained", "convolution", "linear")
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -96,3 +96,44 @@ def test_pointwise_convolutions_keep_the_order_of_their_maps(last):
     out, expected = apply_pointwise(layer, x), layer(x)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
     assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9), (11,)])
+def test_products_of_onednn_have_the_layers_gradients(shape):
+    torch.manual_seed(0)
+    given = [torch.randn(*shape, 24), torch.randn(40, 24), torch.randn(40)]
+    both = []
+    for backend in ("onednn_trained", "linear"):
+        x, weight, bias = (tensor.clone().requires_grad_() for tensor in given)
+        out = pointwise(x, weight, bias, backend=backend, activation="gelu")
+        first = torch.autograd.grad(out.square().sum(), (x, weight, bias), create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, weight, bias))
+        # An expanded gradient has no strides to read by.
+        summed = torch.autograd.grad(pointwise(x, weight, bias, backend=backend).sum(), (x, weight, bias))
+        both.append([out, *first, *second, *summed])
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-4)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    x, weight, bias = torch.randn(3, 24, requires_grad=True), torch.randn(40, 24), torch.randn(40)
+    pointwise(x, weight, bias, backend="onednn_trained").sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_products_of_onednn_are_for_a_slow_blas_and_one_thread(monkeypatch):
+    x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24, requires_grad=True)
+    threads = torch.get_num_threads()
+    try:
+        for slow, count, chosen in ((True, 1, "onednn_trained"), (False, 1, "linear"), (True, 2, "convolution")):
+            monkeypatch.setattr(onednn, "is_faster_than_blas", lambda slow=slow: slow)
+            torch.set_num_threads(count)
+            assert pointwise_backends(x, weight)[chosen] == "chosen"
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: True)
+    with torch.autocast("cpu"):
+        assert pointwise_backends(x, weight)["onednn_trained"] == "can run"
+    assert "got torch.float64" in pointwise_backends(x.double(), weight.double())["onednn_trained"]
+    assert torch.func.grad(lambda w: pointwise(x, w).sum())(weight).shape == weight.shape
