@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.backends import channels_come_last
+from ..kernels import onednn
+from ..kernels.backends import channels_come_last, exporting
 from ..kernels.gelu_linear import gelu_linear
-from ..kernels.pointwise import is_fused, pointwise
+from ..kernels.pointwise import compiled_linear, is_fused, pointwise
 from .layout import channels_last
 from .pieces import may_recompute, may_take_pieces
 from .plain import is_plain, is_plain_gelu
@@ -15,15 +16,28 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Call a linear layer on ``x`` ``[B, H, W, in]`` or ``[B, N, in]``, by the fastest operator if it is a plain one.
 
     A layer that is hooked, adapted, quantized or otherwise more than `torch.nn.Linear` is called as it is; so is every
-    layer in a traced graph, which keeps it as a layer.
+    layer in a traced graph, which keeps it as a layer, but where a compiler would give it to a slow BLAS.
 
     Example:
         >>> apply_linear(torch.nn.Linear(16, 32), torch.randn(1, 5, 7, 16)).shape
         torch.Size([1, 5, 7, 32])
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer):
+    if torch.compiler.is_compiling():
+        return compiled_linear(x, layer.weight, layer.bias, None) if _compiles_to_onednn(layer, x) else layer(x)
+    if torch.jit.is_tracing() or not is_plain(layer):
         return layer(x)
     return pointwise(x, layer.weight, layer.bias)
+
+
+def _compiles_to_onednn(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a compiled graph leaves a plain layer to oneDNN, where a compiler would take a slow BLAS."""
+    if exporting() or torch.is_grad_enabled() or x.device.type != "cpu" or not onednn.is_faster_than_blas():
+        return False
+    if type(layer) is not nn.Linear or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    # What `is_plain` asks, as far as a compiler can follow; it guards the answers.
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32
 
 
 def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
@@ -33,8 +47,12 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         >>> apply_linear_gelu(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.randn(1, 5, 7, 16)).shape
         torch.Size([1, 5, 7, 32])
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not is_plain(layer) or not is_plain_gelu(act):
+    if torch.compiler.is_compiling():
+        hooked = act._forward_hooks or act._forward_pre_hooks
+        if type(act) is nn.GELU and act.approximate == "none" and not hooked and _compiles_to_onednn(layer, x):
+            return compiled_linear(x, layer.weight, layer.bias, "gelu")
+        return act(apply_linear(layer, x))
+    if torch.jit.is_tracing() or not is_plain(layer) or not is_plain_gelu(act):
         return act(apply_linear(layer, x))
     return pointwise(x, layer.weight, layer.bias, activation="gelu")
 

@@ -100,17 +100,17 @@ def _by_onednn(problem: Problem) -> bool:
 
 def _by_reference(problem: Problem, grad: Tensor) -> list[Tensor | None]:
     """Return gradients that have gradients themselves."""
-    wanted = [x for x in problem[:5] if x is not None and x.requires_grad]
-    gradients = iter(torch.autograd.grad(_reference(problem), wanted, grad, create_graph=True))
+    needs = [x for x in problem[:5] if x is not None and x.requires_grad]
+    gradients = iter(torch.autograd.grad(_reference(problem), needs, grad, create_graph=True))
     return [next(gradients) if x is not None and x.requires_grad else None for x in problem[:5]]
 
 
-def _gradients(problem: Problem, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+def _gradients(problem: Problem, grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
     x, weight, _, conv_weight, conv_bias, residual = problem
     grads = grad.reshape(-1, len(weight))
-    grad_bias = grads.sum(0) if wanted[2] else None
-    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-    before = wanted[0] or wanted[3] or wanted[4]
+    grad_bias = grads.sum(0) if needs[2] else None
+    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    before = needs[0] or needs[3] or needs[4]
     grad_hidden = x.new_empty(x.shape) if before else None
     product = onednn.product if _by_onednn(problem) else torch.mm
     for piece, hidden in _pieces(problem):
@@ -125,7 +125,7 @@ def _gradients(problem: Problem, grad: Tensor, wanted: tuple[bool, ...]) -> list
     groups, padding = len(conv_weight), [size // 2 for size in conv_weight.shape[2:]]
     options = ([groups] if conv_bias is not None else None, [1, 1], padding, [1, 1], False, [0, 0], groups)
     grad_x, *of_conv = torch.ops.aten.convolution_backward(
-        maps, inputs, conv_weight, *options, [wanted[0], wanted[3], wanted[4]]
+        maps, inputs, conv_weight, *options, [needs[0], needs[3], needs[4]]
     )
     if grad_x is not None:
         grad_x = grad_x.permute(0, 2, 3, 1)

@@ -34,6 +34,7 @@ def _is_amd() -> bool:
     return "AuthenticAMD" in described
 
 
+@torch.compiler.assume_constant_result
 def is_faster_than_blas() -> bool:
     """Return whether torch's BLAS is far slower here than what oneDNN compiles: MKL's products are on AMD's processors.
 

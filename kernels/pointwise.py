@@ -33,6 +33,20 @@ def _onednn(problem: Problem) -> Tensor:
     return onednn.linear(*problem)
 
 
+@torch.library.custom_op("foveate::linear", mutates_args=(), device_types="cpu")
+def compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Do what `pointwise` does by oneDNN, as one operator of a compiled graph.
+
+    Inductor knows oneDNN's own as an operator of frozen weights alone, and of float32 takes the BLAS's product.
+    """
+    return onednn.linear(x, weight, bias, activation)
+
+
+@compiled_linear.register_fake
+def _(x, weight, bias, activation):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _onednn_obstacle(problem: Problem) -> str | None:
     if problem.x.ndim < 2:
         return f"it takes [..., in] with two axes or more; got {list(problem.x.shape)}"

@@ -137,3 +137,27 @@ def test_products_of_onednn_are_for_a_slow_blas_and_one_thread(monkeypatch):
         assert pointwise_backends(x, weight)["onednn_trained"] == "can run"
     assert "got torch.float64" in pointwise_backends(x.double(), weight.double())["onednn_trained"]
     assert torch.func.grad(lambda w: pointwise(x, w).sum())(weight).shape == weight.shape
+
+
+def test_compiled_graphs_leave_plain_layers_to_onednn_where_the_blas_is_slow(monkeypatch):
+    layer, act, x = torch.nn.Linear(16, 32), torch.nn.GELU(), torch.randn(1, 5, 7, 16)
+    graphs = []
+
+    def compile_to(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def is_left_to_onednn(grad=False):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            out = torch.compile(lambda x: apply_linear_gelu(layer, act, x), backend=compile_to, fullgraph=True)(x)
+            torch.testing.assert_close(out, act(layer(x)), atol=1e-5, rtol=1e-5)
+        return "foveate.linear" in " ".join(graphs[-1])
+
+    monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: False)
+    assert not is_left_to_onednn()
+    monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: True)
+    assert is_left_to_onednn()
+    assert not is_left_to_onednn(grad=True)
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    assert not is_left_to_onednn()
