@@ -302,6 +302,28 @@ def test_missing_packages_name_the_extra(refused, monkeypatch):
     assert "needs the package onnxscript: pip install 'foveate[export]'" in message
 
 
+class Biased(nn.Module):
+    """Biases of every position by an MLP of its distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.distances = nn.Buffer(torch.linspace(0, 1, 64)[:, None])
+        self.first, self.last = nn.Linear(1, 512), nn.Linear(512, 1)
+
+    def forward(self, x):
+        return x.flatten(2) + self.last(self.first(self.distances * 3).relu())[:, 0]
+
+
+def test_constants_are_folded_unless_they_are_larger_than_what_they_come_of(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path, model = tmp_path / "x.onnx", Biased().eval()
+    export_model(model, torch.randn(1, 3, 8, 8), path, {})
+    graph = pytest.importorskip("onnx").load(path).graph
+    assert "Mul" not in {node.op_type for node in graph.node}
+    assert [64, 512] not in [list(tensor.dims) for tensor in graph.initializer]
+    assert path.stat().st_size < sum(x.nbytes for x in model.state_dict().values()) + 10_000
+
+
 def test_no_rule_of_onnxscript_looks_through_the_graph_at_every_node(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     rewriter, seen, export = pytest.importorskip("onnxscript.rewriter"), [], torch.onnx.export
