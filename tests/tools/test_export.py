@@ -238,6 +238,19 @@ def test_what_onnx_cant_write_for_any_size_may_be_for_one(tmp_path, monkeypatch)
         export_model(*call)
 
 
+class Turned(nn.Module):
+    """Of upright images it computes something else, which a graph doesn't."""
+
+    def forward(self, x):
+        return x.amax((2, 3)) if x.shape[2] < x.shape[3] else x.amin((2, 3))
+
+
+def test_a_file_that_is_right_for_some_sizes_may_be_for_one(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(TaskError, match=r"its output differs .* export it for one size, without --dynamic-size$"):
+        export_model(Turned(), torch.randn(1, 3, 9, 10), tmp_path / "x.onnx", {}, Options(dynamic_size=True))
+
+
 class OneImage(nn.Module):
     def forward(self, x):
         return {1: x.mean((2, 3))}[len(x)]
