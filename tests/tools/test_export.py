@@ -9,6 +9,7 @@ from foveate.tasks.export import Options, aligned, export_model
 from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
+from foveate.zoo.library_errors import run_fault, untranslated
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
@@ -269,6 +270,17 @@ def test_a_file_that_its_runtime_refuses_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(TaskError, match=r"not written: the file can't be read: .* no kernel for X\(25\)$"):
         export_model(Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_runtimes_say_is_told_without_where_in_their_source_they_are():
+    place = "/src/core/reshape_helper.h:91 onnxruntime::Helper::Helper(const onnxruntime::Shape&, bool)"
+    start = "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'view_7' "
+    for where in (f"{place} ", "/src/core/reshape.cc:9 Run ", ""):
+        error = RuntimeError(f"{start}Status Message: {where}{{4,5}} can't be {{4,2}}")
+        assert run_fault(error) == "Reshape (view_7): {4,5} can't be {4,2}"
+    folding = RuntimeError("Error during constant folding for node 'node_split' (::SplitToSequence)")
+    folding.__cause__ = AttributeError("no ndim")
+    assert untranslated(folding) == "onnxscript fails on SplitToSequence: no ndim"
 
 
 def test_detections_of_equal_scores_may_swap():
