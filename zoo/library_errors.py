@@ -42,7 +42,7 @@ def _first_line(error: BaseException) -> str:
 def run_fault(error: BaseException) -> str:
     """Return what onnxruntime says of a file that it can't run, without where in its own source it was said."""
     cause = _first_line(error)
-    where = r"(?:/\S+ [\w:~<>]+(?:\([^)]*\))? )?"
+    where = r"(?:/\S+ (?:(?:\w+ )?[\w:~<>]+\([^)]*\)|\S+) )?"
     node = re.search(rf"while running (\w+) node\. Name:'([^']*)' Status Message: {where}(.*)", cause)
     return f"{node[1]} ({node[2]}): {node[3][:160]}" if node else cause[:300]
 
