@@ -29,9 +29,17 @@ def _axis_centres(length: int, divisor: int, like: Tensor) -> Tensor:
 
 
 def _axis_corners(length: int, like: Tensor) -> Tensor:
-    if length == 1:
-        return torch.zeros(1, device=like.device, dtype=like.dtype)
-    return torch.arange(length, device=like.device, dtype=like.dtype) / (length - 1) * 2.0 - 1.0
+    # One formula for all: a graph of any size has no branch for a side of 1, whose only point is the middle.
+    steps = torch.arange(length, device=like.device, dtype=like.dtype)
+    return (steps * 2.0 - (length - 1)) / _or_one(length - 1)
+
+
+def _or_one(steps: int) -> int:
+    if torch.jit.is_scripting():
+        return max(steps, 1)
+    else:
+        # Python's would be decided for good by the size that a graph of any is made with.
+        return torch.sym_max(steps, 1)
 
 
 def _grid(rows: Tensor, columns: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ def reference_points(height: int, width: int, plus: bool, like: Tensor) -> Tenso
     cell further and the last ones outside of the map; a grid of one row or column starts at the middle.
     """
     if plus:
-        return _grid(_axis_centres(height, max(height - 1, 1), like), _axis_centres(width, max(width - 1, 1), like))
+        return _grid(_axis_centres(height, _or_one(height - 1), like), _axis_centres(width, _or_one(width - 1), like))
     return _grid(_axis_centres(height, height, like), _axis_centres(width, width, like))
 
 
@@ -72,7 +80,7 @@ def key_points(offset: Tensor, offset_range: float | None, plus: bool) -> Tensor
     reference = reference_points(height, width, plus, offset)
     if offset_range is not None:
         less = 1 if plus else 0
-        cell = [1.0 / max(height - less, 1), 1.0 / max(width - less, 1)]
+        cell = [1.0 / _or_one(height - less), 1.0 / _or_one(width - less)]
         reach = torch.tensor(cell, dtype=offset.dtype, device=offset.device) * offset_range
         return reference + torch.tanh(offset) * reach
     points = reference + offset

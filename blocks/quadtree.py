@@ -565,12 +565,12 @@ def _coarsest(
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attend from every query to every token; return the message, and the chosen tokens and their weights."""
-    batch, heads, queries, _ = query.shape
+    batch, heads = query.shape[:2]
     tokens = key.shape[2]
-    # An exported graph must not depend on the number of tokens.
-    rows = queries if is_exporting() else max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
+    rows = max(1, _COARSE_BYTES // max(1, batch * heads * tokens * 4))
     chunks = []
-    for part in query.split(rows, 2):
+    # An exported graph must not depend on the number of tokens.
+    for part in (query,) if is_exporting() else query.split(rows, 2):
         with full_precision(part):
             scores = _without(part @ key.transpose(-2, -1), real)
             weights, position, handed = scores.softmax(-1), None, None

@@ -121,10 +121,11 @@ def run(args: argparse.Namespace) -> None:
     predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained, args.features)
     if smaller and args.output.suffix == ".pt2" and card["task"] != "classify":
         raise TaskError(f"{_smaller(args)} of detectors and segmenters is written as .onnx alone, not .pt2")
-    data = _data(args, card, predictor) if smaller else ()
-    model = predictor.model.eval()
     if args.size is not None:
         height, width = args.size[0], args.size[-1]
+        _resize_rule(args, predictor, card, (height, width))
+    data = _data(args, card, predictor) if smaller else ()
+    model = predictor.model.eval()
     if args.output.suffix != ".safetensors":
         model = Pyramid(model) if args.features else whole_model(model, args.answer or card.get("output"))
     if args.features:
@@ -214,6 +215,23 @@ def _check_smaller_program(args: argparse.Namespace, what: str) -> None:
             raise TaskError("--int8 of .pt2 and --dynamic-size exclude each other; .onnx takes both")
     if args.batch > 1 and not args.dynamic_batch:
         raise TaskError(f"{what} of .pt2 is measured on single images: take --dynamic-batch, or --batch 1")
+
+
+def _resize_rule(args: argparse.Namespace, predictor, card: dict, size: tuple[int, int]) -> None:
+    """Let a classifier's images be made as large as its file is to take them, and its metadata say so."""
+    from ..tasks import TaskError
+    from ..tasks.export.metadata import preprocessing_of
+
+    if card["task"] != "classify":
+        return
+    if size[0] == size[1]:
+        predictor.rule = dataclasses.replace(predictor.rule, size=size[0])
+        predictor.transform = predictor.rule.transform()
+        card["preprocessing"] = preprocessing_of(predictor)
+    elif args.int8 or args.dtype != "float32":
+        raise TaskError(
+            f"--size is {size[0]} {size[1]}, but {_smaller(args)} is measured on square images: give one number"
+        )
 
 
 def _data(args: argparse.Namespace, card: dict, predictor) -> tuple[list, ...]:

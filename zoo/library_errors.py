@@ -29,24 +29,31 @@ def unknown_picture(error: BaseException) -> str | None:
 
 def cause_of(error: BaseException) -> str:
     """Return the first line of the first error in a chain: the later ones only say where it happened."""
+    return _first_line(error)[:300]
+
+
+def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    return next((line.strip()[:300] for line in plain.splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip() for line in plain.splitlines() if line.strip()), type(error).__name__)
 
 
 def run_fault(error: BaseException) -> str:
     """Return what onnxruntime says of a file that it can't run, without where in its own source it was said."""
-    cause = cause_of(error)
-    node = re.search(r"while running (\w+) node\. Name:'([^']*)' Status Message: (?:/\S+ \S+ )?(.*)", cause)
-    return f"{node[1]} ({node[2]}): {node[3][:160]}" if node else cause
+    cause = _first_line(error)
+    where = r"(?:/\S+ (?:(?:\w+ )?[\w:~<>]+\([^)]*\)|\S+) )?"
+    node = re.search(rf"while running (\w+) node\. Name:'([^']*)' Status Message: {where}(.*)", cause)
+    return f"{node[1]} ({node[2]}): {node[3][:160]}" if node else cause[:300]
 
 
 def untranslated(error: BaseException | None) -> str | None:
-    """Return which operator of torch's torch.onnx knows no translation of; None if the error is another."""
+    """Return which operator torch.onnx has no translation of, or can't simplify; None if the error is another."""
     while error is not None:
         if named := re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", str(error)):
             return f"ONNX has no {named[1]}"
+        if named := re.search(r"Error during constant folding for node '[^']*' \(\w*::(\w+)\)", str(error)):
+            return f"onnxscript fails on {named[1]}: {cause_of(error)}"
         error = error.__cause__
     return None
 

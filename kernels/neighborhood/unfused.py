@@ -5,21 +5,22 @@ none.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose, export_obstacle, report, transform_obstacle
+from ..backends import Backend, choose, export_obstacle, exporting, report, transform_obstacle
 from ..triton_launch import off_gpu
 from . import native, triton_products
 from .api import preferred
 from .problem import AXIS_NAMES, check_rpb, make_axes
 from .products import neighborhood_scores, neighborhood_values
 from .reference import gather_windows, window_tables
-from .window import Axis, flatten_axes
+from .window import Axis, axis_offsets, axis_windows, flatten_axes
 
 
 class Problem(NamedTuple):
@@ -32,7 +33,24 @@ class Problem(NamedTuple):
 
 def _windows(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Return the rows of ``x`` by slot, ``[B, tokens, slots, heads, dim]``; zeros where a window has no key."""
-    return gather_windows(x.flatten(1, -3), axes)
+    if not exporting() or any(axis.is_causal for axis in axes):
+        return gather_windows(x.flatten(1, -3), axes)
+    rank = len(axes)
+    tables = [axis_windows(axis.length, axis.kernel_size, axis.dilation, axis.stride) for axis in axes]
+    rows = _by_axes(x, 1, tables)
+    return rows.flatten(1 + rank, 2 * rank).flatten(1, rank)
+
+
+def _by_axes(x: Tensor, first: int, tables: Sequence[np.ndarray]) -> Tensor:
+    """Gather along axes from the ``first`` on, each by a table ``[length, slots]``: ``[..., *lengths, *slots, ...]``.
+
+    In a graph such tables grow with the sides of the map, where one of all its positions would have megabytes.
+    """
+    for index, table in enumerate(tables):
+        places = torch.from_numpy(table).to(x.device)
+        x = x.index_select(first + 2 * index, places.flatten()).unflatten(first + 2 * index, places.shape)
+    moved = range(first, first + 2 * len(tables))
+    return x.permute(*range(first), *moved[::2], *moved[1::2], *range(moved.stop, x.ndim))
 
 
 def _scores_reference(problem: Problem) -> Tensor:
@@ -78,6 +96,9 @@ def _missing(axes: tuple[Axis, ...], device: torch.device) -> Tensor | None:
 
 def _window_bias(rpb: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Return the bias of each token's window by slot, ``[*spatial, heads, slots]``."""
+    if exporting():
+        tables = [axis_offsets(axis)[:, None] + np.arange(axis.kernel_size) for axis in axes]
+        return _by_axes(rpb, 1, tables).movedim(0, len(axes)).flatten(1 + len(axes))
     entries = torch.from_numpy(window_tables(axes)[1]).to(rpb.device)
     bias = rpb.flatten(1).index_select(1, entries.flatten()).view(-1, *entries.shape).transpose(0, 1)
     return bias.unflatten(0, [axis.length for axis in axes])

@@ -66,7 +66,9 @@ class LabelledFolder(ImageFolder):
             raise TaskError(f"{directory}: holds no folder; each class needs one, named after it, with its images")
         for name in folders:
             if self._expected is not None and name not in self._expected:
-                raise TaskError(f"{directory}/{name}: train/ has no such class{nearest(name, self._expected)}")
+                raise TaskError(
+                    f"{directory}/{name}: no such class is in train/ or the model{nearest(name, self._expected)}"
+                )
         classes = folders if self._expected is None else list(self._expected)
         # Only folders that exist: torchvision takes a class without images for an error.
         return classes, {name: index for index, name in enumerate(classes) if name in folders}

@@ -200,10 +200,11 @@ def _compared(
     greatest = 0.0
     for images, expected in checks:
         shape = _shape(images)
+        # Code that takes another way for some sizes is followed on one of them.
+        advice = "; export it for one size, without --dynamic-size" if options.dynamic_size else ""
         try:
             got = run(images)
         except Exception as error:
-            advice = "; export it for one size, without --dynamic-size" if options.dynamic_size else ""
             what = type(getattr(model, "model", model)).__name__
             raise TaskError(
                 f"{path}: not written: {what}'s file can't be run on images of {shape}: {run_fault(error)}{advice}"
@@ -217,7 +218,7 @@ def _compared(
                 raise TaskError(
                     f"{path}: not written: its {name} differs from the model's by {difference:.1e} of its standard "
                     f"deviation, more than {limit:.1e} (--tolerance {options.tolerance:g}, or what rounding in float32 "
-                    f"explains), on images of {shape}"
+                    f"explains), on images of {shape}{advice}"
                 )
             greatest = max(greatest, difference)
     return greatest

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..extras import require
 from .metadata import plain_metadata
 
 OPSETS = range(17, 24)
+# Bytes that a constant may have whatever it is folded from.
+_SMALL = 2**15
 _NAMES = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -54,6 +57,18 @@ def _in_linear_time() -> Iterator[None]:
             setattr(rewriter, name, before)
 
 
+def _may_fold(node: Any) -> bool | None:
+    """Leave to the runtime what would be a larger table in the file than what it is computed from; else None.
+
+    Such are the biases of a map's positions, gathered from a few or made by an MLP of their distances.
+    """
+    (output, *more), inputs = node.outputs, [value.const_value for value in node.inputs if value is not None]
+    if more or output.shape is None or output.dtype is None or not output.shape.is_static():
+        return None
+    size = math.prod(output.shape.numpy()) * output.dtype.itemsize
+    return False if size > max(_SMALL, sum(value.nbytes for value in inputs)) else None
+
+
 def write_onnx(
     program: torch.export.ExportedProgram,
     names: Sequence[str],
@@ -79,7 +94,9 @@ def write_onnx(
                 dynamo=True,
                 verbose=False,
                 custom_translation_table=_translations(),
+                optimize=False,
             )
+            require("onnxscript.optimizer").optimize_ir(written.model, should_fold=_may_fold)
     except Exception as error:
         reason = untranslated(error) or cause_of(error)
         raise TaskError(f"torch.onnx can't write this model: {reason}; .pt2 holds all that torch has") from error

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from foveate.blocks import DeformableAttention2d
 from foveate.blocks.deformable import key_points, reference_points
+from foveate.tasks.export import Options, export_model
+from foveate.tasks.export.onnx_file import run_onnx
+from torch import nn
 
 
 def block(geometry, dim=16, heads=4, groups=2, seed=0, **options):
@@ -225,3 +228,32 @@ def test_wrong_settings_are_one_line():
         DeformableAttention2d(10, 4, groups=2)
     with pytest.raises(ValueError, match="no geometry 'v1'; it has 'dat', 'dat_pp'"):
         DeformableAttention2d(16, 4, geometry="v1")
+
+
+class Strided(nn.Module):
+    """An attention on every fourth pixel, which leaves one of a side of four."""
+
+    def __init__(self, options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = DeformableAttention2d(8, 2, 1, 3, 1, (7, 7), **options)
+
+        self.size_axes = 1, 2
+
+    def forward(self, x):
+        return self.attention(x[:, ::4, ::4])
+
+    def check_inputs(self):
+        return torch.randn(1, 40, 33, 8), torch.randn(1, 21, 18, 8)
+
+
+def test_files_of_any_size_take_maps_of_one_row_or_column(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = Strided({"offset_range": 2.0}).eval()
+    export_model(model, torch.randn(1, 40, 33, 8), tmp_path / "x.onnx", {}, Options(dynamic_size=True))
+    run = run_onnx(tmp_path / "x.onnx")
+    for size in ((17, 4), (3, 14), (2, 2)):
+        x = torch.randn(1, *size, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x)[0], model(x))

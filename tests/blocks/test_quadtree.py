@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from foveate.blocks import QuadTreeAttention2d
+from foveate.blocks import QuadTreeAttention2d, quadtree
 from foveate.blocks.quadtree import from_tree, to_tree
 
 
@@ -193,3 +193,17 @@ def test_topk_may_be_longer_than_the_pyramid():
     x = torch.randn(1, 8, 8, 12)
     with torch.no_grad():
         assert torch.equal(attention(topk=[3, 2, 9, 9])(x), attention(topk=[3, 2])(x))
+
+
+def test_graphs_of_any_size_split_no_queries():
+    """A split into parts of any length has no translation to ONNX that a runtime can run."""
+
+    class Coarsest(torch.nn.Module):
+        def forward(self, x):
+            return quadtree._coarsest(x, x, x, [2], False, None)[0]
+
+    tokens, x = torch.export.Dim("tokens", min=4), torch.randn(1, 2, 12, 4)
+    program = torch.export.export(Coarsest(), (x,), dynamic_shapes=({2: tokens},), strict=False)
+    assert not [node for node in program.graph.nodes if "split" in str(node.target)]
+    more = torch.randn(1, 2, 30, 4)
+    torch.testing.assert_close(program.module()(more), Coarsest()(more))

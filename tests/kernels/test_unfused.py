@@ -256,6 +256,18 @@ def test_exported_graphs_hold_torchs_operators():
     torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
 
 
+def test_tables_of_exported_graphs_grow_with_a_side_and_not_with_the_map():
+    class Module(torch.nn.Module):
+        def forward(self, weights, v, rpb):
+            bias = unfused.na2d_bias(rpb, (12, 21), (3, 5))
+            return bias, na2d_av((weights + bias).softmax(-1), v, (3, 5), dilation=(2, 1))
+
+    tensors = torch.randn(1, 12, 21, 2, 15), torch.randn(1, 12, 21, 2, 4), torch.randn(2, 5, 9)
+    program = torch.export.export(Module(), tensors)
+    assert max(table.numel() for table in program.constants.values()) == 21 * 5
+    torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
+
+
 @pytest.mark.parametrize("backend", [NATIVE, "tiled"])
 def test_results_lie_in_memory_as_the_inputs_do(backend):
     last = torch.randn(2, 7, 6, 3, 8)

@@ -39,7 +39,10 @@ def test_grey_models_get_grey_images(folder):
         (lambda root: shutil.rmtree(root), "images: no such folder"),
         (lambda root: shutil.rmtree(root / "val"), "val: no such folder"),
         (lambda root: (root / "train" / "empty").mkdir(), "train/empty: the class has no image"),
-        (lambda root: (root / "val" / "dark").rename(root / "val" / "drak"), "did you mean 'dark'"),
+        (
+            lambda root: (root / "val" / "dark").rename(root / "val" / "drak"),
+            "no such class is in train/ or the model; did you mean 'dark'",
+        ),
         (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "train: holds no folder"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.dense.segment.fcn import FCNHead
-from foveate.tasks.dense.segment.inference import slide
+from foveate.tasks.dense.segment.inference import resize_to, slide
 from foveate.tasks.dense.segment.losses import pixel_accuracy, pixel_cross_entropy
 from foveate.tasks.dense.segment.mask2former import SETTINGS
 from foveate.tasks.dense.segment.segmenter import HEADS
@@ -386,3 +386,16 @@ def test_onnx_gives_the_logits(head, backbone, tmp_path):
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(logits), model(images), atol=1e-4, rtol=1e-3)
+
+
+def test_graphs_of_any_size_resize_what_is_equal_in_their_example_alone():
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return resize_to(x, y.shape[-2:]) + y
+
+    free = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    example = torch.randn(1, 2, 8, 12), torch.randn(1, 2, 8, 12)
+    program = torch.export.export(Sum(), example, dynamic_shapes=(free, free), strict=False).module()
+    for size in ((8, 12), (5, 7)):
+        others = torch.randn(1, 2, *size), torch.randn(1, 2, 9, 14)
+        torch.testing.assert_close(program(*others), Sum()(*others))

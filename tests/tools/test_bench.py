@@ -8,9 +8,10 @@ import timm
 import torch
 from foveate.kernels import na2d
 from foveate.kernels.neighborhood.window import Axis
+from foveate.tasks import TaskError
 from foveate.tasks.cost import count_macs
 from foveate.tools import timing
-from foveate.tools.bench import gpu
+from foveate.tools.bench import exports, gpu
 from foveate.tools.bench.deformable import bench_deformable
 from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
 from foveate.tools.bench.floor import Floor
@@ -236,6 +237,18 @@ def test_plot_of_the_sweep_is_written(tmp_path):
 def test_unknown_models_are_answered_with_the_nearest(capsys):
     assert main(["bench", "models", "nat_tinny"]) == 2
     assert "did you mean 'nat_tiny'" in capsys.readouterr().err
+
+
+def test_the_table_of_exports_is_written_after_each_model(tmp_path, capsys, monkeypatch):
+    def measured(name, batch, size, rounds):
+        if name == "dinat_mini":
+            raise TaskError("a later one fails")
+        return [{"model": name, "runtime": "torch eager", "times eager": 1.0}]
+
+    monkeypatch.setattr(exports, "bench_exports", measured)
+    assert main(["bench", "exports", "nat_atto", "dinat_mini", "--output", str(tmp_path)]) == 2
+    assert "| nat_atto | torch eager | 1.0 |" in capsys.readouterr().out
+    assert [row["model"] for row in csv.DictReader((tmp_path / "exports.csv").open())] == ["nat_atto"]
 
 
 @pytest.mark.heavy

@@ -9,6 +9,7 @@ from foveate.tasks.export import Options, aligned, export_model
 from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
+from foveate.zoo.library_errors import run_fault, untranslated
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
@@ -238,6 +239,19 @@ def test_what_onnx_cant_write_for_any_size_may_be_for_one(tmp_path, monkeypatch)
         export_model(*call)
 
 
+class Turned(nn.Module):
+    """Of upright images it computes something else, which a graph doesn't."""
+
+    def forward(self, x):
+        return x.amax((2, 3)) if x.shape[2] < x.shape[3] else x.amin((2, 3))
+
+
+def test_a_file_that_is_right_for_some_sizes_may_be_for_one(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(TaskError, match=r"its output differs .* export it for one size, without --dynamic-size$"):
+        export_model(Turned(), torch.randn(1, 3, 9, 10), tmp_path / "x.onnx", {}, Options(dynamic_size=True))
+
+
 class OneImage(nn.Module):
     def forward(self, x):
         return {1: x.mean((2, 3))}[len(x)]
@@ -256,6 +270,17 @@ def test_a_file_that_its_runtime_refuses_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(TaskError, match=r"not written: the file can't be read: .* no kernel for X\(25\)$"):
         export_model(Small().eval(), torch.randn(1, 3, 8, 8), tmp_path / "x.pt2", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_runtimes_say_is_told_without_where_in_their_source_they_are():
+    place = "/src/core/reshape_helper.h:91 onnxruntime::Helper::Helper(const onnxruntime::Shape&, bool)"
+    start = "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'view_7' "
+    for where in (f"{place} ", f"{place} ".replace(" ", " void ", 1), "/src/core/reshape.cc:9 Run ", ""):
+        error = RuntimeError(f"{start}Status Message: {where}{{4,5}} can't be {{4,2}}")
+        assert run_fault(error) == "Reshape (view_7): {4,5} can't be {4,2}"
+    folding = RuntimeError("Error during constant folding for node 'node_split' (::SplitToSequence)")
+    folding.__cause__ = AttributeError("no ndim")
+    assert untranslated(folding) == "onnxscript fails on SplitToSequence: no ndim"
 
 
 def test_detections_of_equal_scores_may_swap():
@@ -300,6 +325,28 @@ def test_missing_packages_name_the_extra(refused, monkeypatch):
     )
     message = refused("export", "nat_atto", "x.onnx", "--untrained")
     assert "needs the package onnxscript: pip install 'foveate[export]'" in message
+
+
+class Biased(nn.Module):
+    """Biases of every position by an MLP of its distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.distances = nn.Buffer(torch.linspace(0, 1, 64)[:, None])
+        self.first, self.last = nn.Linear(1, 512), nn.Linear(512, 1)
+
+    def forward(self, x):
+        return x.flatten(2) + self.last(self.first(self.distances * 3).relu())[:, 0]
+
+
+def test_constants_are_folded_unless_they_are_larger_than_what_they_come_of(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path, model = tmp_path / "x.onnx", Biased().eval()
+    export_model(model, torch.randn(1, 3, 8, 8), path, {})
+    graph = pytest.importorskip("onnx").load(path).graph
+    assert "Mul" not in {node.op_type for node in graph.node}
+    assert [64, 512] not in [list(tensor.dims) for tensor in graph.initializer]
+    assert path.stat().st_size < sum(x.nbytes for x in model.state_dict().values()) + 10_000
 
 
 def test_no_rule_of_onnxscript_looks_through_the_graph_at_every_node(tmp_path, monkeypatch):

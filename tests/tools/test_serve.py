@@ -180,6 +180,30 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
     assert not file.exists()
 
 
+def test_a_smaller_file_of_another_size_is_measured_on_images_of_that_size(
+    digits_run, folder, tmp_path, refused, monkeypatch
+):
+    cards = []
+
+    def export(model, example, path, card, options):
+        cards.append(card)
+        raise TaskError("no further")
+
+    def measure_by(folder, *args):
+        shapes.append(tuple(folder[0][0].shape))
+        return [], [], []
+
+    shapes = []
+    monkeypatch.setattr("foveate.tasks.export.export_model", export)
+    monkeypatch.setattr("foveate.tasks.export.quantize.split", measure_by)
+    argv = ["export", str(digits_run), str(tmp_path / "a.onnx"), "--int8", "--data", str(folder), "--size"]
+    assert "no further" in refused(*argv, "64")
+    assert shapes == [(1, 64, 64)]
+    assert cards[0]["preprocessing"]["rule"]["size"] == 64
+    assert "crop the middle 64x64" in cards[0]["preprocessing"]["resize"]
+    assert "--int8 is measured on square images: give one number" in refused(*argv, "64", "32")
+
+
 @pytest.mark.parametrize(("broken", "step"), [("halved", "made"), ("measured", "measured")])
 def test_what_goes_wrong_with_a_smaller_file_is_named(
     digits_run, folder, exported, tmp_path, refused, monkeypatch, broken, step

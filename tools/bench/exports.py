@@ -17,7 +17,9 @@ from ...tasks.export.quantize import calibrated
 from ...tasks.exported import OnnxModel
 from ...zoo.backbone import check_name
 from ...zoo.maps import cfg_of
+from ..tables import as_markdown, save_table
 from ..timing import alternate
+from . import title_of
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -25,7 +27,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
         raise TaskError(f"--device is {args.device}, but exports are measured on CPUs")
     for name in args.models:
         check_name(name)
-    return [row for name in args.models for row in bench_exports(name, args.batch, args.size, args.rounds)]
+    rows = []
+    for name in args.models:
+        part = bench_exports(name, args.batch, args.size, args.rounds)
+        rows += part
+        # A model takes minutes, and a later one may fail.
+        save_table(rows, args.output, args.what, title_of(args))
+        print(as_markdown(part), flush=True)
+    return rows
 
 
 def bench_exports(name: str, batch: int, size: int, rounds: int) -> list[dict]:

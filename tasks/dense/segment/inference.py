@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....kernels.backends import is_exporting
 from ... import TaskError
 
 MODES = ("whole", "slide")
@@ -13,7 +14,9 @@ MODES = ("whole", "slide")
 
 def resize_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps or logits ``[B, C, h, w]`` to ``size``, (height, width): bilinear, corners not aligned."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    # In a graph of any size, sides that are equal in its example may differ elsewhere.
+    whatever = is_exporting() and any(isinstance(side, torch.SymInt) for side in (*x.shape[-2:], *size))
+    if not whatever and tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
