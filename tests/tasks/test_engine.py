@@ -131,8 +131,8 @@ def test_a_run_may_be_told_its_iterations(config_file, tmp_path):
     assert (last["meta"]["iter"], last["meta"]["epoch"]) == (5, 3)
     again = train(config_file, tmp_path / "run", "iterations=5", "epochs=1", "val_interval=2", resume=True)
     assert again["history"] == result["history"]
+    warm = ("schedule.name=step", "schedule.warmup_epochs=0", "schedule.warmup_iterations=6")
     with pytest.raises(TaskError, match=r"the warmup of 6 batches .* must be shorter than the run, which has 5"):
-        warm = ("schedule.name=step", "schedule.warmup_epochs=0", "schedule.warmup_iterations=6")
         train(config_file, tmp_path / "warm", "iterations=5", *warm)
 
 
