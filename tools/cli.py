@@ -151,7 +151,7 @@ _format_warning = warnings.formatwarning
 def _warning_in_a_line(message, category, filename: str, lineno: int, line: str | None = None) -> str:
     """Return a warning of ours to a user without the line of code that it comes from, and others as Python does."""
     if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
-        return f"foveate: warning: {_printable(' '.join(str(message).split()))}\n"
+        return f"foveate: note: {_printable(' '.join(str(message).split()))}\n"
     return _format_warning(message, category, filename, lineno, line)
 
 

@@ -273,5 +273,5 @@ def test_a_warning_of_ours_is_one_line_and_others_are_python_s(capsys, monkeypat
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     assert main(["--version"]) == 0
     ours = warnings.formatwarning("1 damaged\nfile; left out", UserWarning, cli.__file__, 1)
-    assert ours == "foveate: warning: 1 damaged file; left out\n"
+    assert ours == "foveate: note: 1 damaged file; left out\n"
     assert "elsewhere.py:7: UserWarning: text" in warnings.formatwarning("text", UserWarning, "/elsewhere.py", 7)
