@@ -31,12 +31,13 @@ _SIDE = 640
 
 @dataclasses.dataclass
 class Part:
-    """A split: its number of images, how often each class is there, and what is wrong."""
+    """A split: its images, how often each class is there, what is wrong, and which images can't be decoded."""
 
     split: str
     images: int
     counts: list[int]
     faults: list[str]
+    damaged: list[str]
 
 
 @dataclasses.dataclass
@@ -157,8 +158,8 @@ def _objects(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         labels = np.concatenate([np.zeros(0, np.int64), *(record.instances.labels for record in records)])
         channels, beyond = _channels_of([record.file for record in records if record.picture is None][:1])
         damage = _damage(partial(_picture, records, channels), len(records))
-        faults += filter(None, damage)
-        parts.append(Part(split, len(records), np.bincount(labels, minlength=len(classes)).tolist(), faults))
+        counts = np.bincount(labels, minlength=len(classes)).tolist()
+        parts.append(Part(split, len(records), counts, faults, list(filter(None, damage))))
         if first is None:
             first = [record for record, reason in zip(records, damage, strict=True) if reason is None]
             seen, note = channels, beyond
@@ -208,7 +209,7 @@ def _maps(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         channels, beyond = _channels_of([path for path, _ in part.inventory()[:1]])
         part.rule = dataclasses.replace(rule, mean=(0.0,) * channels, std=(1.0,) * channels)
         damage = _damage(part.image, part.images)
-        parts.append(Part(split, part.images, counts.tolist(), [*faults, *filter(None, damage)]))
+        parts.append(Part(split, part.images, counts.tolist(), faults, list(filter(None, damage))))
         opened.append((part, [index for index, reason in enumerate(damage) if reason is None], beyond))
     part, sound, note = opened[0]
 
@@ -237,7 +238,7 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
         counts = np.bincount(np.array(labels, np.int64), minlength=len(part.classes)).tolist()
         part.channels, beyond = _channels_of([path for path, _ in part.samples[:1]])
         damage = _damage(part.image, len(part.samples))
-        parts.append(Part(split, len(part.samples), counts, list(filter(None, damage))))
+        parts.append(Part(split, len(part.samples), counts, [], list(filter(None, damage))))
         opened.append((part, [index for index, reason in enumerate(damage) if reason is None], beyond))
     first, sound, beyond = opened[0]
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "matplotlib" not in sys.modules:
         # Pictures are written, not shown; a notebook's own choice is one that this process may not have.
         os.environ["MPLBACKEND"] = "agg"
+    warnings.formatwarning = _warning_in_a_line
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -140,6 +142,17 @@ def _run(argv: list[str]) -> int:
         if not isinstance(error, TaskError | BackboneError | CheckpointError | UnknownModelError):
             raise
         return _fail(str(error))
+
+
+_PACKAGE = Path(__file__).parents[1]
+_format_warning = warnings.formatwarning
+
+
+def _warning_in_a_line(message, category, filename: str, lineno: int, line: str | None = None) -> str:
+    """Return a warning of ours to a user without the line of code that it comes from, and others as Python does."""
+    if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+        return f"foveate: note: {_printable(' '.join(str(message).split()))}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def _fail(message: str) -> int:

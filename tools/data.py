@@ -49,14 +49,17 @@ def _check(args: argparse.Namespace) -> int:
     if len(folder.parts) == 1:
         print("no held-out images: data.name=auto holds out a share of these (data.holdout)")
     faults = [fault for part in folder.parts for fault in part.faults]
+    damaged = [reason for part in folder.parts for reason in part.damaged]
     path = args.output / "samples.png"
     drawn = folder.draw(path, SHOWN)
     if drawn:
         print(f"{drawn} samples: {path}")
-    for fault in faults:
+    for fault in faults + damaged:
         print(f"fault: {one_line(fault)}")
-    print("no faults" if not faults else "correct them, or leave them out with data.broken=drop")
-    return 2 if faults else 0
+    # What is annotated wrongly is left out before training, what can't be decoded while it is read.
+    settings = ["data.broken=drop"] * bool(faults) + ["damaged_images=skip"] * bool(damaged)
+    print(f"correct them, or leave them out with {' '.join(settings)}" if settings else "no faults")
+    return 2 if settings else 0
 
 
 def _convert(args: argparse.Namespace) -> None:

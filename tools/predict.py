@@ -13,6 +13,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,6 +22,8 @@ from urllib.parse import unquote, urlsplit
 from .arguments import at_least
 
 _LONGEST = 200  # bytes of a picture's name
+_READERS = 4  # threads
+_AHEAD = 1 << 25  # pixels of a batch beside which the next one is read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,13 +178,9 @@ def _predict_images(
     names, count = _picture_names(paths), 0
     silent = not paths or not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="image", desc="predicting", disable=silent) as bar:
-        for start in range(0, len(paths), args.batch_size):
-            batch = []
-            for path in paths[start : start + args.batch_size]:
-                try:
-                    batch.append((path, _read(path, predictor, most)))
-                except TaskError as error:
-                    refused.append(str(error))
+        for readings in _read_ahead(paths, args.batch_size, lambda path: _read(path, predictor, most)):
+            refused += [str(reading) for _, reading in readings if isinstance(reading, TaskError)]
+            batch = [(path, reading) for path, reading in readings if not isinstance(reading, TaskError)]
             for (path, image), result in zip(batch, _answers(predictor, batch), strict=True):
                 if isinstance(result, Exception):
                     refused.append(f"{path}: has no answer ({first_line(result)})")
@@ -192,8 +192,45 @@ def _predict_images(
                     refused.append(f"{path}: no picture of it could be made ({first_line(error)})")
                 entries.add({"image": str(path), **shown, **predictor.describe(result)})
                 tqdm.write(one_line(f"{path}: {predictor.headline(result)}"))
-            bar.update(min(args.batch_size, len(paths) - start))
+            bar.update(len(readings))
+            readings = batch = image = None  # the memory is the next ones'
     return count
+
+
+def _read_ahead(
+    paths: Sequence[Path | str], size: int, read: Callable[[Path | str], Any]
+) -> Iterator[list[tuple[Path | str, Any]]]:
+    """Yield batches of paths, each with its image or the TaskError of reading it; threads read the next one meanwhile.
+
+    They wait where images are large, so that the memory holds one batch, and leave addresses, for which Ctrl-C would
+    have to wait, to the caller's thread.
+    """
+    from ..tasks import TaskError
+    from ..tasks.data.sources import is_address
+
+    def attempt(path: Path | str) -> Any:
+        try:
+            return read(path)
+        except TaskError as error:
+            return error
+
+    def begin(start: int) -> list[tuple[Path | str, Future | None]]:
+        part = paths[start : start + size]
+        return [(path, None if is_address(path) else pool.submit(attempt, path)) for path in part]
+
+    pool = ThreadPoolExecutor(_READERS)
+    try:
+        begun = begin(0)
+        for start in range(0, len(paths), size):
+            batch = [(path, attempt(path) if future is None else future.result()) for path, future in begun]
+            pixels = sum(image.width * image.height for _, image in batch if not isinstance(image, TaskError))
+            # A future holds its result.
+            begun = begin(start + size) if pixels <= _AHEAD else None
+            yield batch
+            del batch
+            begun = begin(start + size) if begun is None else begun
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _show(args: argparse.Namespace, predictor: Any, image: Any, result: Any, picture: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ KINDS = {
     "image": ("missing image", "missing images"),
     "elsewhere": ("file name that leads out of its folder", "file names that lead out of their folder"),
     "pair": ("image without a label map", "images without a label map"),
+    "unpaired": ("label map without an image", "label maps without an image"),
     "damaged": ("damaged file", "damaged files"),
     "rotated": (
         "image that its EXIF entry turns on its side, annotated as it lies in the file",

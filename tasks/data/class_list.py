@@ -49,6 +49,12 @@ class LabelledList(Dataset):
         several: bool = False,
     ):
         entries = _read_list(listing, root, several)
+        for _, label, line in entries if not several else ():
+            if len(_split(label)) > 1:
+                raise TaskError(
+                    f"{listing}, line {line}: {label!r} names several classes, which data.multi_label=True lets an "
+                    "image have"
+                )
         named = [_split(label) if several else [label] for _, label, _ in entries]
         if classes is None:
             labels = {label for each in named for label in each}

@@ -8,6 +8,7 @@ import numpy as np
 from .. import TaskError
 from .annotations import Faults, check_names, read_lines
 from .augment import IGNORE
+from .images import list_images
 from .label_maps import class_of_values, images_in
 
 
@@ -15,9 +16,12 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     """Return the files of ``images/train``, ``masks/train``, ``images/val`` and ``masks/val``."""
     classes, values = read_classes(root, data)
     folder = root / "images" / split
-    files = [
-        (image, (root / "masks" / split / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)
-    ]
+    masks = root / "masks" / split
+    files = [(image, (masks / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)]
+    owned = {file for _, file in files}
+    for file in list_images(masks) if masks.is_dir() else ():
+        if file.suffix == ".png" and file not in owned:
+            faults.add("unpaired", file)
     return files, classes, values
 
 

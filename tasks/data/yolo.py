@@ -178,8 +178,10 @@ def read_yolo(
                 elif len(faults) == before:
                     faults.add("flat", place)
         records.append(Record(picture, size, picture.stem, Instances.gather(objects, with_masks)))
-    boxes = with_masks and faults.places.get("unmasked") and "; boxes alone are for model.head=faster_rcnn"
-    faults.settle(broken, f"correct the files{boxes or ''}", len(records))
+    cure = "correct the files"
+    if with_masks and "unmasked" in faults.places:
+        cure += "; boxes alone train detectors without masks (detect/finetune, model.head=faster_rcnn)"
+    faults.settle(broken, cure, len(records))
     if not any(labels_of(picture).is_file() for picture in present):
         raise TaskError(f"{root}: no image of {split} has a file of labels, such as {labels_of(pictures[0])}")
     return records, names

@@ -352,8 +352,8 @@ def _check_values(config: dict) -> None:
         (
             "schedule.warmup_epochs",
             schedule["warmup_epochs"],
-            0 <= schedule["warmup_epochs"] < (config["epochs"] if config["iterations"] is None else math.inf),
-            f"from 0 to less than epochs ({config['epochs']})",
+            schedule["warmup_epochs"] >= 0,
+            "at least 0",
         ),
         (
             "schedule.warmup_iterations",

@@ -22,20 +22,44 @@ def learning_rate(config: dict) -> float:
 
 
 def count_epochs(config: dict, batches: int) -> int:
-    """Return for how many epochs of ``batches`` a run lasts, or raise a TaskError if its warmup doesn't fit."""
+    """Return for how many epochs of ``batches`` a run lasts.
+
+    Raises:
+        TaskError: If there are no batches, or a schedule of steps ends before its warmup does.
+    """
     if batches == 0:
         raise TaskError("the training set is empty")
     epochs = config["epochs"] if config["iterations"] is None else math.ceil(config["iterations"] / batches)
-    schedule = config["schedule"]
-    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
-    total = count_iterations(config, epochs, batches)
-    if warmup >= total:
-        key = "schedule.warmup_iterations" if schedule["warmup_iterations"] else "schedule.warmup_epochs"
-        raise TaskError(
-            f"the warmup of {warmup} batches ({key}={schedule[key.partition('.')[2]]}) must be shorter than the run, "
-            f"which has {total}; lower it, or raise epochs (now {epochs})"
-        )
+    # It can be extended, and then its warmup would be another one.
+    if config["schedule"]["name"] == "step" and (fault := _excess(config, epochs, batches)):
+        raise TaskError(f"{fault}; lower it, or raise epochs (now {epochs})")
     return epochs
+
+
+def remark_on_warmup(config: dict, epochs: int, batches: int) -> list[str]:
+    """Return what is to be said of a warmup that is shorter than the config's."""
+    fault = _excess(config, epochs, batches)
+    return [f"{fault}: it takes {count_warmup(config, epochs, batches)}"] if fault else []
+
+
+def count_warmup(config: dict, epochs: int, batches: int) -> int:
+    """Return on how many batches the learning rate grows: a fifth of the run's, if those asked for would fill it."""
+    warmup, total = _asked_warmup(config, batches), count_iterations(config, epochs, batches)
+    return warmup if warmup < total else total // 5
+
+
+def _asked_warmup(config: dict, batches: int) -> int:
+    return config["schedule"]["warmup_iterations"] + config["schedule"]["warmup_epochs"] * batches
+
+
+def _excess(config: dict, epochs: int, batches: int) -> str | None:
+    """Return how a warmup is as long as the run; None if it is shorter."""
+    warmup, total = _asked_warmup(config, batches), count_iterations(config, epochs, batches)
+    if warmup < total:
+        return None
+    name = "warmup_iterations" if config["schedule"]["warmup_iterations"] else "warmup_epochs"
+    asked = f"schedule.{name}={config['schedule'][name]}"
+    return f"the warmup of {warmup} batches ({asked}) must be shorter than the run, which has {total}"
 
 
 def count_iterations(config: dict, epochs: int, batches: int) -> int:
@@ -46,7 +70,7 @@ def count_iterations(config: dict, epochs: int, batches: int) -> int:
 def build_schedulers(config: dict, epochs: int, batches: int) -> list[dict]:
     """Return a linear warmup and the schedule, by iterations."""
     schedule, total = config["schedule"], count_iterations(config, epochs, batches)
-    warmup = schedule["warmup_iterations"] + schedule["warmup_epochs"] * batches
+    warmup = count_warmup(config, epochs, batches)
     span = {"begin": warmup, "end": total, "by_epoch": False}
     if schedule["name"] == "step":
         steps = [step * batches for step in schedule["steps"]]

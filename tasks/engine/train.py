@@ -30,7 +30,7 @@ from .lock import hold_folder
 from .resume import check_resumable, rebuild_config, restore
 from .run_folder import RunFolder
 from .runner import TaskRunner, TrainLoop
-from .schedule import build_schedulers, count_epochs, count_iterations
+from .schedule import build_schedulers, count_epochs, count_iterations, remark_on_warmup
 
 _MOST_WORKERS = 8
 
@@ -100,6 +100,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
     epochs = count_epochs(config, len(loader))
+    remarks += remark_on_warmup(config, epochs, len(loader))
     metric = Metric(task, val_loader.dataset)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:

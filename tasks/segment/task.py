@@ -132,8 +132,6 @@ class Segment:
         self.as_masks = head in MASK_HEADS
         if self.output != "semantic" and not self.as_masks:
             raise TaskError(f"{head} labels pixels; {self.output} segmentation needs {' or '.join(MASK_HEADS)}")
-        if data["augment"].get("crop") is None:
-            raise TaskError("data.augment.crop is not set; images of a batch need one size")
         measures = data["normalization"] == "data"
         if data["channels"] != 3:
             # Published numbers are of colours; others' are set, or measured.
@@ -194,8 +192,11 @@ class Segment:
         """Return what is to be said of the data before they are measured by, and with ``training`` trained on.
 
         Raises:
-            TaskError: If nothing is labelled, or for label maps held-out pixels are all of one class.
+            TaskError: If nothing is labelled, for label maps held-out pixels are all of one class, or nothing gives
+                images to train on one size.
         """
+        if training and self.train_set.pad is None:
+            raise TaskError("data.augment.crop is not set; images of a batch need one size")
         what = {"semantic": "labelled pixel", "instance": "object", "panoptic": "segment"}[self.output]
         lines = list(self._said)
         for part, samples in (("training", self.train_set), ("validation", self.val_set))[not training :]:

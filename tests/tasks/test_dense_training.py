@@ -191,9 +191,9 @@ def test_a_run_from_another_variant_and_classes_is_rebuilt_from_its_folder_alone
     run = tmp_path / "run"
     result = engine.train(config, run, progress=False)
     start.unlink()
-    argv = ["eval", str(run / "config.py"), str(run / "best.pth"), "--json", str(tmp_path / "metrics.json")]
-    assert main(argv) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(result["metrics"], nan_ok=True)
+    for config in ([str(run / "config.py")], []):  # and by the checkpoint alone
+        assert main(["eval", *config, str(run / "best.pth"), "--json", str(tmp_path / "metrics.json")]) == 0
+        assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(result["metrics"], nan_ok=True)
     out = tmp_path / "out"
     assert main(["predict", str(image), "--checkpoint", str(run / "best.pth"), "--output", str(out)]) == 0
     assert main(["export", str(run), str(tmp_path / "maps.pt2"), "--features", "--size", "64"]) == 0

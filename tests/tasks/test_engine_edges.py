@@ -84,7 +84,7 @@ def test_a_folder_that_goes_away_ends_the_run(config_file, tmp_path, monkeypatch
 
 def test_a_refused_run_leaves_no_folder(config_file, tmp_path):
     with pytest.raises(TaskError, match=r"schedule.warmup_iterations=50.*epochs"):
-        train(config_file, tmp_path / "run", "schedule.warmup_iterations=50")
+        train(config_file, tmp_path / "run", "schedule.warmup_iterations=50", "schedule.name=step")
     assert not (tmp_path / "run").exists()
 
 

@@ -104,3 +104,11 @@ def test_what_can_t_be_is_said(config, overrides, message):
     config = engine.load_config(config, overrides)
     with pytest.raises(TaskError, match=message):
         Task(config)
+
+
+def test_several_classes_that_are_taken_for_one_are_refused(config, tmp_path):
+    """As classes of their own, red|green would be learned, and say nothing."""
+    listing = tmp_path / "train.csv"
+    listing.write_text("\n".join(line for line in listing.read_text().splitlines() if not line.endswith(",")))
+    with pytest.raises(TaskError, match=r"train.csv, line \d: '\w+\|\w+' names several .*data.multi_label=True"):
+        Task(engine.load_config(config, ["data.multi_label=False"]))

@@ -82,6 +82,15 @@ def test_broken_label_maps_are_refused_with_their_names_and_counts(folder):
         open_maps(data, RULE)
 
 
+def test_label_maps_whose_images_are_gone_are_named(folder):
+    root, data = folder
+    (root / "images" / "train" / "1.jpg").unlink()
+    with pytest.raises(TaskError, match=r"1 label map without an image \(\S*masks/train/1\.png\)"):
+        open_maps(data, RULE)
+    with pytest.warns(UserWarning, match="1 label map without an image"):
+        assert len(open_maps(data | {"broken": "drop"}, RULE)[0]) == 1
+
+
 def test_ade20k_counts_its_classes_from_one(tmp_path):
     for part in ("training", "validation"):
         write(tmp_path / "images" / part / "a.jpg", np.zeros((21, 34, 3)))

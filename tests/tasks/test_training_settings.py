@@ -428,6 +428,10 @@ SCHEDULES = {
         [0.1 * (0.2 + 0.8 * step / 3) for step in range(4)]  # the last of them at the full rate, as in mmengine
         + [0.1 * (0.2 + 0.8 * (1 + math.cos(math.pi * step / 8)) / 2) for step in range(8)],
     ),
+    "cosine after a warmup that would fill the run, and takes a fifth of it": (
+        {"name": "cosine", "final_factor": 0.2, "warmup_epochs": EPOCHS, "warmup_factor": 0.2},
+        [0.1 * 0.2, 0.1] + [0.1 * (0.2 + 0.8 * (1 + math.cos(math.pi * step / 10)) / 2) for step in range(10)],
+    ),
     "poly": (
         {"name": "poly", "final_factor": 0.0, "power": 0.9},
         [0.1 * (1 - step / 11) ** 0.9 for step in range(12)],

@@ -135,7 +135,7 @@ def test_every_malformed_form_is_one_line_before_training(root, form):
 
 def test_what_is_missing_where_masks_are_needed_is_said(root):
     write(root, "labels/train/1.txt", BOX)
-    with pytest.raises(TaskError, match=r"box without a polygon.*1.txt, line 1.*model.head=faster_rcnn"):
+    with pytest.raises(TaskError, match=r"box without a polygon.*1.txt, line 1.*detectors.*model.head=faster_rcnn"):
         open_objects(settings(root), True)
     shutil.rmtree(root / "labels")
     with pytest.raises(TaskError, match=r"no image of train has a file of labels, such as .*labels/train/0.txt"):

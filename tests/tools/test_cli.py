@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import foveate
@@ -266,3 +267,11 @@ def test_a_reader_that_has_enough_is_no_error():
     done = subprocess.run([sys.executable, "-m", "foveate", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_warning_of_ours_is_one_line_and_others_are_python_s(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert main(["--version"]) == 0
+    ours = warnings.formatwarning("1 damaged\nfile; left out", UserWarning, cli.__file__, 1)
+    assert ours == "foveate: note: 1 damaged file; left out\n"
+    assert "elsewhere.py:7: UserWarning: text" in warnings.formatwarning("text", UserWarning, "/elsewhere.py", 7)

@@ -88,6 +88,7 @@ def test_faults_are_listed_and_what_is_none_is_said(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
     assert "fault: " in (text := capsys.readouterr().out)
     assert "1 unknown category" in text
+    assert text.endswith("leave them out with data.broken=drop\n")
     assert main(["data", "check", str(tmp_path / "out")]) == 2
     assert "is in no known format" in capsys.readouterr().err
 
@@ -103,6 +104,7 @@ def test_images_that_end_early_are_faults_and_the_others_are_drawn(make, tmp_pat
     assert main(["data", "check", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
     text = capsys.readouterr().out
     assert f"fault: {whole[0]}: not an image, or damaged" in text
+    assert text.endswith("leave them out with damaged_images=skip\n")
     assert f"samples: {tmp_path / 'out' / 'samples.png'}" in text
     assert (tmp_path / "out" / "samples.png").is_file()
     for file in [*whole, whole[0].with_name("z.png")]:

@@ -1,14 +1,18 @@
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from foveate.tasks import TaskError
 from foveate.tasks.checkpoints import read_checkpoint
 from foveate.tasks.classify import Predictor
 from foveate.tasks.data.classification import Digits
 from foveate.tools.cli import main
+from foveate.tools.predict import _read_ahead
 from foveate.zoo._download import DownloadError
 from PIL import Image
 
@@ -147,3 +151,33 @@ def test_a_published_model_names_imagenet_classes(tmp_path, monkeypatch):
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(entry["classes"]) == 5
     assert all(ranked["class"][0].isalpha() for ranked in entry["classes"])
+
+
+def test_the_next_batch_is_read_meanwhile_unless_images_are_large(monkeypatch):
+    begun = {name: threading.Event() for name in "abcdefg"}
+
+    def read(name):
+        if name.startswith("http"):
+            return SimpleNamespace(width=1, height=1, thread=threading.current_thread())
+        begun[name].set()
+        if name == "b":
+            raise TaskError("b is damaged")
+        return SimpleNamespace(width=10, height=10, name=name)
+
+    batches = _read_ahead(["a", "b", "c", "d", "http://h/e"], 2, read)
+    (_, first), (_, second) = next(batches)
+    assert (first.name, str(second)) == ("a", "b is damaged")
+    assert begun["c"].wait(10)
+    assert begun["d"].wait(10)
+    assert [path for path, _ in next(batches)] == ["c", "d"]
+    [(_, last)] = next(batches)
+    assert last.thread is threading.main_thread()
+    assert list(batches) == []
+
+    monkeypatch.setattr("foveate.tools.predict._AHEAD", 99)
+    batches = _read_ahead(["e", "f", "g"], 1, read)
+    assert next(batches)[0][1].name == "e"
+    assert not begun["f"].wait(0.2)
+    assert next(batches)[0][1].name == "f"
+    batches.close()
+    assert not begun["g"].is_set()
