@@ -225,3 +225,10 @@ def test_wrong_settings_are_one_line():
         DeformableAttention2d(10, 4, groups=2)
     with pytest.raises(ValueError, match="no geometry 'v1'; it has 'dat', 'dat_pp'"):
         DeformableAttention2d(16, 4, geometry="v1")
+
+
+@pytest.mark.parametrize("geometry", ["dat", "dat_pp"])
+def test_vmap_is_one_image_after_the_other(geometry):
+    attention = DeformableAttention2d(32, 2, groups=2, map_size=(6, 6), geometry=geometry).eval()
+    x = torch.randn(3, 6, 6, 32)
+    torch.testing.assert_close(torch.vmap(lambda image: attention(image[None])[0])(x), attention(x))
