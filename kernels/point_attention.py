@@ -145,7 +145,8 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, points: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
     bias = displacement_bias(table, points, rows, columns).to(query.dtype)
-    if in_forward_mode():  # which torch's fused attention lacks
+    # Torch's fused attention has no derivatives that are carried along, and under vmap none of the bias.
+    if in_forward_mode() or (not torch.compiler.is_compiling() and is_transforming()):
         return (query @ key.mT * default_scale(query) + bias).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 

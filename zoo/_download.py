@@ -1,6 +1,7 @@
 """Downloading large files from hosts that fail: resumed where they allow it, checked, whole or not there at all."""
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
@@ -212,16 +213,36 @@ def _total_of_rest(headers: http.client.HTTPMessage, part: Path, start: int, not
 
 
 def _receive(response: http.client.HTTPResponse, file: BinaryIO, bar: tqdm, part: Path) -> None:
-    """Write what arrives, unless it hardly does."""
-    since, arrived = time.monotonic(), 0
-    while chunk := response.read1(_CHUNK):
-        _append(file, chunk, part)
-        bar.update(len(chunk))
-        arrived += len(chunk)
-        if time.monotonic() - since >= PATIENCE:
-            if arrived < SLOWEST * PATIENCE:
-                raise DownloadError(f"the host sends {arrived / PATIENCE:.0f} bytes a second: given up")
-            since, arrived = time.monotonic(), 0
+    """Write what arrives, unless it hardly does: a limit on the time between bytes never sees that."""
+    if response.isclosed():
+        return
+    arrived, rates, ended = 0, [], threading.Event()
+
+    def watch():
+        before = 0
+        while not ended.wait(PATIENCE):
+            rate, before = (arrived - before) / PATIENCE, arrived
+            if rate < SLOWEST:
+                rates.append(rate)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # ends the reading too, wherever it waits
+                return
+
+    connection = socket.fromfd(response.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        while chunk := response.read1(_CHUNK):
+            _append(file, chunk, part)
+            bar.update(len(chunk))
+            arrived += len(chunk)
+    except (OSError, http.client.HTTPException):
+        if not rates:
+            raise
+    finally:
+        ended.set()
+        connection.close()
+    if rates:
+        raise DownloadError(f"the host sends {rates[0]:.0f} bytes a second: given up")
 
 
 def _read_notes(part: Path) -> dict:

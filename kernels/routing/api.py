@@ -27,9 +27,9 @@ class Problem(NamedTuple):
     scale: float
 
 
-def _operator(problem: Problem, backend: str) -> Tensor:
+def _operator(problem: Problem, backend: str, differentiable_twice: bool = False) -> Tensor:
     *tensors, region_size, scale = problem
-    return routed_attention_op(*tensors, *region_size, scale, backend)[0]
+    return routed_attention_op(*tensors, *region_size, scale, backend, differentiable_twice)[0]
 
 
 def _triton_obstacle(problem: Problem) -> str | None:
@@ -81,7 +81,8 @@ def routed_attention(
             for export, and traced ones, are built from the reference, whose operators other runtimes know.
 
     Returns:
-        ``[B, H, W, heads, dim_v]``. Gradients of the first order flow to query, key and value.
+        ``[B, H, W, heads, dim_v]``. Gradients flow to query, key and value, of any order where no backend or the
+        reference is asked for, else of the first.
 
     Raises:
         ValueError: If shapes, dtypes, devices or the region size don't fit, or if the backend cannot run; the message
@@ -95,8 +96,10 @@ def routed_attention(
     """
     problem = _problem(query, key, value, routes, region_size, scale)
     name = choose("routed_attention", _BACKENDS, problem, backend)
-    # Of nothing there is nothing to cut into chunks.
-    return _BACKENDS["reference" if 0 in query.shape or 0 in value.shape else name].run(problem)
+    if name == "reference" or 0 in query.shape or 0 in value.shape:  # of nothing there is nothing to cut into chunks
+        return _BACKENDS["reference"].run(problem)
+    # Where nobody asked for the path, whose gradients have none, the reference takes the second derivatives.
+    return _BACKENDS[name].run(problem, differentiable_twice=backend is None)
 
 
 def routing_backends(

@@ -6,11 +6,20 @@ from torch import Tensor
 from ..precision import full_precision
 from .chunked import chunked_backward, chunked_forward
 from .native import native_backward, native_forward
+from .reference import routed_attention_reference
 
 
 @torch.library.custom_op("foveate::routed_attention", mutates_args=())
 def routed_attention_op(
-    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, height: int, width: int, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    backend: str,
+    differentiable_twice: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log2 of each softmax's sum; chunked returns nothing of the latter."""
     if backend == "triton":
@@ -24,7 +33,7 @@ def routed_attention_op(
 
 
 @routed_attention_op.register_fake
-def _(query, key, value, routes, height, width, scale, backend):
+def _(query, key, value, routes, height, width, scale, backend, differentiable_twice=False):
     batch, rows, columns, heads = query.shape[:4]
     out = query.new_empty(batch, rows, columns, heads, value.shape[-1])
     shape = (0,) if backend == "chunked" else (batch, heads, rows * columns)
@@ -44,6 +53,7 @@ def routed_attention_backward_op(
     width: int,
     scale: float,
     backend: str,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     if backend == "triton":
@@ -62,20 +72,42 @@ def _(grad, query, key, value, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, routes, ctx.height, ctx.width, ctx.scale, ctx.backend = inputs
+    query, key, value, routes, ctx.height, ctx.width, ctx.scale, ctx.backend, ctx.differentiable_twice = inputs
     # The chunked backward pass computes all again.
     saved = (query.new_empty(0), output[1]) if ctx.backend == "chunked" else output
     ctx.save_for_backward(query, key, value, routes, *saved)
 
 
 def _backward(ctx, grad, _):
-    gradients = routed_attention_backward_op(grad, *ctx.saved_tensors, ctx.height, ctx.width, ctx.scale, ctx.backend)
-    return *gradients, None, None, None, None, None
+    call = ctx.height, ctx.width, ctx.scale, ctx.backend, ctx.differentiable_twice
+    gradients = routed_attention_backward_op(grad, *ctx.saved_tensors, *call)
+    return *gradients, None, None, None, None, None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("routed attention has first derivatives only, unless it is called with backend='reference'")
+def _setup_backward(ctx, inputs, output):
+    *tensors, _, _, ctx.height, ctx.width, ctx.scale, _, ctx.differentiable = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_again(ctx, *grads):
+    """Differentiate the gradients by the reference, as functions of the operands alone."""
+    if not ctx.differentiable:
+        raise RuntimeError(
+            "routed attention has first derivatives only where a backend was asked for; name none, or "
+            "backend='reference'"
+        )
+    *operands, routes = ctx.saved_tensors
+    exact, again = torch.promote_types(operands[0].dtype, torch.float32), torch.is_grad_enabled()
+    with torch.enable_grad():
+        operands = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in operands]
+        grad, query, key, value = (x.to(exact) for x in operands)
+        out = routed_attention_reference(query, key, value, routes, (ctx.height, ctx.width), ctx.scale)
+        firsts = torch.autograd.grad(out, (query, key, value), grad, create_graph=True)
+        seconds = torch.autograd.grad(
+            firsts, operands, [x.to(exact) for x in grads], create_graph=again, materialize_grads=True
+        )
+    return *seconds, *(None,) * 8
 
 
 routed_attention_op.register_autograd(_backward, setup_context=_setup_context)
-routed_attention_backward_op.register_autograd(_refuse)
+routed_attention_backward_op.register_autograd(_backward_again, setup_context=_setup_backward)

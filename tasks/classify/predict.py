@@ -106,7 +106,9 @@ class Predictor:
             raise TaskError(f"{name}: takes {height}x{width} images; only square inputs are predicted from")
         how = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         rule = InputRule(height, channels, **how, crop_mode=cfg.get("crop_mode") or "center")
-        classes = cfg.get("label_names") or class_names("imagenet-1k", model.num_classes)
+        classes = cfg.get("label_names") or ()
+        if len(classes) != model.num_classes:  # those of the published weights, and these are others
+            classes = class_names("imagenet-1k", model.num_classes)
         predictor = cls(model, rule, classes, device)
         predictor.card = classifier_card(name, {}, classes, rule)
         return predictor

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dist import broadcast_object_list
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -111,6 +112,7 @@ class RunHook(Hook):
         self._progress = progress
         self._bar = None
         self._shown: tuple[int, list, list, list[int]] | None = None
+        self._measured = self._again = False  # whether an epoch has ended here; whether the last is measured once more
         self._batch: Any = None
         self.output = Path()
         self.folder: RunFolder | None = None
@@ -203,9 +205,22 @@ class RunHook(Hook):
             self._end_epoch(runner, {})
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Complete the epoch."""
+        """Complete the epoch, if one was trained for."""
+        if self._again:
+            return
         self._end_epoch(runner, metrics or {})
         self._stop_early(runner)
+
+    def make_up(self, runner: TaskRunner) -> None:
+        """Measure the last epoch again if the run was killed between its last checkpoint and its report."""
+        lacking = [not self._measured and not (self.output / "report.html").exists()]
+        broadcast_object_list(lacking)  # what the main process sees
+        if not lacking[0]:
+            return
+        if self.folder is not None:
+            self.folder.say("ended without a report: what is held out is measured again")
+        self._again = True
+        runner.val_loop.run()
 
     def after_train(self, runner: Runner) -> None:
         """Remove the bar."""
@@ -213,7 +228,7 @@ class RunHook(Hook):
             self._bar.close()
 
     def _end_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        key = f"val/{self._task.metric}"
+        key, self._measured = f"val/{self._task.metric}", True
         best = max((entry[key] for entry in self._history if key in entry), default=-math.inf)
         entry = self._entry | metrics
         if self._config["damaged_images"] == "skip":
@@ -295,7 +310,8 @@ class RunHook(Hook):
     def finish(self) -> list[tuple[str, str]]:
         """Draw the curves, and let the task draw what it predicted in the best epoch.
 
-        A continued run that had its best epoch before shows the last one, and one that was complete draws nothing new.
+        A continued run that had its best epoch before shows the last one, and one that was complete and has a report
+        draws nothing new.
         """
         from ..pictures.figures import draw_curve
         from ..pictures.report import write_report

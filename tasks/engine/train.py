@@ -141,6 +141,7 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
             run_hook.introduce(runner, resume, remarks)
         run_hook.output = output
         _without_worker_traceback(runner.train)
+        _without_worker_traceback(lambda: run_hook.make_up(runner))
         pictures = run_hook.finish() if runner.rank == 0 else []
     _leave(distributed)
     return {

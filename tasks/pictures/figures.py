@@ -1,6 +1,7 @@
 """Figures, colours and legends of all pictures, and learning curves."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_text(_shown(text.get_text()))
-    write_whole(path, lambda file: figure.savefig(file, format="png"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # of images one pixel high or wide
+        write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _shown(text: str) -> str:

@@ -257,3 +257,10 @@ def test_files_of_any_size_take_maps_of_one_row_or_column(tmp_path):
         x = torch.randn(1, *size, 8)
         with torch.no_grad():
             torch.testing.assert_close(run(x)[0], model(x))
+
+
+@pytest.mark.parametrize("geometry", ["dat", "dat_pp"])
+def test_vmap_is_one_image_after_the_other(geometry):
+    attention = DeformableAttention2d(32, 2, groups=2, map_size=(6, 6), geometry=geometry).eval()
+    x = torch.randn(3, 6, 6, 32)
+    torch.testing.assert_close(torch.vmap(lambda image: attention(image[None])[0])(x), attention(x))

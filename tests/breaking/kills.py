@@ -59,7 +59,7 @@ def _break(trial: Trial, whole: Path, length: float, kills: list[int]) -> None:
     for file in sorted(whole.glob("*.pth")):
         expected, actual = (torch.load(path, weights_only=True) for path in (file, folder / file.name))
         _same(expected["state_dict"], actual["state_dict"], file.name)
-    for name in ("history.json", "history.csv", "curves.png"):
+    for name in ("history.json", "history.csv", "curves.png", "report.html"):
         if not (folder / name).is_file():
             raise Wrong(f"{name} is missing")
     if left := [path.name for path in folder.iterdir() if path.name.startswith(".")]:

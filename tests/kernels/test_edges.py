@@ -234,6 +234,22 @@ def test_paths_without_derivatives_along_are_refused():
             routed_attention(dual, x, x, ROUTES, 4, backend="native")
 
 
+@pytest.mark.parametrize("dim", [16, 6])  # in C, where it was compiled, and in chunks
+def test_second_derivatives_of_routes_where_no_path_was_asked_for(dim):
+    q, k, v = (random(2, 8, 8, 2, dim) for _ in range(3))
+    routes = ROUTES.expand(2, -1, -1)
+
+    def penalty(backend):
+        out = routed_attention(q, k, v, routes, 4, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), (q, k, v))
+
+    for actual, expected in zip(penalty(None), penalty("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(RuntimeError, match="name none, or backend='reference'"):
+        penalty("chunked")
+
+
 def test_second_derivatives_of_points_of_maps():
     values, weights = random(1, 64, 2, 16), random(1, 5, 2, 1, 4)
 

@@ -16,7 +16,7 @@ from foveate.tasks.data.augment import Augment
 from foveate.tasks.data.classification import InputRule as ClassifierRule
 from foveate.tasks.data.segmentation import InputRule as SegmenterRule
 from foveate.tasks.dense.detect.transform import DetectorTransform
-from foveate.tasks.engine.hooks import RunHook
+from foveate.tasks.engine.hooks import Metric, RunHook
 from foveate.tasks.engine.lock import hold_folder
 from foveate.tasks.engine.run_folder import RunFolder
 from foveate.tasks.engine.runner import TaskRunner
@@ -66,6 +66,29 @@ def test_what_a_killed_run_left_out_is_made_again(config_file, tmp_path):
     (run / "history.json").write_text("[]")
     train(config_file, run, resume=True)
     assert {name: (run / name).read_bytes() for name in expected} == expected
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_pictures_and_report_of_a_run_killed_before_them_are_made_again(averaged, config_file, tmp_path, monkeypatch):
+    run, overrides = tmp_path / "run", ("ema=0.5",) if averaged else ()
+    monkeypatch.setattr(RunHook, "finish", lambda self: [])
+    train(config_file, run, *overrides)
+    assert not (run / "report.html").exists()
+    history, last = (run / "history.json").read_bytes(), torch.load(run / "last.pth", weights_only=True)
+    monkeypatch.undo()
+    measured = []
+    measure = Metric.evaluate
+    monkeypatch.setattr(Metric, "evaluate", lambda *x: measured.append(measure(*x)) or measured[-1])
+    result = train(config_file, run, *overrides, resume=True)
+    files = {path.name for path in run.iterdir()}
+    assert files >= {"report.html", "confusion.png", "curves.png", "worst.png"}
+    assert {name for name, _ in result["pictures"]} <= files
+    assert (run / "history.json").read_bytes() == history
+    assert measured == [{key: last["history"][-1][key] for key in measured[0]}]
+    written = (run / "report.html").stat().st_mtime_ns
+    train(config_file, run, *overrides, resume=True)
+    assert len(measured) == 1
+    assert (run / "report.html").stat().st_mtime_ns == written
 
 
 def test_a_folder_that_goes_away_ends_the_run(config_file, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Whatever form annotations have, they are read, or answered before training with their id in one line."""
 
 import copy
+import io
 import itertools
 import json
+import tarfile
 import warnings
 
 import numpy as np
@@ -336,3 +338,66 @@ def test_a_strangers_file_names_no_other(strange, tmp_path, monkeypatch):
             read_checkpoint(tmp_path / "stranger.pth")
     else:
         assert Predictor.from_checkpoint(tmp_path / "stranger.pth").classes == ["a", "b"]
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo", "voc", "webdataset", "history", "reference"])
+def test_what_is_nested_without_end_is_one_line(kind, tmp_path):
+    from pathlib import Path
+
+    from foveate.tasks.data import shards, voc, yolo
+    from foveate.tasks.data.annotations import Faults
+    from foveate.tasks.data.coco import read_json
+    from foveate.tools.curves import read_history
+    from foveate.tools.weights.verify import _compare
+
+    file = tmp_path / {"yolo": "data.yaml", "voc": "Annotations/a.xml", "webdataset": "a.tar"}.get(kind, "file.json")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(DEEP.replace("[", "<a>") if kind == "voc" else DEEP)
+    if kind == "webdataset":
+        with tarfile.open(file, "w") as tar:
+            for name, content in (("a.png", b""), ("a.json", DEEP.encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    elif kind == "voc":
+        faults = Faults(Path("VOC"))
+        assert voc._read_tree(tmp_path, "a", faults) is None
+        with pytest.raises(TaskError, match=r"Annotations/a\.xml"):
+            faults.settle("refuse", "correct the file", 1)
+        return
+    read, reason = {
+        "coco": (lambda: read_json(file, ()), "can't be read as JSON"),
+        "yolo": (lambda: yolo.read_yaml(tmp_path), "can't be read as YAML"),
+        "webdataset": (lambda: list(shards._read_shard(file, None)), r"a\.tar, a: its \.json can't be read"),
+        "history": (lambda: read_history(file), "is no history of foveate train"),
+        "reference": (lambda: _compare(None, file, "cpu"), "not a recorded output"),
+    }[kind]
+    with pytest.raises(TaskError, match=reason) as error:
+        read()
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_nested_without_end_says_nothing(tmp_path):
+    from foveate.tasks.engine.lock import _describe
+    from foveate.zoo.checkpoint import Checkpoint
+    from foveate.zoo.published import settings_of
+
+    (tmp_path / "lock.json").write_text(DEEP)
+    assert _describe(tmp_path / "lock.json") == "another process is writing a run there"
+    assert Checkpoint(tmp_path, {}, {"foveate": DEEP}).card is None
+    assert settings_of(f"a = {DEEP}{']' * len(DEEP)}") == {}
+
+
+@pytest.mark.parametrize("name", [rb"a\q.png", b"\xff.png", rb"\ud800.png"], ids=["escape", "no UTF-8", "half a pair"])
+def test_a_name_that_json_does_not_have_is_told_as_it_is_written(name, tmp_path):
+    from foveate.tasks.data.coco_layout import recognise
+
+    entry = b'{"images": [{"id": 1, "file_name": "%s"}], "annotations": [], "categories": []}' % name
+    (tmp_path / "train.json").write_bytes(entry)
+    with pytest.raises(TaskError, match=r"train\.json: names the image '.*\.png.*', which is in none of") as error:
+        recognise(tmp_path)
+    assert "\n" not in str(error.value)
+    str(error.value).encode()

@@ -72,3 +72,12 @@ def test_masks_of_a_line_of_pixels_and_names_of_any_length_are_drawn(size, tmp_p
         warnings.simplefilter("error")
         save_figure(figure, tmp_path / "picture.png")
     assert axes.get_title() == f"{'n' * 37}..."
+
+
+def test_a_picture_without_room_for_its_axes_is_written_without_a_word(tmp_path):
+    figure = new_figure(4, 0.1)
+    figure.subplots().set(title="above a line of pixels")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").is_file()

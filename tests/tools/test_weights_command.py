@@ -515,7 +515,7 @@ def test_real_weights_of_another_library_are_read(tmp_path, home, photos):
     assert best == ["Egyptian cat", "espresso"]
 
 
-@pytest.mark.parametrize("name", ["foveate_host_atto", "resnet10t"])
+@pytest.mark.parametrize("name", ["foveate_host_atto", "nat_atto", "resnet10t"])  # nat_atto's own classes are ten
 def test_a_grey_classifier_is_converted_and_read_again(name, tmp_path, capsys):
     model = timm.create_model(name, num_classes=3, in_chans=1)
     torch.save(model.state_dict(), tmp_path / "grey.pth")
@@ -523,8 +523,10 @@ def test_a_grey_classifier_is_converted_and_read_again(name, tmp_path, capsys):
     assert main(["weights", "convert", str(tmp_path / "grey.pth"), "--model", name, str(converted)]) == 0
     predictor = load_predictor(converted)
     assert predictor.channels == 1
+    assert len(predictor.classes) == 3
     x = torch.randn(1, 1, 224, 224)
     assert torch.equal(predictor.model(x), model.eval()(x))
+    assert main(["weights", "verify", str(tmp_path / "grey.pth"), "--model", name]) == 0
 
 
 @pytest.fixture
