@@ -9,8 +9,9 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from ..kernels import quadtree_level, quadtree_scores, quadtree_values
-from ..kernels.backends import is_exporting
+from ..kernels.backends import exporting, is_exporting
 from ..kernels.lengths import padding_to
+from ..kernels.pointwise import pointwise
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.level import level_obstacle
 from ..kernels.quadtree.reference import accumulation_dtype, children
@@ -398,10 +399,11 @@ def project_pyramid(
     with full_precision(x):
         pooled = x.to(accumulation_dtype(x.dtype))
         weight, bias = weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype)
-        pyramid = [F.linear(pooled, weight, bias) if levels == 1 and finest_chooses else finest]
+        project = F.linear if torch.compiler.is_compiling() or exporting() else pointwise
+        pyramid = [project(pooled, weight, bias) if levels == 1 and finest_chooses else finest]
         for _ in range(levels - 1):
             pooled = pool(pooled)
-            pyramid.insert(0, F.linear(pooled, weight, bias))
+            pyramid.insert(0, project(pooled, weight, bias))
     return pyramid
 
 

@@ -112,12 +112,14 @@ def _gradients(problem: Problem, grad: Tensor, needs: tuple[bool, ...]) -> list[
     grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     before = needs[0] or needs[3] or needs[4]
     grad_hidden = x.new_empty(x.shape) if before else None
-    product = onednn.product if _by_onednn(problem) else torch.mm
+    by_onednn = _by_onednn(problem)
     for piece, hidden in _pieces(problem):
         if grad_weight is not None:
-            grad_weight += product(grads[piece].t(), F.gelu(hidden))
+            part, inputs = grads[piece], F.gelu(hidden)
+            grad_weight += onednn.weight_gradient(part, inputs) if by_onednn else part.t() @ inputs
         if grad_hidden is not None:
             into = grad_hidden.flatten(0, -2)[piece]
+            product = onednn.product if by_onednn else torch.mm
             torch.ops.aten.gelu_backward.grad_input(product(grads[piece], weight), hidden, grad_input=into)
     if grad_hidden is None or conv_weight is None:
         return [grad_hidden, grad_weight, grad_bias, None, None]

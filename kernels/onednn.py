@@ -54,6 +54,13 @@ def product(x: Tensor, other: Tensor) -> Tensor:
     return linear(x, other.t())
 
 
+def weight_gradient(grads: Tensor, x: Tensor) -> Tensor:
+    """Return ``grads.T @ x``, of rows for each position, by oneDNN, which is faster at few rows than at few columns."""
+    if grads.shape[1] > x.shape[1]:
+        return linear(x.t(), grads.t()).t()
+    return linear(grads.t(), x.t())
+
+
 def obstacle(*tensors: Tensor | None) -> str | None:
     """Return why such an operator cannot run on these tensors, or None if it can."""
     if torch.compiler.is_compiling():  # asked first: what follows can't be traced

@@ -69,13 +69,13 @@ class _Products(Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grads, rows = grad.reshape(-1, len(weight)), x.reshape(-1, weight.shape[1])
-        # Gradients of gradients take torch's products, which have them.
-        product = torch.mm if torch.is_grad_enabled() else onednn.product
-        return (
-            product(grads, weight).view(x.shape) if ctx.needs_input_grad[0] else None,
-            product(grads.t(), rows) if ctx.needs_input_grad[1] else None,
-            grads.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        again = torch.is_grad_enabled()  # gradients of gradients take torch's products, which have them
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grads @ weight if again else onednn.product(grads, weight)).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grads.t() @ rows if again else onednn.weight_gradient(grads, rows)
+        return grad_x, grad_weight, grads.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _with_gradients(problem: Problem) -> Tensor:
