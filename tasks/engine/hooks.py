@@ -161,7 +161,12 @@ class RunHook(Hook):
         }
         self._checked = len(self._losses.get("loss", ()))
         self._epoch_began = time.monotonic() - begun["seconds"]
-        self._last_line = time.monotonic()
+        self._parts = {"data": 0.0, "held out": 0.0, "writing": 0.0} | begun.get("parts", {})
+        self._last_line = self._idle_since = time.monotonic()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Note how long the batch was waited for."""
+        self._parts["data"] += time.monotonic() - self._idle_since
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Note the losses; write a checkpoint where one is due."""
@@ -183,10 +188,12 @@ class RunHook(Hook):
             self._average_losses(runner)
             begun = {
                 "seconds": time.monotonic() - self._epoch_began,
+                "parts": self._parts,
                 "losses": {name: torch.stack(values).cpu() for name, values in self._losses.items()},
             }
             share_damaged(runner.train_dataloader.dataset)
             self._save(runner, runner.iter + 1, begun)
+        self._idle_since = time.monotonic()
 
     def after_train_epoch(self, runner: TaskRunner) -> None:
         """Average the losses; without a validation to come, complete the epoch."""
@@ -203,11 +210,13 @@ class RunHook(Hook):
         }
         if epoch % self._config["val_interval"] and epoch != runner.max_epochs:
             self._end_epoch(runner, {})
+        self._idle_since = time.monotonic()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Complete the epoch, if one was trained for."""
         if self._again:
             return
+        self._parts["held out"] = time.monotonic() - self._idle_since
         self._end_epoch(runner, metrics or {})
         self._stop_early(runner)
 
@@ -240,7 +249,7 @@ class RunHook(Hook):
             self.folder.check()
         if metrics.get(key, -math.inf) > best:
             self._shown = (entry["epoch"], *self._metric.collected, self._metric.indices)
-            runner.save_checkpoint(self.output / "best.pth", self._history, done, complete=False)
+            self._write(runner, "best.pth", done, complete=False)
         self._save(runner, done)
         if self.folder is None:
             return
@@ -250,8 +259,14 @@ class RunHook(Hook):
         measured = "".join(f"  {name} {value:.4f}" for name, value in measured.items() if name in self._task.shown)
         self.folder.say(
             f"epoch {entry['epoch']:>3}/{runner.max_epochs}  train loss {entry['train/loss']:.4f}"
-            f"{'  held out:' if measured else ''}{measured}  {entry['seconds']:.1f} s, {self._left(runner)} left"
+            f"{'  held out:' if measured else ''}{measured}  {self._spent()}, {self._left(runner)} left"
         )
+
+    def _spent(self) -> str:
+        """Say how long the epoch took, and what of it went where."""
+        total = time.monotonic() - self._epoch_began
+        parts = {"steps": total - sum(self._parts.values()), **self._parts}
+        return f"{total:.1f} s ({', '.join(f'{name} {seconds:.1f}' for name, seconds in parts.items())})"
 
     def _stop_early(self, runner: Runner) -> None:
         """End the run if its metric has not become better for as many epochs as the config allows.
@@ -271,8 +286,13 @@ class RunHook(Hook):
         """Write what a continuation needs after ``iteration`` batches."""
         if self.folder is not None:
             self.folder.check()
-        runner.save_checkpoint(self.output / "last.pth", self._history, iteration, begun)
+        self._write(runner, "last.pth", iteration, begun)
         self._good = iteration
+
+    def _write(self, runner: TaskRunner, name: str, iteration: int, begun: dict | None = None, **options: bool) -> None:
+        since = time.monotonic()
+        runner.save_checkpoint(self.output / name, self._history, iteration, begun, **options)
+        self._parts["writing"] += time.monotonic() - since
 
     def _average_losses(self, runner: Runner) -> None:
         """Let all processes have the mean of their losses."""

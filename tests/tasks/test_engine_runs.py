@@ -219,3 +219,14 @@ def test_two_processes_go_on_from_inside_an_epoch_to_the_same_bits(config_file, 
         torch.load(tmp_path / name / "last.pth", weights_only=True)["state_dict"] for name in ("straight", "broken")
     )
     assert all(torch.equal(value, broken[name]) for name, value in straight.items())
+
+
+def test_an_epochs_line_says_what_its_seconds_went_into(config_file, tmp_path, capsys):
+    """With a checkpoint within the epoch, from which a continued one would go on counting."""
+    config = engine.load_config(config_file, (*QUICK, "checkpoint.interval=1"))
+    engine.train(config, tmp_path / "run", progress=True)
+    parts = r"\(steps ([\d.]+), data ([\d.]+), held out ([\d.]+), writing ([\d.]+)\)"
+    lines = re.findall(rf"^epoch .* ([\d.]+) s {parts}", capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == 2
+    for total, *spent in lines:
+        assert float(total) == pytest.approx(sum(map(float, spent)), abs=0.3)
