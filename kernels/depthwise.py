@@ -5,6 +5,7 @@ slower, though a dilated convolution is a plain one on each of its interleaved g
 whose channels come last.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -48,13 +49,18 @@ def _finish(out: Tensor, problem: Problem) -> Tensor:
     return F.gelu(out) if problem.activation == "gelu" else out
 
 
+@functools.cache
+def _identity(height: int, width: int, dtype: torch.dtype) -> Tensor:
+    kernel = torch.zeros(1, 1, height, width, dtype=dtype)
+    kernel[..., height // 2, width // 2] = 1
+    return kernel
+
+
 def _onednn(problem: Problem) -> Tensor:
     x, weight, bias, dilation, padding = problem[:5]
     if problem.residual:
         # The map itself is what a kernel of 1 in its centre makes of it.
-        height, width = weight.shape[2:]
-        weight = weight.clone()
-        weight[:, :, height // 2, width // 2] += 1
+        weight = weight + _identity(*weight.shape[2:], weight.dtype)
     activation = "none" if problem.activation is None else problem.activation
     bias = None if bias is None else bias.contiguous()
     options = (list(padding), [1, 1], list(dilation), len(weight))
