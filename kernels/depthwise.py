@@ -15,8 +15,6 @@ from torch import Tensor
 from . import onednn
 from .backends import Backend, channels_come_last, choose, exporting, report
 
-# Read once: a compiler can't follow the questions.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # How far a kernel may reach beside its centre: oneDNN keeps that many vectors in registers.
 _REACH = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
 
@@ -113,7 +111,7 @@ def _drawback(problem: Problem) -> str | None:
         return "an exported graph keeps the layer"
     if problem.x.device.type != "cpu":
         return "it is faster on CPUs only"
-    if not _HAS_ONEDNN:
+    if not onednn.is_available():
         return "oneDNN is not available"
     (height, width), (dy, dx) = problem.weight.shape[2:], problem.dilation
     if (width - 1) * dx <= 2 * _REACH and ((height - 1) * dy <= 2 * _REACH or max(dy, dx) == 1):

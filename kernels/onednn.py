@@ -21,6 +21,7 @@ def _has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@torch.compiler.assume_constant_result  # a compiler can't follow the questions
 def is_available() -> bool:
     """Return whether torch has oneDNN, with these operators, and may use it."""
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and _has_operators()
