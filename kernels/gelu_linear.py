@@ -70,9 +70,10 @@ def _pieces(problem: Problem) -> Iterator[tuple[slice, Tensor]]:
 class _Recomputed(Function):
     @staticmethod
     def forward(ctx, residual: bool, *tensors: Tensor | None) -> Tensor:
-        ctx.residual = residual
-        ctx.save_for_backward(*tensors)
         problem = Problem(*tensors, residual)
+        # Not the bias: no gradient depends on it, and it may change in place as that of torch's layer may.
+        ctx.residual = residual
+        ctx.save_for_backward(*problem._replace(bias=None)[:5])
         x, weight, bias = problem[:3]
         out = x.new_empty(*x.shape[:-1], len(weight))
         rows = out.flatten(0, -2)
@@ -88,21 +89,36 @@ class _Recomputed(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        problem = Problem(*ctx.saved_tensors, ctx.residual)
-        if torch.is_grad_enabled():
-            return None, *_by_reference(problem, grad)
-        return None, *_gradients(problem, grad, ctx.needs_input_grad[1:])
+        problem, needs = Problem(*ctx.saved_tensors, ctx.residual), ctx.needs_input_grad[1:]
+        with torch.autocast("cpu", enabled=False):  # around the backward pass too; the forward pass was without
+            # Gradients that have gradients, and many at once (`is_grads_batched`), are those of torch's operators.
+            again = torch.is_grad_enabled()
+            gradients = _by_reference(problem, grad, needs, again) if again or _is_batched(grad) else None
+            return None, *(gradients or _gradients(problem, grad, needs))
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Return whether this stands for many gradients, which `torch.autograd.grad(is_grads_batched=True)` marks so."""
+    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
 
 
 def _by_onednn(problem: Problem) -> bool:
     return problem.x.dtype == torch.float32 and onednn.is_faster_than_blas()
 
 
-def _by_reference(problem: Problem, grad: Tensor) -> list[Tensor | None]:
-    """Return gradients that have gradients themselves."""
-    needs = [x for x in problem[:5] if x is not None and x.requires_grad]
-    gradients = iter(torch.autograd.grad(_reference(problem), needs, grad, create_graph=True))
-    return [next(gradients) if x is not None and x.requires_grad else None for x in problem[:5]]
+def _by_reference(problem: Problem, grad: Tensor, needs: tuple[bool, ...], again: bool) -> list[Tensor | None]:
+    """Return gradients by torch's operators, if ``again`` such as have gradients themselves."""
+    given = [x if needed else None for x, needed in zip(problem[:5], needs, strict=True)]
+    with torch.enable_grad():
+        # Views, so that where one operand was computed from another the way between them isn't counted here.
+        views = [None if x is None else x.view_as(x) if again else x.detach().requires_grad_() for x in given]
+        inputs = [x for x in views if x is not None]
+        out = _reference(
+            Problem(*(x if view is None else view for x, view in zip(problem, views, strict=False)), problem.residual)
+        )
+        gradients = iter(torch.autograd.grad(out, inputs, grad, create_graph=again) if inputs else ())
+    gradients = [None if x is None else next(gradients) for x in views]
+    return [*gradients[:2], grad.reshape(-1, len(problem.weight)).sum(0) if needs[2] else None, *gradients[3:]]
 
 
 def _gradients(problem: Problem, grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:

@@ -47,6 +47,13 @@ def _(x, weight, bias, activation):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _misfit(problem: Problem) -> str | None:
+    """Return whether shapes don't fit, of which torch's linear layer says more than oneDNN's."""
+    x, weight, bias, _ = problem
+    fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    return None if fits else "shapes don't fit"
+
+
 def _onednn_obstacle(problem: Problem) -> str | None:
     if problem.x.ndim < 2:
         return f"it takes [..., in] with two axes or more; got {list(problem.x.shape)}"
@@ -58,28 +65,31 @@ def _onednn_drawback(problem: Problem) -> str | None:
 
 
 class _Products(Function):
-    """A linear layer and its gradients by oneDNN."""
+    """A linear layer on rows, and its gradients, by oneDNN."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return onednn.linear(x, weight, bias)
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return onednn.linear(rows, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grads, rows = grad.reshape(-1, len(weight)), x.reshape(-1, weight.shape[1])
+    def backward(ctx, grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
         again = torch.is_grad_enabled()  # gradients of gradients take torch's products, which have them
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grads @ weight if again else onednn.product(grads, weight)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = grads.t() @ rows if again else onednn.weight_gradient(grads, rows)
-        return grad_x, grad_weight, grads.sum(0) if ctx.needs_input_grad[2] else None
+        grad_rows = grad_weight = None
+        with torch.autocast("cpu", enabled=False):  # around the backward pass too; the forward pass was without
+            if ctx.needs_input_grad[0]:
+                grad_rows = grads @ weight if again else onednn.product(grads, weight)
+            if ctx.needs_input_grad[1]:
+                grad_weight = grads.t() @ rows if again else onednn.weight_gradient(grads, rows)
+            return grad_rows, grad_weight, grads.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _with_gradients(problem: Problem) -> Tensor:
-    return _activate(_Products.apply(*problem[:3]), problem)
+    x, weight, bias, _ = problem
+    # Rows in and out: of more axes oneDNN's result is a view, which autograd lets nobody change in place.
+    out = _Products.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return _activate(out.view(*x.shape[:-1], len(weight)), problem)
 
 
 def _gradients_obstacle(problem: Problem) -> str | None:
@@ -128,8 +138,10 @@ def _convolution_drawback(problem: Problem) -> str | None:
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
-    "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
-    "onednn_trained": Backend(_with_gradients, _gradients_obstacle, _gradients_drawback),
+    "onednn": Backend(_onednn, lambda problem: _misfit(problem) or _onednn_obstacle(problem), _onednn_drawback),
+    "onednn_trained": Backend(
+        _with_gradients, lambda problem: _misfit(problem) or _gradients_obstacle(problem), _gradients_drawback
+    ),
     "convolution": Backend(_convolution, _convolution_obstacle, _convolution_drawback),
     "linear": Backend(_linear),
 }

@@ -92,6 +92,35 @@ def test_only_the_map_is_kept():
     assert memory == {"recomputed": 1, "reference": 3}
 
 
+@pytest.mark.parametrize("conv", [None, (3, 3)])
+def test_backward_passes_in_surroundings_of_their_own(conv):
+    given = tensors(2, 6, 7, 8, conv=conv, dtype=torch.float32)
+    wanted = [x for x in given if x is not None]
+    many = torch.randn(3, 2, 6, 7, 5)
+    results = []
+    for backend in ("reference", "recomputed"):
+        out = gelu_linear(*given, backend=backend)
+        batched = torch.autograd.grad(out, wanted, many, retain_graph=True, is_grads_batched=True)
+        with torch.no_grad():
+            given[2].add_(1)  # which no gradient depends on
+        with torch.autocast("cpu", torch.bfloat16, enabled=backend == "recomputed"):
+            results.append([*batched, *torch.autograd.grad(out, wanted, many[0])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_second_derivatives_where_a_weight_is_computed_from_the_map():
+    given = tensors(1, 4, 5, 8, conv=(3, 3))
+    results = []
+    for backend in ("reference", "recomputed"):
+        x, weight, bias, conv_weight, conv_bias = given
+        operands = x, weight * x.mean(), bias, conv_weight * x.std(), conv_bias
+        (grad,) = torch.autograd.grad(gelu_linear(*operands, backend=backend).square().sum(), x, create_graph=True)
+        results.append([grad, *torch.autograd.grad(grad.square().sum(), given)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_large_maps_are_made_again_and_small_ones_kept(monkeypatch):
     given = tensors(2, 6, 7, 8, dtype=torch.float32)
     assert gelu_linear_backends(*given)["reference"] == "chosen"

@@ -161,3 +161,27 @@ def test_compiled_graphs_leave_plain_layers_to_onednn_where_the_blas_is_slow(mon
     assert not is_left_to_onednn(grad=True)
     layer.register_forward_hook(lambda module, args, out: out + 1)
     assert not is_left_to_onednn()
+
+
+def test_what_is_trained_by_onednn_may_change_in_place_and_be_differentiated_under_autocast():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 7, 24), (40, 24), (40,)))
+    results = []
+    for backend in ("linear", "onednn_trained"):
+        out = pointwise(x, weight, bias, backend=backend).relu_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=backend == "onednn_trained"):
+            firsts = torch.autograd.grad(out.square().mean(), (x, weight, bias), create_graph=True)
+            loss = sum(first.square().sum() for first in firsts)
+        results.append([*firsts, *torch.autograd.grad(loss, (x, weight))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_shapes_that_do_not_fit_are_torchs_own_error(trained, monkeypatch):
+    monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: True)
+    weight = torch.randn(40, 23, requires_grad=trained)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pointwise(torch.randn(2, 5, 7, 24), weight)
+    with pytest.raises(ValueError, match="backend 'onednn_trained' cannot run here: shapes don't fit"):
+        pointwise(torch.randn(2, 5, 7, 24), weight, backend="onednn_trained")
