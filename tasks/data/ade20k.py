@@ -7,7 +7,7 @@ import numpy as np
 
 from .annotations import Faults
 from .augment import IGNORE
-from .label_maps import class_of_values, images_in
+from .label_maps import add_unpaired, class_of_values, images_in
 
 _NAMES = (
     "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,mountain,"
@@ -28,7 +28,9 @@ CLASSES = _NAMES.split(",")
 def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
     """Return ADE20K's files (the release of SceneParse150): 0 is unlabelled, classes count from 1."""
     part = "training" if data[split]["split"] == "train" else "validation"
-    files = [(image, root / "annotations" / part / f"{image.stem}.png") for image in images_in(root / "images" / part)]
+    maps = root / "annotations" / part
+    files = [(image, maps / f"{image.stem}.png") for image in images_in(root / "images" / part)]
+    add_unpaired(maps, files, faults)
     return files, CLASSES, class_of_values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from .. import TaskError
 from .annotations import Faults, check_names, read_lines
 from .augment import IGNORE
-from .images import list_images
-from .label_maps import class_of_values, images_in
+from .label_maps import add_unpaired, class_of_values, images_in
 
 
 def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
@@ -18,10 +17,7 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     folder = root / "images" / split
     masks = root / "masks" / split
     files = [(image, (masks / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)]
-    owned = {file for _, file in files}
-    for file in list_images(masks) if masks.is_dir() else ():
-        if file.suffix == ".png" and file not in owned:
-            faults.add("unpaired", file)
+    add_unpaired(masks, files, faults)
     return files, classes, values
 
 

@@ -101,6 +101,9 @@ def test_ade20k_counts_its_classes_from_one(tmp_path):
     assert len(ADE20K_CLASSES) == 150
     assert val[0][1].unique().tolist() == [0, 149, IGNORE]
     assert val[0][0]["image"].shape == (3, 16, 26)
+    write(tmp_path / "annotations" / "training" / "b.png", labels_of([0, 1, 150]))
+    with pytest.raises(TaskError, match=r"1 label map without an image \(\S*annotations/training/b\.png\)"):
+        open_maps(data, InputRule(16, 64, 1, (0.5,) * 3, (0.5,) * 3))
 
 
 def test_cityscapes_has_19_of_34_ids(tmp_path):
