@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
-from .backends import Backend, choose, export_obstacle, exporting, graph, in_forward_mode, report
-from .bilinear import gather_bilinear, neighbors
+from .backends import Backend, choose, export_obstacle, exporting, graph, in_forward_mode, is_transforming, report
+from .bilinear import neighbors
+from .deformable_gathers import deformable_gathers
 from .deformable_native import deformable_native, obstacle
 
 
@@ -44,8 +46,8 @@ def multi_scale_deformable_attention(
             built of the gathers, since not every runtime computes GridSample as torch does.
 
     Returns:
-        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of the first order flow to all three; of any order
-        on the gathers.
+        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients flow to all three: of any order by the gathers,
+        which are the native path's from the second order on, and of the first by the others.
 
     Raises:
         ValueError: If shapes don't fit, or if there is no such backend or it cannot run; the message says why.
@@ -124,21 +126,29 @@ def _reference(problem: Problem) -> Tensor:
     return out.view(batch, heads * dim, queries).transpose(1, 2)
 
 
-def _gathers(problem: Problem) -> Tensor:
-    """Gather the four pixels around the points of each map, then sum over these."""
-    value, shapes, locations, weights = problem
-    batch, _, heads, dim = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    locations, weights = (x.transpose(1, 2).flatten(0, 1) for x in (locations, weights))
-    out = value.new_zeros(batch * heads, queries, dim)
-    for level, (pixels, (height, width)) in enumerate(
-        zip(value.split([height * width for height, width in shapes], dim=1), shapes, strict=True)
-    ):
-        image = pixels.transpose(1, 2).reshape(batch * heads, height, width, dim)
-        x, y = locations[:, :, level].flatten(1, 2).unbind(-1)
-        samples = gather_bilinear(image, y * height - 0.5, x * width - 0.5).unflatten(1, (queries, points))
-        out = out + (samples * weights[:, :, level, :, None]).sum(2)
-    return out.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
+class _Once(Function):
+    """Both tensors as they are, but whose gradients say what has gradients of gradients: bags don't."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return value.view_as(value), shares.view_as(shares)
+
+    @staticmethod
+    def backward(ctx, grad_value: Tensor | None, grad_shares: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return _Twice.apply(grad_value, grad_shares) if torch.is_grad_enabled() else (grad_value, grad_shares)
+
+
+class _Twice(Function):
+    @staticmethod
+    def forward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in grads)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise RuntimeError(
+            "multi_scale_deformable_attention's bags have first derivatives only; backend='gathers' has all"
+        )
 
 
 def _bags(problem: Problem) -> Tensor:
@@ -167,10 +177,13 @@ def _bags(problem: Problem) -> Tensor:
         corners = [(y, x) for y in (upper * widths, lower * widths) for x in (left, right)]
         rows = torch.stack([torch.add(first, (y + x).to(integer), alpha=heads) for y, x in corners], dim=-1)
     shares = torch.stack([y * x for y in (upper_weight, lower_weight) for x in (left_weight, right_weight)], dim=-1)
+    value, shares = value.reshape(-1, dim), shares.flatten(0, 2).flatten(1)
+    if not torch.compiler.is_compiling() and not is_transforming():
+        value, shares = _Once.apply(value, shares)
     out = F.embedding_bag(
         rows.flatten(0, 2).flatten(1),
-        value.reshape(-1, dim),
-        per_sample_weights=shares.flatten(0, 2).flatten(1),
+        value,
+        per_sample_weights=shares,
         mode="sum",
     )
     return out.view(batch, queries, heads * dim)
@@ -196,5 +209,5 @@ _BACKENDS: dict[str, Backend] = {
     "native": Backend(lambda problem: deformable_native(*problem), lambda problem: obstacle(problem.value)),
     "bags": Backend(_bags, _bags_obstacle, _drawback),
     "reference": Backend(_reference, drawback=_reference_drawback),
-    "gathers": Backend(_gathers),
+    "gathers": Backend(lambda problem: deformable_gathers(*problem)),
 }

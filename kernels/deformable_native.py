@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import export_obstacle, is_transforming
+from .deformable_gathers import deformable_gathers
 from .neighborhood.native import load_function
 
 # `call` in deformable.c.
@@ -85,14 +86,28 @@ def _differentiate(ctx, grad_out: Tensor):
     return grads[0], None, *grads[1:]
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "foveate's native multi-scale deformable attention has first derivatives only; backend='gathers' has all"
-    )
+def _save_backward(ctx, inputs, output) -> None:
+    grad_out, value, ctx.shapes, locations, weights = inputs
+    ctx.save_for_backward(grad_out, value, locations, weights)
+
+
+def _differentiate_again(ctx, *grads: Tensor | None):
+    """Differentiate the gradients by the gathers, as functions of the operands alone."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        operands = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        grad_out, value, locations, weights = operands
+        shapes = list(zip(ctx.shapes[::2], ctx.shapes[1::2], strict=True))
+        out, inputs = deformable_gathers(value, shapes, locations, weights), operands[1:]
+        firsts = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
+        pairs = [(first, grad) for first, grad in zip(firsts, grads, strict=True) if grad is not None]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        seconds = torch.autograd.grad(outputs, operands, grad_outputs, create_graph=again, allow_unused=True)
+    return *seconds[:2], None, *seconds[2:]
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
-_operator_backward.register_autograd(_refuse)
+_operator_backward.register_autograd(_differentiate_again, setup_context=_save_backward)
 
 
 def deformable_native(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
