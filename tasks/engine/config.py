@@ -395,7 +395,7 @@ def _ranges(config: dict) -> Iterable[tuple[str, Any, float, float, bool, str]]:
     yield "optimizer.lr", optimizer["lr"], 0, largest, False, "at least 0"
     yield "optimizer.weight_decay", optimizer["weight_decay"], 0, largest, False, "at least 0"
     yield "optimizer.clip_grad", optimizer["clip_grad"], 0, largest, True, "more than 0, or None"
-    yield "optimizer.layer_decay", optimizer["layer_decay"], 0, largest, True, "more than 0, or None"
+    yield "optimizer.layer_decay", optimizer["layer_decay"], 0, 1, True, "more than 0 and at most 1, or None"
     yield "schedule.warmup_factor", schedule["warmup_factor"], 0, 1, True, "more than 0 and at most 1"
     yield "schedule.final_factor", schedule["final_factor"], 0, 1, False, "from 0 to 1"
     for key in ("power", "gamma"):

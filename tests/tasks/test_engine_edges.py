@@ -176,6 +176,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_one(where, tmp_path, monkeypatc
             "ema=1",
             "data.size=0",
             "data.size=1000000",
+            "optimizer.layer_decay=5",
             "schedule.steps=(3,'x')",
         ),
     ],
