@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import onednn
-from ..kernels.backends import channels_come_last, exporting
+from ..kernels.backends import channels_come_last, exporting, is_transforming
 from ..kernels.gelu_linear import gelu_linear
 from ..kernels.pointwise import compiled_linear, is_fused, pointwise
 from .layout import channels_last
@@ -29,9 +29,15 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return pointwise(x, layer.weight, layer.bias)
 
 
+# A compiler enters the transforms that it traces, and guards those around it.
+_is_transforming = torch.compiler.assume_constant_result(is_transforming)
+
+
 def _compiles_to_onednn(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a compiled graph leaves a plain layer to oneDNN, where a compiler would take a slow BLAS."""
     if exporting() or torch.is_grad_enabled() or x.device.type != "cpu" or not onednn.is_faster_than_blas():
+        return False
+    if _is_transforming():  # of whose derivatives, carried along without grad mode, the operator knows nothing
         return False
     if type(layer) is not nn.Linear or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False

@@ -1,5 +1,7 @@
 """Linear layers over maps: every backend against torch's, with and without an activation, and what is chosen when."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +161,13 @@ def test_compiled_graphs_leave_plain_layers_to_onednn_where_the_blas_is_slow(mon
     monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: True)
     assert is_left_to_onednn()
     assert not is_left_to_onednn(grad=True)
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+
+    def carried(x):
+        return torch.func.jvp(lambda x: apply_linear_gelu(frozen, act, x), (x,), (torch.ones_like(x),))[1]
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(carried, backend=compile_to)(x), carried(x), atol=1e-5, rtol=1e-5)
     layer.register_forward_hook(lambda module, args, out: out + 1)
     assert not is_left_to_onednn()
 
