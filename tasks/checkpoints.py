@@ -360,8 +360,10 @@ def with_white(card: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[s
 
     They read the bundled micrograph as it is, and all other images of 16 bits by their full range.
     """
-    data = (checkpoint.get("config") or {}).get("data", {})
-    return {"white": 255 if data.get("name") == "nuclei" else FULL_WHITE} | renamed(card)
+    config = checkpoint.get("config")
+    data = config.get("data") if isinstance(config, Mapping) else None
+    nuclei = isinstance(data, Mapping) and data.get("name") == "nuclei"
+    return {"white": 255 if nuclei else FULL_WHITE} | renamed(card)
 
 
 def _kind_of(card: dict) -> str:

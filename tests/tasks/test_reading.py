@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from foveate.tasks import TaskError, engine
-from foveate.tasks.checkpoints import read_checkpoint, save_checkpoint
+from foveate.tasks.checkpoints import read_checkpoint, save_checkpoint, with_white
 from foveate.tasks.data.images import FULL_WHITE, choose_white, read_image
 from foveate.tasks.engine.config import plain, task_class_of
 from foveate.tasks.engine.resume import rebuild_config
@@ -159,6 +159,11 @@ def test_training_evaluation_and_prediction_read_a_picture_alike(task, kind, tmp
             opened.load()
             assert torch.equal(_seen(predictor.model, lambda: predictor([opened])), predicted)
             predictor.draw(opened, predictor([opened])[0], tmp_path / "drawn.png")
+
+
+@pytest.mark.parametrize("config", ["text", {"data": "text"}, {"data": None}, None])
+def test_a_card_beside_no_config_is_read(config):
+    assert with_white({"task": "classify"}, {"config": config})["white"] == FULL_WHITE
 
 
 @pytest.mark.parametrize("task", CONFIGS)
