@@ -17,7 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; mar
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; margin: .5em 0; }
 th, td { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 5em; }
+@media (max-width: 500px) { th, td { padding: .2em .4em; } }
 img { max-width: 100%; height: auto; } figure { margin: 1em 0; } figcaption { color: #555; }
 pre { background: #f5f5f5; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
