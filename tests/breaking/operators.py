@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from foveate.blocks.aggregated import attend_projected
 from foveate.blocks.continuous_bias import bias_axes
 from foveate.kernels import (
     depthwise_conv2d,
+    gelu_linear,
     multi_scale_deformable_attention,
     na1d,
     na1d_av,
@@ -27,6 +30,7 @@ from foveate.kernels import (
 )
 from foveate.kernels.aggregated import aggregated_attention, aggregated_reference
 from foveate.kernels.bilinear import sample_bilinear
+from foveate.kernels.gelu_linear import _Recomputed
 from foveate.kernels.pointwise import pointwise
 from trial import Trial, Wrong
 
@@ -324,7 +328,7 @@ def _aggregated(draw) -> None:
 
 
 def _maps(draw) -> None:
-    """Compare depthwise convolutions, linear layers of maps, and readings between pixels."""
+    """Compare depthwise convolutions, linear layers of maps, MLPs' second halves, and readings between pixels."""
     batch, channels, height, width = draw.randint(0, 2), draw.randint(1, 20), draw.randint(1, 14), draw.randint(1, 14)
     kernel, dilation = (draw.choice((1, 3, 5, 7)), draw.choice((1, 3, 5))), (draw.randint(1, 3), draw.randint(1, 3))
     x, gradients = _tensor(draw, batch, channels, height, width), draw.random() < 0.5
@@ -343,10 +347,22 @@ def _maps(draw) -> None:
     _compare(
         lambda x, w, b, backend: pointwise(x, w, b, backend, activation),
         [x, _tensor(draw, wide, channels), _tensor(draw, wide)],
-        (None, "onednn", "convolution", "linear"),
+        (None, "onednn", "onednn_trained", "convolution", "linear"),
         "linear",
         gradients,
     )
+    weights = [_tensor(draw, wide, channels), _tensor(draw, wide)]
+    convolved, residual = draw.random() < 0.7, draw.random() < 0.5
+    if convolved:
+        weights += [_tensor(draw, channels, 1, *kernel), _tensor(draw, channels)]
+    with mock.patch.object(sys.modules[_Recomputed.__module__], "_PIECE", draw.choice((1, 50, 1000, 2**19))):
+        _compare(
+            lambda *tensors, backend: gelu_linear(*tensors, residual=residual and convolved, backend=backend),
+            [x, *weights],
+            (None, "recomputed", "reference"),
+            "reference",
+            gradients,
+        )
     # As in `_deformable`, the slope's kinks are kept away from.
     precision = torch.promote_types(torch.get_default_dtype(), torch.float32)
     places = [(torch.randint(-2, length + 2, (batch, wide)).to(precision) * 33 + 12) / 33 for length in (height, width)]
