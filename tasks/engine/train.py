@@ -96,11 +96,10 @@ def _train(config: dict[str, Any], output: Path, resume: bool, progress: bool, r
     checkpoint = read_checkpoint(last, config["task"], merged=False) if resume else None
     device, distributed = _launch(config["device"])
     config, task, more = _settled(config, checkpoint, last, device)
-    remarks += more
     loader = _loader(task.train_set, config, device, seed=config["seed"])
     val_loader = _loader(task.val_set, config, device, seed=None)
     epochs = count_epochs(config, len(loader))
-    remarks += remark_on_warmup(config, epochs, len(loader))
+    remarks += more + remark_on_warmup(config, epochs, len(loader))
     metric = Metric(task, val_loader.dataset)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
