@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, default_scale, exporting, in_forward_mode, is_transforming, report
-from .bilinear import sample_aligned
+from .backends import Backend, choose, default_scale, exporting, graph, in_forward_mode, is_transforming, report
+from .bilinear import sample_aligned, sample_lines
 from .point_attention_native import obstacle, point_attention_native
 from .rows import join_rows, rows_at_once, run_rows
 
@@ -126,9 +126,14 @@ def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tens
     batch, groups = points.shape[0], points.shape[1]
     # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
     y, x = rows[:, None].expand(-1, columns.shape[0]), columns[None].expand(rows.shape[0], -1)
+    tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    if exporting() and not graph().grid_sample:
+        # Onnxruntime is slow at operators along two numbers.
+        row, column = (points.flatten(0, 1) * 0.5).unbind(-1)
+        lines = (axis.flatten()[:, None] * 0.5 - part[:, None] for axis, part in ((x, column), (y, row)))
+        return sample_lines(tables, *lines).unflatten(0, (batch, groups)).flatten(1, 2)
     queries = torch.stack([x, y], dim=-1).flatten(0, 1) * 0.5
     displacement = queries[:, None] - (points.flatten(0, 1)[:, None] * 0.5).flip(-1)
-    tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
     return sample_aligned(tables, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose, export_obstacle, exporting, report, transform_obstacle
+from ..lengths import is_open
 from ..triton_launch import off_gpu
 from . import native, triton_products
 from .api import preferred
@@ -35,10 +36,19 @@ def _windows(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Return the rows of ``x`` by slot, ``[B, tokens, slots, heads, dim]``; zeros where a window has no key."""
     if not exporting() or any(axis.is_causal for axis in axes):
         return gather_windows(x.flatten(1, -3), axes)
+    _refuse_open(axes)
     rank = len(axes)
     tables = [axis_windows(axis.length, axis.kernel_size, axis.dilation, axis.stride) for axis in axes]
     rows = _by_axes(x, 1, tables)
     return rows.flatten(1 + rank, 2 * rank).flatten(1, rank)
+
+
+def _refuse_open(axes: tuple[Axis, ...]) -> None:
+    """Refuse a graph of any size, whose tables would be those of one."""
+    if is_open(*(axis.length for axis in axes)):
+        raise ValueError(
+            "the operators on weights of neighborhoods (na2d_qk, na2d_av, na2d_bias) gather by tables of one size"
+        )
 
 
 def _by_axes(x: Tensor, first: int, tables: Sequence[np.ndarray]) -> Tensor:
@@ -97,6 +107,7 @@ def _missing(axes: tuple[Axis, ...], device: torch.device) -> Tensor | None:
 def _window_bias(rpb: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Return the bias of each token's window by slot, ``[*spatial, heads, slots]``."""
     if exporting():
+        _refuse_open(axes)
         tables = [axis_offsets(axis)[:, None] + np.arange(axis.kernel_size) for axis in axes]
         return _by_axes(rpb, 1, tables).movedim(0, len(axes)).flatten(1 + len(axes))
     entries = torch.from_numpy(window_tables(axes)[1]).to(rpb.device)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from foveate.kernels import point_attention, point_attention_backends, point_attention_native, rows
+from foveate.kernels.point_attention import displacement_bias
 
 # Batch, height, width, points, heads, groups, dim, dim_v, table: tables finer and coarser than the map, rows of several
 # vectors and of less than one, a map of one position.
@@ -185,3 +186,19 @@ def test_what_does_not_fit_is_one_line_and_never_reaches_the_library(place, shap
     with pytest.raises(ValueError, match=message) as error:
         point_attention(*call, backend=backend)
     assert "\n" not in str(error.value)
+
+
+def test_an_exported_graph_holds_no_pairs_of_displacements():
+    """Onnxruntime is slow at operators along two numbers."""
+
+    class Bias(torch.nn.Module):
+        def forward(self, *tensors):
+            return displacement_bias(*tensors)
+
+    tensors = torch.randn(6, 9, 11), torch.rand(2, 2, 6, 2) - 0.5, torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 7)
+    program = torch.export.export(Bias(), tensors)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "call_function"]
+    pairs = [value.numel() for value in values if isinstance(value, torch.Tensor) and value.shape[-1:] == (2,)]
+    assert pairs
+    assert max(pairs) <= tensors[1].numel()
+    torch.testing.assert_close(program.module()(*tensors), displacement_bias(*tensors))

@@ -256,6 +256,17 @@ def test_exported_graphs_hold_torchs_operators():
     torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
 
 
+def test_a_graph_of_any_size_is_refused_by_the_operators_names():
+    class Module(torch.nn.Module):
+        def forward(self, q, rpb):
+            return unfused.na2d_bias(rpb, q.shape[1:3], 3)
+
+    free = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    tensors = torch.randn(1, 6, 7, 2, 4), torch.randn(2, 5, 5)
+    with pytest.raises(Exception, match=r"na2d_bias\) gather by tables of one size"):
+        torch.export.export(Module(), tensors, dynamic_shapes=(free, None), strict=False)
+
+
 def test_tables_of_exported_graphs_grow_with_a_side_and_not_with_the_map():
     class Module(torch.nn.Module):
         def forward(self, weights, v, rpb):

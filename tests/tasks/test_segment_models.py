@@ -12,6 +12,8 @@ from foveate.tasks.dense.segment.inference import resize_to, slide
 from foveate.tasks.dense.segment.losses import pixel_accuracy, pixel_cross_entropy
 from foveate.tasks.dense.segment.mask2former import SETTINGS
 from foveate.tasks.dense.segment.segmenter import HEADS
+from foveate.tasks.dense.segment.upernet import UPerHead
+from foveate.tasks.export import Options, export_model
 from foveate.zoo import CheckpointError, UnknownModelError
 from foveate.zoo.backbone import dense_settings_of
 from torch import nn
@@ -399,3 +401,23 @@ def test_graphs_of_any_size_resize_what_is_equal_in_their_example_alone():
     for size in ((8, 12), (5, 7)):
         others = torch.randn(1, 2, *size), torch.randn(1, 2, 9, 14)
         torch.testing.assert_close(program(*others), Sum()(*others))
+
+
+def test_an_onnx_file_of_any_size_pools_by_its_own_bins(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.head = UPerHead([3, 3], 5, channels=8)
+
+        def forward(self, x):
+            return self.head([x, x[..., ::2, ::2]])
+
+    # The exporter compares at three sizes.
+    facts = export_model(
+        Pooled().eval(), torch.randn(1, 3, 13, 18), tmp_path / "x.onnx", {}, Options(dynamic_size=True)
+    )
+    assert facts["difference"] <= 1e-5

@@ -10,8 +10,29 @@ import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from ....kernels.lengths import is_open
 from .fcn import classifier, init_convolutions
 from .inference import resize_to
+
+
+class _Grid(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling to a square grid, of whose bins a graph of any size would else keep its example's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if not is_open(height, width):
+            return super().forward(x)
+        rows, columns = (_bins(length, self.output_size, x) for length in (height, width))
+        return rows @ x @ columns.T
+
+
+def _bins(length: int, count: int, like: Tensor) -> Tensor:
+    """Return the matrix ``[count, length]`` of pooling a line, in operators that take a length known later."""
+    position = torch.arange(length, device=like.device)
+    bin_ = torch.arange(count, device=like.device)[:, None]
+    inside = (position >= bin_ * length // count) & (position < ((bin_ + 1) * length + count - 1) // count)
+    inside = inside.to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
 
 
 class UPerHead(nn.Module):
@@ -41,7 +62,7 @@ class UPerHead(nn.Module):
         super().__init__()
         *finer, coarsest = in_channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormAct(coarsest, channels)) for scale in pool_scales
+            nn.Sequential(_Grid(scale), ConvNormAct(coarsest, channels)) for scale in pool_scales
         )
         self.bottleneck = ConvNormAct(coarsest + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvNormAct(width, channels) for width in finer)
