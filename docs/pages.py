@@ -203,7 +203,7 @@ def _speed(models: list[str]) -> str:
         return "Not measured. `foveate bench models NAME` measures it on your machine."
     header = ("model", "images/s over Swin-T's", "multiply-adds per second over Swin-T's", "time over its own floor")
     return (
-        f"{_table(header, rows)}\n\nOurs: one core of an AMD EPYC with AVX-512, 224 pixels, batch 4, float32, beside "
+        f"{_table(header, rows)}\n\nOurs: two cores of an AMD EPYC with AVX-512, 224 pixels, batch 4, float32, beside "
         "timm's `swin_tiny_patch4_window7_224` in the same run of `foveate bench models`; the floor is the model's own "
         "linear and convolution layers alone. README says more."
     )
