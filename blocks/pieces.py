@@ -28,10 +28,11 @@ def may_take_pieces(x: Tensor, *layers: nn.Module) -> bool:
 
 def may_recompute(hidden: Tensor, act: nn.Module, drop: nn.Module, *layers: nn.Module) -> bool:
     """Return whether `kernels.gelu_linear` stands in for these layers after a hidden map, to keep less of it."""
-    if torch.compiler.is_compiling() or exporting() or not is_recomputed(hidden):
+    if torch.compiler.is_compiling() or exporting():
         return False
     dropping = isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
-    return not dropping and is_plain_gelu(act) and is_plain(drop, *layers)
+    # The map last, as above.
+    return not dropping and is_plain_gelu(act) and is_plain(drop, *layers) and is_recomputed(hidden)
 
 
 def sum_over_channels(
