@@ -39,7 +39,7 @@ def _or_one(steps: int) -> int:
         return max(steps, 1)
     else:
         # Python's would be decided for good by the size that a graph of any is made with.
-        return torch.sym_max(steps, 1)
+        return max(steps, 1) if torch.jit.is_tracing() else torch.sym_max(steps, 1)
 
 
 def _grid(rows: Tensor, columns: Tensor) -> Tensor:

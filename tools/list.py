@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     timm_names = sorted(set(timm.list_models(pattern)) - set(names)) if args.timm else []
     if not names and not timm_names:
         where = "foveate or timm" if args.timm else "foveate; --timm searches timm too"
-        raise TaskError(f"no model matches {pattern!r} in {where}{nearest(pattern.strip('*'), list_models())}")
+        raise TaskError(f"no model matches {args.pattern!r} in {where}{nearest(pattern.strip('*'), list_models())}")
     if args.markdown:
         print(markdown(names))
         return

@@ -111,7 +111,8 @@ class ConvMlp(nn.Module):
             x = self.fc1(x)
             return self.drop2(self.fc2(self.drop1(self.act(x + self.dwconv(x)))))
         x = apply_pointwise(self.fc1, x)
-        if may_recompute(hidden := x.permute(0, 2, 3, 1), self.act, self.drop1, self.dwconv, self.fc2):
+        hidden = x.permute(0, 2, 3, 1)
+        if may_recompute(hidden, self.act, self.drop1, self.dwconv, self.fc2):
             weight, conv = self.fc2.weight.flatten(1), self.dwconv
             x = gelu_linear(hidden, weight, self.fc2.bias, conv.weight, conv.bias, residual=True)
             return self.drop2(x.permute(0, 3, 1, 2))

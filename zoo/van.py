@@ -59,7 +59,8 @@ class ConvFeedForward(nn.Module):
         if torch.jit.is_scripting():
             return self.drop(self.fc2(self.drop(self.act(self.conv(self.fc1(x))))))
         x = apply_pointwise(self.fc1, x)
-        if may_recompute(hidden := x.permute(0, 2, 3, 1), self.act, self.drop, self.conv, self.fc2):
+        hidden = x.permute(0, 2, 3, 1)
+        if may_recompute(hidden, self.act, self.drop, self.conv, self.fc2):
             weight, conv = self.fc2.weight.flatten(1), self.conv
             return gelu_linear(hidden, weight, self.fc2.bias, conv.weight, conv.bias).permute(0, 3, 1, 2)
         x = self.drop(apply_depthwise(self.conv, x, self.act))

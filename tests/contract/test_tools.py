@@ -16,19 +16,14 @@ from torchvision.models.feature_extraction import create_feature_extractor as to
 
 # What refuses says so in one line, which names what does.
 TORCHVISION = r"use timm's create_model\(..., features_only=True\)"
-ROUTED = "first derivatives only, unless it is called with backend='reference'"
 
 
 def torchvisions_refusal(family: str) -> str | None:
     return None if family.startswith("ela_") else TORCHVISION  # those are timm's own models
 
 
-def second_refusal(family: str) -> str | None:
-    return ROUTED if family.startswith("biformer_") else None
-
-
 # Which tools refuse which families; everything else holds.
-REFUSED = {"torchvision": torchvisions_refusal, "double_backward": second_refusal}
+REFUSED = {"torchvision": torchvisions_refusal}
 
 
 def same(actual: Tensor, expected: Tensor) -> None:

@@ -99,9 +99,11 @@ def test_images_come_from_anywhere(digits_run, tmp_path):
     assert len(results) == len(sources)
     assert [result.source for result in results[:4]] == [str(path)] * 4
     assert results[4].source == "image 4"
-    assert all(result["classes"] == results[0]["classes"] for result in results)
-    assert len(results[0]["classes"]) == 3
-    assert [dict(one) for one in model.predict(path)] == [dict(results[0])]
+    (alone,) = model.predict(path, top=3)
+    assert len(alone["classes"]) == 3
+    for result in results:  # of batches of four and of one, which round differently
+        for entry, expected in zip(result["classes"], alone["classes"], strict=True):
+            assert entry == {**expected, "probability": pytest.approx(expected["probability"], abs=1e-4)}
     with pytest.raises(TaskError, match="no such file"):
         model.predict(tmp_path / "none.png")
     with pytest.raises(TaskError, match="image 0: not an image"):
