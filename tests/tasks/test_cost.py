@@ -23,6 +23,6 @@ def test_memory_grows_with_the_pixels_and_leaves_the_weights_out():
 
 def test_a_training_step_keeps_what_inference_frees():
     inference, training = (
-        peak_memory("foveate_host_atto", 2, 512, "cpu", train=train, attention="window") for train in (False, True)
+        peak_memory("foveate_host_atto", 2, 256, "cpu", train=train, attention="window") for train in (False, True)
     )
     assert training > 2 * inference
