@@ -140,10 +140,16 @@ def _sample_aligned(x: Tensor, points: Tensor) -> Tensor:
     # GridSample has no derivatives that are carried along.
     if graph().grid_sample or not (exporting() or in_forward_mode()):
         return F.grid_sample(x, points, mode="bilinear", align_corners=True)
+    return sample_lines(x, *points.unbind(-1))
+
+
+def sample_lines(x: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Do what `sample_aligned` does by gathers, of the two parts ``[B, h, w]`` of its points."""
     height, width = x.shape[-2:]
-    columns, rows = points.flatten(1, 2).unbind(-1)
+    shape = columns.shape[1:]
+    columns, rows = columns.flatten(1, 2), rows.flatten(1, 2)
     values = gather_bilinear(x.permute(0, 2, 3, 1), (rows + 1) * ((height - 1) / 2), (columns + 1) * ((width - 1) / 2))
-    return values.transpose(1, 2).unflatten(2, points.shape[1:3])
+    return values.transpose(1, 2).unflatten(2, shape)
 
 
 def _bags(problem: Problem) -> Tensor:

@@ -99,8 +99,7 @@ def _folded(onnx: Any, source: Path, target: Path) -> Any:
 
 def _products(model: Any) -> list[str]:
     """Return the names of the nodes that multiply by weights; nodes without a name get one."""
-    # A table that is read by a product has an axis more than a layer's weight, and onnxruntime can't quantise it.
-    weights = {value.name for value in model.graph.initializer if len(value.dims) != 3}
+    weights = {value.name for value in model.graph.initializer}
     names = []
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node{index}"

@@ -188,14 +188,14 @@ def test_what_does_not_fit_is_one_line_and_never_reaches_the_library(place, shap
     assert "\n" not in str(error.value)
 
 
-def test_an_exported_graph_reads_biases_an_axis_at_a_time():
-    """Without pairs of displacements, at which onnxruntime is slow; points lie beyond the map too."""
+def test_an_exported_graph_holds_no_pairs_of_displacements():
+    """Onnxruntime is slow at operators along two numbers."""
 
     class Bias(torch.nn.Module):
         def forward(self, *tensors):
             return displacement_bias(*tensors)
 
-    tensors = torch.randn(6, 9, 11), torch.rand(2, 2, 6, 2) * 4 - 2, torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 7)
+    tensors = torch.randn(6, 9, 11), torch.rand(2, 2, 6, 2) - 0.5, torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 7)
     program = torch.export.export(Bias(), tensors)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "call_function"]
     pairs = [value.numel() for value in values if isinstance(value, torch.Tensor) and value.shape[-1:] == (2,)]
