@@ -4,9 +4,8 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels.gelu_linear import gelu_linear
 from .depthwise import apply_depthwise
-from .pieces import may_recompute, may_take_pieces, sum_over_channels
+from .pieces import finish_by_pieces, may_take_pieces, sum_over_channels
 from .pointwise import apply_linear
 
 # Of the MLP's hidden map at a time, where it is computed in pieces.
@@ -54,8 +53,9 @@ class DepthwiseMlp(nn.Module):
             x = self.act(self.dwconv(self.fc1(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
             return self.drop(self.fc2(self.drop(x)))
         x = apply_linear(self.fc1, x)
-        if may_recompute(x, self.act, self.drop, self.dwconv, self.fc2):
-            return gelu_linear(x, self.fc2.weight, self.fc2.bias, self.dwconv.weight, self.dwconv.bias)
+        out = finish_by_pieces(x, self.act, self.drop, self.fc2, self.dwconv)
+        if out is not None:
+            return out
         x = apply_depthwise(self.dwconv, x.permute(0, 3, 1, 2), self.act).permute(0, 2, 3, 1)
         return self.drop(apply_linear(self.fc2, self.drop(x)))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.backends import exporting
 from ..kernels.depthwise import depthwise_conv2d
-from ..kernels.gelu_linear import is_recomputed
+from ..kernels.gelu_linear import gelu_linear, is_recomputed
 from ..kernels.pointwise import pointwise
 from .plain import is_plain, is_plain_gelu
 
@@ -26,13 +26,36 @@ def may_take_pieces(x: Tensor, *layers: nn.Module) -> bool:
     return not traced and not torch.is_grad_enabled() and is_plain(*layers) and x.is_cpu
 
 
-def may_recompute(hidden: Tensor, act: nn.Module, drop: nn.Module, *layers: nn.Module) -> bool:
-    """Return whether `kernels.gelu_linear` stands in for these layers after a hidden map, to keep less of it."""
+def finish_by_pieces(
+    hidden: Tensor,
+    act: nn.Module,
+    drop: nn.Module,
+    fc2: nn.Module,
+    conv: nn.Conv2d | None = None,
+    residual: bool = False,
+) -> Tensor | None:
+    """Return what an MLP makes of its hidden map, by `kernels.gelu_linear`; None if its layers have to be called.
+
+    Args:
+        hidden: ``[B, H, W, hidden]``, or without a convolution ``[B, N, hidden]`` too.
+        act: Activation.
+        drop: Dropout behind it.
+        fc2: Linear layer, or 1x1 convolution.
+        conv: Depthwise convolution before the activation, which keeps the map's size.
+        residual: Whether the map is added to its convolution.
+
+    Returns:
+        The same with the channels of ``fc2``.
+    """
     if torch.compiler.is_compiling() or exporting():
-        return False
+        return None
     dropping = isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
+    layers = (drop, fc2) if conv is None else (drop, fc2, conv)
     # The map last, as above.
-    return not dropping and is_plain_gelu(act) and is_plain(drop, *layers) and is_recomputed(hidden)
+    if dropping or not is_plain_gelu(act) or not is_plain(*layers) or not is_recomputed(hidden):
+        return None
+    convolution = (None, None) if conv is None else (conv.weight, conv.bias)
+    return gelu_linear(hidden, fc2.weight.flatten(1), fc2.bias, *convolution, residual=residual)
 
 
 def sum_over_channels(

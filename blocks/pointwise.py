@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from ..kernels import onednn
 from ..kernels.backends import channels_come_last, exporting, is_transforming
-from ..kernels.gelu_linear import gelu_linear
 from ..kernels.pointwise import compiled_linear, is_fused, pointwise
 from .layout import channels_last
-from .pieces import may_recompute, may_take_pieces
+from .pieces import finish_by_pieces, may_take_pieces
 from .plain import is_plain, is_plain_gelu
 
 
@@ -155,8 +154,9 @@ class PointwiseMlp(nn.Module):
             x = apply_linear_gelu(self.fc1, self.act, x)
             return self.drop(apply_linear(self.fc2, self.drop(x)))
         x = apply_linear(self.fc1, x)
-        if may_recompute(x, self.act, self.drop, self.fc2):
-            return gelu_linear(x, self.fc2.weight, self.fc2.bias)
+        out = finish_by_pieces(x, self.act, self.drop, self.fc2)
+        if out is not None:
+            return out
         return self.drop(apply_linear(self.fc2, self.drop(self.act(x))))
 
     def _forward_in_pieces(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""When an operator of oneDNN with something fused in, which inductor calls too, may be called without a compiler."""
+"""oneDNN's operators that inductor calls too: when they may be called without a compiler, and linear layers by them."""
 
 import contextlib
 import functools

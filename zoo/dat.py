@@ -41,11 +41,10 @@ from torch import Tensor, nn
 
 from ..blocks import DeformableAttention2d, NeighborhoodAttention2d
 from ..blocks.depthwise import apply_depthwise
-from ..blocks.pieces import may_recompute
+from ..blocks.pieces import finish_by_pieces
 from ..blocks.pointwise import apply_pointwise
 from ..blocks.relative_bias import resize_bias_table
 from ..blocks.window import WindowAttention2d, from_swin_table
-from ..kernels.gelu_linear import gelu_linear
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -111,11 +110,9 @@ class ConvMlp(nn.Module):
             x = self.fc1(x)
             return self.drop2(self.fc2(self.drop1(self.act(x + self.dwconv(x)))))
         x = apply_pointwise(self.fc1, x)
-        hidden = x.permute(0, 2, 3, 1)
-        if may_recompute(hidden, self.act, self.drop1, self.dwconv, self.fc2):
-            weight, conv = self.fc2.weight.flatten(1), self.dwconv
-            x = gelu_linear(hidden, weight, self.fc2.bias, conv.weight, conv.bias, residual=True)
-            return self.drop2(x.permute(0, 3, 1, 2))
+        out = finish_by_pieces(x.permute(0, 2, 3, 1), self.act, self.drop1, self.fc2, self.dwconv, residual=True)
+        if out is not None:
+            return self.drop2(out.permute(0, 3, 1, 2))
         x = apply_depthwise(self.dwconv, x, self.act, residual=True)
         return self.drop2(apply_pointwise(self.fc2, self.drop1(x)))
 

@@ -30,11 +30,10 @@ from ..blocks.depthwise import apply_depthwise
 from ..blocks.initialize import init_linear
 from ..blocks.large_kernel import LargeKernelAttention2d
 from ..blocks.layout import channels_last
-from ..blocks.pieces import may_recompute, may_take_pieces, sum_over_channels
+from ..blocks.pieces import finish_by_pieces, may_take_pieces, sum_over_channels
 from ..blocks.pointwise import apply_pointwise
 from ..blocks.pyramid import BatchNormDownsample, BatchNormStem
 from ..kernels.backends import channels_come_last
-from ..kernels.gelu_linear import gelu_linear
 from ._build import IMAGENET_CFG, build, cfgs_with_links
 from ._pyramid import Pyramid, Stage
 
@@ -59,10 +58,9 @@ class ConvFeedForward(nn.Module):
         if torch.jit.is_scripting():
             return self.drop(self.fc2(self.drop(self.act(self.conv(self.fc1(x))))))
         x = apply_pointwise(self.fc1, x)
-        hidden = x.permute(0, 2, 3, 1)
-        if may_recompute(hidden, self.act, self.drop, self.conv, self.fc2):
-            weight, conv = self.fc2.weight.flatten(1), self.conv
-            return gelu_linear(hidden, weight, self.fc2.bias, conv.weight, conv.bias).permute(0, 3, 1, 2)
+        out = finish_by_pieces(x.permute(0, 2, 3, 1), self.act, self.drop, self.fc2, self.conv)
+        if out is not None:
+            return out.permute(0, 3, 1, 2)
         x = self.drop(apply_depthwise(self.conv, x, self.act))
         return self.drop(apply_pointwise(self.fc2, x))
 
