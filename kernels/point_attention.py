@@ -126,15 +126,19 @@ def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tens
     batch, groups = points.shape[0], points.shape[1]
     # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
     y, x = rows[:, None].expand(-1, columns.shape[0]), columns[None].expand(rows.shape[0], -1)
-    tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    if not torch.jit.is_scripting() and exporting() and not graph().grid_sample:
-        # Onnxruntime is slow at operators along two numbers.
-        row, column = (points.flatten(0, 1)[:, None] * 0.5).unbind(-1)
-        lines = x.flatten()[:, None] * 0.5 - column, y.flatten()[:, None] * 0.5 - row
-        return sample_lines(tables, *lines).unflatten(0, (batch, groups)).flatten(1, 2)
     queries = torch.stack([x, y], dim=-1).flatten(0, 1) * 0.5
-    displacement = queries[:, None] - (points.flatten(0, 1)[:, None] * 0.5).flip(-1)
-    return sample_aligned(tables, displacement).unflatten(0, (batch, groups)).flatten(1, 2)
+    keys = (points.flatten(0, 1)[:, None] * 0.5).flip(-1)
+    tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    return _read(tables, queries[:, None], keys).unflatten(0, (batch, groups)).flatten(1, 2)
+
+
+def _read(tables: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return sample_aligned(tables, queries - keys)
+    if exporting() and not graph().grid_sample:
+        # Onnxruntime is slow at operators along two numbers.
+        return sample_lines(tables, *(q - k for q, k in zip(queries.unbind(-1), keys.unbind(-1), strict=True)))
+    return sample_aligned(tables, queries - keys)
 
 
 def _whole(problem: Problem) -> Tensor:
