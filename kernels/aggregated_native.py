@@ -1,6 +1,7 @@
 """Aggregated attention in C for CPUs, from the projections to the sums of values: loads ``aggregated.c``.
 
-Forward alone, in float32. See `neighborhood.native` for how such a library is built and called.
+Forward alone, in float32, to which halves are copied. See `neighborhood.native` for how such a library is built and
+called.
 """
 
 import math
@@ -51,8 +52,8 @@ def obstacle(problem: Projected) -> str | None:
     """Return why the native path cannot take a call, or None if it can."""
     if any(x.device.type != "cpu" for x in problem):
         return f"it is for CPU tensors; query is on {problem.query.device}"
-    if any(x.dtype != torch.float32 for x in problem):
-        return f"it computes in float32; query is {problem.query.dtype}"
+    if torch.float64 in (dtypes := {x.dtype for x in problem}):
+        return f"it computes in float32; got {', '.join(sorted(map(str, dtypes)))}"
     if torch.is_grad_enabled() and any(x.requires_grad for x in problem):
         return "it has no derivatives"
     if torch.compiler.is_compiling():
@@ -81,19 +82,19 @@ def _operator(
 ) -> Tensor:
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
-    tensors = [x.contiguous() for x in (query, kv, pooled_kv, F.softplus(temperature), query_embedding)]
-    tensors += [x.contiguous() for x in (scale, local_bias, tokens, token_bias, bias_table)]
+    tensors = [x.float().contiguous() for x in (query, kv, pooled_kv, F.softplus(temperature), query_embedding)]
+    tensors += [scale.contiguous(), *(x.float().contiguous() for x in (local_bias, tokens, token_bias, bias_table))]
     axes = [x.contiguous() for x in (row_index, row_weight, column_index, column_weight)]
     batch, height, width, dim = query.shape
     heads, distances = len(temperature), bias_table.shape[1:]
-    out = query.new_empty(query.shape)
+    out = query.new_empty(query.shape, dtype=torch.float32)
     numbers = [batch, height, width, heads, dim // heads, math.isqrt(local_bias.shape[1])]
     for index, weight, count in (*zip(axes[::2], axes[1::2], distances, strict=True),):
         numbers += [*index.shape[1:], count, index.data_ptr(), weight.data_ptr()]
     addresses = [x.data_ptr() for x in (*tensors, out)]
     if out.numel() and _library.call(_CALL.pack(torch.get_num_threads(), _library.parallel, *numbers, *addresses)):
         raise RuntimeError("foveate's native aggregated attention failed: out of memory")
-    return out
+    return out.to(query.dtype)
 
 
 @_operator.register_fake

@@ -15,6 +15,7 @@ from torch import Tensor
 from .backends import export_obstacle, is_transforming
 from .deformable_gathers import deformable_gathers
 from .neighborhood.native import load_function
+from .second_order import differentiate_gradients
 
 # `call` in deformable.c.
 _CALL = struct.Struct("=18q")
@@ -93,16 +94,13 @@ def _save_backward(ctx, inputs, output) -> None:
 
 def _differentiate_again(ctx, *grads: Tensor | None):
     """Differentiate the gradients by the gathers, as functions of the operands alone."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        operands = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        grad_out, value, locations, weights = operands
-        shapes = list(zip(ctx.shapes[::2], ctx.shapes[1::2], strict=True))
-        out, inputs = deformable_gathers(value, shapes, locations, weights), operands[1:]
-        firsts = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
-        pairs = [(first, grad) for first, grad in zip(firsts, grads, strict=True) if grad is not None]
-        outputs, grad_outputs = zip(*pairs, strict=True)
-        seconds = torch.autograd.grad(outputs, operands, grad_outputs, create_graph=again, allow_unused=True)
+    grad_out, *operands = ctx.saved_tensors
+    shapes = list(zip(ctx.shapes[::2], ctx.shapes[1::2], strict=True))
+
+    def compute(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor]:
+        return (deformable_gathers(value, shapes, locations, weights),)
+
+    seconds = differentiate_gradients(compute, (grad_out,), operands, grads)
     return *seconds[:2], None, *seconds[2:]
 
 

@@ -48,8 +48,8 @@ def point_attention(
             float64.
         rows: Where the rows of queries lie, ``[H]``, evenly spaced.
         columns: Where their columns lie, ``[W]``, evenly spaced.
-        backend: ``"native"`` (CPU, float32, in C, where it was compiled: one pass, neither scores nor biases reach
-            memory), ``"rows"`` (some rows of queries at a time, computed again in the backward pass)
+        backend: ``"native"`` (CPU, in float32, in C, where it was compiled: one pass, neither scores nor biases
+            reach memory), ``"rows"`` (some rows of queries at a time, computed again in the backward pass)
             or ``"whole"``, the reference. By default native where it can run and rows are not short, rows where the
             scores are many, else whole, of which graphs are built.
 

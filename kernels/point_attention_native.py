@@ -1,7 +1,7 @@
 """Attention to points in C for CPUs: loads ``point_attention.c``.
 
-In float32. The backward pass computes the scores again, and none is kept. See `neighborhood.native` for how such a
-library is built and called.
+In float32, to which halves are copied. The backward pass computes the scores again, and none is kept. See
+`neighborhood.native` for how such a library is built and called.
 """
 
 import struct
@@ -24,8 +24,8 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
     """Return why the native path cannot take these tensors, or None if it can."""
     if any(x.device.type != "cpu" for x in tensors):
         return f"it is for CPU tensors; query is on {tensors[0].device}"
-    if any(x.dtype != torch.float32 for x in tensors):
-        return f"it computes in float32; query is {tensors[0].dtype}"
+    if any(x.dtype == torch.float64 for x in tensors):
+        return f"it computes in float32; got {', '.join(sorted({str(x.dtype) for x in tensors}))}"
     if torch.compiler.is_compiling():
         return "a compiler traces the plain one"
     if is_transforming():
@@ -138,8 +138,10 @@ def point_attention_native(
 
     ``again`` is a path that does the same, and whose gradients can be differentiated.
     """
-    problem = (query, key, value, table, points, rows, columns)
+    dtype = value.dtype
+    problem = [x.float() for x in (query, key, value, table, points, rows, columns)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in problem):
-        return _Differentiable.apply(again, *problem)
-    at, step, _ = _where(table, points, rows, columns)
-    return _operator(query, key.transpose(1, 2), value.transpose(1, 2), table, at, step, False)[0]
+        return _Differentiable.apply(again, *problem).to(dtype)
+    query, key, value, table, *places = problem
+    at, step, _ = _where(table, *places)
+    return _operator(query, key.transpose(1, 2), value.transpose(1, 2), table, at, step, False)[0].to(dtype)

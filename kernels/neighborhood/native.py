@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..attention import attention, merge_attentions
 from ..backends import contiguous_rows, export_obstacle, transform_obstacle
+from ..second_order import differentiate_gradients
 from .problem import Problem
 from .tiled import neighborhood_tiled
 from .window import Axis, Fields, axis_ranges, flatten_axes, unflatten_axes
@@ -358,23 +359,13 @@ def _differentiate_again(ctx, *grads: Tensor | None):
             "foveate's native neighborhood attention has first derivatives only where it was asked for; name no "
             "backend, or use backend='tiled' (FOVEATE_NEIGHBORHOOD_BACKEND=tiled, kernels.set_neighborhood_backend)"
         )
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        operands = [
-            x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            for x in ctx.saved_tensors
-        ]
-        _, grad_lse, query, key, value, rpb = operands
-        axes, with_lse = unflatten_axes(ctx.axes), grad_lse is not None
-        problem = Problem(query, key, value, axes, ctx.scale, rpb, None, None, with_lse)
-        outputs = [x for x in neighborhood_tiled(problem) if x is not None]
-        inputs = [x for x in (query, key, value, rpb) if x is not None]
-        firsts = torch.autograd.grad(outputs, inputs, [x for x in operands[:2] if x is not None], create_graph=True)
-        pairs = [(first, grad) for first, grad in zip(firsts, grads, strict=False) if grad is not None]
-        outputs, grad_outputs = zip(*pairs, strict=True)
-        inputs = [x for x in operands if x is not None]
-        seconds = iter(torch.autograd.grad(outputs, inputs, grad_outputs, create_graph=again, allow_unused=True))
-    return *(None if x is None else next(seconds) for x in operands), None, None, None, None, None
+    grad_out, grad_lse, *operands = ctx.saved_tensors
+    axes, with_lse = unflatten_axes(ctx.axes), grad_lse is not None
+
+    def compute(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return neighborhood_tiled(Problem(query, key, value, axes, ctx.scale, rpb, None, None, with_lse))
+
+    return *differentiate_gradients(compute, (grad_out, grad_lse), operands, grads), None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

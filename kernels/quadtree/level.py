@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import Backend, choose, contiguous_rows, default_scale, export_obstacle, is_transforming, report
 from ..neighborhood.native import load_function
 from ..precision import full_precision
+from ..second_order import differentiate_gradients
 from .reference import accumulation_dtype
 
 # `call` in native.c.
@@ -205,21 +206,13 @@ def _save_backward(ctx, inputs, output) -> None:
 
 def _differentiate_again(ctx, *grads: Tensor):
     """Differentiate the gradients by the reference."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        operands = [
-            x.detach().requires_grad_() if x.is_floating_point() and not x.requires_grad else x.view_as(x)
-            for x in ctx.saved_tensors
-        ]
-        grad_out, query, key, value, token_index, share, parent = operands
-        problem = Problem(query, key, value, token_index, share, parent, grad_out, 0, ctx.scale)
-        out, _ = quadtree_level_reference(problem)
-        inputs = (query, key, value, share, parent)
-        firsts = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
-        seconds = torch.autograd.grad(
-            firsts, (grad_out, *inputs), grads, create_graph=again, allow_unused=True, materialize_grads=True
-        )
-    return *seconds[:4], None, *seconds[4:], None
+    grad_out, *operands = ctx.saved_tensors
+
+    def compute(*operands: Tensor) -> tuple[Tensor, ...]:
+        return quadtree_level_reference(Problem(*operands, grad_out, 0, ctx.scale))[:1]
+
+    outer = *grads[:3], None, *grads[3:]  # the tokens' numbers have no gradients
+    return *differentiate_gradients(compute, (grad_out,), operands, outer), None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..precision import full_precision
+from ..second_order import differentiate_gradients
 from .chunked import chunked_backward, chunked_forward
 from .native import native_backward, native_forward
 from .reference import routed_attention_reference
@@ -96,17 +97,14 @@ def _backward_again(ctx, *grads):
             "routed attention has first derivatives only where a backend was asked for; name none, or "
             "backend='reference'"
         )
-    *operands, routes = ctx.saved_tensors
-    exact, again = torch.promote_types(operands[0].dtype, torch.float32), torch.is_grad_enabled()
-    with torch.enable_grad():
-        operands = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in operands]
-        grad, query, key, value = (x.to(exact) for x in operands)
-        out = routed_attention_reference(query, key, value, routes, (ctx.height, ctx.width), ctx.scale)
-        firsts = torch.autograd.grad(out, (query, key, value), grad, create_graph=True)
-        seconds = torch.autograd.grad(
-            firsts, operands, [x.to(exact) for x in grads], create_graph=again, materialize_grads=True
-        )
-    return *seconds, *(None,) * 8
+    grad, *operands, routes = ctx.saved_tensors
+    exact = torch.promote_types(grad.dtype, torch.float32)
+
+    def compute(*operands: Tensor) -> tuple[Tensor]:
+        operands = (x.to(exact) for x in operands)
+        return (routed_attention_reference(*operands, routes, (ctx.height, ctx.width), ctx.scale),)
+
+    return *differentiate_gradients(compute, (grad,), operands, grads), *(None,) * 8
 
 
 routed_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -166,6 +166,21 @@ def test_what_is_not_finite_reaches_in_c_what_it_reaches_in_torch(monkeypatch):
     assert torch.equal(out.isfinite(), attend(monkeypatch, attention, x, "torch").isfinite())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_halves_are_computed_in_c_in_float32(autocast, monkeypatch):
+    attention, x = randomized(24, 2), torch.randn(2, 9, 20, 24)
+    expected = attend(monkeypatch, attention, x, "torch")
+    if not autocast:
+        attention, x = attention.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", enabled=autocast):
+        try:
+            out = attend(monkeypatch, attention, x, "native")
+        except ValueError as error:
+            pytest.skip(str(error))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.05 * float(expected.std()), rtol=0.05)
+
+
 def test_attention_in_c_is_refused_where_it_cannot_run(monkeypatch):
     attention, x = randomized(24, 2), torch.randn(1, 4, 4, 24)
     with pytest.raises(ValueError, match="native' cannot run here: it computes in float32"):

@@ -98,6 +98,23 @@ def test_gradients_are_those_of_the_whole(backend, shape, monkeypatch):
         torch.testing.assert_close(grad.double(), expected, atol=2e-5 * max(1, expected.std()), rtol=1e-4)
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the C library was not compiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_computed_in_float32(dtype):
+    call = [x.to(dtype) for x in problem(*PROBLEMS[0])]
+    call[4:] = [x.float() for x in call[4:]]
+    leaves = [x.requires_grad_() for x in call[:5]]
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    outs = [point_attention(*xs, *call[5:], backend="native") for xs in (leaves, exact)]
+    assert outs[0].dtype == dtype
+    torch.testing.assert_close(outs[0], outs[1].to(dtype), rtol=0, atol=0)
+    weights = torch.randn(outs[0].shape).to(dtype)
+    grads = [torch.autograd.grad(out, xs, weights.to(out.dtype)) for out, xs in zip(outs, (leaves, exact), strict=True)]
+    for grad, leaf, expected in zip(grads[0], leaves, grads[1], strict=True):
+        assert grad.dtype == leaf.dtype
+        torch.testing.assert_close(grad, expected.to(leaf.dtype), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[:-1])
 def test_second_derivatives(backend, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK", 50)
