@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 SAMPLE_SECONDS = 0.02
 # The time of one and the same product may move by so much on a quiet machine.
@@ -65,7 +66,7 @@ def sample_calmly(
     stopwatch = _Stopwatch({"": lambda: product @ product, **calls}, device, clock)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}  # a product's seconds, and the call's
     products = [stopwatch("")]
-    for round_ in range(3 * rounds):
+    for round_ in tqdm(range(3 * rounds), "rounds at most", leave=False, disable=None):
         if round_ and deadline is not None and time.monotonic() > deadline:
             break
         for name in calls:

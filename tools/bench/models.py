@@ -84,6 +84,7 @@ def bench_models(
     images = torch.randn(case.batch, 3, *case.size, device=case.device, dtype=case.dtype)
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, model in models.items():
+        print(f"{name}: getting ready ...", file=sys.stderr, flush=True)  # compilers take minutes
         calls |= {(name, what): call for what, call in _inference(model, images, extras)}
     with torch.inference_mode():
         samples, moved = sample_calmly(calls, rounds, case.device, deadline)
