@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels import onednn
 from ..kernels.backends import channels_come_last, exporting, is_transforming
-from ..kernels.pointwise import compiled_linear, is_fused, pointwise
+from ..kernels.pointwise import compiled_linear, outruns_convolution, pointwise
 from .layout import channels_last
 from .pieces import finish_by_pieces, may_take_pieces
 from .plain import is_plain, is_plain_gelu
@@ -92,21 +92,21 @@ def _as_linear(layer: nn.Module, x: Tensor) -> bool:
     if not x.is_cpu or not channels_come_last(x):
         return False
     few = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and torch.get_num_threads() == 1
-    return few or is_fused(x, layer.weight, layer.bias)
+    return few or outruns_convolution(x, layer.weight, layer.bias)
 
 
 def for_pointwise(x: Tensor) -> Tensor:
     """Return ``x`` ``[B, C, H, W]``, or a copy, in the order in memory that `apply_pointwise` is fastest with."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return channels_last(x) if not traced and is_fused(x, x, None) else x
+    return channels_last(x) if not traced and outruns_convolution(x, x, None) else x
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
 
 
-# Hidden numbers that a CPU holds at once: 8 MB in float32.
-_HIDDEN = 2**21
+# Hidden numbers that a CPU holds at once: 4 MB in float32.
+_HIDDEN = 2**20
 
 
 def positions_at_once(x: Tensor, hidden: int) -> int:

@@ -36,18 +36,27 @@ def _is_amd() -> bool:
 
 
 @functools.cache
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 @torch.compiler.assume_constant_result
 def is_faster_than_blas() -> bool:
     """Return whether torch's BLAS is far slower here than what oneDNN compiles: MKL leaves AMD's AVX-512 unused.
 
-    At 784 x 256 x 768, one thread: 105 and 245 GFLOP/s (EPYC, AVX-512, torch 2.14). Where there is AVX2 alone, MKL's
-    products are as fast, and its gradients of weights faster (1.15 to 1.5 times, EPYC of the third generation).
+    At 784 x 256 x 768, one thread: 105 and 245 GFLOP/s (EPYC, AVX-512, torch 2.14).
     """
-    return is_available() and torch.backends.mkl.is_available() and _is_amd() and _has_avx512()
+    return is_available() and torch.backends.mkl.is_available() and _is_amd() and _capability() == "AVX512"
+
+
+@torch.compiler.assume_constant_result
+def is_slower_than_blas() -> bool:
+    """Return whether torch's BLAS is faster here than oneDNN: in float32, MKL's products are where there is AVX2 alone.
+
+    Over oneDNN's time for the linear layers of nat_tiny, one thread: 1.0 at 56x56 to 0.8 at 7x7, gradients of weights
+    0.85 to 0.65, and 0.7 with the GELU, which oneDNN computes in its product (EPYC, AVX2, torch 2.14).
+    """
+    return torch.backends.mkl.is_available() and _capability() == "AVX2"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

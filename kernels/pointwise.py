@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import onednn
-from .backends import Backend, choose, is_transforming, report
+from .backends import Backend, choose, exporting, is_transforming, report
 
 
 class Problem(NamedTuple):
@@ -21,7 +21,12 @@ class Problem(NamedTuple):
 
 
 def _activate(x: Tensor, problem: Problem) -> Tensor:
-    return F.gelu(x) if problem.activation == "gelu" else x
+    if problem.activation != "gelu":
+        return x
+    if torch.compiler.is_compiling() or exporting() or x.requires_grad or is_transforming():
+        return F.gelu(x)
+    # Fresh memory costs a CPU more than the activation.
+    return torch.ops.aten.gelu_(x)
 
 
 def _linear(problem: Problem) -> Tensor:
@@ -61,7 +66,12 @@ def _onednn_obstacle(problem: Problem) -> str | None:
 
 
 def _onednn_drawback(problem: Problem) -> str | None:
-    return onednn.drawback()
+    return _product_drawback(problem) or onednn.drawback()
+
+
+def _product_drawback(problem: Problem) -> str | None:
+    slower = problem.x.dtype == torch.float32 and onednn.is_slower_than_blas()
+    return "torch's own products are faster on this processor" if slower else None
 
 
 class _Products(Function):
@@ -133,7 +143,9 @@ def _convolution_drawback(problem: Problem) -> str | None:
         return "it is faster in float32 on CPUs only"
     if not onednn.is_available():
         return "oneDNN is not available"
-    return "torch leaves oneDNN on a single thread" if torch.get_num_threads() == 1 else None
+    if torch.get_num_threads() == 1:
+        return "torch leaves oneDNN on a single thread"
+    return _product_drawback(problem)
 
 
 # In order of preference.
@@ -163,7 +175,8 @@ def pointwise(
         backend: ``"linear"``, the reference, ``"onednn"`` (float32 or bfloat16 on CPUs, without gradients: one operator
             with the activation in it), ``"onednn_trained"`` (float32 on CPUs: its products, for the gradients too) or
             ``"convolution"``, a 1x1 one. By default oneDNN where it can run. With gradients in float32 on a CPU, the
-            convolution on several threads, and on a single one oneDNN's products where the BLAS is slow.
+            convolution on several threads, and on a single one oneDNN's products where the BLAS is slow. On processors
+            with AVX2 alone, whose BLAS is faster, linear in float32.
         activation: ``"gelu"``, or None.
 
     Returns:
@@ -180,10 +193,10 @@ def pointwise(
     return _BACKENDS[choose("pointwise", _BACKENDS, problem, backend)].run(problem)
 
 
-def is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether `pointwise` takes oneDNN's operator, which is faster than a layer's own call."""
-    problem = Problem(x, weight, bias, None)
-    return _onednn_obstacle(problem) is None and _onednn_drawback(problem) is None
+def outruns_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether `pointwise` is faster than a 1x1 convolution of the same positions, with the channels last."""
+    # By the BLAS too, where that outruns oneDNN.
+    return _onednn_obstacle(Problem(x, weight, bias, None)) is None and onednn.drawback() is None
 
 
 def pointwise_backends(

@@ -53,7 +53,8 @@ def test_bfloat16_is_rounded_once(activation):
     torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=2**-8)
 
 
-def test_what_is_chosen():
+def test_what_is_chosen(monkeypatch):
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda: False)
     x, weight = torch.randn(2, 5, 7, 24), torch.nn.Parameter(torch.randn(40, 24))
     assert "has no derivatives" in pointwise_backends(x, weight)["onednn"]
     with torch.no_grad():
@@ -65,6 +66,33 @@ def test_what_is_chosen():
             assert pointwise(x, weight).dtype == torch.bfloat16
         with torch.backends.mkldnn.flags(enabled=False):
             assert "no oneDNN" in pointwise_backends(x, weight)["onednn"]
+
+
+def test_a_fast_blas_is_taken(monkeypatch):
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda: True)
+    x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for trained in (False, True):
+            report = pointwise_backends(x, weight.requires_grad_(trained))
+            assert report["linear"] == "chosen"
+            assert report["convolution"] == "can run"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_activation_spares_what_is_asked_for_again():
+    x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24)
+    expected = F.gelu(F.linear(x, weight))
+    before = x.clone()
+    for requires_grad in (False, True):
+        torch.testing.assert_close(
+            pointwise(x, weight.requires_grad_(requires_grad), backend="linear", activation="gelu"), expected
+        )
+    assert torch.equal(x, before)
+    mapped = torch.func.vmap(lambda x: pointwise(x, weight.detach(), backend="linear", activation="gelu"))(x)
+    torch.testing.assert_close(mapped, expected)
 
 
 @pytest.mark.parametrize("act", [torch.nn.GELU(), torch.nn.GELU("tanh"), torch.nn.ReLU()])
@@ -126,6 +154,7 @@ def test_what_is_frozen_gets_no_gradient():
 
 def test_products_of_onednn_are_for_a_slow_blas_and_one_thread(monkeypatch):
     x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24, requires_grad=True)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda: False)
     threads = torch.get_num_threads()
     try:
         for slow, count, chosen in ((True, 1, "onednn_trained"), (False, 1, "linear"), (True, 2, "convolution")):
