@@ -16,9 +16,13 @@
 #define DIMS 8   /* whose sums are computed together */
 #define TILE 64  /* points whose scores are held at once */
 
-/* Where an instruction picks numbers out of two vectors, queries look up the table with it. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PERMUTES __attribute__((target("avx512f")))
+/* Where an instruction picks numbers out of vectors, queries look up the table with it: so far apart at most. */
+#if defined(__AVX512F__) && !defined(__clang__)
+#define FARTHEST 1.9f /* sixteen queries read at most 1 + 15 * 1.9 numbers and the one after, which two vectors hold */
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define FARTHEST 1.0f
+#define HALF 8
 #endif
 
 /* One call, as point_attention_native.py packs it: eight bytes a field. Tensors are contiguous. */
@@ -97,11 +101,30 @@ INLINE V places(float x, float step) {
     return all(x) + lane * step;
 }
 
+INLINE int are_zero(I x) {
+    int64_t bits = 0;
+    for (int i = 0; i < LANES / 2; i++) bits |= ((const int64_t *)&x)[i];
+    return bits == 0;
+}
+
 /* What is read there: two neighbors, the second one's share, and where the first one is in the line. */
 typedef struct {
     V near, next, share;
     I left;
 } pair;
+
+#if defined(HALF)
+/* Pick, for either half of a vector of queries, numbers out of those that follow the first query's: `index` in 0..7. */
+INLINE V pick_near(const float *line, I left, I index) {
+    V picked;
+    for (int half = 0; half < LANES; half += HALF) {
+        __m256i at = _mm256_loadu_si256((const __m256i *)((const int32_t *)&index + half));
+        __m256 numbers = _mm256_permutevar8x32_ps(_mm256_loadu_ps(line + left[half]), at);
+        _mm256_storeu_ps((float *)&picked + half, numbers);
+    }
+    return picked;
+}
+#endif
 
 INLINE pair read_line(const float *line, int64_t width, V place, const int permute) {
     const V size = all((float)width);
@@ -109,9 +132,19 @@ INLINE pair read_line(const float *line, int64_t width, V place, const int permu
     place = pick((I)(place > all(-1)), place, all(-1));
     place = pick((I)(place < size), place, size) + 1; /* a line begins with its margin */
     p.left = __builtin_convertvector(place, I);       /* rounded down */
+#if defined(HALF)
+    if (permute) {
+        const I low = MIX_LANES(p.left, p.left, 0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8);
+        I index = p.left - low, beyond = index > 7; /* by rounding: then it is the next one of the seventh */
+        index += beyond, p.left += beyond;
+        p.share = place - __builtin_convertvector(p.left, V);
+        p.near = pick_near(line, low, index), p.next = pick_near(line + 1, low, index);
+        return p;
+    }
+#endif
     p.share = place - __builtin_convertvector(p.left, V);
-#if defined(PERMUTES)
-    if (permute) { /* all that is read lies in two vectors */
+#if defined(FARTHEST) && !defined(HALF)
+    if (permute) {
         const float *from = line + p.left[0];
         I index = p.left - p.left[0];
         p.near = __builtin_shuffle(load(from), load(from + LANES), index);
@@ -271,6 +304,12 @@ INLINE V add_to_line(
     V near = grad * (1 - p.share), next = grad * p.share, zero = {0};
     float sum = 0, sum_next = 0;
     int32_t at = p.left[0];
+    const I lane_number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (count == LANES && are_zero(p.left - at - lane_number)) { /* each the one after, as in a table of the map's size */
+        store(grad_line + at, load(grad_line + at) + near);
+        store(grad_line + at + 1, load(grad_line + at + 1) + next);
+        count = 0;
+    }
     for (int64_t lane = 0; lane < count; lane++) { /* queries that read the same two numbers follow each other */
         if (((int32_t *)&p.left)[lane] != at) {
             grad_line[at] += sum;
@@ -420,8 +459,8 @@ static void attend_by_loads(const team *team, int64_t task, float *scratch) {
     attend((const job *)team, task, scratch, 0);
 }
 
-#if defined(PERMUTES)
-PERMUTES static void attend_by_permutes(const team *team, int64_t task, float *scratch) {
+#if defined(FARTHEST)
+static void attend_by_permutes(const team *team, int64_t task, float *scratch) {
     attend((const job *)team, task, scratch, 1);
 }
 #endif
@@ -430,8 +469,8 @@ static void differentiate_by_loads(const team *team, int64_t task, float *scratc
     differentiate((const job *)team, task, scratch, 0);
 }
 
-#if defined(PERMUTES)
-PERMUTES static void differentiate_by_permutes(const team *team, int64_t task, float *scratch) {
+#if defined(FARTHEST)
+static void differentiate_by_permutes(const team *team, int64_t task, float *scratch) {
     differentiate((const job *)team, task, scratch, 1);
 }
 #endif
@@ -445,9 +484,8 @@ EXPORTED(foveate_point_attention)(const call *a) {
     j.pitch = (a->dim + LANES - 1) / LANES * LANES;
     j.pitch_v = (a->dim_v + LANES - 1) / LANES * LANES;
     int permute = 0;
-#if defined(PERMUTES)
-    float right = TENSOR(step)[1]; /* a vector reads at most 1 + 15 * 1.9 numbers and the one after */
-    permute = __builtin_cpu_supports("avx512f") && right >= 0 && right <= 1.9f;
+#if defined(FARTHEST)
+    permute = TENSOR(step)[1] >= 0 && TENSOR(step)[1] <= FARTHEST;
     j.team.run = a->bands ? differentiate_by_permutes : attend_by_permutes;
 #endif
     if (!permute) j.team.run = a->bands ? differentiate_by_loads : attend_by_loads;
