@@ -4,6 +4,7 @@ import torch
 from timm.layers.cbam import CbamModule
 from torch import Tensor
 
+from .published_names import rename_entries
 from .record import Recorded, tell_gate
 
 __all__ = ["CBAM"]
@@ -73,12 +74,9 @@ def _from_authors(module: CBAM, state: dict[str, Tensor], prefix: str, *_) -> No
 
 def read_authors_names(state: dict[str, Tensor], prefix: str) -> None:
     """Rename, in place, what the authors' CBAM has under ``prefix``."""
-    for published, name in _AUTHORS_NAMES.items():
-        for key in [key for key in state if key.startswith(prefix + published)]:
-            value = state.pop(key)
-            key = prefix + name + key.removeprefix(prefix + published)
-            if name.startswith("channel.") and key.endswith(".weight"):
-                value = value[:, :, None, None]
-            elif name == "spatial.conv.conv.":
-                value = torch.flip(value, dims=(1,))
-            state[key] = value
+    for key in rename_entries(state, prefix, _AUTHORS_NAMES):
+        name = key.removeprefix(prefix)
+        if name.startswith("channel.") and name.endswith(".weight"):
+            state[key] = state[key][:, :, None, None]
+        elif name.startswith("spatial.conv.conv."):
+            state[key] = torch.flip(state[key], dims=(1,))

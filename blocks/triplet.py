@@ -4,6 +4,7 @@ import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from .published_names import rename_entries
 from .record import Recorded, tell_gate
 
 __all__ = ["TripletAttention"]
@@ -83,6 +84,4 @@ def _from_authors(module: TripletAttention, state: dict[str, Tensor], prefix: st
 
 def read_authors_names(state: dict[str, Tensor], prefix: str) -> None:
     """Rename, in place, what the gates under ``prefix`` are called in the authors' networks."""
-    for published, name in _AUTHORS_NAMES.items():
-        for key in [key for key in state if key.startswith(prefix + published)]:
-            state[prefix + name + key.removeprefix(prefix + published)] = state.pop(key)
+    rename_entries(state, prefix, _AUTHORS_NAMES)

@@ -12,6 +12,7 @@ from .backends import Backend, choose, export_obstacle, exporting, graph, in_for
 from .bilinear import neighbors
 from .deformable_gathers import deformable_gathers
 from .deformable_native import deformable_native, obstacle
+from .second_order import gradients_by
 
 
 class Problem(NamedTuple):
@@ -46,8 +47,8 @@ def multi_scale_deformable_attention(
             built of the gathers, since not every runtime computes GridSample as torch does.
 
     Returns:
-        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients flow to all three: of any order by the gathers,
-        which are the native path's from the second order on, and of the first by the others.
+        ``[B, Q, heads * dim]`` in the dtype of ``value``. Gradients of any order flow to all three; those of the
+        native path and of bags are the gathers' from the second order on.
 
     Raises:
         ValueError: If shapes don't fit, or if there is no such backend or it cannot run; the message says why.
@@ -126,29 +127,24 @@ def _reference(problem: Problem) -> Tensor:
     return out.view(batch, heads * dim, queries).transpose(1, 2)
 
 
-class _Once(Function):
-    """Both tensors as they are, but whose gradients say what has gradients of gradients: bags don't."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        return value.view_as(value), shares.view_as(shares)
-
-    @staticmethod
-    def backward(ctx, grad_value: Tensor | None, grad_shares: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return _Twice.apply(grad_value, grad_shares) if torch.is_grad_enabled() else (grad_value, grad_shares)
-
-
 class _Twice(Function):
-    @staticmethod
-    def forward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if x is None else x.view_as(x) for x in grads)
+    """The output of bags as it is, but where gradients are differentiated too, they are the gathers', which can be."""
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        raise RuntimeError(
-            "multi_scale_deformable_attention's bags have first derivatives only; backend='gathers' has all"
-        )
+    def forward(ctx, out: Tensor, shapes: Sequence[tuple[int, int]], *operands: Tensor) -> Tensor:
+        ctx.shapes = shapes
+        ctx.save_for_backward(*operands)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+
+        def compute(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+            return deformable_gathers(value, ctx.shapes, locations, weights)
+
+        return None, None, *gradients_by(compute, grad, ctx.saved_tensors, ctx.needs_input_grad[2:])
 
 
 def _bags(problem: Problem) -> Tensor:
@@ -177,16 +173,15 @@ def _bags(problem: Problem) -> Tensor:
         corners = [(y, x) for y in (upper * widths, lower * widths) for x in (left, right)]
         rows = torch.stack([torch.add(first, (y + x).to(integer), alpha=heads) for y, x in corners], dim=-1)
     shares = torch.stack([y * x for y in (upper_weight, lower_weight) for x in (left_weight, right_weight)], dim=-1)
-    value, shares = value.reshape(-1, dim), shares.flatten(0, 2).flatten(1)
-    if not torch.compiler.is_compiling() and not is_transforming():
-        value, shares = _Once.apply(value, shares)
     out = F.embedding_bag(
         rows.flatten(0, 2).flatten(1),
-        value,
-        per_sample_weights=shares,
+        value.reshape(-1, dim),
+        per_sample_weights=shares.flatten(0, 2).flatten(1),
         mode="sum",
-    )
-    return out.view(batch, queries, heads * dim)
+    ).view(batch, queries, heads * dim)
+    if torch.compiler.is_compiling() or is_transforming():
+        return out
+    return _Twice.apply(out, shapes, *problem[:1], *problem[2:])
 
 
 def _bags_obstacle(problem: Problem) -> str | None:

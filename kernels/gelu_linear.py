@@ -15,6 +15,7 @@ from torch.autograd import Function
 from . import onednn
 from .backends import Backend, choose, export_obstacle, is_transforming, report
 from .depthwise import depthwise_conv2d
+from .second_order import gradients_by
 
 # Numbers of a piece of the hidden map, for each thread.
 _PIECE = 2**19
@@ -108,16 +109,11 @@ def _by_onednn(problem: Problem) -> bool:
 
 def _by_reference(problem: Problem, grad: Tensor, needs: tuple[bool, ...], again: bool) -> list[Tensor | None]:
     """Return gradients by torch's operators, if ``again`` such as have gradients themselves."""
-    given = [x if needed else None for x, needed in zip(problem[:5], needs, strict=True)]
-    with torch.enable_grad():
-        # Views, so that where one operand was computed from another the way between them isn't counted here.
-        views = [None if x is None else x.view_as(x) if again else x.detach().requires_grad_() for x in given]
-        inputs = [x for x in views if x is not None]
-        out = _reference(
-            Problem(*(x if view is None else view for x, view in zip(problem, views, strict=False)), problem.residual)
-        )
-        gradients = iter(torch.autograd.grad(out, inputs, grad, create_graph=again) if inputs else ())
-    gradients = [None if x is None else next(gradients) for x in views]
+
+    def compute(*operands: Tensor | None) -> Tensor:
+        return _reference(Problem(*operands, problem.residual))
+
+    gradients = gradients_by(compute, grad, problem[:5], needs, again)
     return [*gradients[:2], grad.reshape(-1, len(problem.weight)).sum(0) if needs[2] else None, *gradients[3:]]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backends import default_scale, export_obstacle, is_transforming
 from .neighborhood.native import load_function
+from .second_order import gradients_by
 
 # `call` in point_attention.c.
 _CALL = struct.Struct("=12qd15q")
@@ -92,9 +93,7 @@ class _Differentiable(torch.autograd.Function):
         *problem, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # to be differentiated again
-            inputs = [x for x, needed in zip(problem, needs, strict=True) if needed]
-            grads = iter(torch.autograd.grad(ctx.again(*problem), inputs, grad_out, create_graph=True))
-            return None, *(next(grads) if needed else None for needed in needs)
+            return None, *gradients_by(ctx.again, grad_out, problem, needs)
         grads = _differentiate(problem, out, lse, grad_out)
         return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 

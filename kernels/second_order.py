@@ -1,4 +1,4 @@
-"""Gradients of gradients, for operators whose backward pass is one too and has none of its own."""
+"""Gradients of gradients, for operators whose backward pass has none of its own."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,6 +36,38 @@ def differentiate_gradients(
             torch.autograd.grad(outputs, _variables(tensors), output_grads, create_graph=again, allow_unused=True)
         )
     return [next(seconds) if _is_variable(x) else None for x in tensors]
+
+
+def gradients_by(
+    compute: Callable[..., Tensor],
+    grad: Tensor,
+    operands: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    again: bool = True,
+) -> list[Tensor | None]:
+    """Return the gradients of ``compute(*operands)`` that an operator's backward pass needs, by torch's operators.
+
+    Args:
+        compute: What the operator computes, by operators that torch differentiates.
+        grad: The gradient of its output.
+        operands: Its operands.
+        needs: Which of them need a gradient.
+        again: Whether the gradients are to be differentiated themselves.
+
+    Returns:
+        The gradients, None where none is needed.
+    """
+    with torch.enable_grad():
+        # Views, so that where one operand was computed from another the way between them isn't counted here.
+        views = [
+            (x.view_as(x) if again else x.detach().requires_grad_()) if needed and x is not None else x
+            for x, needed in zip(operands, needs, strict=True)
+        ]
+        places = [place for place, needed in enumerate(needs) if needed and operands[place] is not None]
+        inputs = [views[place] for place in places]
+        grads = torch.autograd.grad(compute(*views), inputs, grad, create_graph=again) if inputs else ()
+    grad_of = dict(zip(places, grads, strict=True))
+    return [grad_of.get(place) for place in range(len(operands))]
 
 
 def _is_variable(x: Tensor | None) -> bool:

@@ -5,6 +5,27 @@
 
 #define QUERIES 4
 
+/* Address and strides in numbers; a head's channels lie side by side. */
+typedef struct {
+    int64_t data, batch, row, column, head;
+} tensor;
+
+INLINE float *at(const tensor *t, int64_t image, int64_t head) {
+    return (float *)(intptr_t)t->data + image * t->batch + head * t->head;
+}
+
+/* A task of the backward pass: the rows from `first` to `end` of one head of one image, which are the `number`-th band. */
+typedef struct {
+    int64_t image, head, number, first, end;
+} band;
+
+/* A head's `rows` are shared out to as many `bands`, as evenly as they go. */
+INLINE band band_of(int64_t task, int64_t bands, int64_t heads, int64_t rows) {
+    int64_t plane = task / bands, number = task % bands, step = (rows + bands - 1) / bands;
+    int64_t end = (number + 1) * step < rows ? (number + 1) * step : rows;
+    return (band){.image = plane / heads, .head = plane % heads, .number = number, .first = number * step, .end = end};
+}
+
 typedef struct {
     int64_t keys, space, dim, dim_v; /* the keys, the same in whole vectors, and channels */
     const float *key, *value;

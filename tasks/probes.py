@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from ..blocks.published_names import rename_entries
 from . import TaskError
 
 # Similarities that are in memory at once.
@@ -64,11 +65,7 @@ class EfficientProbe(nn.Module):
 
 def _rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
     """Give the entries of the published code our names."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        own = key.removeprefix(prefix)
-        for published, name in _PUBLISHED.items():
-            if own.startswith(published):
-                state[prefix + name + own.removeprefix(published)] = state.pop(key)
+    rename_entries(state, prefix, _PUBLISHED)
 
 
 class LinearProbe(nn.Module):

@@ -9,11 +9,6 @@
 
 #define SIBLINGS QUERIES
 
-/* Address and strides in numbers; a head's channels lie side by side. */
-typedef struct {
-    int64_t data, batch, row, column, head;
-} tensor;
-
 /* One call, as level.py packs it: eight bytes a field. Rows and columns are those of the parents. */
 typedef struct {
     int64_t threads, parallel, batch, rows, columns, key_rows, key_columns, heads, dim, dim_v, tokens, topk;
@@ -31,10 +26,6 @@ typedef struct {
     team team;
     const call *a;
 } job;
-
-INLINE float *at(const tensor *t, int64_t image, int64_t head) {
-    return (float *)(intptr_t)t->data + image * t->batch + head * t->head;
-}
 
 /* Where the four children of a token lie, which is the `row`-th and `column`-th. */
 INLINE void children(const tensor *t, int64_t row, int64_t column, int64_t *place) {
@@ -151,22 +142,21 @@ INLINE double differentiate_siblings(
 static void differentiate(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
-    const int64_t plane = task / a->bands, band = task % a->bands, step = (a->rows + a->bands - 1) / a->bands;
-    const int64_t end = (band + 1) * step < a->rows ? (band + 1) * step : a->rows;
-    const int64_t image = plane / a->heads, head = plane % a->heads;
+    const band b = band_of(task, a->bands, a->heads, a->rows);
     shared_keys w = lay_out(scratch, SIBLINGS * a->tokens, a->dim, a->dim_v);
-    w.key = at(&a->key, image, head), w.grad_key = at(&a->grad_key, image, head) + band * a->key_band;
-    w.value = at(&a->value, image, head), w.grad_value = at(&a->grad_value, image, head) + band * a->value_band;
+    w.key = at(&a->key, b.image, b.head), w.grad_key = at(&a->grad_key, b.image, b.head) + b.number * a->key_band;
+    w.value = at(&a->value, b.image, b.head);
+    w.grad_value = at(&a->grad_value, b.image, b.head) + b.number * a->value_band;
     double shares = 0;
-    for (int64_t row = band * step; row < end; row++) {
+    for (int64_t row = b.first; row < b.end; row++) {
         const int64_t *tokens = (const int64_t *)(intptr_t)a->token_index;
-        tokens += (plane * a->rows + row) * a->columns * a->tokens;
+        tokens += ((b.image * a->heads + b.head) * a->rows + row) * a->columns * a->tokens;
         for (int64_t column = 0; column < a->columns; column++, tokens += a->tokens) {
             find(j, &a->key, tokens, w.key_at);
             find(j, &a->value, tokens, w.value_at);
             find(j, &a->grad_key, tokens, w.grad_key_at);
             find(j, &a->grad_value, tokens, w.grad_value_at);
-            shares += differentiate_siblings(j, &w, image, head, row, column);
+            shares += differentiate_siblings(j, &w, b.image, b.head, row, column);
         }
     }
     ((double *)(intptr_t)a->grad_share)[task] = shares;

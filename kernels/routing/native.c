@@ -13,11 +13,6 @@
 #define TILE 64 /* keys whose scores are held at once */
 #define FEW 12  /* tokens that a region needs for lanes of queries */
 
-/* Address and strides in numbers; a head's channels lie side by side. */
-typedef struct {
-    int64_t data, batch, row, column, head;
-} tensor;
-
 /* One call, as native.py packs it: eight bytes a field. */
 typedef struct {
     int64_t threads, parallel, batch, height, width, heads, dim, dim_v, region_height, region_width, topk;
@@ -35,10 +30,6 @@ typedef struct {
     const call *a;
     int64_t rows, columns, tokens, keys; /* rows and columns of regions; tokens of one */
 } job;
-
-INLINE float *at(const tensor *t, int64_t image, int64_t head) {
-    return (float *)(intptr_t)t->data + image * t->batch + head * t->head;
-}
 
 INLINE float *sums_at(const call *a, int64_t image, int64_t head) {
     return (float *)(intptr_t)a->lse + (image * a->heads + head) * a->height * a->width;
@@ -234,14 +225,13 @@ static void attend(const team *team, int64_t task, float *scratch) {
 static void differentiate(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
-    const int64_t plane = task / a->bands, band = task % a->bands, step = (j->rows + a->bands - 1) / a->bands;
-    const int64_t end = (band + 1) * step < j->rows ? (band + 1) * step : j->rows;
-    const int64_t image = plane / a->heads, head = plane % a->heads;
+    const band b = band_of(task, a->bands, a->heads, j->rows);
     shared_keys all = lay_out(scratch, j->keys, a->dim, a->dim_v);
-    all.key = at(&a->key, image, head), all.grad_key = at(&a->grad_key, image, head) + band * a->key_band;
-    all.value = at(&a->value, image, head), all.grad_value = at(&a->grad_value, image, head) + band * a->value_band;
-    for (int64_t row = band * step; row < end; row++) {
-        const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
+    all.key = at(&a->key, b.image, b.head), all.grad_key = at(&a->grad_key, b.image, b.head) + b.number * a->key_band;
+    all.value = at(&a->value, b.image, b.head);
+    all.grad_value = at(&a->grad_value, b.image, b.head) + b.number * a->value_band;
+    for (int64_t row = b.first; row < b.end; row++) {
+        const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (b.image * j->rows + row) * j->columns * a->topk;
         for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
             find_tokens(j, &a->key, routes, all.key_at);
             find_tokens(j, &a->value, routes, all.value_at);
@@ -249,7 +239,7 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
             find_tokens(j, &a->grad_value, routes, all.grad_value_at);
             for (int64_t from = 0; from < j->keys; from += TILE) {
                 shared_keys w = some_keys(&all, from, j->keys - from < TILE ? j->keys - from : TILE);
-                differentiate_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+                differentiate_region(j, &w, b.image, b.head, row * a->region_height, column * a->region_width);
             }
         }
     }

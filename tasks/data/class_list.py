@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import TaskError, nearest
+from .. import TaskError
 from .classification import SEVERAL
 from .images import EXTENSIONS, FULL_WHITE, has_image_name, read_image
+from .labels import classes_of, number_of
 
 
 class LabelledList(Dataset):
@@ -57,19 +58,12 @@ class LabelledList(Dataset):
                 )
         named = [_split(label) if several else [label] for _, label, _ in entries]
         if classes is None:
-            labels = {label for each in named for label in each}
-            numbers = all(label.isascii() and label.isdigit() for label in labels)
-            classes = sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
+            classes = classes_of(label for each in named for label in each)
         self.classes, self.several = list(classes), several
         indices = {label: index for index, label in enumerate(self.classes)}
         self.samples: list[tuple[str, int | tuple[int, ...]]] = []
         for (path, _, line), labels in zip(entries, named, strict=True):
-            for label in labels:
-                if label not in indices:
-                    raise TaskError(
-                        f"{listing}, line {line}: no training image has the label {label!r}{nearest(label, indices)}"
-                    )
-            own = tuple(indices[label] for label in labels)
+            own = tuple(number_of(label, indices, f"{listing}, line {line}") for label in labels)
             self.samples.append((path, own if several else own[0]))
         self.targets = [label for _, label in self.samples]
         self.transform = transform

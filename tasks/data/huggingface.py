@@ -23,6 +23,7 @@ from . import mask_folder
 from .annotations import Faults
 from .coco import Instances, Record, check_object
 from .images import FULL_WHITE, DamagedImageError, read_image, read_values
+from .labels import classes_of, number_of
 from .segmentation import LabelMaps
 
 LAYOUT = "a folder of save_to_disk or of parquet files, or a name on the hub"
@@ -103,7 +104,7 @@ class LabelledTable(Dataset):
     """Images with a label, a row each.
 
     Attributes:
-        classes: Names of the classes: the features', or else all labels in order.
+        classes: Names of the classes: the features', or else all labels in order, numbers by their value.
         samples: ``(split/row, index of its class)`` of every image.
         white: As for `read_image`.
 
@@ -139,16 +140,15 @@ class LabelledTable(Dataset):
         for row, label in enumerate(labels):
             if label is None or (names is not None and not 0 <= label < len(names)):
                 raise TaskError(f"{root}, {split}, row {row}: {column} is {label!r}, which is no class")
-        if names is None:
-            names = [str(label) for label in sorted(set(labels))]
-            named = [str(label) for label in labels]
-        else:
-            named = [names[label] for label in labels]
-        self.classes = list(names if classes is None else classes)
+        named = [str(label) if names is None else names[label] for label in labels]
+        if classes is None:
+            classes = classes_of(named) if names is None else names
+        self.classes = list(classes)
         indices = {name: index for index, name in enumerate(self.classes)}
-        if unknown := sorted({*named} - indices.keys()):
-            raise TaskError(f"{root}, {split}: no training image has the label {unknown[0]!r}")
-        self.samples = [(f"{split}/{row}", indices[name]) for row, name in enumerate(named)]
+        self.samples = [
+            (f"{split}/{row}", number_of(name, indices, f"{root}, {split}, row {row}"))
+            for row, name in enumerate(named)
+        ]
         self.targets = [label for _, label in self.samples]
         self.transform, self.channels = transform, channels
         if not self.samples:

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...zoo.library_errors import first_line
-from .. import TaskError, nearest
+from .. import TaskError
 from .annotations import read_lines
 from .images import EXTENSIONS, FULL_WHITE, is_hidden, read_image
+from .labels import classes_of, is_number, number_of
 
 LAYOUT = 'shards such as "train-{000..099}.tar"'
 _HELD_OUT = ("val", "valid", "validation", "test")
@@ -102,19 +103,17 @@ class LabelledShards(Dataset):
                 labels.append(label)
         if not labels:
             raise TaskError(f"{shards[0]}: holds no image; looked for {', '.join(EXTENSIONS)}")
+        listing = shards[0].parent / "classes.txt"
+        listed = listing.is_file()
         if classes is None:
-            classes = _named(labels, shards[0].parent / "classes.txt")
+            classes = [line for line in read_lines(listing) if line] if listed else classes_of(labels)
         self.classes = list(classes)
         indices = {name: index for index, name in enumerate(self.classes)}
-        listed = (shards[0].parent / "classes.txt").is_file()
         self.samples: list[tuple[str, int]] = []
         for name, label in zip(self._places, labels, strict=True):
-            index = indices.get(label)
-            if index is None and listed and label.isdecimal() and int(label) < len(self.classes):
-                index = int(label)
-            if index is None:
-                raise TaskError(f"{name}: there is no class {label!r}{nearest(label, indices)}")
-            self.samples.append((name, index))
+            if listed and label not in indices and is_number(label) and 0 <= int(label) < len(self.classes):
+                label = self.classes[int(label)]
+            self.samples.append((name, number_of(label, indices, name)))
         self.targets = [label for _, label in self.samples]
         self.transform, self.channels = transform, channels
 
@@ -149,13 +148,6 @@ class LabelledShards(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.image(index)), self.samples[index][1]
-
-
-def _named(labels: Sequence[str], listing: Path) -> list[str]:
-    if listing.is_file():
-        return [line for line in read_lines(listing) if line]
-    numbers = all(label.isascii() and label.isdigit() for label in labels)
-    return sorted({*labels}, key=(lambda label: (int(label), label)) if numbers else None)
 
 
 def _read_shard(shard: Path, key: str | None) -> Iterator[tuple[str, tuple[Path, int, int], str]]:

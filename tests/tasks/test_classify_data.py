@@ -132,7 +132,7 @@ def test_a_list_gives_images_with_the_index_of_their_label(folder):
         ),
         (
             {"train": "path,label\ntrain/dark/0.png,cat\n", "val": "path,label\nval/dark/0.png,cta\n"},
-            r"val\.csv, line 2: no training image has the label 'cta'; did you mean 'cat'",
+            r"val\.csv, line 2: there is no class 'cta'; did you mean 'cat'",
         ),
     ],
 )

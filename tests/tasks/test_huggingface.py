@@ -77,6 +77,21 @@ def test_a_split_is_named_or_held_out(table):
     assert not {name for name, _ in task.train_set.samples} & {name for name, _ in task.val_set.samples}
 
 
+def test_labels_without_names_are_numbered_and_matched(table):
+    feature = datasets.Value("string")
+    parts = {
+        "train": labelled(range(3), [10, 9, -1], None).cast_column("label", feature),
+        "validation": labelled(range(2), [9, 11], None).cast_column("label", feature),
+    }
+    datasets.DatasetDict(parts).save_to_disk(table / "text")
+    with pytest.raises(TaskError, match=r"text, validation, row 1: there is no class '11'; known: -1, 10, 9"):
+        task_of(table / "text")
+    parts["validation"] = parts["train"]
+    datasets.DatasetDict(parts).save_to_disk(table / "known")
+    task = task_of(table / "known")
+    assert (task.classes, task.val_set.targets) == (["-1", "9", "10"], [2, 1, 0])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

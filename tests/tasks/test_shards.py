@@ -79,7 +79,12 @@ def test_images_and_labels_are_read(root, by_hand, capsys):
 def test_names_come_from_a_list_or_from_json(root, tmp_path):
     (root / "classes.txt").write_text("cat\ndog\nbird\n")
     assert task_of(root).classes == ["cat", "dog", "bird"]
+    shard(root / "val-000.tar", {"a.png": png(0), "a.cls": b"9" * 5000})  # more digits than Python takes for a number
+    with pytest.raises(TaskError, match=r"val-000\.tar/a: there is no class '99.*'; known: bird, cat, dog"):
+        task_of(root)
     (root / "classes.txt").unlink()
+    with pytest.raises(TaskError, match=r"val-000\.tar/a: there is no class '99.*'; known: 0, 1"):
+        task_of(root)
     for number in range(2):
         shard(tmp_path / "json" / f"train-{number}.tar", labelled(range(number * 8, number * 8 + 8), "json"))
     task = task_of(tmp_path / "json")
