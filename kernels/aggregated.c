@@ -11,7 +11,6 @@
 #include "lanes.h"
 
 #define KEYS 4  /* of the pooled map, whose scores are computed together */
-#define DIMS 8  /* whose sums are computed together */
 #define TAPS 3  /* of a window's row, likewise */
 #define BAND 49152 /* biases that a task makes at most, where a row has not more */
 

@@ -1,4 +1,4 @@
-/* Vectors of sixteen numbers, and what else the C libraries of the kernels have in common.
+/* Vectors of numbers, and what else the C libraries of the kernels have in common.
  *
  * A library is one file that includes this one, knows nothing of torch, and gets a call as numbers of eight bytes.
  * `setup.py` compiles it for any processor, and again for each instruction set, after which its functions are named
@@ -16,9 +16,17 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < n; i++) /* unrolled */
+/* As wide as a register: of wider ones compilers take much apart, lane by lane, or keep them in memory. */
+#if defined(__AVX512F__)
 #define LANES 16
+#define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#else
+#define LANES 8
+#define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
+#endif
 #define VECTORS 2 /* of queries, which are computed together; one where a row ends */
 #define BLOCK (LANES * VECTORS)
+#define DIMS (LANES / 2) /* channels whose sums are computed together: with two vectors of each, what registers hold */
 #define LOG2E 1.44269504088896340736f
 
 #if defined(_WIN32)
@@ -117,8 +125,9 @@ INLINE void soften(float *score, int64_t count, const int vectors, float *most, 
     }
 }
 
-/* Sum each of sixteen vectors: the i-th lane has the i-th sum. */
+/* Sum each of as many vectors as they have lanes: the i-th lane has the i-th sum. */
 INLINE V sum_lanes(V *x) {
+#if LANES == 16
     EACH(i, 8) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                       MIX_LANES(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     EACH(i, 4) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
@@ -127,6 +136,13 @@ INLINE V sum_lanes(V *x) {
                       MIX_LANES(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
     return MIX_LANES(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    EACH(i, 4) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    EACH(i, 2) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13) +
+                      MIX_LANES(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15);
+    return MIX_LANES(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14) + MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
 }
 
 /* Turn the first `count` of a query's scores, in whole vectors, into weights beside that of the highest, which is `top_score`,

@@ -13,16 +13,16 @@
 #include "lanes.h"
 
 #define POINTS 4 /* whose scores are computed together */
-#define DIMS 8   /* whose sums are computed together */
 #define TILE 64  /* points whose scores are held at once */
 
 /* Where an instruction picks numbers out of vectors, queries look up the table with it: so far apart at most. */
 #if defined(__AVX512F__) && !defined(__clang__)
-#define FARTHEST 1.9f /* sixteen queries read at most 1 + 15 * 1.9 numbers and the one after, which two vectors hold */
-#elif defined(__AVX2__)
+#define FARTHEST 1.9f /* a vector reads at most 1 + 15 * 1.9 numbers and the one after */
+#define PICK(from, index, next) __builtin_shuffle(load(from), load(from + LANES), index + next)
+#elif defined(__AVX2__) && LANES == 8
 #include <immintrin.h>
-#define FARTHEST 1.0f
-#define HALF 8
+#define FARTHEST 1.000001f
+#define PICK(from, index, next) (V) _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + next), (__m256i)index)
 #endif
 
 /* One call, as point_attention_native.py packs it: eight bytes a field. Tensors are contiguous. */
@@ -97,13 +97,13 @@ INLINE void mix_rows(const rows *r, int64_t width, float *line) {
 
 /* Where a vector of queries reads a mixed row, the first of them at `x` and each other `step` further. */
 INLINE V places(float x, float step) {
-    const V lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const V lane = LANE_NUMBERS;
     return all(x) + lane * step;
 }
 
 INLINE int are_zero(I x) {
-    int64_t bits = 0;
-    for (int i = 0; i < LANES / 2; i++) bits |= ((const int64_t *)&x)[i];
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= x[i];
     return bits == 0;
 }
 
@@ -113,42 +113,21 @@ typedef struct {
     I left;
 } pair;
 
-#if defined(HALF)
-/* Pick, for either half of a vector of queries, numbers out of those that follow the first query's: `index` in 0..7. */
-INLINE V pick_near(const float *line, I left, I index) {
-    V picked;
-    for (int half = 0; half < LANES; half += HALF) {
-        __m256i at = _mm256_loadu_si256((const __m256i *)((const int32_t *)&index + half));
-        __m256 numbers = _mm256_permutevar8x32_ps(_mm256_loadu_ps(line + left[half]), at);
-        _mm256_storeu_ps((float *)&picked + half, numbers);
-    }
-    return picked;
-}
-#endif
-
 INLINE pair read_line(const float *line, int64_t width, V place, const int permute) {
     const V size = all((float)width);
     pair p;
     place = pick((I)(place > all(-1)), place, all(-1));
     place = pick((I)(place < size), place, size) + 1; /* a line begins with its margin */
     p.left = __builtin_convertvector(place, I);       /* rounded down */
-#if defined(HALF)
-    if (permute) {
-        const I low = MIX_LANES(p.left, p.left, 0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8);
-        I index = p.left - low, beyond = index > 7; /* by rounding: then it is the next one of the seventh */
-        index += beyond, p.left += beyond;
-        p.share = place - __builtin_convertvector(p.left, V);
-        p.near = pick_near(line, low, index), p.next = pick_near(line + 1, low, index);
-        return p;
-    }
+#if LANES == 8 /* by rounding the last one may read the eighth number: as the next one of the seventh */
+    if (permute) p.left += p.left - p.left[0] > 7;
 #endif
     p.share = place - __builtin_convertvector(p.left, V);
-#if defined(FARTHEST) && !defined(HALF)
+#if defined(FARTHEST)
     if (permute) {
         const float *from = line + p.left[0];
         I index = p.left - p.left[0];
-        p.near = __builtin_shuffle(load(from), load(from + LANES), index);
-        p.next = __builtin_shuffle(load(from), load(from + LANES), index + 1);
+        p.near = PICK(from, index, 0), p.next = PICK(from, index, 1);
         return p;
     }
 #endif
@@ -304,8 +283,8 @@ INLINE V add_to_line(
     V near = grad * (1 - p.share), next = grad * p.share, zero = {0};
     float sum = 0, sum_next = 0;
     int32_t at = p.left[0];
-    const I lane_number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    if (count == LANES && are_zero(p.left - at - lane_number)) { /* each the one after, as in a table of the map's size */
+    const I lane = LANE_NUMBERS;
+    if (count == LANES && are_zero(p.left - at - lane)) { /* each the one after, as in a table of the map's size */
         store(grad_line + at, load(grad_line + at) + near);
         store(grad_line + at + 1, load(grad_line + at + 1) + next);
         count = 0;

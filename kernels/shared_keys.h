@@ -1,9 +1,10 @@
 /* Four queries that share their keys, forward and backward: a lane is a channel, and the products of four queries with
- * four keys are summed across lanes together. Rows are given as places from the start of a map.
+ * some keys are summed across lanes together. Rows are given as places from the start of a map.
  */
 #include "lanes.h"
 
 #define QUERIES 4
+#define KEYS_TOGETHER (LANES / QUERIES)
 
 /* Address and strides in numbers; a head's channels lie side by side. */
 typedef struct {
@@ -59,14 +60,14 @@ INLINE void multiply_rows(
     const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, int64_t dim, float scale,
     float rest, float *out
 ) {
-    for (int64_t from = 0; from < w->keys; from += QUERIES) {
-        const float *row[QUERIES];
-        V sums[QUERIES * QUERIES] = {0};
-        EACH(n, QUERIES) row[n] = rows + place[from + n < w->keys ? from + n : w->keys - 1];
+    for (int64_t from = 0; from < w->keys; from += KEYS_TOGETHER) {
+        const float *row[KEYS_TOGETHER];
+        V sums[LANES] = {0};
+        EACH(n, KEYS_TOGETHER) row[n] = rows + place[from + n < w->keys ? from + n : w->keys - 1];
         for (int64_t d = 0; d < dim; d += LANES)
-            EACH(i, QUERIES) EACH(n, QUERIES) sums[i * QUERIES + n] += load(own[i] + d) * load(row[n] + d);
+            EACH(i, QUERIES) EACH(n, KEYS_TOGETHER) sums[i * KEYS_TOGETHER + n] += load(own[i] + d) * load(row[n] + d);
         V product = sum_lanes(sums) * scale;
-        EACH(i, QUERIES) *(F *)(out + i * w->space + from) = ((F *)&product)[i];
+        EACH(i, QUERIES) memcpy(out + i * w->space + from, (float *)&product + i * KEYS_TOGETHER, KEYS_TOGETHER * sizeof(float));
     }
     EACH(i, QUERIES) for (int64_t n = w->keys; n < w->space; n++) out[i * w->space + n] = rest;
 }

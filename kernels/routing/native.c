@@ -9,9 +9,8 @@
 #include "../shared_keys.h"
 
 #define KEYS 4  /* whose scores are computed together */
-#define DIMS 8  /* whose sums are computed together */
 #define TILE 64 /* keys whose scores are held at once */
-#define FEW 12  /* tokens that a region needs for lanes of queries */
+#define FEW (LANES * 3 / 4) /* tokens that a region needs for lanes of queries */
 
 /* One call, as native.py packs it: eight bytes a field. */
 typedef struct {
