@@ -251,6 +251,7 @@ def test_second_derivatives_of_routes_where_no_path_was_asked_for(dim):
 
 
 def test_second_derivatives_of_points_of_maps():
+    torch.manual_seed(0)
     values, weights, locations = random(1, 64, 2, 16), random(1, 5, 2, 1, 4), LOCATIONS.clone().requires_grad_()
     operands = values, locations, weights
 
@@ -263,7 +264,7 @@ def test_second_derivatives_of_points_of_maps():
     expected = penalty("gathers")
     for backend in (None, "bags") if native._library is None else (None, "bags", "native"):
         for actual, exact in zip(penalty(backend), expected, strict=True):
-            torch.testing.assert_close(actual, exact, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(actual, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
