@@ -1,6 +1,7 @@
 """What is counted from the models: writes docs/models.csv, which the site shows, zoo/shapes.csv, by which
 `zoo.variants` knows a file's model, and zoo/states.csv, what each model's code was compared with;
-`python .ci/models.py --check` only compares them. README's table of families is written from the same.
+`python .ci/models.py --check` only compares them. README's table of families is written from the same, and its table of
+speeds from docs/speed.md.
 
 So neither needs all models to be built; tests count some anew.
 """
@@ -15,7 +16,8 @@ from pathlib import Path
 _SIZES = re.compile("mini|micro|tiny|small|medium|base|large|huge|giant|[0-9]{3}")
 # Models whose names don't tell of which code they are.
 _RELATIVES = {"dat_p_tiny": "dat_pp_tiny", "dinat_isotropic": "nat_isotropic_small"}
-MARK = "<!-- families -->"
+# What README's tables stand between.
+FAMILIES, SPEED = "<!-- families -->", "<!-- speed -->"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -104,8 +106,12 @@ TABLES = {
 }
 
 
-def render() -> str:
-    """Return README's table of families."""
+def render() -> dict[str, str]:
+    """Return README's tables, by what they stand between."""
+    return {FAMILIES: _families(), SPEED: (ROOT / "docs" / "speed.md").read_text().split(SPEED)[1].strip()}
+
+
+def _families() -> str:
     from foveate.zoo.states import family_state
 
     tree = ast.parse((ROOT / "docs" / "pages.py").read_text())
@@ -141,12 +147,12 @@ def main(arguments: list[str]) -> None:
             writer.writeheader()
             writer.writerows(new)
     readme = ROOT / "README.md"
-    before, table, after = readme.read_text().split(MARK)
-    if arguments == ["--check"]:
-        if table.strip() != render():
-            sys.exit(f"README's table of families is out of date: run {sys.argv[0]}")
-        return
-    readme.write_text(f"{before}{MARK}\n{render()}\n{MARK}{after}")
+    for mark, new in render().items():
+        before, table, after = readme.read_text().split(mark)
+        if arguments != ["--check"]:
+            readme.write_text(f"{before}{mark}\n{new}\n{mark}{after}")
+        elif table.strip() != new:
+            sys.exit(f"README's table at {mark} is out of date: run {sys.argv[0]}")
 
 
 if __name__ == "__main__":

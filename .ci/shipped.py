@@ -1,4 +1,4 @@
-"""Makes the weights that the package ships: `python .ci/shipped.py [NAME ...]`; 4 minutes of processor time.
+"""Makes the weights that the package ships: `python .ci/shipped.py [NAME ...]`; 4 to 6 minutes of processor time.
 
 Each is trained by its recipe, written as float16 (vectors stay float32) to zoo/shipped, read again and measured on the
 held-out data, and gets a card and its row of zoo/weights.json. ``--runs FOLDER`` keeps the runs there, each in a folder
@@ -107,7 +107,7 @@ def config_of(path: Path) -> dict:
 
 
 def write_row(name: str, path: Path, data: str, head: str | None, measured: dict[str, float]) -> None:
-    """Write the row of a file into the table of weights, in the place of the one before."""
+    """Write the row of a file into the table of weights, in the place of the one before, else first."""
     import datetime
 
     from foveate.zoo.weights import sha256_of
@@ -118,9 +118,11 @@ def write_row(name: str, path: Path, data: str, head: str | None, measured: dict
     row["checked"] = {"date": datetime.date.today().isoformat(), "by": "foveate", "measured": measured}
     source = {"kind": "package", "state": "shipped", "file": path.name, "size": path.stat().st_size}
     source["sha256"] = sha256_of(path)
-    text = re.sub(rf' "{re.escape(name)}": .*?\n \]\}},\n', "", TABLE.read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = f' "{name}": {json.dumps(row)[:-1]}, "sources": [\n  {json.dumps(source)}\n ]}},\n'
-    TABLE.write_text("{\n" + lines + text.removeprefix("{\n"), encoding="utf-8")
+    text = TABLE.read_text(encoding="utf-8")
+    before = re.search(rf' "{re.escape(name)}": .*?\n \]\}},\n', text, re.DOTALL)
+    start, end = before.span() if before else (2, 2)
+    TABLE.write_text(text[:start] + lines + text[end:], encoding="utf-8")
 
 
 def write_card(name: str, command: str, data: str) -> None:

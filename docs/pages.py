@@ -195,17 +195,17 @@ def _drawn() -> dict[str, str]:
 
 
 def _speed(models: list[str]) -> str:
-    """Return what README measured of some models, beside timm's Swin-T; nothing else is said."""
-    readme = (ROOT / "README.md").read_text()
-    measured = re.findall(r"^\| ([a-z]\w+)[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    """Return what docs/speed.md measured of some models, beside timm's Swin-T; nothing else is said."""
+    table = (ROOT / "docs" / "speed.md").read_text().split("<!-- speed -->")[1]
+    measured = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
     rows = [(f"`{name}`", *numbers) for name, *numbers in measured if name in models]
     if not rows:
         return "Not measured. `foveate bench models NAME` measures it on your machine."
-    header = ("model", "images/s over Swin-T's", "multiply-adds per second over Swin-T's", "time over its own floor")
+    header = ("model", "images/s", "multiply-adds per second", "time over its own floor", "training steps")
     return (
-        f"{_table(header, rows)}\n\nOurs: two cores of an AMD EPYC with AVX-512, 224 pixels, batch 4, float32, beside "
-        "timm's `swin_tiny_patch4_window7_224` in the same run of `foveate bench models`; the floor is the model's own "
-        "linear and convolution layers alone. README says more."
+        f"{_table(header, rows)}\n\nOurs, over timm's `swin_tiny_patch4_window7_224` in the same run of `foveate bench "
+        "models`: two cores of an AMD EPYC with AVX-512, 224 pixels, batch 4, float32; the floor is the model's own "
+        "linear and convolution layers alone. [Speed](../speed.md) says what of it is the library's, and more."
     )
 
 

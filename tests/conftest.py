@@ -22,13 +22,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 # What ``notes.fill_override`` rescales to a standard deviation of 0.5, so that a misread bias shows in the output.
 POSITION_BIAS = re.compile(r"((an|na|ah|aw|ha|wa|ac|ca)_bias|pos_embed\d*|relative_position_bias_table)$")
 
 
-def _load_golden_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden", GOLDEN / "golden.py")
+def _load_script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -38,7 +39,7 @@ class Fixture:
     """A reference output of published code: its weights and input are rebuilt from names, shapes and seeds."""
 
     def __init__(self, path: Path):
-        self.golden = _load_golden_module()
+        self.golden = _load_script("tests/golden/golden.py")
         self.path = path
         self.name = path.stem
         self.spec = json.loads(path.read_text())
@@ -105,4 +106,10 @@ def _nothing_compiled_before():
 @pytest.fixture(scope="session")
 def golden_module() -> ModuleType:
     """Weights and inputs that depend on names and shapes alone."""
-    return _load_golden_module()
+    return _load_script("tests/golden/golden.py")
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """Import what belongs to no package, by its path in the repository: .ci/models.py, docs/pages.py."""
+    return _load_script

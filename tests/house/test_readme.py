@@ -1,6 +1,5 @@
 """README is true of what is there: its families, its commands, its example."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -11,12 +10,29 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_families_are_the_site_s():
-    """The first screen's table is of docs/pages.py and the states of models and files; .ci/models.py writes it."""
-    spec = importlib.util.spec_from_file_location("models_table", ROOT / ".ci" / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert README.split(module.MARK)[1].strip() == module.render()
+def test_tables_are_the_site_s(load_script):
+    """Families are of docs/pages.py and the states of models and files, speeds of docs/speed.md: .ci/models.py."""
+    tables = load_script(".ci/models.py").render()
+    assert {mark: README.split(mark)[1].strip() for mark in tables} == tables
+    assert all(len(table.splitlines()) > 12 for table in tables.values())
+
+
+def test_every_figure_of_speed_stands_where_its_command_does():
+    section = README.split("## Speed\n")[1].split("\n## ")[0]
+    figures = set(re.findall(r"\d+\.\d+", section))
+    assert len(figures) > 40
+    assert figures <= set(re.findall(r"\d+\.\d+", (ROOT / "docs" / "speed.md").read_text()))
+
+
+def test_what_was_broken_is_counted_right():
+    """README's totals are the sums of docs/verified.md."""
+    rows = [line.split("|") for line in (ROOT / "docs" / "verified.md").read_text().splitlines() if line[:2] == "| "]
+    rows = [(int(row[4].split()[0].replace(",", "")), int(re.match(r"\d+", row[5].strip())[0])) for row in rows[1:]]
+    operators, files, folders, hosts, kills = rows[:6], rows[6:9], rows[9:12], rows[12:14], rows[14:]
+    tried = [f"{sum(row[0] for row in part):,}" for part in (operators, files, folders, hosts, kills)]
+    told = README.split("breaks things on purpose: ")[1].split("\n*")[0]
+    assert re.findall(r"[\d,]*\d", told)[:5] == tried
+    assert f"{sum(row[1] for row in rows)} tries went wrong" in " ".join(told.split())
 
 
 def test_commands_exist():

@@ -1,7 +1,6 @@
 """What is required is what is claimed: the installed wheel's requirements, one OpenCV, README's table of versions."""
 
 import importlib.metadata
-import importlib.util
 import re
 from pathlib import Path
 
@@ -35,11 +34,8 @@ def test_one_opencv_is_brought():
 
 
 @pytest.fixture
-def versions():
-    spec = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def versions(load_script):
+    return load_script(".ci/versions.py")
 
 
 def test_the_table_of_versions_is_the_one_that_was_measured(versions):

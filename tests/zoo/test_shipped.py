@@ -1,5 +1,6 @@
 """The package's own weights: in what is installed, small, read without a network, as good as their rows say."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,26 @@ def test_each_has_its_row_and_its_card_and_all_are_small():
         assert all(f"{metric} {value:.2f}" in card for metric, value in entry.checked.measured.items())
         assert entry.checked.measured
         assert entry.license == "mit"
+
+
+def test_a_row_that_is_made_again_stays_in_its_place(load_script, tmp_path, monkeypatch):
+    script = load_script(".ci/shipped.py")
+    table = weights.SHIPPED.parent / "weights.json"
+    monkeypatch.setattr(script, "TABLE", tmp_path / "weights.json")
+    script.TABLE.write_text(table.read_text())
+    assert set(script.MODELS) == set(ROWS)
+    for name, entry in ROWS.items():
+        measured = {metric: value + 1 for metric, value in entry.checked.measured.items()}
+        script.write_row(name, entry.sources[0].path, entry.data, entry.head, measured)
+        before, after = json.loads(table.read_text()), json.loads(script.TABLE.read_text())
+        assert list(after) == list(before)
+        assert after[name]["checked"]["measured"] == measured
+        assert after[name].keys() == before[name].keys()
+        assert after[name]["sources"] == before[name]["sources"]
+    script.TABLE.write_text(json.dumps(before).replace("{", "{\n", 1))
+    script.MODELS["new.row"] = script.MODELS["nat_atto.foveate_digits"]
+    script.write_row("new.row", entry.sources[0].path, "digits", None, {"top-1": 90.0})
+    assert list(json.loads(script.TABLE.read_text())) == ["new.row", *before]
 
 
 def test_what_is_built_for_a_wheel_holds_them(tmp_path):
