@@ -9,10 +9,10 @@ and the authors' load alike, here and there. They differ in what timm lacks: the
 segmenters put on each stage's output, a drop path rate for every sub-block, the overlapped merge, and the published
 large model for 384 pixels.
 
-They are also faster in float32 on CPUs of more than one thread, where the linear layers run as convolutions: the tiny
-model gives 1.6 times timm's images per second at 224 pixels and batch 4, 1.7 times at 512 and batch 1 (ours: torch
-2.15, 2 threads of an AMD EPYC, median of alternating runs; ``pytest -m heavy tests/zoo/test_dual.py``). Nothing is
-claimed for one thread, GPUs and compiled models.
+They are also faster in float32 on several threads of CPUs with AVX-512, where the linear layers run as convolutions:
+the tiny model gave 1.6 times timm's images per second at 224 pixels and batch 4, 1.7 times at 512 and batch 1 (ours:
+torch 2.15, 2 threads of an AMD EPYC, median of alternating runs; ``foveate bench models foveate_davit_tiny --peers
+davit_tiny`` measures it). Nothing is claimed for one thread, for CPUs with AVX2 alone, GPUs and compiled models.
 """
 
 import logging
@@ -324,7 +324,7 @@ default_cfgs = cfgs_with_links(
 
 @register_model
 def foveate_davit_tiny(pretrained: bool = False, **kwargs) -> DaViT:
-    """Like timm's ``davit_tiny``, with the authors' dense files; measured 1.6 times as fast on 2 CPU threads.
+    """Like timm's ``davit_tiny``, with the authors' dense files; 1.6 times as fast on 2 threads of a CPU with AVX-512.
 
     DaViT-Tiny: 28.4 M parameters, 4.5 GFLOPs.
     """
