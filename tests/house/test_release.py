@@ -1,15 +1,20 @@
 """A release is one version, one wheel for every Python, and C that compiles without a warning where a compiler is."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.c"))
+# What of the packages' folders is part of a release.
+PARTS = (".py", ".c", ".h", ".csv", ".json", ".gz", ".png", ".txt", ".md", ".safetensors")
 FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 # Compilers for other systems: ziglang is clang with their headers (`.ci/wide release` installs it).
 TARGETS = ("x86_64-windows-gnu", "aarch64-linux-gnu", "aarch64-macos", "x86_64-macos")
@@ -35,6 +40,28 @@ def test_the_workflow_tests_then_builds_then_publishes():
     for tag, code in ((f"v{version}", 0), ("v999", 1)):
         environment = {"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"}
         assert subprocess.run(["bash", "-c", check], cwd=ROOT, env=environment, capture_output=True).returncode == code
+
+
+def test_the_sdist_is_whole_and_makes_a_wheel_without_a_compiler(tmp_path):
+    """One that any Python takes; `.ci/wide release` builds the one with libraries, and asks twine and auditwheel."""
+    build = [sys.executable, "setup.py", "-q"]
+    command = [*build, "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("foveate-*/")
+    packages = ("blocks", "configs", "kernels", "tasks", "tools", "zoo")
+    parts = {path for name in packages for path in (ROOT / name).rglob("*") if path.suffix in PARTS}
+    names = {path.relative_to(ROOT).as_posix() for path in parts}
+    assert names >= {"kernels/lanes.h", "zoo/weights.json", "zoo/shipped/nat_atto.foveate_digits.safetensors"}
+    assert [name for name in names | {"README.md", "pyproject.toml"} if not (source / name).is_file()] == []
+    environment = os.environ | {"CC": "no-such-compiler"}
+    command = [*build, "bdist_wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, env=environment)
+    (wheel,) = tmp_path.glob("foveate-*-py3-none-*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    assert {f"foveate/{name}" for name in names if not name.endswith((".c", ".h"))} <= set(held)
+    assert not [name for name in held if name.endswith(".so") or name.startswith(("foveate/tests", "foveate/docs"))]
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
