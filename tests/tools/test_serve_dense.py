@@ -78,6 +78,7 @@ CASES = [
     *((head, None, how) for head in ("faster_rcnn", "retinanet", "dino") for how in ((), ("--dynamic-size",))),
     ("semantic_fpn", "semantic", ("--dynamic-size",)),
     *(("mask2former", output, ()) for output in ("semantic", "instance", "panoptic")),
+    ("mask2former", "instance", ("--dynamic-size",)),
     ("oneformer", "panoptic", ()),
 ]
 
@@ -113,7 +114,7 @@ def test_an_onnx_file_answers_as_the_checkpoint(head, output, how, images, tmp_p
 
 
 def _check_objects(expected, got, borders):
-    assert len(expected) == len(got) > 3
+    assert len(expected) == len(got) > 2
     for one in expected:
         other = min(
             got, key=lambda other: abs(np.subtract(one["box"], other["box"])).max() + (one["class"] != other["class"])
