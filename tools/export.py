@@ -85,7 +85,7 @@ def _add_smaller(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=at_least(1),
         default=32,
-        help="images of --data to calibrate by, not measured; %(default)s by default",
+        help="for --int8: images of --data to calibrate by, not measured; %(default)s by default",
     )
     parser.add_argument(
         "--max-drop",
@@ -235,16 +235,17 @@ def _resize_rule(args: argparse.Namespace, predictor, card: dict, size: tuple[in
 
 
 def _data(args: argparse.Namespace, card: dict, predictor) -> tuple[list, ...]:
-    """Return what to calibrate by, and what to measure on, each normalised images and labels, or pictures' files."""
+    """Return what to calibrate int8 by, and what to measure on: normalised images and labels, or pictures' files."""
     from ..tasks.data.class_folder import LabelledFolder
     from ..tasks.data.images import find_images
     from ..tasks.export.quantize import split, split_files
 
+    calibration = args.calibration if args.int8 else 0
     if card["task"] != "classify":
-        return split_files(find_images([args.data]), args.calibration)
+        return split_files(find_images([args.data]), calibration)
     folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
     folder.white = predictor.white
-    return split(folder, args.calibration)
+    return split(folder, calibration)
 
 
 def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor, data: tuple[list, ...]) -> list[Path]:
@@ -268,7 +269,8 @@ def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor
     try:
         if not classifies:
             calibration, images = ([read_image(path, 3, predictor.white) for path in paths] for paths in data)
-            calibration = network_inputs(load_exported(source), calibration)
+            if args.int8:
+                calibration = network_inputs(load_exported(source), calibration)
         if source.suffix == ".pt2":
             _write_smaller_program(args, target, card, predictor, calibration)
         elif args.int8:
@@ -283,7 +285,7 @@ def _write_smaller(args: argparse.Namespace, source: Path, card: dict, predictor
         # onnxruntime, its quantisation and torch.compile raise of many types.
         raise TaskError(f"{args.output}: not written: {kind} can't be {step}: {run_fault(error)}") from error
     measure = "accuracy" if classifies else "agreement"
-    print(f"On {len(images)} held-out images of {args.data}; in one thread:")
+    print(f"On {len(images)} {'held-out ' if args.int8 else ''}images of {args.data}; in one thread:")
     print(as_markdown([{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows]))
     drop = rows[0][measure] - rows[1][measure]
     if drop > args.max_drop:

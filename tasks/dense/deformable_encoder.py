@@ -53,8 +53,8 @@ def sine_position(
     else:
         y, x = ((~padding).cumsum(dim, dtype=torch.float32) for dim in (1, 2))
     periods = wave_periods(channels // 2, like, temperature)
-    rows = waves((y + offset) / (y[:, -1:] + 1e-6) * (2 * math.pi), periods)
-    columns = waves((x + offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi), periods)
+    rows = waves((y + offset) / (y[:, -1, None] + 1e-6) * (2 * math.pi), periods)
+    columns = waves((x + offset) / (x[:, :, -1, None] + 1e-6) * (2 * math.pi), periods)
     shape = (y.shape[0], height, width, channels // 2)
     return torch.cat([rows.expand(shape), columns.expand(shape)], dim=-1).permute(0, 3, 1, 2)
 

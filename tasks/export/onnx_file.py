@@ -154,6 +154,8 @@ def _lower(model: Any) -> None:
                 node.attributes["axes"] = AttrInt64s("axes", axes.const_value.numpy().tolist())
             node.resize_inputs(1)
             node.attributes.pop("noop_with_empty_axes", None)
+            if axes is not None and not axes.uses():
+                model.graph.initializers.pop(axes.name, None)
         for name in _DROPPED.get(kind, ()):
             node.attributes.pop(name, None)
     model.graph.opset_imports[""] = 17

@@ -4,11 +4,13 @@ import pytest
 import torch
 from foveate import create_detector, create_segmenter
 from foveate.tasks import TaskError
+from foveate.tasks.dense.deformable_encoder import sine_position
 from foveate.tasks.dense.deploy import deployable
 from foveate.tasks.dense.normalize import normalize
 from foveate.tasks.dense.segment.fixed import Queries, segments
 from foveate.tasks.dense.segment.postprocess import OUTPUTS, postprocess
 from foveate.tasks.export import Options, example_images, export_model, whole_model
+from foveate.tasks.export.program import symbolic, trace
 from torch import nn
 
 _REGIONS = dict(hidden=32, score_threshold=0.2)
@@ -151,6 +153,22 @@ def test_segments_are_numbered_by_the_published_rules(fusion):
             assert count[image] == len(expected["segments_info"])
             assert (category[image, count[image] :] == -1).all()
     assert max(numbers) > 2
+
+
+class Positions(nn.Module):
+    """Of every other pixel: torch has to reason about rounded quotients of the size, as in a backbone."""
+
+    def forward(self, x):
+        x = x[..., ::2, ::2]
+        return sine_position(*x.shape[-2:], 8, x)
+
+
+def test_positions_are_followed_for_any_size():
+    with symbolic(True):
+        module = trace(Positions(), torch.zeros(1, 3, 6, 9), False, True).module()
+    for size in ((6, 9), (5, 26)):
+        images = torch.zeros(1, 3, *size)
+        torch.testing.assert_close(module(images), Positions()(images))
 
 
 CASES = [

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from foveate.tasks import TaskError
-from foveate.tasks.export import Options, aligned, export_model
+from foveate.tasks.export import Options, aligned, differences, export_model
 from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
@@ -170,8 +170,12 @@ def test_opset_17_is_written_and_run(tmp_path):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     export_model(Small().eval(), torch.randn(1, 3, 8, 8), path, {}, Options(opset=17, dynamic_size=True))
-    (opset,) = pytest.importorskip("onnx").load(path).opset_import
+    written = pytest.importorskip("onnx").load(path)
+    (opset,) = written.opset_import
     assert opset.version == 17
+    # Axes that became attributes are left behind as constants of nothing.
+    used = {name for node in written.graph.node for name in node.input}
+    assert {constant.name for constant in written.graph.initializer} <= used
 
 
 class Unknown(nn.Module):
@@ -295,6 +299,20 @@ def test_detections_of_equal_scores_may_swap():
     # Where the scores differ, they are what is wrong, not the boxes.
     lower = list(aligned({"boxes": boxes, "scores": scores - 0.01, "labels": labels}, expected, 1e-4))
     assert torch.equal(lower[0], boxes)
+
+
+class Panoptic(nn.Module):
+    OUTPUTS = ("segments", "areas", "count")
+
+
+def test_one_pixel_on_an_edge_is_no_difference_but_in_a_count_and_two_are():
+    expected = [torch.ones(1, 8, 8, dtype=torch.long), torch.tensor([[64, 0]]), torch.tensor([1])]
+    for pixels, apart in ((1, 0.0), (2, float("inf"))):
+        got = [value.clone() for value in expected]
+        got[0].flatten()[:pixels] = 0
+        got[1][0, 0] -= pixels
+        assert differences(Panoptic(), got, expected, 1e-5) == [apart, apart, 0.0]
+    assert differences(Panoptic(), [*expected[:2], torch.tensor([2])], expected, 1e-5) == [0.0, 0.0, float("inf")]
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,15 @@ def _weights(file):
     return sum(len(tensor.raw_data) for tensor in pytest.importorskip("onnx").load(file).graph.initializer)
 
 
-@pytest.mark.parametrize("how", [["--int8"], pytest.param(["--dtype", "float16"], marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    ("how", "images_measured"),
+    [
+        (["--int8", "--calibration", "20"], "40 held-out"),
+        pytest.param(["--dtype", "float16"], "60", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
-    digits_run, folder, images, exported, tmp_path, capsys, refused, monkeypatch, how
+    digits_run, folder, images, exported, tmp_path, capsys, refused, monkeypatch, how, images_measured
 ):
     file = tmp_path / "small.onnx"
 
@@ -162,11 +168,11 @@ def test_a_smaller_file_is_measured_and_refused_if_it_loses_too_much(
         return {"outputs": {}, "operators": [], "difference": 0.0}
 
     monkeypatch.setattr("foveate.tasks.export.export_model", export)
-    argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20"]
+    argv = ["export", str(digits_run), str(file), *how, "--data", str(folder)]
     assert main([*argv, "--max-drop", "0.1"]) == 0
     text = capsys.readouterr().out
     assert "| file | accuracy | agreement | images/s | speed | MB |" in text
-    assert "On 40 held-out images" in text
+    assert f"On {images_measured} images" in text
     assert _weights(file) < 0.6 * _weights(exported)
     model = onnxruntime.InferenceSession(file)
     assert json.loads(model.get_modelmeta().custom_metadata_map["foveate"])["task"] == "classify"
@@ -204,6 +210,20 @@ def test_a_smaller_file_of_another_size_is_measured_on_images_of_that_size(
     assert "--int8 is measured on square images: give one number" in refused(*argv, "64", "32")
 
 
+@pytest.mark.parametrize(("how", "used"), [(["--int8", "--calibration", "20"], 40), (["--dtype", "float16"], 60)])
+def test_only_int8_holds_images_back(digits_run, folder, exported, tmp_path, refused, monkeypatch, how, used):
+    def measure(files, images, labels):
+        assert len(labels) == len(images)
+        raise TaskError(f"measured on {len(images)}")
+
+    monkeypatch.setattr("foveate.tasks.export.export_model", lambda *args: shutil.copyfile(exported, args[2]))
+    for write in ("halved", "calibrated"):
+        monkeypatch.setattr(f"foveate.tasks.export.quantize.{write}", lambda source, target, *images: None)
+    monkeypatch.setattr("foveate.tasks.export.quantize.measured", measure)
+    argv = ["export", str(digits_run), str(tmp_path / "a.onnx"), *how, "--data", str(folder)]
+    assert f"measured on {used}" in refused(*argv)
+
+
 @pytest.mark.parametrize(("broken", "step"), [("halved", "made"), ("measured", "measured")])
 def test_what_goes_wrong_with_a_smaller_file_is_named(
     digits_run, folder, exported, tmp_path, refused, monkeypatch, broken, step
@@ -213,7 +233,7 @@ def test_what_goes_wrong_with_a_smaller_file_is_named(
 
     monkeypatch.setattr("foveate.tasks.export.export_model", lambda *args: shutil.copyfile(exported, args[2]))
     monkeypatch.setattr(f"foveate.tasks.export.quantize.{broken}", fail)
-    argv = ["--dtype", "float16", "--data", str(folder), "--calibration", "20"]
+    argv = ["--dtype", "float16", "--data", str(folder)]
     message = refused("export", str(digits_run), str(tmp_path / "a.onnx"), *argv)
     assert f"a.onnx: not written: float16 can't be {step}: no kernel of Conv" in message
     assert "does not take images" not in message
@@ -252,12 +272,12 @@ def test_a_smaller_file_needs_data(refused, digits_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("how", [["--int8"], ["--dtype", "bfloat16"], ["--dtype", "float16"]])
+@pytest.mark.parametrize("how", [["--int8", "--calibration", "20"], ["--dtype", "bfloat16"], ["--dtype", "float16"]])
 def test_a_smaller_program_is_measured(digits_run, folder, tmp_path, capsys, how):
     if "--int8" in how:
         pytest.importorskip("torchao")
     file = tmp_path / "small.pt2"
-    argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--calibration", "20", "--dynamic-batch"]
+    argv = ["export", str(digits_run), str(file), *how, "--data", str(folder), "--dynamic-batch"]
     assert main([*argv, "--max-drop", "0.1"]) == 0
     assert "| file | accuracy | agreement | images/s | speed | MB |" in capsys.readouterr().out
     predictor, held_out = load_predictor(digits_run / "best.pth"), Digits("val")

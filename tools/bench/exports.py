@@ -43,12 +43,13 @@ def bench_exports(name: str, batch: int, size: int, rounds: int) -> list[dict]:
     All get as many threads as torch has; of one thread, time is the processor's, which nothing else on the machine
     changes much. int8 is calibrated on noise: of its speed alone this tells.
     """
+    print(f"{name}: getting ready ...", flush=True)
     fixed = {"img_size": size} if cfg_of(name).fixed_input_size else {}
     model = timm.create_model(name, **fixed).eval()
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         calls = dict(_runtimes(model, images, Path(folder)))
-        print(f"{name}: timing ...", flush=True)
+        print("compiling and timing ...", flush=True)
         times = alternate(
             calls, rounds, "cpu", time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         )
