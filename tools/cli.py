@@ -67,6 +67,16 @@ def usage() -> str:
     )
 
 
+def _share_cores() -> None:
+    """Say how long OpenMP's threads spin while they wait, unless the user has: torch's loads it, and reads it then."""
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    # Who spins starves whoever shares the cores; who sleeps at once takes twice as long for a small model's steps.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1):
+        os.environ["GOMP_SPINCOUNT"] = "3000"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -78,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reads on.
     """
     if "torch" not in sys.modules:
-        # OpenMP's threads spin while they wait, and starve whoever shares their cores. It reads this as torch loads it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        _share_cores()
     if "matplotlib" not in sys.modules:
         # Pictures are written, not shown; a notebook's own choice is one that this process may not have.
         os.environ["MPLBACKEND"] = "agg"

@@ -240,18 +240,26 @@ def test_the_package_runs_as_a_module(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "set_by_user", "expected"),
-    [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("import torch", None, None)],
-    ids=["command", "user", "library"],
+    ("before", "load", "set_by_user", "expected"),
+    [
+        ("", 0, {}, "PASSIVE 3000"),
+        ("", 9999, {}, "PASSIVE None"),
+        ("", 0, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ("", 0, {"GOMP_SPINCOUNT": "7"}, "None 7"),
+        ("import torch", 0, {}, "None None"),
+    ],
+    ids=["quiet", "busy", "policy", "count", "library"],
 )
-def test_threads_wait_passively_unless_the_user_or_the_program_decides(before, set_by_user, expected):
+def test_threads_spin_little_unless_the_user_or_the_program_decides(before, load, set_by_user, expected):
     code = (
-        f"{before}\nimport os\nfrom foveate.tools.cli import main\nmain([])\nprint(os.environ.get('OMP_WAIT_POLICY'))"
+        f"{before}\nimport os\nos.getloadavg = lambda: ({load}, 0, 0)\nfrom foveate.tools.cli import main\nmain([])\n"
+        "print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": set_by_user} if set_by_user else {}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert run.stdout.split()[-1] == str(expected)
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | set_by_user, check=True
+    )
+    assert run.stdout.splitlines()[-1] == expected
 
 
 @pytest.mark.heavy
