@@ -87,14 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0; 2 if something that was asked for can't be done; 130 if interrupted; 141 if nobody
         reads on.
     """
-    if "torch" not in sys.modules:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "torch" not in sys.modules and argv[:1] != ["bench"]:  # which measures what users of the library get
         _share_cores()
     if "matplotlib" not in sys.modules:
         # Pictures are written, not shown; a notebook's own choice is one that this process may not have.
         os.environ["MPLBACKEND"] = "agg"
     warnings.formatwarning = _warning_in_a_line
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -243,16 +243,18 @@ def test_the_package_runs_as_a_module(tmp_path):
     ("before", "load", "set_by_user", "expected"),
     [
         ("", 0, {}, "PASSIVE 3000"),
+        ("import sys\nsys.argv[1:] = ['bench', '-h']", 0, {}, "None None"),
         ("", 9999, {}, "PASSIVE None"),
         ("", 0, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
         ("", 0, {"GOMP_SPINCOUNT": "7"}, "None 7"),
         ("import torch", 0, {}, "None None"),
     ],
-    ids=["quiet", "busy", "policy", "count", "library"],
+    ids=["quiet", "bench", "busy", "policy", "count", "library"],
 )
 def test_threads_spin_little_unless_the_user_or_the_program_decides(before, load, set_by_user, expected):
     code = (
-        f"{before}\nimport os\nos.getloadavg = lambda: ({load}, 0, 0)\nfrom foveate.tools.cli import main\nmain([])\n"
+        f"{before}\nimport os\nos.getloadavg = lambda: ({load}, 0, 0)\nfrom foveate.tools.cli import main\n"
+        "import contextlib\nwith contextlib.suppress(SystemExit): main()\n"
         "print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))"
     )
     environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
