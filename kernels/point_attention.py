@@ -124,21 +124,25 @@ def _problem(*tensors: Tensor) -> Problem:
 def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the bias ``[B, heads, H * W, P]`` of `point_attention`, in the dtype of the points."""
     batch, groups = points.shape[0], points.shape[1]
-    # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
     y, x = rows[:, None].expand(-1, columns.shape[0]), columns[None].expand(rows.shape[0], -1)
-    queries = torch.stack([x, y], dim=-1).flatten(0, 1) * 0.5
-    keys = (points.flatten(0, 1)[:, None] * 0.5).flip(-1)
     tables = table.to(points.dtype).unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    return _read(tables, queries[:, None], keys).unflatten(0, (batch, groups)).flatten(1, 2)
+    return _read(tables, y, x, points.flatten(0, 1)).unflatten(0, (batch, groups)).flatten(1, 2)
 
 
-def _read(tables: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+def _read(tables: Tensor, y: Tensor, x: Tensor, points: Tensor) -> Tensor:
     if torch.jit.is_scripting():
-        return sample_aligned(tables, queries - keys)
+        return sample_aligned(tables, _displacements(y, x, points))
     if exporting() and not graph().grid_sample:
         # Onnxruntime is slow at operators along two numbers.
-        return sample_lines(tables, *(q - k for q, k in zip(queries.unbind(-1), keys.unbind(-1), strict=True)))
-    return sample_aligned(tables, queries - keys)
+        row, column = (points[:, None] * 0.5).unbind(-1)
+        return sample_lines(tables, x.flatten()[:, None] * 0.5 - column, y.flatten()[:, None] * 0.5 - row)
+    return sample_aligned(tables, _displacements(y, x, points))
+
+
+def _displacements(y: Tensor, x: Tensor, points: Tensor) -> Tensor:
+    # Halved and turned to grid_sample's (x, y) while there are few of them: the displacements are many.
+    queries = torch.stack([x, y], dim=-1).flatten(0, 1) * 0.5
+    return queries[:, None] - (points[:, None] * 0.5).flip(-1)
 
 
 def _whole(problem: Problem) -> Tensor:

@@ -67,7 +67,8 @@ INLINE void multiply_rows(
         for (int64_t d = 0; d < dim; d += LANES)
             EACH(i, QUERIES) EACH(n, KEYS_TOGETHER) sums[i * KEYS_TOGETHER + n] += load(own[i] + d) * load(row[n] + d);
         V product = sum_lanes(sums) * scale;
-        EACH(i, QUERIES) memcpy(out + i * w->space + from, (float *)&product + i * KEYS_TOGETHER, KEYS_TOGETHER * sizeof(float));
+        const float *part = (const float *)&product;
+        EACH(i, QUERIES) memcpy(out + i * w->space + from, part + i * KEYS_TOGETHER, KEYS_TOGETHER * sizeof(float));
     }
     EACH(i, QUERIES) for (int64_t n = w->keys; n < w->space; n++) out[i * w->space + n] = rest;
 }

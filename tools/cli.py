@@ -68,7 +68,7 @@ def usage() -> str:
 
 
 def _share_cores() -> None:
-    """Say how long OpenMP's threads spin while they wait, unless the user has: torch's loads it, and reads it then."""
+    """Say how long OpenMP's threads spin while they wait, unless the user has; it reads this as torch loads it."""
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     # Who spins starves whoever shares the cores; who sleeps at once takes twice as long for a small model's steps.
