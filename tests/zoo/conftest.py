@@ -80,6 +80,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[start : len(body) if upto is None else upto])
 
+    def continue_with(self, rest, start, headers, total=None):
+        """Answer with what follows a file's first part, whatever was asked for."""
+        length = len(self.server.payload)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{length - 1}/{total or length}")
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(rest)
+
     def ok(self, first):
         self.give(self.server.payload)
 
@@ -134,10 +144,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.give(self.server.payload, upto=len(self.server.payload) // 2)
         if not self.headers.get("Range"):
             return self.give(self.server.payload)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes 0-{len(self.server.payload) - 1}/{len(self.server.payload)}")
-        self.end_headers()
-        self.wfile.write(self.server.payload)
+        self.continue_with(self.server.payload, 0, {})
 
     def refused_range(self, first):
         if not first and self.headers.get("Range"):
@@ -166,12 +173,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, start = self.server.payload, 0
         if not first and self.headers.get("Range"):
             start = int(self.headers["Range"][6:-1])
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-            self.send_header("ETag", '"new"')
-            self.send_header("Content-Length", str(len(body) - start))
-            self.end_headers()
-            return self.wfile.write(body[start:])
+            headers = {"ETag": '"new"', "Content-Length": str(len(body) - start)}
+            return self.continue_with(body[start:], start, headers)
         self.give(b"x" * len(body) if first else body, upto=len(body) // 2 if first else None, etag='"old"')
 
     def unsigned_halves(self, first):
@@ -180,10 +183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if first or not self.headers.get("Range"):
             return self.give(b"x" * len(body) if first else body, upto=len(body) // 2 if first else None)
         start = int(self.headers["Range"][6:-1])
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.end_headers()
-        self.wfile.write(body[start:])
+        self.continue_with(body[start:], start, {})
 
     def no_total(self, first):
         """Break off twice, and not say again how long the file is."""
@@ -191,11 +191,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if first:
             return self.give(body, upto=len(body) // 2)
         start = int(self.headers["Range"][6:-1])
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/*")
-        self.send_header("ETag", '"1"')
-        self.end_headers()
-        self.wfile.write(body[start : None if start > len(body) // 2 else -9])
+        rest = body[start : None if start > len(body) // 2 else -9]
+        self.continue_with(rest, start, {"ETag": '"1"'}, total="*")
 
     def owned(self, first):
         """Give the file to those alone who say who they are."""
@@ -220,11 +217,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if first:
             return self.give(body, upto=len(body) // 2)
         start = int(self.headers["Range"][6:-1])
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("ETag", '"1"')
-        self.end_headers()
-        self.wfile.write(body[start:] + b"more")
+        self.continue_with(body[start:] + b"more", start, {"ETag": '"1"'})
 
     def flipped(self, first):
         body = bytearray(self.server.payload)
