@@ -13,6 +13,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < n; i++) /* unrolled */
@@ -62,8 +65,20 @@ INLINE V load(const float *x) { return *(const V *)x; }
 INLINE void store(float *x, V v) { *(V *)x = v; }
 INLINE V pick(I mask, V x, V other) { return (V)((mask & (I)x) | (~mask & (I)other)); }
 
-/* 2 ** x to 1.2e-7, 0 for -inf, NaN for NaN; the polynomial is the minimax one of degree 6. */
+INLINE V larger(V than, V x) { return pick((I)(than > x), than, x); } /* x if it is NaN */
+
+/* 2 ** x to 1.2e-7, 0 for -inf, NaN for NaN; the polynomials are the minimax ones of degree 6. */
 INLINE V power_of_2(V x) {
+#if LANES == 16
+    V r = (V)_mm512_reduce_ps((__m512)x, 0x01), y = all(0.00021702254889532924f);
+    y = y * r + 0.0012439688434824347f;
+    y = y * r + 0.009678840637207031f;
+    y = y * r + 0.055483341217041016f;
+    y = y * r + 0.24022983014583588f;
+    y = y * r + 0.6931470036506653f;
+    y = y * r + 1.0f;
+    return (V)_mm512_scalef_ps((__m512)y, (__m512)x);
+#else
     I low = (I)(x < all(-126.0f));
     x = pick(low, all(-126.0f), x);
     x = pick((I)(x > all(127.99999f)), all(128.0f), x);
@@ -79,6 +94,7 @@ INLINE V power_of_2(V x) {
     y = y * r + 1.0f;
     y *= power; /* a sum of bits would turn some NaN into numbers */
     return (V)(~low & (I)y);
+#endif
 }
 
 /* Copy `count` rows of `dim` numbers to as many columns. */
@@ -109,10 +125,7 @@ INLINE void soften(float *score, int64_t count, const int vectors, float *most, 
     EACH(v, vectors) {
         float *s = score + v * LANES;
         V before = load(most + v * LANES), top = before, sum = {0};
-        for (int64_t i = 0; i < count; i++) {
-            V x = load(s + i * BLOCK);
-            top = pick((I)(top > x), top, x); /* x if it is NaN */
-        }
+        for (int64_t i = 0; i < count; i++) top = larger(top, load(s + i * BLOCK));
         V factor = power_of_2(before - top);
         for (int64_t i = 0; i < count; i++) {
             V x = power_of_2(load(s + i * BLOCK) - top);
@@ -125,24 +138,61 @@ INLINE void soften(float *score, int64_t count, const int vectors, float *most, 
     }
 }
 
+/* Lanes whose numbers differ in the bit `h` change places. */
+INLINE V swap_lanes(V x, const int h) {
+#if LANES == 16
+    if (h == 8) return MIX_LANES(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    if (h == 4) return MIX_LANES(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    if (h == 2) return MIX_LANES(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return MIX_LANES(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#else
+    if (h == 4) return MIX_LANES(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    if (h == 2) return MIX_LANES(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+    return MIX_LANES(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#endif
+}
+
+/* Those of `x`, but of `other` the lanes in whose numbers the bit `h` is set. */
+INLINE V blend_lanes(V x, V other, const int h) {
+#if LANES == 16
+    const __mmask16 set = h == 8 ? 0xff00 : h == 4 ? 0xf0f0 : h == 2 ? 0xcccc : 0xaaaa;
+    return (V)_mm512_mask_blend_ps(set, (__m512)x, (__m512)other);
+#else
+    if (h == 4) return MIX_LANES(x, other, 0, 1, 2, 3, 12, 13, 14, 15);
+    if (h == 2) return MIX_LANES(x, other, 0, 1, 10, 11, 4, 5, 14, 15);
+    return MIX_LANES(x, other, 0, 9, 2, 11, 4, 13, 6, 15);
+#endif
+}
+
 /* Sum each of as many vectors as they have lanes: the i-th lane has the i-th sum. */
 INLINE V sum_lanes(V *x) {
+#define HALVE(h) EACH(i, h) x[i] = blend_lanes(x[i], x[i + h], h) + swap_lanes(blend_lanes(x[i + h], x[i], h), h);
 #if LANES == 16
-    EACH(i, 8) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                      MIX_LANES(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    EACH(i, 4) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                      MIX_LANES(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    EACH(i, 2) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-                      MIX_LANES(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    return MIX_LANES(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#else
-    EACH(i, 4) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
-                      MIX_LANES(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
-    EACH(i, 2) x[i] = MIX_LANES(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13) +
-                      MIX_LANES(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15);
-    return MIX_LANES(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14) + MIX_LANES(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15);
+    HALVE(8)
 #endif
+    HALVE(4)
+    HALVE(2)
+    HALVE(1)
+#undef HALVE
+    return x[0];
+}
+
+INLINE float sum_of_lanes(V x) {
+#if LANES == 16
+    x += swap_lanes(x, 8);
+#endif
+    x += swap_lanes(x, 4);
+    x += swap_lanes(x, 2);
+    return x[0] + x[1];
+}
+
+INLINE float highest_lane(V x) {
+#if LANES == 16
+    x = larger(x, swap_lanes(x, 8));
+#endif
+    x = larger(x, swap_lanes(x, 4));
+    x = larger(x, swap_lanes(x, 2));
+    return x[0] > x[1] ? x[0] : x[1];
 }
 
 /* Turn the first `count` of a query's scores, in whole vectors, into weights beside that of the highest, which is `top_score`,
@@ -151,21 +201,15 @@ INLINE float soften_row(float *score, int64_t count, float *top_score) {
     const V least = all(-INFINITY);
     V most = least, sum = {0};
     for (int64_t i = count; i % LANES; i++) score[i] = -INFINITY;
-    for (int64_t i = 0; i < count; i += LANES) {
-        V x = load(score + i);
-        most = pick((I)(most > x), most, x); /* x if it is NaN */
-    }
-    float top = most[0];
-    EACH(i, LANES) top = top > most[i] ? top : most[i];
+    for (int64_t i = 0; i < count; i += LANES) most = larger(most, load(score + i));
+    const float top = highest_lane(most);
     *top_score = top;
     for (int64_t i = 0; i < count; i += LANES) {
         V x = power_of_2(load(score + i) - top);
         store(score + i, x);
         sum += x;
     }
-    float total = 0;
-    EACH(i, LANES) total += sum[i];
-    return 1 / total;
+    return 1 / sum_of_lanes(sum);
 }
 
 /* Tasks that threads take one after the other, each thread with scratch of its own. A job begins with it. */

@@ -55,21 +55,34 @@ INLINE shared_keys some_keys(const shared_keys *all, int64_t from, int64_t keys)
     return some;
 }
 
-/* Products of the queries' rows with all keys', times `scale`, and `rest` behind them. */
-INLINE void multiply_rows(
-    const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, int64_t dim, float scale,
-    float rest, float *out
+/* Channels that heads usually have, whose loops are unrolled. */
+#define USUAL_DIM 32
+
+INLINE void multiply_rows_of(
+    const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, const int64_t dim, float scale,
+    float *out
 ) {
     for (int64_t from = 0; from < w->keys; from += KEYS_TOGETHER) {
         const float *row[KEYS_TOGETHER];
         V sums[LANES] = {0};
         EACH(n, KEYS_TOGETHER) row[n] = rows + place[from + n < w->keys ? from + n : w->keys - 1];
         for (int64_t d = 0; d < dim; d += LANES)
-            EACH(i, QUERIES) EACH(n, KEYS_TOGETHER) sums[i * KEYS_TOGETHER + n] += load(own[i] + d) * load(row[n] + d);
+            EACH(n, KEYS_TOGETHER) EACH(i, QUERIES) sums[i * KEYS_TOGETHER + n] += load(own[i] + d) * load(row[n] + d);
         V product = sum_lanes(sums) * scale;
         const float *part = (const float *)&product;
         EACH(i, QUERIES) memcpy(out + i * w->space + from, part + i * KEYS_TOGETHER, KEYS_TOGETHER * sizeof(float));
     }
+}
+
+/* Products of the queries' rows with all keys', times `scale`, and `rest` behind them. */
+INLINE void multiply_rows(
+    const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, int64_t dim, float scale,
+    float rest, float *out
+) {
+    if (dim == USUAL_DIM)
+        multiply_rows_of(w, own, rows, place, USUAL_DIM, scale, out);
+    else
+        multiply_rows_of(w, own, rows, place, dim, scale, out);
     EACH(i, QUERIES) for (int64_t n = w->keys; n < w->space; n++) out[i * w->space + n] = rest;
 }
 
@@ -82,12 +95,50 @@ INLINE void weigh_rows(const shared_keys *w, float *factor, float *top) {
     EACH(i, QUERIES) factor[i] = soften_row(w->score + i * w->space, w->keys, top + i);
 }
 
-/* Sums of the values' channels from `d` on. */
-INLINE void sum_rows(const shared_keys *w, int64_t d, V *sum) {
-    EACH(i, QUERIES) sum[i] = (V){0};
+/* How many vectors of channels are taken together. */
+#define TOGETHER 2
+
+/* Sums of the values' channels from `d` on, [QUERIES][TOGETHER]. */
+INLINE void sum_rows(const shared_keys *w, int64_t d, const int vectors, V sum[QUERIES][TOGETHER]) {
+    EACH(i, QUERIES) EACH(v, vectors) sum[i][v] = (V){0};
     for (int64_t n = 0; n < w->keys; n++) {
-        V value = load(w->value + w->value_at[n] + d);
-        EACH(i, QUERIES) sum[i] += value * w->score[i * w->space + n];
+        const float *row = w->value + w->value_at[n] + d, *weight = w->score + n;
+        V value[TOGETHER];
+        EACH(v, vectors) value[v] = load(row + v * LANES);
+        EACH(i, QUERIES) EACH(v, vectors) sum[i][v] += value[v] * weight[i * w->space];
+    }
+}
+
+INLINE void spread_keys(
+    const shared_keys *w, const float *const *query, float *const *grad_query, int64_t count, int64_t d, const int vectors
+) {
+    V sum[QUERIES][TOGETHER] = {0}, own[QUERIES][TOGETHER];
+    EACH(i, QUERIES) EACH(v, vectors) own[i][v] = load(query[i] + d + v * LANES);
+    for (int64_t n = 0; n < w->keys; n++) {
+        const float *row = w->key + w->key_at[n] + d, *gain = w->gain + n;
+        float *to = w->grad_key + w->grad_key_at[n] + d;
+        V key[TOGETHER], total[TOGETHER];
+        EACH(v, vectors) key[v] = load(row + v * LANES), total[v] = load(to + v * LANES);
+        EACH(i, QUERIES) {
+            const V by = all(gain[i * w->space]);
+            EACH(v, vectors) sum[i][v] += key[v] * by, total[v] += own[i][v] * by;
+        }
+        EACH(v, vectors) store(to + v * LANES, total[v]);
+    }
+    for (int64_t i = 0; i < count; i++)
+        EACH(v, vectors) store(grad_query[i] + d + v * LANES, load(grad_query[i] + d + v * LANES) + sum[i][v]);
+}
+
+INLINE void spread_values(const shared_keys *w, const float *const *grad, int64_t d, const int vectors) {
+    V own[QUERIES][TOGETHER];
+    EACH(i, QUERIES) EACH(v, vectors) own[i][v] = load(grad[i] + d + v * LANES);
+    for (int64_t n = 0; n < w->keys; n++) {
+        const float *weight = w->score + n;
+        float *to = w->grad_value + w->grad_value_at[n] + d;
+        V total[TOGETHER];
+        EACH(v, vectors) total[v] = load(to + v * LANES);
+        EACH(i, QUERIES) EACH(v, vectors) total[v] += own[i][v] * weight[i * w->space];
+        EACH(v, vectors) store(to + v * LANES, total[v]);
     }
 }
 
@@ -96,27 +147,9 @@ INLINE void sum_rows(const shared_keys *w, int64_t d, V *sum) {
 INLINE void spread_rows(
     const shared_keys *w, const float *const *query, const float *const *grad, float *const *grad_query, int64_t count
 ) {
-    const float *score = w->score, *gain = w->gain;
-    const int64_t space = w->space;
-    for (int64_t d = 0; d < w->dim; d += LANES) {
-        V sum[QUERIES] = {0}, own[QUERIES];
-        EACH(i, QUERIES) own[i] = load(query[i] + d);
-        for (int64_t n = 0; n < w->keys; n++) {
-            float *to = w->grad_key + w->grad_key_at[n] + d;
-            V key = load(w->key + w->key_at[n] + d), total = load(to);
-            EACH(i, QUERIES) sum[i] += key * gain[i * space + n], total += own[i] * gain[i * space + n];
-            store(to, total);
-        }
-        for (int64_t i = 0; i < count; i++) store(grad_query[i] + d, load(grad_query[i] + d) + sum[i]);
-    }
-    for (int64_t d = 0; d < w->dim_v; d += LANES) {
-        V own[QUERIES];
-        EACH(i, QUERIES) own[i] = load(grad[i] + d);
-        for (int64_t n = 0; n < w->keys; n++) {
-            float *to = w->grad_value + w->grad_value_at[n] + d;
-            V total = load(to);
-            EACH(i, QUERIES) total += own[i] * score[i * space + n];
-            store(to, total);
-        }
-    }
+    int64_t d = 0;
+    for (; d + TOGETHER * LANES <= w->dim; d += TOGETHER * LANES) spread_keys(w, query, grad_query, count, d, TOGETHER);
+    if (d < w->dim) spread_keys(w, query, grad_query, count, d, 1);
+    for (d = 0; d + TOGETHER * LANES <= w->dim_v; d += TOGETHER * LANES) spread_values(w, grad, d, TOGETHER);
+    if (d < w->dim_v) spread_values(w, grad, d, 1);
 }

@@ -1083,10 +1083,18 @@ static void FN(softmax)(
     for (int i = 0; i < keys; i++) {
         if (r < key[i].from || r >= key[i].to) continue;
         float *x = score + ((int64_t)i * rows + r) * count * LANES;
-        for (int s = 0; s < count; s++) {
+        int s = 0;
+        for (; s + 1 < count; s += 2) { /* an index that isn't constant would keep the sums in memory */
+            V w = FN(exp2)(load(x + s * LANES) - base), other = FN(exp2)(load(x + (s + 1) * LANES) - base);
+            store(x + s * LANES, w);
+            store(x + (s + 1) * LANES, other);
+            part[0] += w;
+            part[1] += other;
+        }
+        if (s < count) {
             V w = FN(exp2)(load(x + s * LANES) - base);
             store(x + s * LANES, w);
-            part[s & 1] += w;
+            part[0] += w;
         }
     }
     *total = part[0] + part[1];

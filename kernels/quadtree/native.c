@@ -32,9 +32,14 @@ INLINE void children(const tensor *t, int64_t row, int64_t column, int64_t *plac
     EACH(i, SIBLINGS) place[i] = (2 * row + i / 2) * t->row + (2 * column + i % 2) * t->column;
 }
 
-INLINE void find(const job *j, const tensor *t, const int64_t *tokens, int64_t *place) {
-    for (int64_t k = 0; k < j->a->tokens; k++)
-        children(t, tokens[k] / j->a->key_columns, tokens[k] % j->a->key_columns, place + SIBLINGS * k);
+/* Where the candidates lie in two maps. */
+INLINE void find(
+    const job *j, const int64_t *tokens, const tensor *t, const tensor *u, int64_t *place, int64_t *other
+) {
+    for (int64_t k = 0; k < j->a->tokens; k++) {
+        const int64_t row = tokens[k] / j->a->key_columns, column = tokens[k] - row * j->a->key_columns;
+        children(t, row, column, place + SIBLINGS * k), children(u, row, column, other + SIBLINGS * k);
+    }
 }
 
 /* Write the numbers of the `topk` best candidates; of equal ones the first. */
@@ -57,6 +62,19 @@ INLINE void choose(const job *j, const float *score, const int64_t *tokens, int6
     }
 }
 
+INLINE void put(
+    const shared_keys *w, const float *factor, const float *parent, const float *const *base, float *const *out, int64_t d,
+    const int vectors
+) {
+    V sum[QUERIES][TOGETHER];
+    sum_rows(w, d, vectors, sum);
+    EACH(v, vectors) {
+        const int64_t from = d + v * LANES;
+        const V above = load(parent + from);
+        EACH(i, SIBLINGS) store(out[i] + from, load(base[i] + from) + above + sum[i][v] * factor[i]);
+    }
+}
+
 INLINE void attend_siblings(
     const job *j, const shared_keys *w, int64_t image, int64_t head, int64_t row, int64_t column, const int64_t *tokens
 ) {
@@ -76,11 +94,12 @@ INLINE void attend_siblings(
     }
     weigh_rows(w, factor, top);
     EACH(i, SIBLINGS) factor[i] *= (float)a->share;
-    for (int64_t d = 0; d < a->dim_v; d += LANES) {
-        V sum[SIBLINGS], above = load(parent + d);
-        sum_rows(w, d, sum);
-        EACH(i, SIBLINGS) store(out + to[i] + d, load(base + under[i] + d) + above + sum[i] * factor[i]);
-    }
+    int64_t d = 0;
+    const float *below[SIBLINGS];
+    float *at_out[SIBLINGS];
+    EACH(i, SIBLINGS) below[i] = base + under[i], at_out[i] = out + to[i];
+    for (; d + TOGETHER * LANES <= a->dim_v; d += TOGETHER * LANES) put(w, factor, parent, below, at_out, d, TOGETHER);
+    if (d < a->dim_v) put(w, factor, parent, below, at_out, d, 1);
 }
 
 static void attend(const team *team, int64_t task, float *scratch) {
@@ -91,8 +110,7 @@ static void attend(const team *team, int64_t task, float *scratch) {
     shared_keys w = lay_out(scratch, SIBLINGS * a->tokens, a->dim, a->dim_v);
     w.key = at(&a->key, plane / a->heads, plane % a->heads), w.value = at(&a->value, plane / a->heads, plane % a->heads);
     for (int64_t column = 0; column < a->columns; column++, tokens += a->tokens) {
-        find(j, &a->key, tokens, w.key_at);
-        find(j, &a->value, tokens, w.value_at);
+        find(j, tokens, &a->key, &a->value, w.key_at, w.value_at);
         attend_siblings(j, &w, plane / a->heads, plane % a->heads, row, column, tokens);
     }
 }
@@ -121,13 +139,13 @@ INLINE double differentiate_siblings(
     multiply_rows(w, g, w->value, w->value_at, a->dim_v, 1, 0, w->gain);
     weigh_rows(w, factor, top);
     for (int64_t i = 0; i < SIBLINGS; i++) {
-        float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean = 0;
+        float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean;
         V sum = {0};
         for (int64_t n = 0; n < w->keys; n += LANES) {
             store(p + n, load(p + n) * factor[i]);
             sum += load(p + n) * load(s + n);
         }
-        EACH(k, LANES) mean += sum[k];
+        mean = sum_of_lanes(sum);
         shares += mean;
         for (int64_t n = 0; n < w->keys; n += LANES) {
             store(s + n, load(p + n) * (load(s + n) - mean) * (share * (float)a->scale));
@@ -152,10 +170,8 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
         const int64_t *tokens = (const int64_t *)(intptr_t)a->token_index;
         tokens += ((b.image * a->heads + b.head) * a->rows + row) * a->columns * a->tokens;
         for (int64_t column = 0; column < a->columns; column++, tokens += a->tokens) {
-            find(j, &a->key, tokens, w.key_at);
-            find(j, &a->value, tokens, w.value_at);
-            find(j, &a->grad_key, tokens, w.grad_key_at);
-            find(j, &a->grad_value, tokens, w.grad_value_at);
+            find(j, tokens, &a->key, &a->value, w.key_at, w.value_at);
+            find(j, tokens, &a->grad_key, &a->grad_value, w.grad_key_at, w.grad_value_at);
             shares += differentiate_siblings(j, &w, b.image, b.head, row, column);
         }
     }

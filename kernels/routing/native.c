@@ -36,13 +36,17 @@ INLINE float *sums_at(const call *a, int64_t image, int64_t head) {
 
 INLINE int64_t offset(const tensor *t, int64_t row, int64_t column) { return row * t->row + column * t->column; }
 
-/* Where the keys, or the values, of a region's queries lie. */
-INLINE void find_tokens(const job *j, const tensor *t, const int64_t *routes, int64_t *place) {
-    const call *a = j->a;
-    for (int64_t k = 0; k < a->topk; k++) {
-        int64_t top = routes[k] / j->columns * a->region_height, left = routes[k] % j->columns * a->region_width;
-        for (int64_t y = top; y < top + a->region_height; y++)
-            for (int64_t x = left; x < left + a->region_width; x++) *place++ = offset(t, y, x);
+/* Where in two maps the keys and the values of a region's queries lie. */
+INLINE void find_tokens(
+    const job *j, const int64_t *routes, const tensor *t, const tensor *u, int64_t *place, int64_t *other
+) {
+    const tensor own = *t, second = *u; /* no memory that the places might be written to */
+    const int64_t columns = j->columns, height = j->a->region_height, width = j->a->region_width, topk = j->a->topk;
+    for (int64_t k = 0; k < topk; k++) {
+        const int64_t row = routes[k] / columns, top = row * height, left = (routes[k] - row * columns) * width;
+        for (int64_t y = top; y < top + height; y++)
+            for (int64_t x = left; x < left + width; x++)
+                *place++ = offset(&own, y, x), *other++ = offset(&second, y, x);
     }
 }
 
@@ -143,6 +147,14 @@ INLINE int64_t find_queries(const job *j, int64_t top, int64_t left, int64_t fir
     return rest < QUERIES ? rest : QUERIES;
 }
 
+INLINE void put_rows(
+    const shared_keys *w, const float *factor, float *const *to, int64_t count, int64_t d, const int vectors
+) {
+    V sum[QUERIES][TOGETHER];
+    sum_rows(w, d, vectors, sum);
+    for (int64_t i = 0; i < count; i++) EACH(v, vectors) store(to[i] + d + v * LANES, sum[i][v] * factor[i]);
+}
+
 /* A region of a few tokens. */
 INLINE void attend_small_region(
     const job *j, const shared_keys *w, int64_t image, int64_t head, int64_t top, int64_t left
@@ -156,11 +168,11 @@ INLINE void attend_small_region(
         score_rows(w, q, (float)a->scale);
         weigh_rows(w, factor, most);
         for (int64_t i = 0; i < count; i++) lse[y[i] * a->width + x[i]] = most[i] - log2f(factor[i]);
-        for (int64_t d = 0; d < a->dim_v; d += LANES) {
-            V sum[QUERIES];
-            sum_rows(w, d, sum);
-            for (int64_t i = 0; i < count; i++) store(out + offset(&a->out, y[i], x[i]) + d, sum[i] * factor[i]);
-        }
+        float *to[QUERIES];
+        EACH(i, QUERIES) to[i] = out + offset(&a->out, y[i], x[i]);
+        int64_t d = 0;
+        for (; d + TOGETHER * LANES <= a->dim_v; d += TOGETHER * LANES) put_rows(w, factor, to, count, d, TOGETHER);
+        if (d < a->dim_v) put_rows(w, factor, to, count, d, 1);
     }
 }
 
@@ -181,7 +193,7 @@ INLINE void differentiate_region(
         score_rows(w, q, scale);
         multiply_rows(w, g, w->value, w->value_at, a->dim_v, 1, 0, w->gain);
         for (int64_t i = 0; i < QUERIES; i++) {
-            float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean = 0;
+            float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean;
             if (i >= count) { /* a query that stands in for none */
                 memset(p, 0, w->space * sizeof(float)), memset(s, 0, w->space * sizeof(float));
                 continue;
@@ -189,7 +201,7 @@ INLINE void differentiate_region(
             const float *o = out + offset(&a->out, y[i], x[i]), sum = lse[y[i] * a->width + x[i]];
             V products = {0};
             for (int64_t d = 0; d < a->dim_v; d += LANES) products += load(g[i] + d) * load(o + d);
-            EACH(k, LANES) mean += products[k];
+            mean = sum_of_lanes(products);
             for (int64_t n = 0; n < w->keys; n += LANES) {
                 store(p + n, power_of_2(load(p + n) - sum));
                 store(s + n, load(p + n) * (load(s + n) - mean) * scale);
@@ -212,8 +224,7 @@ static void attend(const team *team, int64_t task, float *scratch) {
     w.most = w.sums + a->dim_v * BLOCK, w.total = w.most + BLOCK, w.fade = w.total + BLOCK;
     memset(w.query, 0, small ? 0 : a->dim * BLOCK * sizeof(float));
     for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
-        find_tokens(j, &a->key, routes, w.key_at);
-        find_tokens(j, &a->value, routes, w.value_at);
+        find_tokens(j, routes, &a->key, &a->value, w.key_at, w.value_at);
         if (small)
             attend_small_region(j, &few, image, head, row * a->region_height, column * a->region_width);
         else
@@ -232,10 +243,8 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
     for (int64_t row = b.first; row < b.end; row++) {
         const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (b.image * j->rows + row) * j->columns * a->topk;
         for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
-            find_tokens(j, &a->key, routes, all.key_at);
-            find_tokens(j, &a->value, routes, all.value_at);
-            find_tokens(j, &a->grad_key, routes, all.grad_key_at);
-            find_tokens(j, &a->grad_value, routes, all.grad_value_at);
+            find_tokens(j, routes, &a->key, &a->value, all.key_at, all.value_at);
+            find_tokens(j, routes, &a->grad_key, &a->grad_value, all.grad_key_at, all.grad_value_at);
             for (int64_t from = 0; from < j->keys; from += TILE) {
                 shared_keys w = some_keys(&all, from, j->keys - from < TILE ? j->keys - from : TILE);
                 differentiate_region(j, &w, b.image, b.head, row * a->region_height, column * a->region_width);
