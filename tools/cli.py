@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import importlib
 import os
@@ -77,6 +78,23 @@ def _share_cores() -> None:
         os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
+# Of glibc's malloc.h, and the most it takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-3, 2**25)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory, up to 2 GB, unless the user has set how its malloc works.
+
+    It gives it back to the system after every step, from which it comes back as fresh pages, a fault and zeros each.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # no glibc here
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(*option)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -90,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "torch" not in sys.modules and argv[:1] != ["bench"]:  # which measures what users of the library get
         _share_cores()
+        _keep_freed_memory()
     if "matplotlib" not in sys.modules:
         # Pictures are written, not shown; a notebook's own choice is one that this process may not have.
         os.environ["MPLBACKEND"] = "agg"

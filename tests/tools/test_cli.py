@@ -4,6 +4,7 @@ import fnmatch
 import importlib
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -262,6 +263,27 @@ def test_threads_spin_little_unless_the_user_or_the_program_decides(before, load
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment | set_by_user, check=True
     )
     assert run.stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@pytest.mark.parametrize(
+    ("first", "set_by_user", "stays"),
+    [([], {}, True), (["bench", "-h"], {}, False), ([], {"MALLOC_TRIM_THRESHOLD_": "100000000"}, False)],
+    ids=["command", "bench", "user"],
+)
+def test_commands_keep_freed_memory_unless_the_user_decides(first, set_by_user, stays):
+    code = (
+        f"import sys\nsys.argv[1:] = {first}\nfrom foveate.tools.cli import main\n"
+        "import contextlib, resource\nwith contextlib.suppress(SystemExit): main()\n"
+        "def step(): [bytearray(20 << 20) for _ in range(8)]\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "step(); step(); before = faults(); step(); print(faults() - before)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | set_by_user, check=True
+    )
+    assert (int(run.stdout.splitlines()[-1]) < 1000) == stays
 
 
 @pytest.mark.heavy
