@@ -7,7 +7,7 @@ import numpy as np
 
 from .annotations import Faults
 from .augment import IGNORE
-from .label_maps import add_unpaired, class_of_values, images_in
+from .label_maps import check_pairs, class_of_values, images_in
 
 _NAMES = (
     "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,mountain,"
@@ -30,7 +30,7 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     part = "training" if data[split]["split"] == "train" else "validation"
     maps = root / "annotations" / part
     files = [(image, maps / f"{image.stem}.png") for image in images_in(root / "images" / part)]
-    add_unpaired(maps, files, faults)
+    files = check_pairs(maps, files, faults)
     return files, CLASSES, class_of_values({0: IGNORE, 255: IGNORE, **{label + 1: label for label in range(150)}})
 
 

@@ -414,7 +414,7 @@ def open_part(root: Path, data: dict, split: str, skip_damaged: bool, settings: 
         elif not image.is_file():
             faults.add("image", image)
         elif not path.is_file():
-            faults.add("pair", image)
+            faults.add("pair", f"{image}: no {path}")
         else:
             pairs.append((image, path))
     known = {"values": values, "skip_damaged": skip_damaged, "classes": classes, "things": [False] * len(classes)}

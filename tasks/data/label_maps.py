@@ -15,12 +15,21 @@ def images_in(folder: Path) -> list[Path]:
     return list_images(folder)
 
 
-def add_unpaired(folder: Path, files: list[tuple[Path, Path]], faults: Faults) -> None:
-    """Name the label maps in a folder that aren't among ``files``, images with their maps: their images are gone."""
-    owned = {file for _, file in files}
+def check_pairs(folder: Path, files: list[tuple[Path, Path]], faults: Faults) -> list[tuple[Path, Path]]:
+    """Return images with their label maps, each map once, and note maps in the folder that belong to no image.
+
+    Of those the images are gone, or they have another ending than .png; a picture beside a map of its name is none.
+    """
+    owners: dict[Path, Path] = {}
+    for image, file in files:
+        other = owners.setdefault(file, image)
+        if other != image:
+            faults.add("id", f"{other} and {image.name} share one label map")
     for file in list_images(folder) if folder.is_dir() else ():
-        if file.suffix == ".png" and file not in owned:
+        beside = file.with_suffix(".png")
+        if file not in owners and not (file != beside and beside in owners and beside.is_file()):
             faults.add("unpaired", file)
+    return [(image, file) for file, image in owners.items()]
 
 
 def class_of_values(labels: dict[int, int]) -> np.ndarray:

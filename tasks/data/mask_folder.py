@@ -8,7 +8,7 @@ import numpy as np
 from .. import TaskError
 from .annotations import Faults, check_names, read_lines
 from .augment import IGNORE
-from .label_maps import add_unpaired, class_of_values, images_in
+from .label_maps import check_pairs, class_of_values, images_in
 
 
 def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list, Sequence[str], np.ndarray]:
@@ -17,8 +17,7 @@ def find_maps(root: Path, data: dict, split: str, faults: Faults) -> tuple[list,
     folder = root / "images" / split
     masks = root / "masks" / split
     files = [(image, (masks / image.relative_to(folder)).with_suffix(".png")) for image in images_in(folder)]
-    add_unpaired(masks, files, faults)
-    return files, classes, values
+    return check_pairs(masks, files, faults), classes, values
 
 
 def read_classes(root: Path, data: dict) -> tuple[Sequence[str], np.ndarray]:
@@ -53,4 +52,4 @@ def recognise(root: Path) -> dict | None:
     """Return the settings of ``data`` by which a folder is read, if it holds images and masks; else None."""
     if not (root / "masks" / "train").is_dir() or not (root / "images" / "train").is_dir():
         return None
-    return {"train": {}, "val": {} if (root / "masks" / "val").is_dir() else None}
+    return {"train": {}, "val": {} if any((root / part / "val").is_dir() for part in ("images", "masks")) else None}

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from foveate.tasks import TaskError
 from foveate.tasks.data.ade20k import CLASSES as ADE20K_CLASSES
 from foveate.tasks.data.augment import IGNORE
-from foveate.tasks.data.formats import open_maps
+from foveate.tasks.data.formats import open_maps, recognise
 from foveate.tasks.data.segmentation import InputRule
 from foveate.tasks.segment import Task
 from PIL import Image
@@ -89,6 +90,28 @@ def test_label_maps_whose_images_are_gone_are_named(folder):
         open_maps(data, RULE)
     with pytest.warns(UserWarning, match="1 label map without an image"):
         assert len(open_maps(data | {"broken": "drop"}, RULE)[0]) == 1
+    (root / "masks" / "train" / "1.png").rename(root / "masks" / "train" / "1.PNG")
+    write(root / "masks" / "train" / "2.tif", labels_of([0]))
+    write(root / "masks" / "train" / "0.bmp", labels_of([0]))  # beside 0.png, a look at it
+    with pytest.raises(TaskError, match=r"2 label maps without an image \(\S*1\.PNG, \S*2\.tif\)"):
+        open_maps(data, RULE)
+
+
+def test_images_that_share_a_label_map_are_named(folder):
+    root, data = folder
+    write(root / "images" / "train" / "1.bmp", np.zeros((21, 34, 3)))
+    with pytest.raises(TaskError, match=r"1 duplicate id \(\S*1\.bmp and 1\.jpg share one label map\)"):
+        open_maps(data, RULE)
+    with pytest.warns(UserWarning, match="share one label map"):
+        assert len(open_maps(data | {"broken": "drop"}, RULE)[0]) == 2
+
+
+def test_held_out_images_whose_masks_are_gone_are_not_passed_over(folder):
+    root, data = folder
+    shutil.rmtree(root / "masks" / "val")
+    name, settings = recognise(root, "maps")
+    with pytest.raises(TaskError, match=r"2 images without a label map \(\S*val/0\.jpg: no \S*masks/val/0\.png"):
+        open_maps(data | {"name": name} | settings, RULE)
 
 
 def test_ade20k_counts_its_classes_from_one(tmp_path):
