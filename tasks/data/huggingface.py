@@ -138,8 +138,12 @@ class LabelledTable(Dataset):
         names = getattr(self._table.features[column], "names", None)
         labels = self._table[column][:]
         for row, label in enumerate(labels):
-            if label is None or (names is not None and not 0 <= label < len(names)):
-                raise TaskError(f"{root}, {split}, row {row}: {column} is {label!r}, which is no class")
+            one = isinstance(label, str | int | float) and label == label and label != ""
+            if not one or (names is not None and not 0 <= label < len(names)):
+                raise TaskError(
+                    f"{root}, {split}, row {row}: {column} is {label!r:.60}, which is no class; correct it, or filter "
+                    "such rows out"
+                )
         named = [str(label) if names is None else names[label] for label in labels]
         if classes is None:
             classes = classes_of(named) if names is None else names
@@ -197,37 +201,44 @@ def find_objects(
     category = next((key for key in _CATEGORIES if key in kinds), None)
     if category is None or "bbox" not in kinds:
         raise TaskError(f"{root}: {column} needs bbox and one of {', '.join(_CATEGORIES)}; it has {', '.join(kinds)}")
+    rows = [_by_field(cell, ("bbox", category)) for cell in table[column][:]]
     names = getattr(_inner(kinds[category]), "names", None)
-    rows = [_by_field(cell) for cell in table[column][:]]
     if names is None:
-        names = [str(label) for label in sorted({label for row in rows for label in row.get(category, ())})]
-        numbers = {name: number for number, name in enumerate(names)}
-        rows = [row | {category: [numbers[str(label)] for label in row.get(category, ())]} for row in rows]
+        labels = sorted({label for row in rows if row for label in row[category] if label is not None})
+        numbers, names = {label: number for number, label in enumerate(labels)}, list(map(str, labels))
+    else:
+        numbers = {number: number for number in range(len(names))}
     records, faults = [], Faults(root)
     for number, row in enumerate(rows):
         place = f"{root}, {name}/{number}"
         picture = partial(_read, table, image_column, number, place)
+        size, objects = (1, 1), []
         try:
             size = picture().size[::-1]
         except DamagedImageError as error:
             if not skip_damaged:
                 faults.add("damaged", error)
+                continue
+            row = {}  # the loader finds it, and counts it
+        if row is None:
+            faults.add("field", f"{place}: {column} needs lists of equally many bbox and {category}, or empty ones")
             continue
-        objects = []
         for index, label in enumerate(row.get(category, ())):
-            annotation = {"bbox": list(row["bbox"][index])}
-            for key in ("segmentation", "iscrowd"):
-                if row.get(key):
-                    annotation[key] = row[key][index]
-            checked = check_object(
-                annotation, {"height": size[0], "width": size[1]}, with_masks, faults, f"{place}, object {index}"
-            )
-            if checked is not None:
-                objects.append((*checked, label))
+            checked = _check(row, index, size, with_masks, faults, f"{place}, object {index}")
+            if label not in numbers:
+                faults.add("category", f"{place}, object {index}: {label}")
+            elif checked is not None:
+                objects.append((*checked, numbers[label]))
         gathered = Instances.gather(objects, with_masks)
         records.append(Record(Path(f"{name}/{number}"), size, number, gathered, picture))
     faults.settle(data["broken"], "correct the data set", len(records))
     return records, list(names)
+
+
+def _check(row: dict, index: int, size: tuple[int, int], with_masks: bool | None, faults: Faults, place: str) -> Any:
+    """Return what `check_object` does of an object of a row."""
+    annotation = {key: row[key][index] for key in ("bbox", "segmentation", "iscrowd") if row.get(key)}
+    return check_object(annotation, {"height": size[0], "width": size[1]}, with_masks, faults, place)
 
 
 class TableMaps(LabelMaps):
@@ -299,11 +310,16 @@ def _inner(feature: Any) -> Any:
     return feature[0] if isinstance(feature, list) else feature
 
 
-def _by_field(cell: Any) -> dict[str, list]:
-    """Return the objects of a row as lists by field, however they are written."""
-    if isinstance(cell, dict):
-        return cell
-    return {key: [entry[key] for entry in cell] for key in (cell[0] if cell else ())}
+def _by_field(cell: Any, needed: Sequence[str]) -> dict[str, list] | None:
+    """Return the objects of a row as lists by field, however they are written; None if they aren't equally long."""
+    if isinstance(cell, list) and all(isinstance(entry, dict) for entry in cell):
+        cell = {key: [entry.get(key) for entry in cell] for key in (cell[0] if cell else needed)}
+    if not isinstance(cell, dict):
+        return None
+    lists = [cell.get(key) for key in needed] + [cell[key] for key in ("segmentation", "iscrowd") if cell.get(key)]
+    if not all(isinstance(values, list) for values in lists) or len({*map(len, lists)}) > 1:
+        return None
+    return cell
 
 
 def recognise(root: Path, kind: str = "classes") -> dict[str, Any] | None:

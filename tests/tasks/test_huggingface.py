@@ -7,6 +7,8 @@ import pytest
 import torch
 from foveate.tasks import TaskError, engine
 from foveate.tasks.classify import Task as Classify
+from foveate.tasks.data.coco import read_picture
+from foveate.tasks.data.huggingface import find_objects
 from foveate.tasks.data.images import DamagedImageError
 from foveate.tasks.detect import Task as Detect
 from foveate.tasks.segment import Task as Segment
@@ -120,6 +122,16 @@ def test_what_is_broken_is_said(table):
         task.train_set[1]
 
 
+@pytest.mark.parametrize(("kind", "label"), [("int64", None), ("string", ""), ("list", [1, 2])])
+def test_a_row_without_a_label_is_named(kind, label, tmp_path):
+    part = {"image": list(map(png, (10, 20))), "label": [label, {"int64": 1, "string": "cat"}.get(kind, [1])]}
+    value = datasets.Sequence(datasets.Value("int64")) if kind == "list" else datasets.Value(kind)
+    features = datasets.Features({"image": datasets.Image(), "label": value})
+    datasets.Dataset.from_dict(part, features=features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(TaskError, match=r"saved, train, row 0: label is .*, which is no class; correct it, or filter"):
+        task_of(tmp_path / "saved")
+
+
 NAMES = ["<script>alert(1)</script>", "a $x_1$ $\\frac{", "b\x1b[31m\x1b[2J", "two\nlines\r\tand more", "n" * 300]
 
 
@@ -191,6 +203,53 @@ def test_objects_are_read_as_coco_s(kind, tmp_path):
     assert target["labels"].tolist() == [0, 1]
     assert len(task.val_set[1][1]["labels"]) == 0
     assert task.check_data()[0].endswith("cells holds objects in the format huggingface")
+
+
+CELL = {"bbox": [[2, 3, 10, 8]], "category": [0]}
+
+
+@pytest.mark.parametrize("names", [["cell", "dust"], None])
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (None, r"train/0: objects needs lists of equally many bbox and category, or empty ones"),
+        ({"bbox": None}, r"train/0: objects needs lists"),
+        ({"category": [0, 1]}, r"train/0: objects needs lists"),
+        ({"bbox": [[2, 3, 10, 8]] * 2}, r"train/0: objects needs lists"),
+        ({"category": [None]}, r"1 unknown category \(\S*, train/0, object 0: None\)"),
+        ({"bbox": [None]}, r"box that isn't four numbers .*train/0, object 0"),
+    ],
+)
+def test_a_row_of_broken_objects_is_one_line(names, spoilt, message, tmp_path):
+    category = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+    entry = {"bbox": datasets.Sequence(datasets.Value("float32")), "category": category}
+    features = datasets.Features(
+        {"image": datasets.Image(), "objects": {key: datasets.Sequence(value) for key, value in entry.items()}}
+    )
+    cells = [None if spoilt is None else CELL | spoilt, CELL]
+    part = datasets.Dataset.from_dict({"image": list(map(png, (10, 20))), "objects": cells}, features=features)
+    datasets.DatasetDict({"train": part}).save_to_disk(tmp_path / "cells")
+    data = Detect.DEFAULTS["data"] | {"train": {"split": "train"}}
+    with pytest.raises(TaskError, match=message) as caught:
+        find_objects(tmp_path / "cells", data, "train", None, False)
+    assert "\n" not in str(caught.value)
+    with pytest.warns(UserWarning, match=message):
+        records, classes = find_objects(tmp_path / "cells", data | {"broken": "drop"}, "train", None, False)
+    assert records[-1].instances.labels.tolist() == [0]
+    assert classes == (names or ["0"])
+
+
+def test_a_damaged_image_of_objects_is_left_to_the_loader_that_counts_it(tmp_path):
+    part = objects("dict").cast_column("image", datasets.Image(decode=False))
+    part = part.map(lambda row, index: {"image": {"bytes": b"none"} if index == 0 else row["image"]}, with_indices=True)
+    datasets.DatasetDict({"train": part}).save_to_disk(tmp_path / "cells")
+    data = Detect.DEFAULTS["data"] | {"train": {"split": "train"}}
+    with pytest.raises(TaskError, match=r"1 damaged file \(\S*cells, train/0: not an image"):
+        find_objects(tmp_path / "cells", data, "train", None, False)
+    records, _ = find_objects(tmp_path / "cells", data, "train", None, True)
+    assert [len(record.instances) for record in records] == [0, 0, 1]
+    with pytest.raises(DamagedImageError, match="cells, train/0"):
+        read_picture(records[0])
 
 
 def mapped(values, masks):
