@@ -160,11 +160,17 @@ def _read_shard(shard: Path, key: str | None) -> Iterator[tuple[str, tuple[Path,
                 end = member.offset_data + -(-member.size // 512) * 512 if member.isfile() else end
                 folder, _, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
-                if member.isfile() and not any(map(is_hidden, member.name.split("/"))):
-                    samples.setdefault(f"{folder}/{stem}".lstrip("./"), {})[ending.lower()] = member
+                if member.isfile() and not any(map(is_hidden, member.name.removeprefix("./").split("/"))):
+                    name = f"{folder}/{stem}".lstrip("./")
+                    if samples.setdefault(name, {}).setdefault(ending.lower(), member) is not member:
+                        raise TaskError(f"{shard}, {name}: has two files {file}; give one another name")
             # Tars end with zeros; one that is cut off between two files looks whole but for these.
             if end + 512 > length:
                 raise tarfile.ReadError("it is cut off")
+            # Where a header is broken the library stops, and says nothing.
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(512)):
+                raise tarfile.ReadError(f"the header at byte {tar.offset} is broken")
             for name, parts in samples.items():
                 yield _sample(tar, shard, name, parts, key)
     except TaskError:
@@ -179,12 +185,18 @@ def _sample(
     tar: tarfile.TarFile, shard: Path, name: str, parts: dict[str, tarfile.TarInfo], key: str | None
 ) -> tuple[str, tuple[Path, int, int], str]:
     where = f"{shard}, {name}"
-    image = next((parts[ending] for ending in parts if f".{ending}" in EXTENSIONS), None)
-    if image is None:
+    images = [ending for ending in parts if f".{ending}" in EXTENSIONS]
+    if not images:
         raise TaskError(f"{where}: has no image, but {', '.join(parts)}; known are {', '.join(EXTENSIONS)}")
+    if len(images) > 1:
+        raise TaskError(f"{where}: has several images, {', '.join(images)}; leave one")
+    image = parts[images[0]]
     label: Any = None
     if "cls" in parts:
-        label = tar.extractfile(parts["cls"]).read().decode(errors="replace").strip()
+        try:
+            label = tar.extractfile(parts["cls"]).read().decode().strip()
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{where}: its .cls is not text in UTF-8") from error
     elif "json" in parts:
         try:
             content = json.loads(tar.extractfile(parts["json"]).read())

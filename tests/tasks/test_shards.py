@@ -93,6 +93,12 @@ def test_names_come_from_a_list_or_from_json(root, tmp_path):
     assert not {name for name, _ in task.train_set.samples} & {name for name, _ in task.val_set.samples}
 
 
+def test_names_may_begin_with_the_folder_that_was_packed(root):
+    """As ``tar -cf train-000.tar .`` writes them."""
+    shard(root / "train-000.tar", {f"./{name}": content for name, content in labelled(range(4)).items()})
+    assert task_of(root).train_set.samples[0] == ("train-000.tar/000", 0)
+
+
 def test_processes_share_the_samples_out():
     orders = [Order(12, 3, rank, 3) for rank in range(3)]
     drawn = [[index for _, _, index in order] for order in orders]
@@ -110,6 +116,9 @@ def test_processes_share_the_samples_out():
         ({"a.png": png(0), "a.json": b"{"}, r"train-000\.tar, a: its \.json can't be read"),
         ({"a.png": png(0), "a.json": b'{"label": [1]}'}, r"train-000\.tar, a: has no label"),
         ({"a.txt": b""}, r"train-000\.tar, a: has no image, but txt"),
+        ({"a.png": png(0), "a.cls": b"\xff\xfe"}, r"train-000\.tar, a: its \.cls is not text in UTF-8"),
+        ({"a.png": png(0), "a.jpg": png(1), "a.cls": b"0"}, r"train-000\.tar, a: has several images, png, jpg"),
+        ({"a.png": png(0), "./a.png": png(1), "a.cls": b"0"}, r"train-000\.tar, a: has two files a\.png"),
         ({}, r"train-000\.tar: holds no image"),
     ],
 )
@@ -127,6 +136,18 @@ def test_a_shard_that_is_cut_off_is_one_line(cut, root):
     path = root / "train-001.tar"
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(TaskError, match=r"train-001\.tar: (no tar, compressed, or damaged|holds no image)"):
+        task_of(root)
+
+
+def test_a_broken_header_between_two_samples_is_one_line(root):
+    """The library stops there, as if the shard ended."""
+    path = root / "train-001.tar"
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[4].offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 200] = b"\xaa" * 200
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=rf"train-001\.tar: .*damaged \(the header at byte {place} is broken\)"):
         task_of(root)
 
 
