@@ -134,6 +134,12 @@ def _read_list(listing: Path, root: Path, several: bool = False) -> list[tuple[s
             for row in rows:
                 line = rows.line_num
                 name, label = ((row[column] or "").strip() for column in ("path", "label"))
+                if any(row.get(None, ())):
+                    count = len(columns) + len(row[None])
+                    raise TaskError(
+                        f"{listing}, line {line}: has {count} fields, but line 1 {len(columns)}; put what holds "
+                        "a comma in quotes"
+                    )
                 if not name or not (label or several):
                     raise TaskError(f"{listing}, line {line}: has no {'label' if name else 'path'}")
                 path = os.path.join(root, os.path.expanduser(name))
