@@ -1,6 +1,7 @@
 """Images in a folder for each class, laid out as ImageNet's."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from torchvision.datasets import ImageFolder
 
 from .. import TaskError, nearest
 from .images import EXTENSIONS, FULL_WHITE, has_image_name, is_hidden, list_images, read_image
+
+# Folders of other formats, which are no classes where there are no others.
+_OTHERS = {"annotations", "images", "labels", "masks"}
 
 
 class LabelledFolder(ImageFolder):
@@ -64,6 +68,10 @@ class LabelledFolder(ImageFolder):
         )
         if not folders:
             raise TaskError(f"{directory}: holds no folder; each class needs one, named after it, with its images")
+        loose = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_file() and has_image_name(entry))
+        if loose:
+            shown = ", ".join(loose[:3]) + (", ..." if len(loose) > 3 else "")
+            warnings.warn(f"{directory}: left out, as in no class's folder: {shown} ({len(loose)})", stacklevel=2)
         for name in folders:
             if self._expected is not None and name not in self._expected:
                 raise TaskError(
@@ -100,8 +108,15 @@ def recognise(root: Path) -> dict | None:
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Return whether all folders in one hold images themselves, and there are some."""
+    """Return whether all folders in one hold images themselves, and there are some.
+
+    One without anything is a class whose images are missing, which is told as it is read.
+    """
     if not folder.is_dir():
         return False
     folders = [entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
-    return bool(folders) and all(any(has_image_name(file) for file in entry.iterdir()) for entry in folders)
+    if {entry.name.lower() for entry in folders} <= _OTHERS:
+        return False
+    names = [[file.name for file in entry.iterdir() if not is_hidden(file.name)] for entry in folders]
+    holds = [any(map(has_image_name, each)) for each in names]
+    return any(holds) and all(there or not each for there, each in zip(holds, names, strict=True))

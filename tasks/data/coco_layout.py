@@ -11,6 +11,10 @@ from .. import TaskError
 SPLITS = {"train": ("train", "training", "default", "result"), "val": ("val", "valid", "validation", "test")}
 _NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 _PIECE = 1 << 20
+_KEYS = ("images", "annotations", "categories")
+# What the tools call their files of objects.
+_NAMED = re.compile(r"^instances_|^result\.json$|_annotations\.coco\.json$")
+_CUT = "is cut off, or no JSON in UTF-8"
 
 
 def recognise(root: Path, kind: str = "instances") -> dict | None:
@@ -31,7 +35,13 @@ def recognise(root: Path, kind: str = "instances") -> dict | None:
         for file in sorted(folder.glob("*.json"))
         if file.is_file()
     ]
-    files = [file for file in there if kind_of(file) == kind]
+    kinds = {file: kind_of(file) for file in there}
+    for file in there if kind == "instances" else ():
+        if kinds[file] is None and _NAMED.search(file.name):
+            # Else a split, or the whole set, would be taken for something else.
+            reason = f"has no {', '.join(_KEYS)}, the lists of COCO's files" if _is_whole(file) else _CUT
+            raise TaskError(f"{file}: {reason}; write it again, or move it away")
+    files = [file for file in there if kinds[file] == kind]
     # As distributed, other annotations lie beside the objects'.
     files = [file for file in files if kind in file.name] or files
     if not files:
@@ -39,7 +49,7 @@ def recognise(root: Path, kind: str = "instances") -> dict | None:
     damaged = next((file for file in there if not _is_whole(file)), None)
     if damaged is not None:
         # Else a split would be taken for one that isn't there.
-        raise TaskError(f"{damaged}: is cut off, or no JSON in UTF-8; write it again, or move it away")
+        raise TaskError(f"{damaged}: {_CUT}; write it again, or move it away")
     parts = {split: _of_split(files, split, root) for split in SPLITS}
     if parts["train"] is None:
         if len(files) == 1 and parts["val"] is not None:
@@ -62,7 +72,7 @@ def kind_of(path: Path) -> str | None:
         ends = file.read(_PIECE)
         file.seek(-min(_PIECE, path.stat().st_size), os.SEEK_END)
         ends += file.read()
-    if not all(f'"{key}"'.encode() in ends for key in ("images", "annotations", "categories")):
+    if not all(f'"{key}"'.encode() in ends for key in _KEYS):
         return None
     return "panoptic" if b'"segments_info"' in ends else None if b'"caption"' in ends else "instances"
 

@@ -76,6 +76,8 @@ class Names:
         if not listing.is_file():
             raise TaskError(f"{listing}: no such file; data.root is a folder such as VOCdevkit/VOC2012")
         names = list(dict.fromkeys(line for line in read_lines(listing) if line))
+        if not names:
+            raise TaskError(f"{listing}: lists no image")
         columns = [name.rsplit(maxsplit=1) for name in names]
         # A name such as "cell 1" has a picture of its own.
         if all(column[1:] in (["-1"], ["0"], ["1"]) for column in columns) and not self._pictures.keys() & set(names):
@@ -134,6 +136,7 @@ def read_voc(
             elif checked is not None:
                 objects.append((*checked, classes.index(label)))
         records.append(Record(file, size, name, Instances.gather(objects, with_masks)))
+    unknown.pop("", None)
     cure = f"if these are your classes, name all with data.classes, such as {list(unknown)[:5]}" if unknown else None
     faults.settle(broken, cure or "correct them", len(records))
     return records
@@ -290,6 +293,8 @@ def recognise(root: Path, part: str = "Main") -> dict | None:
     train = next((name for name in ("train", "trainval") if (lists / f"{name}.txt").is_file()), None)
     val = next((name for name in ("val", "test") if (lists / f"{name}.txt").is_file()), None)
     if train is None:
+        if not any((root / "ImageSets").glob("[MS]*/train*.txt")):
+            raise TaskError(f"{lists / 'train.txt'}: no such file; list the names of the images to train on there")
         return None
     settings: dict = {"train": {"split": train}, "val": val and {"split": val}}
     names = Names(root)
@@ -297,6 +302,7 @@ def recognise(root: Path, part: str = "Main") -> dict | None:
     classes: dict[str, None] = {}
     for tree in (_read_tree(root, name, Faults(root)) for name in listed):
         classes |= {} if tree is None else {(node.findtext("name") or "").strip(): None for node in tree.iter("object")}
-    if part == "Main" and not classes.keys() <= set(CLASSES):
-        settings["classes"] = tuple(sorted(classes.keys() - {""}))
+    named = classes.keys() - {""}  # an object without a name is told as it is read
+    if part == "Main" and not named <= {*CLASSES}:
+        settings["classes"] = tuple(sorted(named))
     return settings

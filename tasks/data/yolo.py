@@ -274,6 +274,9 @@ def find_instances(
 def recognise(root: Path) -> dict[str, Any] | None:
     """Return the settings of ``data`` by which a folder is read, if it looks like a YOLO data set; else None."""
     if not any(file.suffix in (".yaml", ".yml") for file in root.iterdir()):
+        places = [folder for folder in (root, root / "train") if (folder / "images").is_dir()]
+        if any(next((folder / "labels").rglob("*.txt"), None) for folder in places):
+            find_yaml(root)  # which says what is missing
         return None
     _, content, _ = read_yaml(root)
     return {split: {"split": split} if content.get(split) else None for split in ("train", "val")}

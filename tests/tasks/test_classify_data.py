@@ -5,7 +5,7 @@ import pytest
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.data.classification import Digits, InputRule
-from foveate.tasks.data.formats import open_classes
+from foveate.tasks.data.formats import open_classes, recognise
 from PIL import Image
 
 RULE = InputRule(32, 3, (0.5,) * 3, (0.5,) * 3)
@@ -50,6 +50,21 @@ def test_a_wrong_folder_is_named(folder, change, reason):
     change(folder)
     with pytest.raises(TaskError, match=reason):
         open_classes(DATA | {"root": str(folder)}, RULE)
+
+
+def test_images_that_lie_in_no_class_are_named(folder):
+    shutil.copy(folder / "train" / "bright" / "0.png", folder / "train" / "loose.png")
+    with pytest.warns(UserWarning, match=r"train: left out, as in no class's folder: loose\.png \(1\)"):
+        assert len(open_classes(DATA | {"root": str(folder)}, RULE)[0]) == 14
+
+
+def test_a_class_without_images_is_a_class_and_parts_of_another_format_are_none(folder, tmp_path):
+    (folder / "train" / "empty").mkdir()
+    assert recognise(folder, "classes") == ("folder", {"train": "train", "val": "val"})
+    for name in ("images", "masks"):
+        (tmp_path / "pairs" / name).mkdir(parents=True)
+        shutil.copy(folder / "train" / "bright" / "0.png", tmp_path / "pairs" / name)
+    assert recognise(tmp_path / "pairs", "classes") is None
 
 
 def test_wrong_settings_are_named(folder):
@@ -125,6 +140,10 @@ def test_a_list_gives_images_with_the_index_of_their_label(folder):
         ({"train": "path,label\n"}, r"train\.csv: lists no image"),
         ({"train": "path,label\ntrain/dark/0.png,\n"}, r"train\.csv, line 2: has no label"),
         ({"train": "path,label\ntrain/dark/0.png,a\ntrain/dark/9.png,a\n"}, r"line 3: .*9\.png: no such file; paths"),
+        (
+            {"train": "path,label\ntrain/dark/0.png,cat, black\n"},
+            r"train\.csv, line 2: has 3 fields, but line 1 2; put what holds a comma in quotes",
+        ),
         ({"train": "path,label\ntrain.csv,a\n"}, r"train\.csv, line 2: .*train\.csv: is no image"),
         (
             {"train": "path,label\ntrain/dark/0.png,a\n\ntrain/dark/0.png,b\n"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.data.coco import decode_masks
-from foveate.tasks.data.formats import open_objects
+from foveate.tasks.data.formats import open_objects, recognise
 from foveate.tasks.data.voc import read_voc
 from foveate.tasks.detect import Task
 from PIL import Image
@@ -139,6 +139,23 @@ def test_faults_of_voc_annotations_are_listed(voc_root):
         assert part in str(caught.value)
     with pytest.raises(TaskError, match=r"val\.txt: no such file"):
         read_voc(root, "val")
+
+
+def test_what_a_voc_folder_lacks_is_named(voc_root):
+    root = voc_root(OBJECT.format(name="dog", difficult=0, box=(1, 3, 20, 10)), "<object></object>")
+    settings = recognise(root, "objects")[1]
+    assert "classes" not in settings  # Pascal's: an object without a name is none
+    with pytest.raises(TaskError, match=r"1 unknown category \(x1\.xml, object 2: no name\)") as caught:
+        read_voc(root, "train")
+    assert "these are your classes" not in str(caught.value)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n")
+    with pytest.raises(TaskError, match=r"Main/train\.txt: lists no image"):
+        recognise(root, "objects")
+    (root / "ImageSets" / "Main" / "train.txt").unlink()
+    assert recognise(root, "objects") is None  # label maps are listed
+    (root / "ImageSets" / "Segmentation" / "train.txt").unlink()
+    with pytest.raises(TaskError, match=r"Main/train\.txt: no such file; list the names of the images to train on"):
+        recognise(root, "objects")
 
 
 def test_a_list_may_hold_names_with_spaces_and_pascal_s_second_column(voc_root):

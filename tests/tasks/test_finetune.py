@@ -1,6 +1,7 @@
 """Data of one's own is trained on without a recipe of its own: recognised, split, normalised as the backbone was."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -175,6 +176,23 @@ def test_no_split_of_coco_s_is_taken_for_one_that_is_damaged(split, spoiled, tmp
     message = "is named as held-out images" if isinstance(spoiled, str) else f"instances_{split}.json: is cut off"
     with pytest.raises(TaskError, match=message):
         task_of("detect/finetune", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["result.json", "train/_annotations.coco.json", "annotations/instances_default.json"])
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [("", "is cut off"), ('{"images": [', "is cut off"), ("[]", "has no images, annotations, cat")],
+)
+def test_a_damaged_export_is_no_other_format(name, spoiled, reason, tmp_path):
+    """Its folder of images would be taken for a class, or the set to validate by for all there is."""
+    coco(tmp_path)
+    shutil.rmtree(tmp_path / "annotations")
+    for folder in ("images", "valid"):
+        picture(tmp_path / folder / "a.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(spoiled)
+    with pytest.raises(TaskError, match=rf"{name}: {reason}"):
+        recognise(tmp_path, "objects")
 
 
 def test_rare_classes_of_pixels_weigh_more(tmp_path):

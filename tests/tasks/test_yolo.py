@@ -10,7 +10,7 @@ from foveate.tasks import TaskError, engine
 from foveate.tasks.checkpoints import read_checkpoint
 from foveate.tasks.data.coco import decode_masks, encode_mask, read_instances
 from foveate.tasks.data.convert import convert, count_lost
-from foveate.tasks.data.formats import open_maps, open_objects
+from foveate.tasks.data.formats import open_maps, open_objects, recognise
 from foveate.tasks.data.polygons import join_polygons, trace_mask
 from foveate.tasks.data.segmentation import InputRule
 from foveate.tasks.data.yolo import read_yolo
@@ -45,6 +45,14 @@ def root(tmp_path):
 
 def settings(root, task=Detect, **changes):
     return task.DEFAULTS["data"] | {"name": "yolo", "root": str(root), "augment": {"crop": 20}} | changes
+
+
+def test_a_folder_without_its_data_yaml_is_told_what_it_lacks(root):
+    (root / "data.yaml").unlink()
+    with pytest.raises(TaskError, match=r"data\.yaml: no such file; it says where the images"):
+        recognise(root, "objects")
+    shutil.rmtree(root / "labels")
+    assert recognise(root, "objects") is None
 
 
 def test_boxes_and_polygons_are_read_in_pixels(root):
