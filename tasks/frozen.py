@@ -20,6 +20,7 @@ def freeze(net: nn.Module, parts: Sequence[int | str]) -> list[nn.Module]:
     """
     body = getattr(net, "backbone", net)
     body = getattr(body, "features", body)
+    body = getattr(body, "model", body)  # that timm's FeatureGetterNet asks for maps
     frozen: list[nn.Module] = []
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, int | str):

@@ -68,14 +68,14 @@ def group(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
     # What a model of timm's names by itself, unless the config does.
     own = getattr(model, "no_weight_decay", set)() if settings["no_decay"] is None and layers else set()
     for name, parameter in model.named_parameters():
+        matches = sorted((part for part in settings["factors"] if part in name), key=len)
+        unused -= {*matches}  # of what is frozen too: a recipe's factors needn't be taken back
         if not parameter.requires_grad:
             continue
         if settings["no_decay"] is None:
             spared = parameter.ndim <= 1 or name.endswith(".bias") or name in own
         else:
             spared = any(part in name for part in settings["no_decay"])
-        matches = sorted((part for part in settings["factors"] if part in name), key=len)
-        unused -= set(matches)
         decay, factor = (
             0.0 if spared else settings["weight_decay"],
             settings["factors"][matches[-1]] if matches else 1.0,

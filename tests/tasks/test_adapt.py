@@ -10,10 +10,12 @@ import torch
 from foveate.tasks import TaskError, engine
 from foveate.tasks.adapters import is_target, merge
 from foveate.tasks.checkpoints import read_checkpoint
+from foveate.tasks.engine.groups import group
 from foveate.tasks.frozen import freeze, stage_names
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from foveate.zoo import CheckpointError, weights
+from foveate.zoo.backbone import create_backbone
 from PIL import Image
 from torch import nn
 
@@ -284,3 +286,20 @@ def test_norms_of_frozen_stages_keep_their_statistics():
     assert not any(weight.requires_grad for weight in vit.patch_embed.parameters())
     learning = {name for name, weight in vit.named_parameters() if weight.requires_grad}
     assert {name.split(".")[1] for name in learning if name.startswith("blocks.")} == {"2"}
+
+
+def test_stages_of_a_detectors_backbone_are_frozen_by_number_and_a_recipes_factors_stay():
+    settings = {"factors": {"backbone.": 0.5}, "layer_decay": None, "no_decay": None, "weight_decay": 0.1}
+    net = nn.Module()
+    net.backbone, net.head = create_backbone("nat_atto"), nn.Linear(2, 2)
+    stem = [weight for name, weight in net.named_parameters() if ".stem." in name]
+    freeze(net, (0,))
+    assert stem
+    assert not any(weight.requires_grad for weight in stem)
+    learning = {name for name, weight in net.named_parameters() if weight.requires_grad}
+    assert any(".stages.1." in name for name in learning)
+    assert not any(".stages.0." in name for name in learning)
+    freeze(net, ("backbone",))
+    assert [len(entry["params"]) for entry in group(net, settings)] == [1, 1]
+    with pytest.raises(TaskError, match="no parameter's name holds 'neck'"):
+        group(net, settings | {"factors": {"neck": 0.5}})
