@@ -137,7 +137,7 @@ def test_several_labels_of_an_image_are_counted_each(tmp_path, capsys):
     assert main(["data", "check", str(root), "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "classes in the format csv, 2 classes" in said
-    assert "images have several labels, or none: train with data.multi_label=True" in said
+    assert "images have several labels, or none: train with data.multi_label=True loss.label_smoothing=0" in said
     assert "train: 3 images, 3 labels" in said
     assert "2 cat" in said
     assert "1 dog" in said
