@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
         grid_sample=args.grid_sample,
         tolerance=args.tolerance,
         say=lambda line: print(line, flush=True),
+        called=str(args.output),
     )
     check_exportable(args.output, options)
     predictor, card, (channels, height, width) = _open(args.source, args.checkpoint, args.untrained, args.features)
@@ -312,8 +313,9 @@ def _write_smaller_program(args: argparse.Namespace, target: Path, card: dict, p
         model = calibrated_module(model, example, calibration, args.dynamic_batch)
     else:
         model = InDtype(model, getattr(torch, args.dtype)).eval()
-    options = Options(dynamic_batch=args.dynamic_batch, dynamic_size=args.dynamic_size, tolerance=args.tolerance)
-    facts = export_model(model, example, target, card, options)
+    called = f"{args.output}, in {'int8' if args.int8 else args.dtype}"
+    sizes = dict(dynamic_batch=args.dynamic_batch, dynamic_size=args.dynamic_size)
+    facts = export_model(model, example, target, card, Options(**sizes, tolerance=args.tolerance, called=called))
     for module in facts["operators"]:
         print(f"needs `import {module}` where it is loaded")
 

@@ -41,9 +41,10 @@ class Options:
         opset: Of ONNX's operators, 17 or later.
         grid_sample: Whether points of maps are read by GridSample, which some runtimes compute wrongly, not by gathers.
         tolerance: Greatest difference from the model that is accepted, in standard deviations of an output; of outputs
-            whose own rounding in float32 is greater, see `check.accepted`.
+            whose own rounding is greater, see `check.accepted`.
         external_from: Bytes of weights from which on an ONNX file has them in a file beside, ``NAME.onnx.data``.
         say: Takes lines about what is done.
+        called: What messages call the file, if not by its path.
     """
 
     dynamic_batch: bool = False
@@ -53,6 +54,7 @@ class Options:
     tolerance: float = 1e-5
     external_from: int = _LARGEST_ONNX
     say: Callable[[str], None] = _quiet
+    called: str = ""
 
 
 def check_exportable(path: str | Path, options: Options | None = None) -> None:
@@ -126,8 +128,9 @@ def export_model(
                 files = timed("writing ONNX", lambda: write_onnx(program, names, card, file, *limits))
         else:
             files = timed("writing the program", lambda: write_program(program, card, file))
-        run = timed("reading it", lambda: _runner(file, path))
-        facts["difference"] = timed("comparing", lambda: _compared(model, run, checks, names, path, options))
+        called = options.called or str(path)
+        run = timed("reading it", lambda: _runner(file, called))
+        facts["difference"] = timed("comparing", lambda: _compared(model, run, checks, names, called, options))
         return files
 
     facts["files"] = write_together(path.parent, path.name, write)
@@ -148,12 +151,12 @@ def _of_any_size(model: nn.Module, options: Options) -> Iterator[None]:
         ) from error
 
 
-def _runner(file: Path, path: Path) -> Callable[[Tensor], list[Tensor]]:
-    """Return what runs a file that is to be at a path."""
+def _runner(file: Path, called: str) -> Callable[[Tensor], list[Tensor]]:
+    """Return what runs a file; say of one that can't be read what it is called."""
     try:
-        return run_onnx(file) if path.suffix == ".onnx" else run_program(file)
+        return run_onnx(file) if file.suffix == ".onnx" else run_program(file)
     except Exception as error:
-        raise TaskError(f"{path}: not written: the file can't be read: {run_fault(error)}") from error
+        raise TaskError(f"{called}: not written: the file can't be read: {run_fault(error)}") from error
 
 
 def _answers(model: nn.Module, example: Tensor, options: Options) -> list[tuple[Tensor, list[Tensor]]]:
@@ -193,7 +196,7 @@ def _compared(
     run: Callable[[Tensor], list[Tensor]],
     checks: list[tuple[Tensor, list[Tensor]]],
     names: list[str],
-    path: Path,
+    called: str,
     options: Options,
 ) -> float:
     """Return the greatest difference of what a file computes; raise if it is above the tolerance."""
@@ -207,7 +210,7 @@ def _compared(
         except Exception as error:
             what = type(getattr(model, "model", model)).__name__
             raise TaskError(
-                f"{path}: not written: {what}'s file can't be run on images of {shape}: {run_fault(error)}{advice}"
+                f"{called}: not written: {what}'s file can't be run on images of {shape}: {run_fault(error)}{advice}"
             ) from error
         limits, apart = [options.tolerance] * len(names), differences(model, got, expected, options.tolerance)
         if not max(apart) <= options.tolerance:
@@ -216,8 +219,8 @@ def _compared(
         for name, difference, limit in zip(names, apart, limits, strict=True):
             if not difference <= limit:
                 raise TaskError(
-                    f"{path}: not written: its {name} differs from the model's by {difference:.1e} of its standard "
-                    f"deviation, more than {limit:.1e} (--tolerance {options.tolerance:g}, or what rounding in float32 "
+                    f"{called}: not written: its {name} differs from the model's by {difference:.1e} of its standard "
+                    f"deviation, more than {limit:.1e} (--tolerance {options.tolerance:g}, or what its own rounding "
                     f"explains), on images of {shape}{advice}"
                 )
             greatest = max(greatest, difference)

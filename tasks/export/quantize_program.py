@@ -16,16 +16,20 @@ class InDtype(nn.Module):
     Args:
         model: Maps images ``[B, C, H, W]`` to a tensor; it is changed.
         dtype: Such as ``torch.bfloat16``.
+
+    Attributes:
+        rounding: How much coarser the type is than float32; `check.accepted` reads it.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.model = model.to(dtype)
-        self.dtype = dtype
+        self.rounding = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's answer in float32."""
-        return self.model(x.to(self.dtype)).float()
+        # Of its weights now: `check.accepted` makes them float64.
+        return self.model(x.to(next(self.model.parameters()).dtype)).float()
 
 
 def calibrated_module(model: nn.Module, example: Tensor, images: Sequence[Tensor], dynamic_batch: bool) -> nn.Module:

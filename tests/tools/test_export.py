@@ -7,6 +7,7 @@ import torch
 from foveate.tasks import TaskError
 from foveate.tasks.export import Options, aligned, differences, export_model
 from foveate.tasks.export.program import symbolic, trace
+from foveate.tasks.export.quantize_program import InDtype
 from foveate.tasks.predictors import load_predictor
 from foveate.tools.cli import main
 from foveate.zoo.library_errors import run_fault, untranslated
@@ -116,6 +117,32 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
     facts = export_model(Wrong(), torch.randn(1, 3, 8, 8), path, {}, Options(tolerance=1e-2))
     assert 0 < facts["difference"] < 1e-2
+
+
+class Ordered(nn.Module):
+    """Adds in another order when exported, and what it is told to."""
+
+    def __init__(self, more):
+        super().__init__()
+        torch.manual_seed(0)
+        self.more, self.weight = more, nn.Parameter(torch.randn(12, 8, 8))
+
+    def forward(self, x):
+        a, b, c, d = (x * self.weight).chunk(4, 1)
+        if torch.compiler.is_exporting():
+            return a + (b + (c + d)) + self.more
+        return a + b + c + d
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_may_differ_by_their_own_rounding_and_no_more(dtype, tmp_path):
+    images, path = torch.randn(2, 12, 8, 8), tmp_path / "model.pt2"
+    assert export_model(InDtype(Ordered(0), dtype), images, path, {})["difference"] > 1e-4
+    path.unlink()
+    called = Options(called="small.pt2")
+    with pytest.raises(TaskError, match=r"^small.pt2: not written: .* more than .* or what its own rounding explains"):
+        export_model(InDtype(Ordered(10 * torch.finfo(dtype).eps), dtype), images, path, {}, called)
+    assert not path.exists()
 
 
 class Random(nn.Module):
