@@ -6,6 +6,7 @@ import timm
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.export import Options, aligned, differences, export_model
+from foveate.tasks.export.check import accepted
 from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.export.quantize_program import InDtype
 from foveate.tasks.predictors import load_predictor
@@ -326,6 +327,29 @@ def test_detections_of_equal_scores_may_swap():
     # Where the scores differ, they are what is wrong, not the boxes.
     lower = list(aligned({"boxes": boxes, "scores": scores - 0.01, "labels": labels}, expected, 1e-4))
     assert torch.equal(lower[0], boxes)
+
+
+def test_detections_of_one_box_are_told_apart_by_their_masks():
+    masks = torch.eye(3).bool().view(1, 3, 1, 3)
+    expected = {"boxes": torch.ones(1, 3, 4), "scores": torch.tensor([[0.5, 0.5, 0.5]])}
+    expected |= {"labels": torch.zeros(1, 3, dtype=torch.long), "masks": masks}
+    *_, found = aligned(expected | {"masks": masks[:, [2, 0, 1]]}, expected, 1e-4)
+    assert torch.equal(found, masks)
+
+
+class Single(nn.Module):
+    """Stays in float32, and answers by what rounding leaves of a difference."""
+
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            raise TaskError("it computes in float32")
+        return x[:, 0, 0, 0] - 0.9999
+
+
+def test_what_stays_in_float32_has_rounding_all_the_same():
+    images = torch.ones(2, 3, 8, 8)
+    (limit,) = accepted(Single(), images, [Single()(images)], 1e-5)
+    assert limit > 1e-5
 
 
 class Panoptic(nn.Module):
