@@ -179,10 +179,13 @@ def _strip(model: Any) -> None:
 
 
 def open_session(file: Path, threads: int = 0) -> Any:
-    """Return onnxruntime's session of a file on the CPU, without its warnings; 0 threads: as many as it likes."""
+    """Return onnxruntime's session of a file on the CPU; 0 threads: as many as it likes.
+
+    It prints nothing: errors are raised.
+    """
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 

@@ -7,6 +7,7 @@ import torch
 from foveate.tasks import TaskError
 from foveate.tasks.export import Options, aligned, differences, export_model
 from foveate.tasks.export.check import accepted
+from foveate.tasks.export.onnx_file import run_onnx
 from foveate.tasks.export.program import symbolic, trace
 from foveate.tasks.export.quantize_program import InDtype
 from foveate.tasks.predictors import load_predictor
@@ -33,6 +34,23 @@ def test_a_classifier_of_a_run_is_exported_for_any_batch(digits_run, tmp_path, c
         expected = load_predictor(digits_run / "best.pth").model(images)
         assert torch.allclose(exported(images), expected, atol=1e-5)
     assert [file.name for file in path.parent.iterdir()] == ["digits.pt2"]
+
+
+def test_errors_of_onnxruntime_are_raised_and_not_printed_too(tmp_path, capfd):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    file = tmp_path / "fixed.onnx"
+    shape = onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [4])
+    node = onnx.helper.make_node("Reshape", ["x", "shape"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in "xy")
+    opset = [onnx.helper.make_opsetid("", 17)]
+    graph = onnx.helper.make_graph([node], "reshape", [x], [y], [shape])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), file)
+    run = run_onnx(file)
+    assert run(torch.ones(4))[0].shape == (4,)
+    with pytest.raises(Exception, match="Reshape"):
+        run(torch.ones(3))
+    assert capfd.readouterr().err == ""
 
 
 def test_onnx_is_run_and_compared(digits_run, tmp_path, capsys):
