@@ -39,14 +39,17 @@ def test_executorch_computes_the_same(model, images, others, tmp_path):
     assert facts["operators"] == []
     program, file = torch.export.load(path), tmp_path / "model.pte"
     for partitioner in ([XnnpackPartitioner()], None):
-        lowered = to_edge_transform_and_lower(program, partitioner=partitioner)
-        file.write_bytes(lowered.to_executorch().buffer)
-        loaded = Runtime.get().load_program(file)
         try:
+            lowered = to_edge_transform_and_lower(program, partitioner=partitioner)
+            file.write_bytes(lowered.to_executorch().buffer)
+            loaded = Runtime.get().load_program(file)
             method = loaded.load_method("forward")
             break
-        except RuntimeError:
-            # XNNPACK takes no tensors of so many axes as neighborhood attention has, and says so here alone.
-            assert partitioner is not None
+        except Exception as error:
+            # XNNPACK takes no tensors of so many axes as neighborhood attention has, and says so as it is loaded; nor
+            # the three axes of ELA's strips beside maps of ResNets, as it is lowered.
+            known = isinstance(error, RuntimeError) or "non-NHWC compatible node" in str(error.__cause__)
+            if partitioner is None or not known:
+                raise
     with torch.no_grad():
         _assert_equal(method.execute([others])[0], model(others))
