@@ -256,7 +256,6 @@ def _classes(root: Path, data: dict, splits: Sequence[str]) -> Survey:
             draw_inputs(images, names, path, f"{root}, {splits[0]}")
         return len(images)
 
-    note = "images have several labels, or none: train with data.multi_label=True loss.label_smoothing=0"
-    note = note if several else None
-    note = "; ".join(line for line in (note, beyond) if line) or None
+    needed = "images have several labels, or none: train with data.multi_label=True loss.label_smoothing=0"
+    note = "; ".join(line for line in (needed if several else None, beyond) if line) or None
     return Survey("classes", data["name"], list(first.classes), parts, _COUNTED["classes"], draw, note)
