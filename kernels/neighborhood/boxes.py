@@ -8,7 +8,8 @@ whether its window does or not.
 """
 
 import math
-from collections.abc import Sequence
+from itertools import chain
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -51,6 +52,11 @@ class _Cut:
         # Of an unknown length, the least of both would stand in every size of the graph, which sympy is slow at.
         return min(most, self.ranks) if self._known else most
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is known that a single box holds all ranks."""
+        return self._known and self.tiles == 1 and self.box == self.ranks
+
     def _starts(self) -> Tensor:
         """Return the first key of every tile's box, ``[tiles]``."""
         before = self.axis.kernel_size - 1 if self.axis.is_causal else self.axis.kernel_size // 2
@@ -62,10 +68,10 @@ class _Cut:
         return self._starts()[:, None] + torch.arange(self.box, device=self._device)
 
     def keys(self) -> Tensor:
-        """Return the ranks of all boxes' keys, ``[tiles * box]``; in place of those beyond the end the last."""
+        """Return the ranks of all boxes' keys, ``[tiles, box]``; in place of those beyond the end the last."""
         if self._known:
-            return torch.from_numpy(self._known_keys().ravel()).to(self._device)
-        return self._boxes().flatten().clamp(max=self.ranks - 1)
+            return torch.from_numpy(self._known_keys()).to(self._device)
+        return self._boxes().clamp(max=self.ranks - 1)
 
     def entries(self) -> Tensor:
         """Return the entry of the bias table, from query to key, ``[groups * tiles, tile, box]``; the last: unseen."""
@@ -112,25 +118,32 @@ class _Cut:
         return np.where(seen, entry, 2 * axis.kernel_size - 1).reshape(-1, self.tile, self.box)
 
 
+def _moved(x: Tensor, sides: Sequence[int], order: Iterable[int]) -> Tensor:
+    """Permute the axes of ``x`` when it is reshaped to ``sides``; but for those of one entry, which cost time."""
+    places = [i for i, side in enumerate(sides) if not (isinstance(side, int) and side == 1)]
+    return x.reshape([sides[i] for i in places]).permute([places.index(i) for i in order if i in places])
+
+
 def _arranged(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Return ``[B, cells, heads, tokens, dim]`` of a map whose axes are each (tiles, tokens in tile, groups)."""
-    rank, heads, dim = len(shape), x.shape[-2], x.shape[-1]
-    x = x.reshape(x.shape[0], *(side for axis in shape for side in axis), heads, dim)
-    places = range(1, 3 * rank + 1, 3)
-    order = [0, *(i for place in places for i in (place + 2, place)), 3 * rank + 1]
-    x = x.permute(*order, *(place + 1 for place in places), 3 * rank + 2)
-    cells = math.prod(axis[0] * axis[2] for axis in shape)
-    return x.reshape(x.shape[0], cells, heads, math.prod(axis[1] for axis in shape), dim)
+    """Return ``[B, groups * heads, tiles, tokens, dim]`` of a map whose axes are each (tiles, tokens in tile, groups)."""
+    (batch, *_, heads, dim), rank = x.shape, len(shape)
+    tiles, tokens, groups = (range(1 + part, 3 * rank + 1, 3) for part in range(3))
+    x = _moved(
+        x,
+        [batch, *(side for axis in shape for side in axis), heads, dim],
+        (0, *groups, 3 * rank + 1, *tiles, *tokens, 3 * rank + 2),
+    )
+    tiles, tokens, groups = (math.prod(axis[part] for axis in shape) for part in range(3))
+    return x.reshape(batch, groups * heads, tiles, tokens, dim)
 
 
-def _restored(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
+def _restored(x: Tensor, shape: Sequence[tuple[int, int, int]], heads: int) -> Tensor:
     """Return the map ``[B, *spatial, heads, dim]`` of which `_arranged` made ``x``."""
-    rank, heads, dim = len(shape), x.shape[2], x.shape[-1]
-    cells, tokens = (side for axis in shape for side in (axis[2], axis[0])), (axis[1] for axis in shape)
-    x = x.reshape(x.shape[0], *cells, heads, *tokens, dim)
-    order = [0, *(i for place in range(rank) for i in (2 * place + 2, 2 * rank + 2 + place, 2 * place + 1))]
-    x = x.permute(*order, 2 * rank + 1, 3 * rank + 2)
-    return x.reshape(x.shape[0], *(math.prod(axis) for axis in shape), heads, dim)
+    batch, dim, rank = x.shape[0], x.shape[-1], len(shape)
+    tiles, tokens, groups = ([axis[part] for axis in shape] for part in range(3))
+    places = [i for axis in range(1, rank + 1) for i in (rank + 1 + axis, 2 * rank + 1 + axis, axis)]
+    x = _moved(x, [batch, *groups, heads, *tiles, *tokens, dim], (0, *places, rank + 1, 3 * rank + 2))
+    return x.reshape(batch, *(math.prod(axis) for axis in shape), heads, dim)
 
 
 def _padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -141,20 +154,29 @@ def _padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return F.pad(x, [0, 0, 0, 0, *(n for axis in reversed(more) for n in (0, axis))])
 
 
-def _mask(rpb: Tensor | None, cuts: Sequence[_Cut], like: Tensor) -> Tensor:
-    """Return bias and mask ``[cells, heads or 1, queries, keys]``."""
+def _mask(rpb: Tensor | None, cuts: Sequence[_Cut], like: Tensor, heads: int) -> Tensor:
+    """Return bias and mask ``[groups * heads, tiles, queries, keys]``, or of one head for all."""
     sides = [2 * cut.axis.kernel_size - 1 for cut in cuts]
-    table = like.new_zeros(1, *sides) if rpb is None else rpb.to(like.dtype)
+    alike = all(cut.axis.dilation == 1 for cut in cuts)
+    table = like.new_zeros(1 if alike else heads, *sides) if rpb is None else rpb.to(like.dtype)
     table = F.pad(table, (0, 1) * len(cuts), value=float("-inf"))
     entries = [cut.entries() for cut in cuts]
     # The last axis first: the others then move whole rows.
     for place in reversed(range(len(cuts))):
         table = table.index_select(place + 1, entries[place].flatten())
-    table = table.reshape(table.shape[0], *(side for entry in entries for side in entry.shape))
-    places = range(1, 3 * len(cuts) + 1, 3)
-    table = table.permute(*places, 0, *(place + 1 for place in places), *(place + 2 for place in places))
-    cells, queries, keys = (math.prod(entry.shape[i] for entry in entries) for i in range(3))
-    return table.reshape(cells, -1, queries, keys)
+    shape = [(cut.axis.dilation, cut.tiles, cut.tile, cut.box) for cut in cuts]
+    groups, *others = (range(1 + part, 4 * len(cuts) + 1, 4) for part in range(4))
+    table = _moved(table, [len(table), *(side for axis in shape for side in axis)], (*groups, 0, *chain(*others)))
+    return table.reshape(-1, *(math.prod(axis[part] for axis in shape) for part in (1, 2, 3)))
+
+
+def _places(cuts: Sequence[_Cut]) -> Tensor:
+    """Return where the keys of all boxes lie among the ranks of a map, ``[tiles * keys]``."""
+    place, *others = (cut.keys() for cut in cuts)
+    for keys, cut in zip(others, cuts[1:], strict=True):
+        place = place[..., None, None] * cut.ranks + keys
+    rank = len(cuts)
+    return place.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)).flatten()
 
 
 def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -165,22 +187,22 @@ def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
         key, value, *more = (None if x is None else x.repeat_interleave(group, dim=-2) for x in (key, value, *more))
     cuts = [_Cut(axis, query.device) for axis in axes]
     of_queries = [(cut.tiles, cut.tile, cut.axis.dilation) for cut in cuts]
-    of_keys = [(cut.tiles, cut.box, cut.axis.dilation) for cut in cuts]
-
-    key_index = [cut.keys() for cut in cuts]
+    of_ranks = [(1, cut.ranks, cut.axis.dilation) for cut in cuts]
+    heads, groups = query.shape[-2], math.prod(cut.axis.dilation for cut in cuts)
+    places = None if all(cut.is_whole for cut in cuts) else _places(cuts)
 
     def boxes(x: Tensor) -> Tensor:
         x = _padded(x, [cut.ranks * cut.axis.dilation for cut in cuts])
-        # Ranks and groups apart: a key's number is that of its rank.
-        x = x.reshape(x.shape[0], *(n for cut in cuts for n in (cut.ranks, cut.axis.dilation)), *x.shape[-2:])
-        for place, index in enumerate(key_index):
-            x = x.index_select(2 * place + 1, index)
-        return _arranged(x, of_keys)
+        x = _arranged(x, of_ranks)
+        if places is None:
+            return x
+        x = x.squeeze(2).index_select(2, places)
+        return x.reshape(*x.shape[:2], -1, math.prod(cut.box for cut in cuts), x.shape[-1])
 
     query = _arranged(_padded(query, [math.prod(axis) for axis in of_queries]), of_queries) * scale
-    scores = query @ boxes(key).transpose(-1, -2) + _mask(rpb, cuts, query)
+    scores = query @ boxes(key).transpose(-1, -2) + _mask(rpb, cuts, query, heads)
     if more[0] is not None:
-        seen, extra_values = (x.transpose(1, 2).unsqueeze(1) for x in more)
+        seen, extra_values = (x.transpose(1, 2).repeat(1, groups, 1, 1).unsqueeze(2) for x in more)
         scores = torch.cat([scores, query @ seen.transpose(-1, -2)], dim=-1)
     # exp(-60) adds nothing, but of the mask's own numbers onnxruntime's Softmax makes denormal ones, which are slow.
     scores = torch.maximum(scores, scores.amax(-1, keepdim=True) - _LEAST)
@@ -190,5 +212,5 @@ def neighborhood_boxes(problem: Problem) -> tuple[Tensor, Tensor]:
     if more[0] is not None:
         out = out + weights[..., own.shape[-1] :] @ extra_values
     crop = (slice(None), *(slice(length) for length in size))
-    lse = _restored(scores.logsumexp(-1, keepdim=True), of_queries)[crop].squeeze(-1) if with_lse else None
-    return _restored(out, of_queries)[crop], lse
+    lse = _restored(scores.logsumexp(-1, keepdim=True), of_queries, heads)[crop].squeeze(-1) if with_lse else None
+    return _restored(out, of_queries, heads)[crop], lse

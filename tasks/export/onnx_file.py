@@ -93,7 +93,7 @@ def write_onnx(
                 opset_version=max(opset, 18),
                 dynamo=True,
                 verbose=False,
-                custom_translation_table=_translations(),
+                custom_translation_table=_translations(opset),
                 optimize=False,
             )
             require("onnxscript.optimizer").optimize_ir(written.model, should_fold=_may_fold)
@@ -112,7 +112,7 @@ def write_onnx(
     return [file, beside] if external else [file]
 
 
-def _translations() -> dict[Any, Callable]:
+def _translations(opset: int) -> dict[Any, Callable]:
     """Return how operators of ours are written in ONNX's."""
     from onnxscript import opset18 as op
 
@@ -123,7 +123,15 @@ def _translations() -> dict[Any, Callable]:
         ones = op.CastLike(op.Squeeze(op.Slice(op.Add(op.Mul(place, [0]), [1]), [0], [1], [1]), [1]), scores)
         return op.Greater(op.ScatterND(op.Mul(scores, 0.0), place, ones), 0.5)
 
-    return {torch.ops.foveate.suppress.default: suppress}
+    def gelu(x, approximate: str = "none"):
+        if approximate == "tanh":
+            inner = op.Mul(op.Add(x, op.Mul(op.Mul(op.Mul(x, x), x), 0.044715)), math.sqrt(2 / math.pi))
+            return op.Mul(op.Mul(x, op.Add(op.Tanh(inner), 1.0)), 0.5)
+        # In this order onnxruntime has an operator of its own for it, in torch's it hasn't.
+        return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0)), 0.5)
+
+    translations = {torch.ops.foveate.suppress.default: suppress}
+    return translations if opset >= 20 else translations | {torch.ops.aten.gelu.default: gelu}
 
 
 # What opset 18 can do and 17 can't; and the reductions, whose axes became an input.

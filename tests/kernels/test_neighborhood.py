@@ -143,7 +143,7 @@ def test_boxes_are_cut_alike_where_the_length_is_unknown(monkeypatch):
 
 def _pairs(keys, entries, cut):
     """Return the key and the entry of all pairs that are seen, query by query."""
-    keys = keys.view(1, cut.tiles, 1, cut.box).expand(cut.axis.dilation, -1, cut.tile, -1)
+    keys = keys[None, :, None].expand(cut.axis.dilation, -1, cut.tile, -1)
     entries = entries.view(keys.shape)
     seen = entries < 2 * cut.axis.kernel_size - 1
     return torch.stack([keys[seen], entries[seen]])
