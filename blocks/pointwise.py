@@ -28,17 +28,15 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return pointwise(x, layer.weight, layer.bias)
 
 
-# A compiler enters the transforms that it traces, and guards those around it.
-_is_transforming = torch.compiler.assume_constant_result(is_transforming)
-
-
 def _compiles_to_onednn(layer: nn.Module, x: Tensor) -> bool:
     """Return whether a compiled graph leaves a plain layer to oneDNN, where a compiler would take a slow BLAS."""
-    if exporting() or torch.is_grad_enabled() or x.device.type != "cpu" or not onednn.is_faster_than_blas():
+    if exporting() or torch.is_grad_enabled() or x.device.type != "cpu":
         return False
-    if _is_transforming():  # of whose derivatives, carried along without grad mode, the operator knows nothing
+    if is_transforming():  # of whose derivatives, carried along without grad mode, the operator knows nothing
         return False
-    if type(layer) is not nn.Linear or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    # A compiler leaves convolutions to oneDNN in any case, but without the activation.
+    faster = {nn.Linear: onednn.is_faster_than_blas(), nn.Conv2d: onednn.is_available()}
+    if not faster.get(type(layer)) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     # What `is_plain` asks, as far as a compiler can follow; it guards the answers.
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
@@ -53,13 +51,18 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 5, 7, 32])
     """
     if torch.compiler.is_compiling():
-        hooked = act._forward_hooks or act._forward_pre_hooks
-        if type(act) is nn.GELU and act.approximate == "none" and not hooked and _compiles_to_onednn(layer, x):
+        if _is_compiled_gelu(act) and _compiles_to_onednn(layer, x):
             return compiled_linear(x, layer.weight, layer.bias, "gelu")
         return act(apply_linear(layer, x))
     if torch.jit.is_tracing() or not is_plain(layer) or not is_plain_gelu(act):
         return act(apply_linear(layer, x))
     return pointwise(x, layer.weight, layer.bias, activation="gelu")
+
+
+def _is_compiled_gelu(act: nn.Module) -> bool:
+    """Return what `is_plain_gelu` does, as far as a compiler can follow."""
+    hooked = act._forward_hooks or act._forward_pre_hooks
+    return type(act) is nn.GELU and act.approximate == "none" and not hooked
 
 
 # Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is, where
@@ -78,6 +81,8 @@ def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -
         >>> apply_pointwise(torch.nn.Conv2d(16, 32, 1), torch.randn(1, 16, 5, 7)).shape
         torch.Size([1, 32, 5, 7])
     """
+    if torch.compiler.is_compiling():
+        return _compile_pointwise(layer, x, act)
     if not _as_linear(layer, x):
         return layer(x) if act is None else act(layer(x))
     fused = act is not None and is_plain_gelu(act)
@@ -86,8 +91,17 @@ def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -
     return x if act is None or fused else act(x)
 
 
+def _compile_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None) -> Tensor:
+    if not _compiles_to_onednn(layer, x) or not _is_pointwise(layer) or not channels_come_last(x):
+        return layer(x) if act is None else act(layer(x))
+    fused = act is not None and _is_compiled_gelu(act)
+    x = compiled_linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias, "gelu" if fused else None)
+    x = x.permute(0, 3, 1, 2)
+    return x if act is None or fused else act(x)
+
+
 def _as_linear(layer: nn.Module, x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
+    if torch.jit.is_tracing() or not is_plain(layer) or not _is_pointwise(layer):
         return False
     if not x.is_cpu or not channels_come_last(x):
         return False

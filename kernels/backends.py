@@ -111,14 +111,16 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+@torch.compiler.assume_constant_result  # a compiler enters the transforms that it traces, and guards those around it
 def is_transforming() -> bool:
     """Return whether `torch.func` transforms what is called, or derivatives are carried along."""
     return in_forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@torch.compiler.assume_constant_result
 def transform_obstacle() -> str | None:
     """Return why an operator of `torch.library` cannot run where `torch.func` differentiates, or None."""
-    if torch.compiler.is_compiling() or not is_transforming():
+    if not is_transforming():
         return None
     kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
     # An operator of torch.library passes a dual number's value on, and drops its derivative without a word.

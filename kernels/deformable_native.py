@@ -29,7 +29,7 @@ def obstacle(value: Tensor) -> str | None:
         return f"it is for CPU tensors; value is on {value.device}"
     if value.dtype != torch.float32:
         return f"it computes in float32; got {value.dtype}"
-    if not torch.compiler.is_compiling() and is_transforming():
+    if is_transforming():
         return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing
 

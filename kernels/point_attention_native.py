@@ -27,8 +27,8 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
         return f"it is for CPU tensors; query is on {tensors[0].device}"
     if any(x.dtype == torch.float64 for x in tensors):
         return f"it computes in float32; got {', '.join(sorted({str(x.dtype) for x in tensors}))}"
-    if torch.compiler.is_compiling():
-        return "a compiler traces the plain one"
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "a compiler differentiates the plain one"
     if is_transforming():
         return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing

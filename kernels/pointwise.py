@@ -105,7 +105,7 @@ def _with_gradients(problem: Problem) -> Tensor:
 def _gradients_obstacle(problem: Problem) -> str | None:
     if problem.x.dtype != torch.float32:
         return f"it is for float32; got {problem.x.dtype}"
-    if not torch.compiler.is_compiling() and is_transforming():
+    if is_transforming():
         return "torch.func and dual numbers take torch's plain operators"
     with torch.no_grad():  # what forbids oneDNN's operator but that it has no derivatives
         return _onednn_obstacle(problem)

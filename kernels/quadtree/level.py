@@ -229,7 +229,7 @@ def level_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"it needs dims of multiples of {_VECTOR}; got {query.shape[-1]} and {value.shape[-1]}"
     if any(0 in x.shape for x in (query, key, value)):
         return "it takes no empty tensors"
-    if not torch.compiler.is_compiling() and is_transforming():
+    if is_transforming():
         return "torch.func transforms no operator of torch.library"
     return export_obstacle() or _missing
 

@@ -31,7 +31,7 @@ def obstacle(query: Tensor, value: Tensor) -> str | None:
         return f"it computes in float32; got {query.dtype}"
     if query.shape[-1] % _VECTOR or value.shape[-1] % _VECTOR:
         return f"it needs dims of multiples of {_VECTOR}; got {query.shape[-1]} and {value.shape[-1]}"
-    if not torch.compiler.is_compiling() and is_transforming():
+    if is_transforming():
         return "torch.func and dual numbers transform no operator of torch.library"
     return export_obstacle() or _missing
 

@@ -218,7 +218,11 @@ def test_derivatives_are_carried_along(operator, shapes):
         derivative = forward_ad.unpack_dual(out).tangent
     assert derivative is not None
     torch.testing.assert_close(derivative.double(), (plus - minus) / 2e-5, atol=1e-4, rtol=1e-3)
-    _, derivative = torch.func.jvp(operator, tuple(x), tuple(along))
+    carried = lambda *x: torch.func.jvp(operator, x, tuple(along))[1]  # noqa: E731
+    torch.testing.assert_close(carried(*x).double(), (plus - minus) / 2e-5, atol=1e-4, rtol=1e-3)
+    torch.compiler.reset()
+    with torch.no_grad():
+        derivative = torch.compile(carried, backend="aot_eager")(*x)
     torch.testing.assert_close(derivative.double(), (plus - minus) / 2e-5, atol=1e-4, rtol=1e-3)
 
 

@@ -201,6 +201,29 @@ def test_compiled_graphs_leave_plain_layers_to_onednn_where_the_blas_is_slow(mon
     assert not is_left_to_onednn()
 
 
+def test_compiled_graphs_leave_pointwise_convolutions_to_onednn():
+    layer, act, x = torch.nn.Conv2d(16, 32, 1), torch.nn.GELU(), torch.randn(2, 16, 5, 7)
+    graphs = []
+
+    def compile_to(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def is_left_to_onednn(x, grad=False):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            out = torch.compile(lambda x: apply_pointwise(layer, x, act), backend=compile_to, fullgraph=True)(x)
+            torch.testing.assert_close(out, act(layer(x)), atol=1e-5, rtol=1e-5)
+        return "foveate.linear" in " ".join(graphs[-1])
+
+    assert not is_left_to_onednn(x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert is_left_to_onednn(x) == onednn.is_available()
+    assert not is_left_to_onednn(x, grad=True)
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    assert not is_left_to_onednn(x)
+
+
 def test_what_is_trained_by_onednn_may_change_in_place_and_be_differentiated_under_autocast():
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 7, 24), (40, 24), (40,)))
@@ -219,7 +242,7 @@ def test_what_is_trained_by_onednn_may_change_in_place_and_be_differentiated_und
 def test_shapes_that_do_not_fit_are_torchs_own_error(trained, monkeypatch):
     monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: True)
     weight = torch.randn(40, 23, requires_grad=trained)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|expected input"):
         pointwise(torch.randn(2, 5, 7, 24), weight)
     with pytest.raises(ValueError, match="backend 'onednn_trained' cannot run here: shapes don't fit"):
         pointwise(torch.randn(2, 5, 7, 24), weight, backend="onednn_trained")
