@@ -125,7 +125,7 @@ def _moved(x: Tensor, sides: Sequence[int], order: Iterable[int]) -> Tensor:
 
 
 def _arranged(x: Tensor, shape: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Return ``[B, groups * heads, tiles, tokens, dim]`` of a map whose axes are each (tiles, tokens in one, groups)."""
+    """Return ``[B, groups * heads, tiles, tokens, dim]`` of a map whose axes are each (tiles, tokens, groups)."""
     (batch, *_, heads, dim), rank = x.shape, len(shape)
     tiles, tokens, groups = (range(1 + part, 3 * rank + 1, 3) for part in range(3))
     x = _moved(

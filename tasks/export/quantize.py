@@ -99,11 +99,13 @@ def _folded(onnx: Any, source: Path, target: Path) -> Any:
 
 def _products(model: Any) -> list[str]:
     """Return the names of the nodes that multiply by weights; nodes without a name get one."""
-    weights = {value.name for value in model.graph.initializer}
+    # Matrices of more axes are tables, of position biases, of which onnxruntime has no product in integers.
+    weights = {value.name: len(value.dims) for value in model.graph.initializer}
     names = []
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node{index}"
-        if node.op_type in _QUANTIZED and node.input[1] in weights:
+        axes = weights.get(node.input[1], 0) if node.op_type in _QUANTIZED else 0
+        if axes == 2 or (axes and node.op_type != "MatMul"):
             names.append(node.name)
     return names
 
