@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, choose, default_scale, exporting, graph, in_forward_mode, is_transforming, report
+from .backends import Backend, choose, default_scale, exporting, graph, is_transforming, report
 from .bilinear import sample_aligned
 from .point_attention_native import obstacle, point_attention_native
 from .rows import join_rows, rows_at_once, run_rows
@@ -180,8 +180,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, points: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
     bias = displacement_bias(table, points, rows, columns).to(query.dtype)
-    # Torch's fused attention has no derivatives that are carried along, and under vmap none of the bias.
-    if in_forward_mode() or (not torch.compiler.is_compiling() and is_transforming()):
+    # Torch's fused attention has no derivatives that are carried along, and under vmap none of the bias; of a bias that
+    # has some, torch.export writes down another order of its output than it then decomposes it to.
+    if is_transforming() or (exporting() and bias.requires_grad):
         return (query @ key.mT * default_scale(query) + bias).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 

@@ -238,13 +238,15 @@ def _resize_rule(args: argparse.Namespace, predictor, card: dict, size: tuple[in
 def _data(args: argparse.Namespace, card: dict, predictor) -> tuple[list, ...]:
     """Return what to calibrate int8 by, and what to measure on: normalised images and labels, or pictures' files."""
     from ..tasks.data.class_folder import LabelledFolder
+    from ..tasks.data.class_names import folder_names
     from ..tasks.data.images import find_images
     from ..tasks.export.quantize import split, split_files
 
     calibration = args.calibration if args.int8 else 0
     if card["task"] != "classify":
         return split_files(find_images([args.data]), calibration)
-    folder = LabelledFolder(args.data, predictor.transform, predictor.channels, card["classes"])
+    names = folder_names(card["classes"], args.data)
+    folder = LabelledFolder(args.data, predictor.transform, predictor.channels, names)
     folder.white = predictor.white
     return split(folder, calibration)
 

@@ -1,4 +1,7 @@
-"""Names of a data set's classes, for models whose file doesn't name them."""
+"""Names of a data set's classes, for models whose file doesn't name them, and of their folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 
 def class_names(data: str, count: int) -> list[str]:
@@ -14,6 +17,20 @@ def class_names(data: str, count: int) -> list[str]:
     if data != "coco" and len(known) != count:
         known = []
     return [*known[:count], *(f"class {label}" for label in range(len(known), count))]
+
+
+def folder_names(classes: Sequence[str], root: Path) -> list[str]:
+    """Return how the folders of a classifier's classes are called under ``root``: as they are, or by ImageNet's synsets.
+
+    Published ImageNet is in folders such as n01443537, whose class models call "goldfish, Carassius auratus".
+    """
+    if len(classes) == 1000:
+        from timm.data import ImageNetInfo
+
+        synsets = ImageNetInfo("imagenet-1k").label_names()
+        if any((root / name).is_dir() for name in synsets):
+            return synsets
+    return list(classes)
 
 
 def _known(data: str) -> list[str]:

@@ -264,3 +264,9 @@ def test_vmap_is_one_image_after_the_other(geometry):
     attention = DeformableAttention2d(32, 2, groups=2, map_size=(6, 6), geometry=geometry).eval()
     x = torch.randn(3, 6, 6, 32)
     torch.testing.assert_close(torch.vmap(lambda image: attention(image[None])[0])(x), attention(x))
+
+
+def test_programs_traced_with_gradients_decompose():
+    module, x = DeformableAttention2d(32, 2, map_size=(9, 7)).eval(), torch.randn(2, 9, 7, 32)
+    program = torch.export.export(module, (x,), strict=False).run_decompositions()
+    torch.testing.assert_close(program.module()(x), module(x), atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ import timm
 import torch
 from foveate.tasks import TaskError
 from foveate.tasks.classify import Predictor as Classifier
-from foveate.tasks.data.class_names import class_names
+from foveate.tasks.data.class_names import class_names, folder_names
 from foveate.tasks.dense.detect import create_detector
 from foveate.tasks.dense.segment import create_segmenter
 from foveate.tasks.detect import Predictor
@@ -119,6 +119,14 @@ def test_what_was_not_published_is_said_so():
         load_published("nat_tiny.mask_rcnn")
     with pytest.raises(TaskError, match="no weights were published; train it: foveate train detect/mask_rcnn_biformer"):
         load_published("biformer_small.mask_rcnn_coco_1x")
+
+
+def test_folders_of_imagenet_may_be_named_after_its_synsets(tmp_path):
+    classes = class_names("imagenet-1k", 1000)
+    assert folder_names(classes, tmp_path) == classes
+    (tmp_path / "n01443537").mkdir()
+    assert classes[folder_names(classes, tmp_path).index("n01443537")] == "goldfish, Carassius auratus"
+    assert folder_names(["n01443537", "b"], tmp_path) == ["n01443537", "b"]
 
 
 def test_class_names_are_as_many_as_the_classes():

@@ -29,18 +29,17 @@ _VIEWS = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
 
 def measure_classifier(contents: Classifier, args: argparse.Namespace, device) -> dict[str, float]:
     """Print the accuracy on a folder of labelled images, beside the stated one, and return it in percent."""
-    from timm.data import ImageNetInfo
     from tqdm import tqdm
 
     from ...tasks.data.class_folder import LabelledFolder
+    from ...tasks.data.class_names import folder_names
 
     if not args.data.is_dir():
         raise TaskError(f"{args.data}: no such folder; --data needs CLASS/*.jpg")
     batch_size = args.batch_size or 32
     folder = args.data / "val" if (args.data / "val").is_dir() else args.data
-    # ImageNet's folders are named after its synsets; other folders after the checkpoint's own classes.
     predictor = contents.predictor
-    names = ImageNetInfo("imagenet-1k").label_names() if len(predictor.classes) == 1000 else predictor.classes
+    names = folder_names(predictor.classes, folder)
     images = LabelledFolder(folder, predictor.rule.transform(), predictor.channels, names)
     images.white = predictor.white
     right = 0
