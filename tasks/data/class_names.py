@@ -20,7 +20,7 @@ def class_names(data: str, count: int) -> list[str]:
 
 
 def folder_names(classes: Sequence[str], root: Path) -> list[str]:
-    """Return how the folders of a classifier's classes are called under ``root``: as they are, or by ImageNet's synsets.
+    """Return how the folders of a classifier's classes are called under ``root``: as these, or by ImageNet's synsets.
 
     Published ImageNet is in folders such as n01443537, whose class models call "goldfish, Carassius auratus".
     """
