@@ -370,6 +370,22 @@ def test_what_stays_in_float32_has_rounding_all_the_same():
     assert limit > 1e-5
 
 
+class Scored(nn.Module):
+    OUTPUTS = ("scores", "sizes")
+
+    def forward(self, x):
+        return [x.mean((2, 3)) / 15, x.mean((2, 3)) / 15]
+
+
+def test_scores_may_differ_by_what_float32_tells_apart_of_1():
+    images = torch.rand(1, 3, 8, 8)
+    expected = Scored()(images)
+    scores, sizes = accepted(Scored(), images, expected, 1e-5)
+    spread = max(expected[0].std(), 0.05 * expected[0].max()).item()
+    assert scores * spread == pytest.approx(2**-23)
+    assert sizes == 1e-5
+
+
 class Panoptic(nn.Module):
     OUTPUTS = ("segments", "areas", "count")
 
