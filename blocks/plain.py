@@ -1,9 +1,11 @@
 """Whether a fast path may use a layer's parameters instead of calling the layer."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..kernels.backends import is_exporting
+from ..kernels import onednn
+from ..kernels.backends import exporting, is_exporting, is_transforming
 
 # Of each kind of layer that a fast path stands in for, the forward that it knows.
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)}
@@ -45,6 +47,30 @@ def is_plain(*layers: nn.Module) -> bool:
 def is_plain_gelu(act: nn.Module) -> bool:
     """Return whether an activation is a plain GELU, by the error function."""
     return isinstance(act, nn.GELU) and act.approximate == "none" and is_plain(act)
+
+
+def compiles_to_onednn(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a compiled graph calls oneDNN for a plain layer: in inference on CPUs, where that is faster.
+
+    Of a linear layer, than the BLAS that a compiler would take; of a convolution, which a compiler leaves to oneDNN in
+    any case, since what follows it can be fused.
+    """
+    if exporting() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    if is_transforming():  # of whose derivatives, carried along without grad mode, the operator knows nothing
+        return False
+    faster = {nn.Linear: onednn.is_faster_than_blas(), nn.Conv2d: onednn.is_available()}
+    if not faster.get(type(layer)) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    # What `is_plain` asks, as far as a compiler can follow; it guards the answers.
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32
+
+
+def is_compiled_gelu(act: nn.Module) -> bool:
+    """Return what `is_plain_gelu` does, as far as a compiler can follow."""
+    hooked = act._forward_hooks or act._forward_pre_hooks
+    return type(act) is nn.GELU and act.approximate == "none" and not hooked
 
 
 def _hooks_of_all_modules() -> bool:

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import onednn
-from ..kernels.backends import channels_come_last, exporting, is_transforming
+from ..kernels.backends import channels_come_last
 from ..kernels.pointwise import compiled_linear, outruns_convolution, pointwise
 from .layout import channels_last
 from .pieces import finish_by_pieces, may_take_pieces
-from .plain import is_plain, is_plain_gelu
+from .plain import compiles_to_onednn, is_compiled_gelu, is_plain, is_plain_gelu
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -22,25 +21,10 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 5, 7, 32])
     """
     if torch.compiler.is_compiling():
-        return compiled_linear(x, layer.weight, layer.bias, None) if _compiles_to_onednn(layer, x) else layer(x)
+        return compiled_linear(x, layer.weight, layer.bias, None) if compiles_to_onednn(layer, x) else layer(x)
     if torch.jit.is_tracing() or not is_plain(layer):
         return layer(x)
     return pointwise(x, layer.weight, layer.bias)
-
-
-def _compiles_to_onednn(layer: nn.Module, x: Tensor) -> bool:
-    """Return whether a compiled graph leaves a plain layer to oneDNN, where a compiler would take a slow BLAS."""
-    if exporting() or torch.is_grad_enabled() or x.device.type != "cpu":
-        return False
-    if is_transforming():  # of whose derivatives, carried along without grad mode, the operator knows nothing
-        return False
-    # A compiler leaves convolutions to oneDNN in any case, but without the activation.
-    faster = {nn.Linear: onednn.is_faster_than_blas(), nn.Conv2d: onednn.is_available()}
-    if not faster.get(type(layer)) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    # What `is_plain` asks, as far as a compiler can follow; it guards the answers.
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooked and type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32
 
 
 def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
@@ -51,18 +35,12 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 5, 7, 32])
     """
     if torch.compiler.is_compiling():
-        if _is_compiled_gelu(act) and _compiles_to_onednn(layer, x):
+        if is_compiled_gelu(act) and compiles_to_onednn(layer, x):
             return compiled_linear(x, layer.weight, layer.bias, "gelu")
         return act(apply_linear(layer, x))
     if torch.jit.is_tracing() or not is_plain(layer) or not is_plain_gelu(act):
         return act(apply_linear(layer, x))
     return pointwise(x, layer.weight, layer.bias, activation="gelu")
-
-
-def _is_compiled_gelu(act: nn.Module) -> bool:
-    """Return what `is_plain_gelu` does, as far as a compiler can follow."""
-    hooked = act._forward_hooks or act._forward_pre_hooks
-    return type(act) is nn.GELU and act.approximate == "none" and not hooked
 
 
 # Up to how many positions of a map torch's 1x1 convolution is slower on one thread than the product that it is, where
@@ -92,9 +70,9 @@ def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -
 
 
 def _compile_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None) -> Tensor:
-    if not _compiles_to_onednn(layer, x) or not _is_pointwise(layer) or not channels_come_last(x):
+    if not compiles_to_onednn(layer, x) or not _is_pointwise(layer) or not channels_come_last(x):
         return layer(x) if act is None else act(layer(x))
-    fused = act is not None and _is_compiled_gelu(act)
+    fused = act is not None and is_compiled_gelu(act)
     x = compiled_linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias, "gelu" if fused else None)
     x = x.permute(0, 3, 1, 2)
     return x if act is None or fused else act(x)

@@ -6,6 +6,7 @@ whose channels come last.
 """
 
 import functools
+import typing
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from .backends import Backend, channels_come_last, choose, exporting, report
 
 # How far a kernel may reach beside its centre: oneDNN keeps that many vectors in registers.
 _REACH = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+# The widest kernel that it is fast at.
+NARROW = 2 * _REACH + 1
 
 
 class Problem(NamedTuple):
@@ -63,6 +66,27 @@ def _onednn(problem: Problem) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     options = (list(padding), [1, 1], list(dilation), len(weight))
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], "none")
+
+
+@torch.library.custom_op("foveate::depthwise", mutates_args=(), device_types="cpu")
+def compiled_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: typing.Sequence[int],
+    residual: bool,
+    activation: str | None,
+) -> Tensor:
+    """Do what `depthwise_conv2d` does by oneDNN where the map keeps its size, as one operator of a compiled graph.
+
+    Inductor fuses what follows a convolution with frozen weights alone.
+    """
+    return _onednn(Problem(x, weight, bias, (1, 1), tuple(padding), residual, activation))
+
+
+@compiled_depthwise.register_fake
+def _(x, weight, bias, padding, residual, activation):
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _like(out: Tensor, x: Tensor) -> Tensor:
@@ -114,7 +138,7 @@ def _drawback(problem: Problem) -> str | None:
     if not onednn.is_available():
         return "oneDNN is not available"
     (height, width), (dy, dx) = problem.weight.shape[2:], problem.dilation
-    if (width - 1) * dx <= 2 * _REACH and ((height - 1) * dy <= 2 * _REACH or max(dy, dx) == 1):
+    if (width - 1) * dx < NARROW and ((height - 1) * dy < NARROW or max(dy, dx) == 1):
         return "oneDNN is fast at narrow kernels"
     return None
 

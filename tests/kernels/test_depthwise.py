@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foveate.blocks.depthwise import apply_depthwise
-from foveate.kernels import depthwise_backends, depthwise_conv2d
+from foveate.kernels import depthwise_backends, depthwise_conv2d, onednn
+from foveate.kernels.depthwise import compiled_depthwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -228,3 +229,40 @@ def test_graphs(kernel, dilation):
     operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert [name for name in operators if name.startswith("aten")] == ["aten.conv2d.default"]
     torch.testing.assert_close(graph.module()(x), net.conv(x))
+
+
+def test_compiled_graphs_leave_a_convolution_and_what_follows_to_onednn():
+    layer, act = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16), torch.nn.GELU()
+    x = torch.randn(2, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    graphs = []
+
+    def compile_to(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def is_one(x, act, residual, grad=False):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            call = lambda x: apply_depthwise(layer, x, act, residual)  # noqa: E731
+            out = torch.compile(call, backend=compile_to, fullgraph=True)(x)
+            expected = x + layer(x) if residual else layer(x)
+            expected = expected if act is None else act(expected)
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+            assert out.stride() == expected.stride()
+        return "foveate.depthwise" in " ".join(graphs[-1])
+
+    for kind, residual in ((act, False), (act, True), (None, True)):
+        assert is_one(x, kind, residual) == onednn.is_available()
+    assert not is_one(x, None, False)
+    assert not is_one(x, torch.nn.GELU("tanh"), False)
+    assert not is_one(x, act, False, grad=True)
+    assert not is_one(x.contiguous(), act, False)
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    assert not is_one(x, act, False)
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="torch has no oneDNN here")
+def test_the_operator_of_compiled_graphs_keeps_torchs_rules():
+    x = torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+    arguments = x, torch.randn(8, 1, 3, 3), torch.randn(8), [1, 1], True, "gelu"
+    torch.library.opcheck(compiled_depthwise, arguments, test_utils=("test_schema", "test_faketensor"))
