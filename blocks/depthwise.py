@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..kernels.backends import channels_come_last
 from ..kernels.depthwise import NARROW, compiled_depthwise, depthwise_conv2d
-from .plain import compiles_to_onednn, is_compiled_gelu, is_plain, is_plain_gelu
+from .plain import compiles_to_onednn, is_plain, is_plain_gelu
 
 
 def apply_depthwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: bool = False) -> Tensor:
@@ -34,7 +34,7 @@ def apply_depthwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None, r
 
 def _compiles_fused(layer: nn.Module, x: Tensor, act: nn.Module | None, residual: bool) -> bool:
     """Return whether a compiled graph takes a convolution, which keeps the map's size, and what follows as one."""
-    if not (residual or act is not None) or not (act is None or is_compiled_gelu(act)):
+    if not (residual or act is not None) or not (act is None or is_plain_gelu(act)):
         return False
     if not compiles_to_onednn(layer, x) or type(layer) is not nn.Conv2d or not _is_depthwise(layer):
         return False

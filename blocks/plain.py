@@ -62,15 +62,7 @@ def compiles_to_onednn(layer: nn.Module, x: Tensor) -> bool:
     faster = {nn.Linear: onednn.is_faster_than_blas(), nn.Conv2d: onednn.is_available()}
     if not faster.get(type(layer)) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    # What `is_plain` asks, as far as a compiler can follow; it guards the answers.
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooked and type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.float32
-
-
-def is_compiled_gelu(act: nn.Module) -> bool:
-    """Return what `is_plain_gelu` does, as far as a compiler can follow."""
-    hooked = act._forward_hooks or act._forward_pre_hooks
-    return type(act) is nn.GELU and act.approximate == "none" and not hooked
+    return is_plain(layer) and layer.weight.dtype == torch.float32
 
 
 def _hooks_of_all_modules() -> bool:

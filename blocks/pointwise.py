@@ -7,7 +7,7 @@ from ..kernels.backends import channels_come_last
 from ..kernels.pointwise import compiled_linear, outruns_convolution, pointwise
 from .layout import channels_last
 from .pieces import finish_by_pieces, may_take_pieces
-from .plain import compiles_to_onednn, is_compiled_gelu, is_plain, is_plain_gelu
+from .plain import compiles_to_onednn, is_plain, is_plain_gelu
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def apply_linear_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 5, 7, 32])
     """
     if torch.compiler.is_compiling():
-        if is_compiled_gelu(act) and compiles_to_onednn(layer, x):
+        if is_plain_gelu(act) and compiles_to_onednn(layer, x):
             return compiled_linear(x, layer.weight, layer.bias, "gelu")
         return act(apply_linear(layer, x))
     if torch.jit.is_tracing() or not is_plain(layer) or not is_plain_gelu(act):
@@ -72,7 +72,7 @@ def apply_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -
 def _compile_pointwise(layer: nn.Module, x: Tensor, act: nn.Module | None) -> Tensor:
     if not compiles_to_onednn(layer, x) or not _is_pointwise(layer) or not channels_come_last(x):
         return layer(x) if act is None else act(layer(x))
-    fused = act is not None and is_compiled_gelu(act)
+    fused = act is not None and is_plain_gelu(act)
     x = compiled_linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias, "gelu" if fused else None)
     x = x.permute(0, 3, 1, 2)
     return x if act is None or fused else act(x)

@@ -17,10 +17,6 @@ class Problem(NamedTuple):
     columns: Tensor
 
 
-# Up to here maps of a channel each are read: onnxruntime takes 7 ns a product with a share that few channels have.
-_FEW_CHANNELS = 8
-
-
 def sample_bilinear(x: Tensor, rows: Tensor, columns: Tensor, backend: str | None = None) -> Tensor:
     """Read maps at points, bilinear between the pixels, which are zero outside.
 
@@ -102,9 +98,6 @@ def _gather_corners(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     pixel = row[:, None] * width + column + torch.arange(batch, device=x.device)[:, None] * (height * width)
     share = row_share[:, None] * column_share
     pixels = x.flatten(0, 2).to(rows.dtype)
-    if x.shape[3] <= _FEW_CHANNELS:
-        corners = pixels.T.index_select(1, pixel.flatten()).unflatten(1, pixel.shape)
-        return (corners * share).sum((1, 2)).permute(1, 2, 0).to(x.dtype)
     return (F.embedding(pixel, pixels) * share.unsqueeze(-1)).sum((0, 1)).to(x.dtype)
 
 
@@ -140,14 +133,8 @@ def _sample_aligned(x: Tensor, points: Tensor) -> Tensor:
     # GridSample has no derivatives that are carried along.
     if graph().grid_sample or not (exporting() or in_forward_mode()):
         return F.grid_sample(x, points, mode="bilinear", align_corners=True)
-    return sample_lines(x, *points.unbind(-1))
-
-
-def sample_lines(x: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Do what `sample_aligned` does by gathers, of the two parts ``[B, h, w]`` of its points."""
-    height, width = x.shape[-2:]
-    shape = columns.shape[1:]
-    columns, rows = columns.flatten(1, 2), rows.flatten(1, 2)
+    (height, width), shape = x.shape[-2:], points.shape[1:3]
+    columns, rows = points.flatten(1, 2).unbind(-1)
     values = gather_bilinear(x.permute(0, 2, 3, 1), (rows + 1) * ((height - 1) / 2), (columns + 1) * ((width - 1) / 2))
     return values.transpose(1, 2).unflatten(2, shape)
 

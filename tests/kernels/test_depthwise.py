@@ -257,6 +257,9 @@ def test_compiled_graphs_leave_a_convolution_and_what_follows_to_onednn():
     assert not is_one(x, torch.nn.GELU("tanh"), False)
     assert not is_one(x, act, False, grad=True)
     assert not is_one(x.contiguous(), act, False)
+    layer.forward = lambda x: 2 * F.conv2d(x, layer.weight, padding=1, groups=16)
+    assert not is_one(x, act, False)
+    del layer.forward
     layer.register_forward_hook(lambda module, args, out: out + 1)
     assert not is_one(x, act, False)
 

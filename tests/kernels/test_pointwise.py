@@ -197,6 +197,9 @@ def test_compiled_graphs_leave_plain_layers_to_onednn_where_the_blas_is_slow(mon
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(carried, backend=compile_to)(x), carried(x), atol=1e-5, rtol=1e-5)
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight)
+    assert not is_left_to_onednn()
+    del layer.forward
     layer.register_forward_hook(lambda module, args, out: out + 1)
     assert not is_left_to_onednn()
 
@@ -220,6 +223,9 @@ def test_compiled_graphs_leave_pointwise_convolutions_to_onednn():
     x = x.contiguous(memory_format=torch.channels_last)
     assert is_left_to_onednn(x) == onednn.is_available()
     assert not is_left_to_onednn(x, grad=True)
+    layer.forward = lambda x: 2 * F.conv2d(x, layer.weight)
+    assert not is_left_to_onednn(x)
+    del layer.forward
     layer.register_forward_hook(lambda module, args, out: out + 1)
     assert not is_left_to_onednn(x)
 
