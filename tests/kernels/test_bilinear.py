@@ -83,13 +83,3 @@ def test_an_exported_graph_reads_the_same_in_few_operators():
     assert expected.isnan().any()
     torch.testing.assert_close(program.module()(x, rows, columns), expected, rtol=0, atol=0, equal_nan=True)
     assert sum(node.op == "call_function" for node in program.graph.nodes) < 70
-
-
-def test_no_product_of_an_exported_graph_repeats_a_number_along_few_channels():
-    """Onnxruntime is slow at such: of DAT++'s biases they took a sixth of the whole model's time."""
-    tensors = torch.randn(2, 5, 7, 3), torch.rand(2, 30) * 4, torch.rand(2, 30) * 6
-    graph = torch.export.export(Reads(), tensors).graph
-    products = [node for node in graph.nodes if node.target == torch.ops.aten.mul.Tensor]
-    shapes = [tuple(x.meta["val"].shape for x in node.args if isinstance(x, torch.fx.Node)) for node in products]
-    assert any(len(pair) == 2 for pair in shapes)
-    assert all(a[-1] == b[-1] for a, b in (pair for pair in shapes if len(pair) == 2 and all(pair)))
