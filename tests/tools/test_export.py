@@ -155,6 +155,7 @@ class Ordered(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_may_differ_by_their_own_rounding_and_no_more(dtype, tmp_path):
+    torch.manual_seed(0)  # of images at random, one in fifty is rounded further apart than twice
     images, path = torch.randn(2, 12, 8, 8), tmp_path / "model.pt2"
     assert export_model(InDtype(Ordered(0), dtype), images, path, {})["difference"] > 1e-4
     path.unlink()
