@@ -34,9 +34,8 @@ def apply_depthwise(layer: nn.Module, x: Tensor, act: nn.Module | None = None, r
 
 def _compiles_fused(layer: nn.Module, x: Tensor, act: nn.Module | None, residual: bool) -> bool:
     """Return whether a compiled graph takes a convolution, which keeps the map's size, and what follows as one."""
-    if not (residual or act is not None) or not (act is None or is_plain_gelu(act)):
-        return False
-    if not compiles_to_onednn(layer, x) or type(layer) is not nn.Conv2d or not _is_depthwise(layer):
+    fused = residual if act is None else is_plain_gelu(act)
+    if not fused or not compiles_to_onednn(layer, x) or not _is_depthwise(layer):
         return False
     height, width = layer.kernel_size
     centred = height % 2 and width % 2 and layer.padding == (height // 2, width // 2) and layer.dilation == (1, 1)

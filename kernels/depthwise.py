@@ -6,7 +6,7 @@ whose channels come last.
 """
 
 import functools
-import typing
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,7 +73,7 @@ def compiled_depthwise(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    padding: typing.Sequence[int],
+    padding: Sequence[int],
     residual: bool,
     activation: str | None,
 ) -> Tensor:

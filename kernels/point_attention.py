@@ -127,8 +127,8 @@ def displacement_bias(table: Tensor, points: Tensor, rows: Tensor, columns: Tens
     if torch.jit.is_scripting():
         return _read_each(table, points, rows, columns)
     else:
-        gathers = exporting() and not graph().grid_sample
-        return _read_lines(table, points, rows, columns) if gathers else _read_each(table, points, rows, columns)
+        products = exporting() and not graph().grid_sample
+        return _read_lines(table, points, rows, columns) if products else _read_each(table, points, rows, columns)
 
 
 def _read_each(table: Tensor, points: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -154,7 +154,9 @@ _BACKENDS: dict[str, Backend] = {
     "onednn_trained": Backend(
         _with_gradients, lambda problem: _misfit(problem) or _gradients_obstacle(problem), _gradients_drawback
     ),
-    "convolution": Backend(_convolution, _convolution_obstacle, _convolution_drawback),
+    "convolution": Backend(
+        _convolution, lambda problem: _misfit(problem) or _convolution_obstacle(problem), _convolution_drawback
+    ),
     "linear": Backend(_linear),
 }
 

@@ -113,7 +113,7 @@ def write_onnx(
 
 
 def _translations(opset: int) -> dict[Any, Callable]:
-    """Return how operators of ours are written in ONNX's."""
+    """Return how operators of ours, and torch's GELU, are written in ONNX's."""
     from onnxscript import opset18 as op
 
     def suppress(boxes, scores, threshold: float):

@@ -248,7 +248,7 @@ def test_what_is_trained_by_onednn_may_change_in_place_and_be_differentiated_und
 def test_shapes_that_do_not_fit_are_torchs_own_error(trained, monkeypatch):
     monkeypatch.setattr(onednn, "is_faster_than_blas", lambda: True)
     weight = torch.randn(40, 23, requires_grad=trained)
-    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|expected input"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         pointwise(torch.randn(2, 5, 7, 24), weight)
     with pytest.raises(ValueError, match="backend 'onednn_trained' cannot run here: shapes don't fit"):
         pointwise(torch.randn(2, 5, 7, 24), weight, backend="onednn_trained")
