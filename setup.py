@@ -71,7 +71,9 @@ class PlatformWheel(bdist_wheel):
 
 
 def library(
-    name: str, source: str, depends: tuple[str, ...] = ("kernels/lanes.h", "kernels/shared_keys.h")
+    name: str,
+    source: str,
+    depends: tuple[str, ...] = ("kernels/lanes.h", "kernels/query_lanes.h", "kernels/shared_keys.h"),
 ) -> Extension:
     """Return a library without which the install succeeds: where no compiler takes it, the plain torch path serves."""
     return Extension(
@@ -102,5 +104,6 @@ setup(
         library("foveate.kernels._deformable", "kernels/deformable.c"),
         library("foveate.kernels._aggregated", "kernels/aggregated.c"),
         library("foveate.kernels._point_attention", "kernels/point_attention.c"),
+        library("foveate.kernels._token_attention", "kernels/token_attention.c"),
     ],
 )

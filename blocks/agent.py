@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Through, Windows, exact, heads_to_map, map_to_heads
+from .token_attention import attend_tokens
 from .token_merging import match_tokens
 from .window import cut_windows, join_windows, number_windows
 
@@ -73,8 +74,8 @@ def attend_through_agents(
         ``[B, N, C]``.
     """
     q, k, v, agents = [tokens.unflatten(2, (num_heads, -1)).transpose(1, 2) for tokens in (q, k, v, agents)]
-    gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=gather_bias.to(q.dtype)[None])
-    x = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=spread_bias.to(q.dtype)[None])
+    gathered = attend_tokens(agents, k, v, gather_bias.to(q.dtype)[None])
+    x = attend_tokens(q, agents, gathered, spread_bias.to(q.dtype)[None])
     return x.transpose(1, 2).flatten(2)
 
 
@@ -99,8 +100,8 @@ def attend_untrained(
         ``[B, N, C]``.
     """
     q, k, values, agents = [tokens.unflatten(2, (num_heads, -1)).transpose(1, 2) for tokens in (q, k, v, agents)]
-    gathered = F.scaled_dot_product_attention(agents, k, values)
-    x = F.scaled_dot_product_attention(q, agents, gathered, scale=q.shape[3] ** (-0.5 * spread_power))
+    gathered = attend_tokens(agents, k, values)
+    x = attend_tokens(q, agents, gathered, scale=q.shape[3] ** (-0.5 * spread_power))
     return x.transpose(1, 2).flatten(2) + shortcut * v
 
 
@@ -162,7 +163,7 @@ def agent_attention_untrained(
         out = attend_untrained(q, k, v, to_q(matching.merge(x, agent_count)), num_heads, spread_power, shortcut)
     else:
         heads = [part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        out = attend_tokens(*heads).transpose(1, 2).flatten(2)
     return matching.unmerge(out, count)
 
 

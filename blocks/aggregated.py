@@ -14,6 +14,7 @@ from ..kernels.aggregated import aggregated_attention, window_tokens
 from ..kernels.aggregated_native import Projected, aggregated_native, obstacle
 from ..kernels.backends import Backend, choose
 from ..kernels.rows import join_rows, rows_at_once, run_rows
+from ..kernels.token_attention import token_attention
 from .continuous_bias import AxisTable, ContinuousBias, bias_axes, bias_of_rows, pooling_matrix
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
@@ -471,7 +472,7 @@ def attend_globally(
 
         def attend(query, key, value, table, first=first, end=end):
             bias = bias_of_rows(table, rows, columns, first, end).to(query.dtype)[None]
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+            return token_attention(query, key, value, bias, scale=1.0)
 
         arguments = (query[:, :, first * width : end * width], key, value, bias_table)
         parts.append(attend(*arguments) if step == height else run_rows(attend, *arguments))

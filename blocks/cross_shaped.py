@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels.attention import without_cudnn
 from ..kernels.lengths import padding_to
+from ..kernels.token_attention import token_attention
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, Windows, exact, heads_to_map, map_to_heads, number_box
@@ -41,7 +42,7 @@ def unpad_stripes(x: Tensor, height: int, width: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend within windows: ``[windows, heads, tokens, dim]`` each, to the same shape."""
     with without_cudnn(q):
-        return F.scaled_dot_product_attention(q, k, v)
+        return token_attention(q, k, v)
 
 
 class CrossShapedAttention2d(nn.Module):

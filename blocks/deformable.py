@@ -16,6 +16,7 @@ from .plain import is_plain
 from .pointwise import apply_pointwise
 from .record import Landing, Recorded, Softmax, exact, heads_to_map, land_by_axes, pooling_axis
 from .relative_bias import resize_bias_table
+from .token_attention import attend_tokens
 
 GEOMETRIES = ("dat", "dat_pp")
 
@@ -248,7 +249,7 @@ class DeformableAttention2d(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, points: Tensor) -> Tensor:
         """Return what the queries ``[B, dim, H, W]`` find in keys and values ``[B, dim, h, w]``, ``[B, H, W, dim]``."""
         heads, bias = self.num_heads, self._bias(q, points)
-        out = F.scaled_dot_product_attention(_tokens(q, heads), _tokens(k, heads), _tokens(v, heads), attn_mask=bias)
+        out = attend_tokens(_tokens(q, heads), _tokens(k, heads), _tokens(v, heads), bias)
         return out.transpose(1, 2).flatten(2).unflatten(1, (q.shape[2], q.shape[3]))
 
     def _attend_fast(self, q: Tensor, k: Tensor, v: Tensor, points: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Attention over a whole map with a learned bias by relative position."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from .record import Recorded, Softmax, exact, heads_to_map
 from .relative_bias import relative_bias, resize_bias_table
+from .token_attention import attend_tokens
 
 
 @register_notrace_function
@@ -90,7 +90,7 @@ class GlobalAttention2d(nn.Module):
         if self.rpb is not None:
             check_map_size(height, width, self.height, self.width)
             bias = relative_bias(self.rpb, self.height, self.width).to(q.dtype)[None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = attend_tokens(q, k, v, bias)
         x = x.transpose(1, 2).flatten(2).unflatten(1, (height, width))
         return self.proj_drop(self.proj(x))
 

@@ -9,6 +9,7 @@ from ..kernels.lengths import padding_to
 from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Given, Recorded, Rows, Softmax, Windows, exact, heads_to_map, map_to_heads
+from .token_attention import attend_in_windows, attend_tokens, pad_to_windows, windows_stay
 from .window import cut_windows, join_windows, number_windows
 
 
@@ -100,11 +101,24 @@ class HiLoAttention2d(nn.Module):
 
     def _attend_high(self, x: Tensor) -> Tensor:
         """Attend within windows."""
+        if torch.jit.is_scripting():
+            return self._attend_cut(x)
+        else:
+            stay = windows_stay(x, self.high_heads, self.h_qkv, self.h_proj)
+            return self._attend_in_place(x) if stay else self._attend_cut(x)
+
+    def _attend_in_place(self, x: Tensor) -> Tensor:
+        size = self.window_size
+        qkv = apply_linear(self.h_qkv, pad_to_windows(x, size, size))
+        out = apply_linear(self.h_proj, attend_in_windows(qkv, self.high_heads, size, size))
+        return out[:, : x.shape[1], : x.shape[2]]
+
+    def _attend_cut(self, x: Tensor) -> Tensor:
         height, width, size = x.shape[1], x.shape[2], self.window_size
         windows = cut_windows(x, size, size, 0, 0)
         qkv = self.h_qkv(windows) if torch.jit.is_scripting() else apply_linear(self.h_qkv, windows)
         q, k, v = qkv.unflatten(-1, (3, self.high_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend_tokens(q, k, v).transpose(1, 2).flatten(2)
         out = self.h_proj(out) if torch.jit.is_scripting() else apply_linear(self.h_proj, out)
         return join_windows(out, height, width, size, size, 0, 0)
 
@@ -117,7 +131,7 @@ class HiLoAttention2d(nn.Module):
         kv = self.l_kv(pooled) if torch.jit.is_scripting() else apply_linear(self.l_kv, pooled)
         q = q.unflatten(-1, (self.low_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.low_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend_tokens(q, k, v).transpose(1, 2).flatten(2)
         out = self.l_proj(out) if torch.jit.is_scripting() else apply_linear(self.l_proj, out)
         return out.unflatten(1, (height, width))
 

@@ -15,6 +15,7 @@ from ..kernels.pointwise import pointwise
 from ..kernels.precision import full_precision
 from ..kernels.quadtree.level import level_obstacle
 from ..kernels.quadtree.reference import accumulation_dtype, children
+from ..kernels.token_attention import token_attention
 from .layout import channels_last
 from .plain import is_plain
 from .pointwise import apply_linear
@@ -518,7 +519,7 @@ def message(
     shares = None if level_weights is None else level_weights.softmax(0).to(values[0].dtype).unbind()
     if levels == 1 and shares is not None and recorded is None and real is None:
         # The share of a single level is 1, but has a gradient: zero.
-        return F.scaled_dot_product_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
+        return token_attention(queries[0], keys[0], values[0], scale=1.0) * shares[0]
     mask = None if real is None else real[0][:, None, None]
     coarsest = (queries.pop(0), keys.pop(0), values.pop(0))
     total, token_index, handed = _coarsest(*coarsest, topk, shares is None, recorded, mask)

@@ -19,6 +19,7 @@ from .initialize import init_linear
 from .plain import is_plain
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, exact, heads_to_map, map_to_heads, number_box
+from .token_attention import attend_tokens
 
 
 class RoutedRegions(NamedTuple):
@@ -356,7 +357,7 @@ class LePEAttention2d(nn.Module):
         local = qkv[..., 2 * channels :] if self.lepe_of_value else x
         lepe = self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend_tokens(q, k, v).transpose(1, 2).flatten(2)
         out = out.unflatten(1, (x.shape[1], x.shape[2])) + lepe
         return self.proj(out) if torch.jit.is_scripting() else apply_linear(self.proj, out)
 

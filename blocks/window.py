@@ -1,7 +1,6 @@
 """Attention within windows, shifted or not: Swin (arXiv 2103.14030, section 3.2) and the families that use it."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
@@ -10,6 +9,7 @@ from .initialize import init_linear
 from .pointwise import apply_linear
 from .record import Recorded, Softmax, Windows, exact, heads_to_map, number_box
 from .relative_bias import relative_bias
+from .token_attention import attend_in_windows, attend_tokens, pad_to_windows, windows_stay
 
 
 @register_notrace_function
@@ -25,9 +25,7 @@ def cut_windows(x: Tensor, window_height: int, window_width: int, shift_y: int, 
 
     The map is first padded with zeros at the bottom and right to whole windows, then rolled up and left by the shift.
     """
-    pad_y, pad_x = padding_to(x.shape[1], window_height), padding_to(x.shape[2], window_width)
-    if pad_y > 0 or pad_x > 0:
-        x = F.pad(x, (0, 0, 0, pad_x, 0, pad_y))
+    x = pad_to_windows(x, window_height, window_width)
     if shift_y > 0 or shift_x > 0:
         x = torch.roll(x, (-shift_y, -shift_x), (1, 2))
     x = x.unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
@@ -172,19 +170,38 @@ class WindowAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within the windows of ``x`` ``[B, H, W, dim]``."""
+        if torch.jit.is_scripting():
+            return self._attend(x)
+        else:
+            stay = windows_stay(x, self.num_heads, self.qkv, self.proj) and self._shifts(x) == (0, 0)
+            return self._attend_in_place(x) if stay else self._attend(x)
+
+    def _shifts(self, x: Tensor) -> tuple[int, int]:
         height, width = x.shape[1], x.shape[2]
         window_y, window_x, where = self.window_height, self.window_width, self.shift_where
         shift_y = axis_shift(self.shift_y, height, window_y, width, window_x, where)
-        shift_x = axis_shift(self.shift_x, width, window_x, height, window_y, where)
+        return shift_y, axis_shift(self.shift_x, width, window_x, height, window_y, where)
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        if self.rpb is None:
+            return None
+        return relative_bias(self.rpb, self.window_height, self.window_width).to(x.dtype)[None]
+
+    def _attend_in_place(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        qkv = apply_linear(self.qkv, pad_to_windows(x, self.window_height, self.window_width))
+        out = attend_in_windows(qkv, self.num_heads, self.window_height, self.window_width, self._bias(qkv))
+        return self.proj_drop(apply_linear(self.proj, out)[:, :height, :width])
+
+    def _attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        shift_y, shift_x = self._shifts(x)
         windows = cut_windows(x, self.window_height, self.window_width, shift_y, shift_x)
         qkv = self.qkv(windows) if torch.jit.is_scripting() else apply_linear(self.qkv, windows)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        bias = None
-        if self.rpb is not None:
-            bias = relative_bias(self.rpb, self.window_height, self.window_width).to(q.dtype)[None]
         mask = shift_mask(q, height, width, self.window_height, self.window_width, shift_y, shift_x)
-        windows = F.scaled_dot_product_attention(q, k, v, attn_mask=add_mask(bias, mask, q.shape[0]))
+        windows = attend_tokens(q, k, v, add_mask(self._bias(q), mask, q.shape[0]))
         windows = windows.transpose(1, 2).flatten(2)
         windows = self.proj(windows) if torch.jit.is_scripting() else apply_linear(self.proj, windows)
         x = join_windows(windows, height, width, self.window_height, self.window_width, shift_y, shift_x)
@@ -194,9 +211,8 @@ class WindowAttention2d(nn.Module):
     def recorded(self, x: Tensor) -> Recorded:
         """Tell what a call with ``x`` did; see `blocks.record`."""
         size = height, width = tuple(x.shape[1:3])
-        window = window_y, window_x = self.window_height, self.window_width
-        shift_y = axis_shift(self.shift_y, height, window_y, width, window_x, self.shift_where)
-        shift_x = axis_shift(self.shift_x, width, window_x, height, window_y, self.shift_where)
+        window = self.window_height, self.window_width
+        shift_y, shift_x = self._shifts(x)
         cut = cut_windows(x, *window, shift_y, shift_x)
         q, k, v = self.qkv(cut).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = shift_mask(q, height, width, *window, shift_y, shift_x)

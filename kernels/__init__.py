@@ -27,6 +27,7 @@ if __name__ != "kernels":
     from .pointwise import pointwise_backends
     from .quadtree import quadtree_backends, quadtree_level, quadtree_level_backends, quadtree_scores, quadtree_values
     from .routing import routed_attention, routing_backends
+    from .token_attention import token_attention, token_attention_backends, window_attention
 
 __all__ = [
     "attention",
@@ -60,5 +61,8 @@ __all__ = [
     "routed_attention",
     "routing_backends",
     "set_neighborhood_backend",
+    "token_attention",
+    "token_attention_backends",
     "unfused_neighborhood_backends",
+    "window_attention",
 ]

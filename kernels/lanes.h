@@ -5,6 +5,8 @@
  * then: compilers lower comparisons of vectors before they clone a function for another set, lane by lane.
  * `neighborhood/native.c` has vectors of its own, and includes itself for each set.
  */
+#pragma once
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inline functions alone */
 #endif
@@ -13,7 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -27,7 +29,9 @@
 #define LANES 8
 #define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
 #endif
+#ifndef VECTORS
 #define VECTORS 2 /* of queries, which are computed together; one where a row ends */
+#endif
 #define BLOCK (LANES * VECTORS)
 #define DIMS (LANES / 2) /* channels whose sums are computed together: with two vectors of each, what registers hold */
 #define LOG2E 1.44269504088896340736f
@@ -65,9 +69,18 @@ INLINE V load(const float *x) { return *(const V *)x; }
 INLINE void store(float *x, V v) { *(V *)x = v; }
 INLINE V pick(I mask, V x, V other) { return (V)((mask & (I)x) | (~mask & (I)other)); }
 
-INLINE V larger(V than, V x) { return pick((I)(than > x), than, x); } /* x if it is NaN */
+/* The larger of two; x if it is NaN. */
+INLINE V larger(V than, V x) {
+#if LANES == 16
+    return (V)_mm512_max_ps((__m512)than, (__m512)x);
+#elif defined(__AVX__)
+    return (V)_mm256_max_ps((__m256)than, (__m256)x);
+#else
+    return pick((I)(than > x), than, x);
+#endif
+}
 
-/* 2 ** x to 1.2e-7, 0 for -inf, NaN for NaN; the polynomials are the minimax ones of degree 6. */
+/* 2 ** x to 1.2e-7 for x below 128, 0 for -inf, NaN for NaN; the polynomials are the minimax ones of degree 6. */
 INLINE V power_of_2(V x) {
 #if LANES == 16
     V r = (V)_mm512_reduce_ps((__m512)x, 0x01), y = all(0.00021702254889532924f);
@@ -79,9 +92,7 @@ INLINE V power_of_2(V x) {
     y = y * r + 1.0f;
     return (V)_mm512_scalef_ps((__m512)y, (__m512)x);
 #else
-    I low = (I)(x < all(-126.0f));
-    x = pick(low, all(-126.0f), x);
-    x = pick((I)(x > all(127.99999f)), all(128.0f), x);
+    x = larger(all(-127.0f), x); /* whose power of two is 0 */
     V n = x + all(0x1.8p23f + 127);
     V power = (V)((U)n << 23); /* the low bits of n hold the nearest integer, and an exponent's bias */
     n -= all(0x1.8p23f + 127);
@@ -92,8 +103,7 @@ INLINE V power_of_2(V x) {
     y = y * r + 0.24022646248340607f;
     y = y * r + 0.6931471824645996f;
     y = y * r + 1.0f;
-    y *= power; /* a sum of bits would turn some NaN into numbers */
-    return (V)(~low & (I)y);
+    return y * power; /* a sum of bits would turn some NaN into numbers */
 #endif
 }
 
@@ -126,9 +136,10 @@ INLINE void soften(float *score, int64_t count, const int vectors, float *most, 
         float *s = score + v * LANES;
         V before = load(most + v * LANES), top = before, sum = {0};
         for (int64_t i = 0; i < count; i++) top = larger(top, load(s + i * BLOCK));
-        V factor = power_of_2(before - top);
+        /* Where every score is -inf so far, any finite number serves: the weights are 0. */
+        V base = pick((I)(top == all(-INFINITY)), all(0), top), factor = power_of_2(before - base);
         for (int64_t i = 0; i < count; i++) {
-            V x = power_of_2(load(s + i * BLOCK) - top);
+            V x = power_of_2(load(s + i * BLOCK) - base);
             store(s + i * BLOCK, x);
             sum += x;
         }

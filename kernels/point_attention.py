@@ -10,6 +10,7 @@ from .backends import Backend, choose, default_scale, exporting, graph, is_trans
 from .bilinear import sample_aligned
 from .point_attention_native import obstacle, point_attention_native
 from .rows import join_rows, rows_at_once, run_rows
+from .token_attention import token_attention
 
 
 class Problem(NamedTuple):
@@ -184,7 +185,7 @@ def _attend(
     # has some, torch.export writes down another order of its output than it then decomposes it to.
     if is_transforming() or (exporting() and bias.requires_grad):
         return (query @ key.mT * default_scale(query) + bias).softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return token_attention(query, key, value, bias)
 
 
 def _by_rows(problem: Problem) -> Tensor:

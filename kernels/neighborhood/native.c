@@ -434,6 +434,7 @@ static void free_plan(plan *p) {
 typedef struct {
     const float *a, *b; /* transposed key and value, at the first column */
     int64_t bias;       /* entry of the bias for the tile's first row at offset 0 of the columns */
+    int64_t weight;     /* where the weights of the tile's first row lie, also if it sees none */
     int from, to, layer, row;
 } key_row;
 
@@ -543,8 +544,8 @@ INLINE uint16_t float_to_half(float f) {
 #define ISA avx2
 #define LANES 8
 #define MOST_ROWS 3
-#define MOST_COLUMNS(rows) ((rows) == 3 ? 4 : 6)
-#define MOST_DIMS(rows) 4
+#define MOST_COLUMNS(rows) ((rows) == 3 ? 4 : (rows) == 2 ? 6 : 8)
+#define MOST_DIMS(rows) ((rows) == 1 ? 8 : 4)
 #include "native.c"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -680,7 +681,7 @@ INLINE V FN(larger)(V than, V x) {
 #endif
 }
 
-/* 2 ** x to 1.2e-7, 0 for -inf; the polynomial is the minimax one of degree 6. */
+/* 2 ** x to 1.2e-7 for x below 128, 0 for -inf; the polynomial is the minimax one of degree 6. */
 INLINE V FN(exp2)(V x) {
 #if LANES == 16
     V r = _mm512_reduce_ps(x, 0x01);
@@ -693,9 +694,7 @@ INLINE V FN(exp2)(V x) {
     y = y * r + 1.0f;
     return _mm512_scalef_ps(y, x);
 #else
-    I low = (I)(x < ALL(-126.0f));
-    x = FN(select)(low, ALL(-126.0f), x);
-    x = FN(select)((I)(x > ALL(127.99999f)), ALL(128.0f), x);
+    x = FN(larger)(ALL(-127.0f), x); /* whose power of two is 0 */
     V n = x + ALL(0x1.8p23f + 127);
     V power = (V)((U)n << 23); /* the low bits of n hold the nearest integer, and an exponent's bias */
     n -= ALL(0x1.8p23f + 127);
@@ -706,8 +705,7 @@ INLINE V FN(exp2)(V x) {
     y = y * r + 0.24022646248340607f;
     y = y * r + 0.6931471824645996f;
     y = y * r + 1.0f;
-    y *= power; /* a sum of bits would turn some NaN into numbers */
-    return (V)(~low & (I)y);
+    return y * power; /* a sum of bits would turn some NaN into numbers */
 #endif
 }
 
@@ -882,9 +880,9 @@ INLINE void FN(dot)(
 static __attribute__((noinline)) void FN(scores)(
     int rows, int count, int64_t dim, const float *q, const float *k, int64_t ld, int64_t next, const float *bias,
     int64_t bias_row, int64_t bias_next, float *out, int64_t out_row) {
-    int parts = (count + MOST_COLUMNS(rows) - 1) / MOST_COLUMNS(rows);
-    for (int part = 0; part < parts; part++) {
-        int width = count / parts + (part < count % parts);
+    for (int left = count, width; left; left -= width) {
+        const int most = MOST_COLUMNS(rows);
+        width = left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
         switch (rows * 16 + width) { DOTS(1) DOTS(2) DOTS(3) DOTS(4) }
         k += width * next;
         bias += width * bias_next;
@@ -894,55 +892,74 @@ static __attribute__((noinline)) void FN(scores)(
 #undef DOTS
 #undef DOT
 
-/* Add the weighted values of some key rows, all seen by the same R rows of a tile, to D dims of the sums. */
+/* Add the weighted values of one key row to D dims of the sums of the rows of a tile that see it. */
+INLINE void FN(add_row)(
+    const int from, const int to, const int D, const int masked, V (*sum)[8], const float *v, int count, int64_t ld,
+    int64_t next, const int32_t *mask, const float *weight, int64_t weight_row) {
+    for (int s = 0; s < count; s++, v += next, weight += LANES) {
+        V x[MOST_ROWS];
+        I keep;
+        if (masked) keep = (I)load((const float *)mask + s * LANES);
+        EACH (r, MOST_ROWS)
+            if (r >= from && r < to) {
+                x[r] = load(weight + r * weight_row);
+                IN_REGISTER(x[r]);
+            }
+        EACH (d, D) {
+            V y = load(v + d * ld);
+            if (masked) y = (V)((I)y & keep); /* a weight of 0 would not silence NaN and infinity */
+            IN_REGISTER(y);
+            EACH (r, MOST_ROWS)
+                if (r >= from && r < to) sum[r][d] += x[r] * y;
+        }
+    }
+}
+
+#define SEEN(from, to)                                                                                    \
+    case from * 8 + to:                                                                                   \
+        if (to <= R) FN(add_row)(from, to, D, masked, sum, v, count, ld, next, mask, w, weight_row); \
+        break;
+
+/* Add the weighted values of some key rows to D dims of the sums of a tile's R rows, which stay in registers. */
 INLINE void FN(add)(
     const int R, const int D, const int masked, const key_row *key, int keys, int use_a, int count, int64_t at,
-    int64_t ld, int64_t next, const int32_t *mask, const float *weight, int64_t weight_row, int64_t weight_key,
-    float *out, int64_t out_row) {
+    int64_t ld, int64_t next, const int32_t *mask, const float *weight, int64_t weight_row, float *out,
+    int64_t out_row) {
     V sum[MOST_ROWS][8];
     EACH (r, R)
         EACH (d, D) sum[r][d] = load(out + r * out_row + d * LANES);
     for (int i = 0; i < keys; i++) {
-        const float *v = (use_a ? key[i].a : key[i].b) + at, *w = weight + i * weight_key;
-        for (int s = 0; s < count; s++, v += next, w += LANES) {
-            V x[MOST_ROWS];
-            I keep;
-            if (masked) keep = (I)load((const float *)mask + s * LANES);
-            EACH (r, R) {
-                x[r] = load(w + r * weight_row);
-                IN_REGISTER(x[r]);
-            }
-            EACH (d, D) {
-                V y = load(v + d * ld);
-                if (masked) y = (V)((I)y & keep); /* a weight of 0 would not silence NaN and infinity */
-                IN_REGISTER(y);
-                EACH (r, R) sum[r][d] += x[r] * y;
-            }
+        const float *v = (use_a ? key[i].a : key[i].b) + at, *w = weight + key[i].weight;
+        switch (key[i].from * 8 + key[i].to) {
+            SEEN(0, 1) SEEN(0, 2) SEEN(0, 3) SEEN(1, 2) SEEN(1, 3) SEEN(2, 3)
+#if MOST_ROWS == 4
+            SEEN(0, 4) SEEN(1, 4) SEEN(2, 4) SEEN(3, 4)
+#endif
         }
     }
     EACH (r, R)
         EACH (d, D) store(out + r * out_row + d * LANES, sum[r][d]);
 }
+#undef SEEN
 
-#define ADD(R, D)                                                                                                 \
-    case R * 16 + D:                                                                                              \
-        if (R <= MOST_ROWS && D <= MOST_DIMS(R)) {                                                                \
-            const int r_ = R <= MOST_ROWS ? R : 1, d_ = D <= MOST_DIMS(R) ? D : 1;                                \
-            if (mask)                                                                                             \
-                FN(add)(                                                                                          \
-                    r_, d_, 1, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, weight_key, to, \
-                    out_row);                                                                                     \
-            else                                                                                                  \
-                FN(add)(                                                                                          \
-                    r_, d_, 0, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, weight_key, to, \
-                    out_row);                                                                                     \
-        }                                                                                                         \
+#define ADD(R, D)                                                                                                  \
+    case R * 16 + D:                                                                                               \
+        if (R <= MOST_ROWS && D <= MOST_DIMS(R)) {                                                                 \
+            const int r_ = R <= MOST_ROWS ? R : 1, d_ = D <= MOST_DIMS(R) ? D : 1;                                 \
+            if (mask)                                                                                              \
+                FN(add)(                                                                                           \
+                    r_, d_, 1, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, to, out_row); \
+            else                                                                                                   \
+                FN(add)(                                                                                           \
+                    r_, d_, 0, key, keys, use_a, count, from, ld, next, mask, weight, weight_row, to, out_row); \
+        }                                                                                                          \
         break;
 #define ADDS(R) ADD(R, 1) ADD(R, 2) ADD(R, 4) ADD(R, 8)
 
+/* Add the weighted values of some key rows to the sums of a tile's rows. */
 static __attribute__((noinline)) void FN(weighted)(
     int rows, int64_t dim, const key_row *key, int keys, int use_a, int count, int64_t at, int64_t ld, int64_t next,
-    const int32_t *mask, const float *weight, int64_t weight_row, int64_t weight_key, float *out, int64_t out_row) {
+    const int32_t *mask, const float *weight, int64_t weight_row, float *out, int64_t out_row) {
     for (int64_t d = 0, width; d < dim; d += width) {
         width = MOST_DIMS(rows);
         while (width > dim - d) width /= 2;
@@ -1013,6 +1030,18 @@ typedef struct {
     int64_t grad_out[LANES], grad_query[LANES], grad_key[LANES], grad_value[LANES];
 } FN(planes);
 
+/* Ask for what `fill_row` reads of one vector of columns. */
+static void FN(prefetch_row)(const plan *p, const FN(planes) * plane, int depth, int height, int v) {
+    const call *a = p->a;
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2;
+    const int keyed = p->pass == BACKWARD_KEY;
+    FN(prefetch)(
+        p, keyed ? &a->query : &a->key, keyed ? plane->query : plane->key, depth, height, v, a->dim * size, size);
+    FN(prefetch)(
+        p, keyed ? &a->grad_out : &a->value, keyed ? plane->grad_out : plane->value, depth, height, v, a->dim_v * size,
+        size);
+}
+
 /* Transpose one row of keys and values, or backward of queries and what belongs to them, into the ring. */
 static void FN(fill_row)(
     const plan *p, const FN(planes) * plane, const tensor *lse, int depth, int height, int v_from, int v_to,
@@ -1024,12 +1053,7 @@ static void FN(fill_row)(
     for (int v = from > 0 ? from : 0; v < end && v < p->vectors; v++) {
         float *to = row + p->lead + (v - v_from) * LANES;
         const int keyed = p->pass == BACKWARD_KEY;
-        FN(prefetch)(
-            p, keyed ? &a->query : &a->key, keyed ? plane->query : plane->key, depth, height, v + 1, a->dim * size,
-            size);
-        FN(prefetch)(
-            p, keyed ? &a->grad_out : &a->value, keyed ? plane->grad_out : plane->value, depth, height, v + 1,
-            a->dim_v * size, size);
+        FN(prefetch_row)(p, plane, depth, height, v + 1);
         if (!keyed) {
             FN(lanes_of)(p, &a->key, plane->key, depth, height, v, size, lane);
             FN(gather)(lane, a->dim, 1, to, p->ld, (int)a->dtype);
@@ -1237,6 +1261,7 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     const int held = keys - from < p->block ? keys - from : (int)p->block;
                     for (int i = 0; i < held; i++) {
                         const int seen = k[i].to - k[i].from;
+                        key[from + i].weight = (int64_t)i * rows * row_size;
                         const int64_t skip = (int64_t)i * rows + k[i].from;
                         const float *b =
                             a->bias ? bias + (k[i].bias + mirror * c->first) * LANES + k[i].from * bias_row : zero;
@@ -1256,20 +1281,14 @@ static void FN(run)(plan *p, int task, float *scratch) {
                     else
                         FN(score_gradients)(p, k, held, rows, c, at, next, score, grad, row_lse, delta);
 
-                    for (int i = 0, same; i < held; i += same) { /* rows of keys that the same rows of the tile see */
-                        for (same = 1; i + same < held && k[i + same].from == k[i].from && k[i + same].to == k[i].to;)
-                            same++;
-                        const int seen = k[i].to - k[i].from, r = k[i].from;
-                        const int64_t skip = ((int64_t)i * rows + r) * row_size;
-                        if (pass != BACKWARD_QUERY)
-                            FN(weighted)(
-                                seen, dim_v, k + i, same, 0, c->count, at, ld, next, c->mask, score + skip, row_size,
-                                rows * row_size, sum_b + r * dim_v * LANES, dim_v * LANES);
-                        if (pass != FORWARD)
-                            FN(weighted)(
-                                seen, dim, k + i, same, 1, c->count, at, ld, next, c->mask, grad + skip, row_size,
-                                rows * row_size, sum_a + r * dim * LANES, dim * LANES);
-                    }
+                    if (pass != BACKWARD_QUERY)
+                        FN(weighted)(
+                            rows, dim_v, k, held, 0, c->count, at, ld, next, c->mask, score, row_size, sum_b,
+                            dim_v * LANES);
+                    if (pass != FORWARD)
+                        FN(weighted)(
+                            rows, dim, k, held, 1, c->count, at, ld, next, c->mask, grad, row_size, sum_a,
+                            dim * LANES);
                     if (p->partial)
                         for (int i = 0; i < held; i++)
                             for (int r = k[i].from; r < k[i].to; r++) {
@@ -1503,17 +1522,13 @@ static void FN(product)(plan *p, int task, float *scratch) {
                 }
                 if (pass == SCORES) continue;
                 memset(sum, 0, rows * dim * LANES * sizeof(float));
-                for (int i = 0, same; i < keys; i += same) { /* rows that the same rows of the tile see */
-                    for (same = 1; i + same < keys && key[i + same].from == key[i].from &&
-                                   key[i + same].to == key[i].to && key[i + same].layer == key[i].layer;)
-                        same++;
-                    const int r = key[i].from;
-                    FN(weighted)(
-                        key[i].to - r, dim, key + i, same, 1, c->count, at, ld, next, c->mask,
-                        by_slot ? held + FN(slot_of)(p, &key[i], zi, start, slots_y, slots_x, slots) * LANES
-                                : score + ((int64_t)i * rows + r) * row_size,
-                        slot_row, by_slot ? slots_x * LANES : rows * row_size, sum + r * dim * LANES, dim * LANES);
-                }
+                for (int i = 0; i < keys; i++)
+                    key[i].weight =
+                        by_slot ? FN(slot_of)(p, &key[i], zi, start, slots_y, slots_x, slots) * LANES - key[i].from * slot_row
+                                : (int64_t)i * rows * row_size;
+                FN(weighted)(
+                    rows, dim, key, keys, 1, c->count, at, ld, next, c->mask, by_slot ? held : score, slot_row, sum,
+                    dim * LANES);
                 for (int r = 0; r < rows; r++) {
                     FN(lanes_of)(p, &a->out, plane.out, z->position[zi], y->position[start + r], v, size, lane);
                     FN(scatter)(sum + r * dim * LANES, dim, one, lane, valid, dtype);

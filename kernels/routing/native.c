@@ -6,10 +6,9 @@
  *
  * Nothing here knows torch.
  */
+#include "../query_lanes.h"
 #include "../shared_keys.h"
 
-#define KEYS 4  /* whose scores are computed together */
-#define TILE 64 /* keys whose scores are held at once */
 #define FEW (LANES * 3 / 4) /* tokens that a region needs for lanes of queries */
 
 /* One call, as native.py packs it: eight bytes a field. */
@@ -50,89 +49,22 @@ INLINE void find_tokens(
     }
 }
 
-/* Scores of a block of queries, [dim][BLOCK], with some keys. */
-INLINE void score_keys(
-    const float *query, const float *key, const int64_t *place, int64_t dim, const int keys, const int vectors, float *score
-) {
-    V s[KEYS][VECTORS] = {0};
-    const float *row[KEYS];
-    EACH(i, keys) row[i] = key + place[i];
-    for (int64_t d = 0; d < dim; d++)
-        EACH(i, keys) EACH(v, vectors) s[i][v] += load(query + d * BLOCK + v * LANES) * row[i][d];
-    EACH(i, keys) EACH(v, vectors) store(score + i * BLOCK + v * LANES, s[i][v]);
-}
-
-INLINE void sum_values(
-    const float *weight, int64_t count, const float *value, const int64_t *place, const int dims, const int vectors,
-    const float *fade, float *sums
-) {
-    V sum[DIMS][VECTORS];
-    EACH(d, dims) EACH(v, vectors) sum[d][v] = load(sums + d * BLOCK + v * LANES) * load(fade + v * LANES);
-    for (int64_t i = 0; i < count; i++) {
-        const float *row = value + place[i];
-        EACH(d, dims) EACH(v, vectors) sum[d][v] += load(weight + i * BLOCK + v * LANES) * row[d];
-    }
-    EACH(d, dims) EACH(v, vectors) store(sums + d * BLOCK + v * LANES, sum[d][v]);
-}
-
-/* What a task works with. */
-typedef struct {
-    const float *key, *value;
-    int64_t *key_at, *value_at;
-    float *query, *score, *sums, *most, *total, *fade;
-} work_space;
-
-/* The queries of a block, which are transposed already, over all keys. */
-INLINE void attend_block(const job *j, const work_space *w, const int vectors) {
-    const int64_t dim = j->a->dim, dim_v = j->a->dim_v;
-    memset(w->sums, 0, dim_v * BLOCK * sizeof(float));
-    for (int64_t lane = 0; lane < BLOCK; lane++) w->most[lane] = -INFINITY, w->total[lane] = 0;
-    for (int64_t from = 0; from < j->keys; from += TILE) {
-        int64_t count = j->keys - from < TILE ? j->keys - from : TILE, i = 0;
-        for (; i + KEYS <= count; i += KEYS)
-            score_keys(w->query, w->key, w->key_at + from + i, dim, KEYS, vectors, w->score + i * BLOCK);
-        for (; i < count; i++)
-            score_keys(w->query, w->key, w->key_at + from + i, dim, 1, vectors, w->score + i * BLOCK);
-        soften(w->score, count, vectors, w->most, w->total, w->fade);
-        for (int64_t d = 0; d < dim_v; d += DIMS)
-            sum_values(w->score, count, w->value + d, w->value_at + from, DIMS, vectors, w->fade, w->sums + d * BLOCK);
-    }
-    EACH(v, vectors) {
-        V factor = 1 / load(w->total + v * LANES);
-        for (int64_t d = 0; d < dim_v; d++)
-            store(w->sums + d * BLOCK + v * LANES, load(w->sums + d * BLOCK + v * LANES) * factor);
-    }
-}
-
 /* A region of many tokens, whose first is at `top` and `left`. */
 INLINE void attend_region(
-    const job *j, const work_space *w, int64_t image, int64_t head, int64_t top, int64_t left
+    const job *j, const query_block *b, int64_t image, int64_t head, int64_t top, int64_t left
 ) {
     const call *a = j->a;
-    const float *query = at(&a->query, image, head), scale = (float)a->scale * LOG2E;
-    float *out = at(&a->out, image, head), *lse = sums_at(a, image, head);
+    const grid from = {a->query.row, a->query.column, a->region_width}, to = {a->out.row, a->out.column, a->region_width};
+    const float *query = at(&a->query, image, head) + offset(&a->query, top, left);
+    float *out = at(&a->out, image, head) + offset(&a->out, top, left), *lse = sums_at(a, image, head);
     for (int64_t first = 0; first < j->tokens; first += BLOCK) {
-        int64_t count = j->tokens - first < BLOCK ? j->tokens - first : BLOCK;
-        for (int64_t pass = 0; pass < 2; pass++) {
-            for (int64_t lane = 0, run; lane < count; lane += run) { /* of tokens side by side */
-                int64_t y = (first + lane) / a->region_width, x = (first + lane) % a->region_width;
-                run = a->region_width - x < count - lane ? a->region_width - x : count - lane;
-                if (pass == 0) {
-                    transpose(
-                        query + offset(&a->query, top + y, left + x), a->query.column, w->query + lane, BLOCK, run, a->dim
-                    );
-                    continue;
-                }
-                transpose(w->sums + lane, BLOCK, out + offset(&a->out, top + y, left + x), a->out.column, a->dim_v, run);
-                for (int64_t i = lane; i < lane + run; i++)
-                    lse[(top + y) * a->width + left + x + i - lane] = w->most[i] + log2f(w->total[i]);
-            }
-            if (pass == 1) break;
-            for (int64_t i = 0; i < a->dim * BLOCK; i++) w->query[i] *= scale;
-            if (count > LANES)
-                attend_block(j, w, 2);
-            else
-                attend_block(j, w, 1);
+        const int64_t count = j->tokens - first < BLOCK ? j->tokens - first : BLOCK;
+        take_queries(query, from, first, count, a->dim, b->query);
+        attend_block(b, NULL, (float)a->scale, count, 0);
+        put_queries(b->sums, out, to, first, count, a->dim_v);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t row = top + (first + i) / a->region_width, column = left + (first + i) % a->region_width;
+            lse[row * a->width + column] = b->most[i] + log2f(b->total[i]);
         }
     }
 }
@@ -217,18 +149,24 @@ static void attend(const team *team, int64_t task, float *scratch) {
     const int64_t plane = task / j->rows, row = task % j->rows, image = plane / a->heads, head = plane % a->heads;
     const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
     const int small = j->tokens < FEW;
-    shared_keys few = lay_out(scratch, j->keys, a->dim, a->dim_v);
-    few.key = at(&a->key, image, head), few.value = at(&a->value, image, head);
-    work_space w = {.key = few.key, .value = few.value, .key_at = few.key_at, .value_at = few.value_at};
-    w.score = (float *)(w.value_at + j->keys), w.query = w.score + TILE * BLOCK, w.sums = w.query + a->dim * BLOCK;
-    w.most = w.sums + a->dim_v * BLOCK, w.total = w.most + BLOCK, w.fade = w.total + BLOCK;
-    memset(w.query, 0, small ? 0 : a->dim * BLOCK * sizeof(float));
+    shared_keys few;
+    query_block many;
+    if (small) {
+        few = lay_out(scratch, j->keys, a->dim, a->dim_v);
+        few.key = at(&a->key, image, head), few.value = at(&a->value, image, head);
+    } else {
+        many = lay_out_block(scratch, j->keys, a->dim, a->dim_v);
+        many.key = at(&a->key, image, head), many.value = at(&a->value, image, head);
+    }
     for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
-        find_tokens(j, routes, &a->key, &a->value, w.key_at, w.value_at);
-        if (small)
-            attend_small_region(j, &few, image, head, row * a->region_height, column * a->region_width);
-        else
-            attend_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+        const int64_t top = row * a->region_height, left = column * a->region_width;
+        if (small) {
+            find_tokens(j, routes, &a->key, &a->value, few.key_at, few.value_at);
+            attend_small_region(j, &few, image, head, top, left);
+        } else {
+            find_tokens(j, routes, &a->key, &a->value, many.key_at, many.value_at);
+            attend_region(j, &many, image, head, top, left);
+        }
     }
 }
 
@@ -260,6 +198,6 @@ EXPORTED(foveate_routed)(const call *a) {
     j.keys = a->topk * j.tokens;
     j.team.tasks = a->batch * a->heads * (a->bands ? a->bands : j.rows);
     j.team.scratch = scratch_of(j.keys);
-    if (!a->bands && j.tokens >= FEW) j.team.scratch = 4 * j.keys + (TILE + a->dim + a->dim_v + 3) * BLOCK;
+    if (!a->bands && j.tokens >= FEW) j.team.scratch = scratch_of_block(j.keys, a->dim, a->dim_v);
     return share_out(a->parallel, a->threads, &j.team);
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from foveate.blocks.hilo import HiLoAttention2d
 from foveate.blocks.window import WindowAttention2d, cut_windows, from_swin_table, join_windows
 from timm.models.swin_transformer import SwinTransformerBlock
 
@@ -71,3 +72,17 @@ def test_wrong_settings_are_one_line():
         WindowAttention2d(10, 3)
     with pytest.raises(ValueError, match="0 <= shift_size < window_size; got 7"):
         WindowAttention2d(8, 2, window_size=7, shift_size=7)
+
+
+@pytest.mark.parametrize("make", [lambda: WindowAttention2d(32, 2, window_size=(4, 5)), lambda: HiLoAttention2d(32, 4)])
+def test_windows_that_are_read_in_place(make):
+    layer, x = make().eval(), torch.randn(2, 11, 13, 32)
+    expected = layer(x)  # which cuts them, for the gradients
+    assert expected.requires_grad
+    seen = []
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected.detach(), atol=1e-5, rtol=1e-5)
+        projection = layer.qkv if hasattr(layer, "qkv") else layer.h_qkv
+        projection.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+        torch.testing.assert_close(layer(x), expected.detach(), atol=1e-5, rtol=1e-5)
+    assert len(seen[0]) == 3  # who looks on sees windows
