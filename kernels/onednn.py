@@ -83,16 +83,20 @@ def obstacle(*tensors: Tensor | None) -> str | None:
         return "a compiler chooses itself"
     if reason := export_obstacle():  # before a traced shape is looked at
         return reason
-    given = [x for x in tensors if x is not None]
-    dtype = given[0].dtype
-    if any(x.device.type != "cpu" or x.dtype != dtype for x in given) or dtype not in (torch.float32, torch.bfloat16):
-        return f"it is for float32 or bfloat16 on CPUs; got {dtype} on {given[0].device}"
+    dtype, differentiating = tensors[0].dtype, torch.is_grad_enabled()
+    for x in tensors:  # one loop: this runs at every call of a layer
+        if x is None:
+            continue
+        if not x.is_cpu or x.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
+            return f"it is for float32 or bfloat16 on CPUs; got {x.dtype} on {x.device}"
+        if differentiating and x.requires_grad:
+            return "it has no derivatives"
+        if x.numel() == 0:
+            return f"it takes nothing empty; got {list(x.shape)}"
     if dtype == torch.bfloat16 and not _has_bfloat16():
         return "this processor has no products of bfloat16"
-    if in_forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+    if in_forward_mode():
         return "it has no derivatives"
-    if any(0 in x.shape for x in given):
-        return f"it takes nothing empty; got {[list(x.shape) for x in given]}"
     return None if is_available() else "torch has no oneDNN here"
 
 

@@ -65,15 +65,6 @@ def _onednn_obstacle(problem: Problem) -> str | None:
     return onednn.obstacle(*problem[:3])
 
 
-def _onednn_drawback(problem: Problem) -> str | None:
-    return _product_drawback(problem) or onednn.drawback()
-
-
-def _product_drawback(problem: Problem) -> str | None:
-    slower = problem.x.dtype == torch.float32 and onednn.is_slower_than_blas()
-    return "torch's own products are faster on this processor" if slower else None
-
-
 class _Products(Function):
     """A linear layer on rows, and its gradients, by oneDNN."""
 
@@ -145,12 +136,14 @@ def _convolution_drawback(problem: Problem) -> str | None:
         return "oneDNN is not available"
     if torch.get_num_threads() == 1:
         return "torch leaves oneDNN on a single thread"
-    return _product_drawback(problem)
+    return None
 
 
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
-    "onednn": Backend(_onednn, lambda problem: _misfit(problem) or _onednn_obstacle(problem), _onednn_drawback),
+    "onednn": Backend(
+        _onednn, lambda problem: _misfit(problem) or _onednn_obstacle(problem), lambda problem: onednn.drawback()
+    ),
     "onednn_trained": Backend(
         _with_gradients, lambda problem: _misfit(problem) or _gradients_obstacle(problem), _gradients_drawback
     ),
@@ -159,6 +152,12 @@ _BACKENDS: dict[str, Backend] = {
     ),
     "linear": Backend(_linear),
 }
+# Where nothing is faster than torch's own products, nothing else is asked.
+_BLAS_FIRST = {"linear": _BACKENDS["linear"], **_BACKENDS}
+
+
+def _preferred(dtype: torch.dtype) -> dict[str, Backend]:
+    return _BLAS_FIRST if dtype == torch.float32 and onednn.is_slower_than_blas() else _BACKENDS
 
 
 def pointwise(
@@ -192,7 +191,7 @@ def pointwise(
         torch.Size([1, 5, 7, 32])
     """
     problem = Problem(x, weight, bias, activation)
-    return _BACKENDS[choose("pointwise", _BACKENDS, problem, backend)].run(problem)
+    return _BACKENDS[choose("pointwise", _preferred(x.dtype), problem, backend)].run(problem)
 
 
 def outruns_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -209,4 +208,4 @@ def pointwise_backends(
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    return report("pointwise", _BACKENDS, Problem(x, weight, bias, None), backend)
+    return report("pointwise", _preferred(x.dtype), Problem(x, weight, bias, None), backend)

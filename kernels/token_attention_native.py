@@ -24,7 +24,7 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> 
     """Return why the native path cannot take such a call, or None if it can."""
     given = (query, key, value) if bias is None else (query, key, value, bias)
     for x in given:
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return f"it is for CPU tensors; they are on {x.device}"
         if x.dtype != torch.float32:
             return f"it computes in float32; got {x.dtype}"

@@ -35,17 +35,19 @@ INLINE float *sums_at(const call *a, int64_t image, int64_t head) {
 
 INLINE int64_t offset(const tensor *t, int64_t row, int64_t column) { return row * t->row + column * t->column; }
 
-/* Where in two maps the keys and the values of a region's queries lie. */
-INLINE void find_tokens(
-    const job *j, const int64_t *routes, const tensor *t, const tensor *u, int64_t *place, int64_t *other
-) {
-    const tensor own = *t, second = *u; /* no memory that the places might be written to */
-    const int64_t columns = j->columns, height = j->a->region_height, width = j->a->region_width, topk = j->a->topk;
-    for (int64_t k = 0; k < topk; k++) {
-        const int64_t row = routes[k] / columns, top = row * height, left = (routes[k] - row * columns) * width;
-        for (int64_t y = top; y < top + height; y++)
-            for (int64_t x = left; x < left + width; x++)
-                *place++ = offset(&own, y, x), *other++ = offset(&second, y, x);
+/* Where the tokens of the first region lie in a map. */
+INLINE void find_first_tokens(const job *j, const tensor *t, int64_t *place) {
+    for (int64_t y = 0; y < j->a->region_height; y++)
+        for (int64_t x = 0; x < j->a->region_width; x++) *place++ = offset(t, y, x);
+}
+
+/* Where in a map the tokens of a region's routes lie, by those of the first region. */
+INLINE void find_tokens(const job *j, const int64_t *routes, const tensor *t, const int64_t *first, int64_t *place) {
+    const int64_t tokens = j->tokens;
+    for (int64_t k = 0; k < j->a->topk; k++, place += tokens) {
+        const int64_t row = routes[k] / j->columns, column = routes[k] - row * j->columns;
+        const int64_t corner = offset(t, row * j->a->region_height, column * j->a->region_width);
+        for (int64_t i = 0; i < tokens; i++) place[i] = corner + first[i];
     }
 }
 
@@ -149,8 +151,11 @@ static void attend(const team *team, int64_t task, float *scratch) {
     const int64_t plane = task / j->rows, row = task % j->rows, image = plane / a->heads, head = plane % a->heads;
     const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
     const int small = j->tokens < FEW;
+    int64_t *key_first = (int64_t *)scratch, *value_first = key_first + j->tokens;
     shared_keys few;
     query_block many;
+    find_first_tokens(j, &a->key, key_first), find_first_tokens(j, &a->value, value_first);
+    scratch = (float *)(value_first + j->tokens);
     if (small) {
         few = lay_out(scratch, j->keys, a->dim, a->dim_v);
         few.key = at(&a->key, image, head), few.value = at(&a->value, image, head);
@@ -161,10 +166,12 @@ static void attend(const team *team, int64_t task, float *scratch) {
     for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
         const int64_t top = row * a->region_height, left = column * a->region_width;
         if (small) {
-            find_tokens(j, routes, &a->key, &a->value, few.key_at, few.value_at);
+            find_tokens(j, routes, &a->key, key_first, few.key_at);
+            find_tokens(j, routes, &a->value, value_first, few.value_at);
             attend_small_region(j, &few, image, head, top, left);
         } else {
-            find_tokens(j, routes, &a->key, &a->value, many.key_at, many.value_at);
+            find_tokens(j, routes, &a->key, key_first, many.key_at);
+            find_tokens(j, routes, &a->value, value_first, many.value_at);
             attend_region(j, &many, image, head, top, left);
         }
     }
@@ -174,15 +181,18 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
     const band b = band_of(task, a->bands, a->heads, j->rows);
-    shared_keys all = lay_out(scratch, j->keys, a->dim, a->dim_v);
+    const tensor *maps[4] = {&a->key, &a->value, &a->grad_key, &a->grad_value};
+    int64_t *first = (int64_t *)scratch;
+    for (int64_t i = 0; i < 4; i++) find_first_tokens(j, maps[i], first + i * j->tokens);
+    shared_keys all = lay_out((float *)(first + 4 * j->tokens), j->keys, a->dim, a->dim_v);
+    int64_t *place[4] = {all.key_at, all.value_at, all.grad_key_at, all.grad_value_at};
     all.key = at(&a->key, b.image, b.head), all.grad_key = at(&a->grad_key, b.image, b.head) + b.number * a->key_band;
     all.value = at(&a->value, b.image, b.head);
     all.grad_value = at(&a->grad_value, b.image, b.head) + b.number * a->value_band;
     for (int64_t row = b.first; row < b.end; row++) {
         const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (b.image * j->rows + row) * j->columns * a->topk;
         for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
-            find_tokens(j, routes, &a->key, &a->value, all.key_at, all.value_at);
-            find_tokens(j, routes, &a->grad_key, &a->grad_value, all.grad_key_at, all.grad_value_at);
+            for (int64_t i = 0; i < 4; i++) find_tokens(j, routes, maps[i], first + i * j->tokens, place[i]);
             for (int64_t from = 0; from < j->keys; from += TILE) {
                 shared_keys w = some_keys(&all, from, j->keys - from < TILE ? j->keys - from : TILE);
                 differentiate_region(j, &w, b.image, b.head, row * a->region_height, column * a->region_width);
@@ -199,5 +209,6 @@ EXPORTED(foveate_routed)(const call *a) {
     j.team.tasks = a->batch * a->heads * (a->bands ? a->bands : j.rows);
     j.team.scratch = scratch_of(j.keys);
     if (!a->bands && j.tokens >= FEW) j.team.scratch = scratch_of_block(j.keys, a->dim, a->dim_v);
+    j.team.scratch += 8 * j.tokens; /* four tables of places, two floats wide */
     return share_out(a->parallel, a->threads, &j.team);
 }
