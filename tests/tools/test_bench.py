@@ -17,6 +17,7 @@ from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
 from foveate.tools.bench.floor import Floor
 from foveate.tools.bench.kernels import SIDES, bench_kernels, masked_attention_of, plot
 from foveate.tools.bench.models import stated_accuracy
+from foveate.tools.bench.parts import kind_of, least_times
 from foveate.tools.cli import main
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +41,7 @@ def test_models_are_timed_against_their_peer(tmp_path, capsys):
 
 def test_models_are_measured_in_all_ways_and_sizes(tmp_path):
     argv = ["bench", "models", "nat_atto", "--peers", "resnet10t", "test_vit", "--sizes", "160", "160x192"]
-    argv += ["--batches", "1", "2", "--rounds", "1", "--also", "floor", "train", "bfloat16", "latency"]
+    argv += ["--batches", "1", "2", "--rounds", "1", "--also", "floor", "train", "bfloat16", "latency", "parts"]
     assert main([*argv, "--output", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "models.csv").open()))
     assert [(row["size"], row["batch"]) for row in rows[::3]] == [(s, b) for s in ("160", "160x192") for b in "12"]
@@ -48,6 +49,7 @@ def test_models_are_measured_in_all_ways_and_sizes(tmp_path):
     for row in rows:
         numbers = ("over floor", "training step over forward", "bfloat16 times forward", "ms for one image")
         assert all(float(row[column]) > 0 for column in numbers)
+        assert float(row["products, least ms"]) < float(row["all, least ms"])
         assert row["machine moved"].endswith("%")
         assert row["model"] != "resnet10t" or float(row["training steps times resnet10t"]) == 1
     assert (tmp_path / "models.png").stat().st_size > 5_000
@@ -106,6 +108,28 @@ def test_the_floor_holds_every_layers_product(name):
         floor()
     macs = count_macs(copy.deepcopy(model).to("meta"), (3, 224, 224))
     assert 0.75 < counter.get_total_flops() / 2 / macs <= 1
+
+
+@pytest.mark.parametrize(
+    ("operators", "kind"),
+    [
+        (["aten::linear", "aten::conv2d", "mkldnn::_linear_pointwise", "foveate::depthwise"], "products"),
+        (["foveate::neighborhood_native", "aten::scaled_dot_product_attention", "aten::bmm"], "attention"),
+        (["aten::layer_norm", "aten::native_group_norm"], "norms"),
+        (["aten::add.Tensor", "aten::gelu_", "aten::clone", "aten::topk"], "passes"),
+    ],
+)
+def test_operators_are_told_apart(operators, kind):
+    assert {kind_of(operator) for operator in operators} == {kind}
+
+
+def test_a_pass_is_the_sum_of_its_parts():
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Sigmoid())
+    seconds = least_times(layers, torch.randn(512, 64), runs=3)
+    assert list(seconds) == ["all", "products", "attention", "norms", "passes", "between"]
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["all"])
+    assert seconds["attention"] == 0
+    assert min(seconds["products"], seconds["norms"], seconds["passes"]) > 0
 
 
 def test_accuracy_is_the_authors():

@@ -20,6 +20,7 @@ from ...zoo.maps import cfg_of
 from ...zoo.weights import table
 from ..timing import QUIET, sample_calmly
 from .floor import Floor
+from .parts import least_times
 
 QUICK_SECONDS = 100  # after which no round begins; what is under way may take some more
 
@@ -72,7 +73,8 @@ def bench_models(
         extras: Of `bench.EXTRAS`, what to measure too: forward time over that of the model's own linear and convolution
             operators; training steps (forward, backward, a step of SGD) beside the peer's; forward in bfloat16, by
             torch.compile and with inductor's freezing of weights beside that of the model, and beside the peer's; peak
-            memory of inference in MB, and of a training step if both are asked for; milliseconds for one image.
+            memory of inference in MB, and of a training step if both are asked for; milliseconds for one image; the
+            least milliseconds by `parts.KINDS`, on a CPU.
         deadline: As in `timing.sample`.
 
     Returns:
@@ -105,6 +107,7 @@ def bench_models(
         _row(name, peers[0], case, models[name], seconds, macs)
         | {"spread": f"{_spread(samples[name, 'forward']):.0%}", "machine moved": f"{moved:.0%}"}
         | _beside(name, peers[0], case, seconds, extras)
+        | (_parts(models[name], images) if "parts" in extras and case.device == "cpu" else {})
         for name in every
     ]
 
@@ -187,6 +190,10 @@ def _beside(
     if "latency" in extras:
         cells["ms for one image"] = round(seconds[name, "latency"] * 1e3, 2)
     return cells
+
+
+def _parts(model: nn.Module, images: Tensor) -> dict[str, float]:
+    return {f"{part}, least ms": round(seconds * 1e3, 1) for part, seconds in least_times(model, images).items()}
 
 
 def _spread(times: list[float]) -> float:
