@@ -196,6 +196,8 @@ def test_kernels_agree_before_they_are_timed(backward):
     rows = bench_kernels([(1, 9, 8, 2, 8, 3)], 1, "cpu", flex=False, backward=backward, dtype=torch.float32)
     assert {row["path"] for row in rows} >= {"tiled", "gather"}
     assert all(row["ms"] > 0 for row in rows)
+    assert all(("over floor" in row) != backward for row in rows)
+    assert backward or all(row["over floor"] > 0 for row in rows)
 
 
 def test_dense_attention_under_a_mask_is_that_of_the_windows():

@@ -36,6 +36,8 @@ GPU_SHAPES = (
 )
 SIDES = (28, 56, 84, 112)
 CUDNN = "cudnn (masked)"
+# What `floor_of` measures.
+FLOOR = ("exponentials", "turns")
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -131,7 +133,8 @@ def bench_kernels(
 
     Memory is what one call adds at its peak, its results included. FlexAttention has no gradient on CPUs. On a GPU the
     memory floor is the time of copying as many bytes as a call must read and write, and cuDNN is among the peers for
-    half precision without bias.
+    half precision without bias. On a CPU the floor of a forward pass is `floor_of` beside the products of the pairs at
+    the rate of a large matrix product.
     """
     matmul = matmul_rate(device, 15, dtype)
     copies = 0.0 if device == "cpu" else copy_rate(device, 15)
@@ -161,7 +164,9 @@ def bench_kernels(
                 torch.testing.assert_close(function(*inputs), expected, atol=tolerance, rtol=tolerance)
             calls[name]()
             memory[name] = memory_growth(calls[name], device)
-        times = alternate(calls, rounds, device)
+        on_cpu = device == "cpu" and not backward
+        times = alternate(calls | (floor_of(query, kernel_size) if on_cpu else {}), rounds, device)
+        beside = [times.pop(part) for part in FLOOR] if on_cpu else []
         flexes = ["flex (compiled)", "flex (eager)"] if flex else []
         shown = ["gather", *flexes, *(["natten"] if has_natten else []), *([CUDNN] if CUDNN in peers else [])]
         # Useful work: a query-key pair costs a multiply-add per channel, for the score and again for the value.
@@ -182,6 +187,7 @@ def bench_kernels(
                     "of matmul": f"{rate / matmul:.0%}",
                     "peak MB": round(memory[name] / 2**20, 1),
                     **({} if device == "cpu" else {"over memory floor": round(seconds * copies / moved, 1)}),
+                    **({"over floor": round(seconds / (sum(beside) + useful / matmul / 1e9), 2)} if on_cpu else {}),
                     **{f"times {peer}": round(times[peer] / seconds, 1) if peer in times else "-" for peer in shown},
                 }
             )
@@ -231,6 +237,26 @@ def _cudnn_of(axes: tuple[Axis, Axis], query: Tensor, key: Tensor, value: Tensor
         print(f"cuDNN is left out: {first_line(error)}", file=sys.stderr)
         return {}
     return {CUDNN: run}
+
+
+def floor_of(query: Tensor, kernel_size: int) -> dict[str, Callable[[], object]]:
+    """Return what neighborhood attention costs a CPU beside its products, each alone and by torch: `FLOOR`.
+
+    The exponential of every score, in a buffer that stays in the cache; and each map turned once, channels to rows, as
+    any kernel must whose vectors are products of channels: queries, keys, values, and the output back.
+    """
+    scores, weights = torch.randn(2, 2**14)
+    pieces = -(-query.shape[:-1].numel() * kernel_size**2 // len(scores))
+
+    def exponentials() -> None:
+        for _ in range(pieces):
+            torch.exp2(scores, out=weights)
+
+    def turns() -> None:
+        for _ in range(4):
+            query.detach().permute(0, 3, 4, 1, 2).contiguous()
+
+    return dict(zip(FLOOR, (exponentials, turns), strict=True))
 
 
 @functools.cache
