@@ -27,6 +27,8 @@ from foveate.kernels import (
     quadtree_scores,
     quadtree_values,
     routed_attention,
+    token_attention,
+    window_attention,
 )
 from foveate.kernels.aggregated import aggregated_attention, aggregated_reference
 from foveate.kernels.bilinear import sample_bilinear
@@ -39,6 +41,7 @@ KINDS = (
     "products",
     "routing",
     "points",
+    "tokens",
     "deformable",
     "quadtree",
     "level",
@@ -242,6 +245,34 @@ def _points(draw) -> None:
     )
 
 
+def _tokens(draw) -> None:
+    batch, heads, dim, dim_v = draw.choice((0, 1, 2)), draw.randint(1, 3), draw.randint(1, 40), draw.randint(1, 5) * 8
+    dim_v = draw.choice((dim_v, dim_v, draw.randint(1, 33)))
+    if draw.random() < 0.5:
+        operator, whole, tokens = token_attention, batch, (draw.randint(1, 120), draw.randint(1, 150))
+        query, keys = (batch, heads, tokens[0]), (batch, heads, tokens[1])
+    else:
+        sides = [draw.randint(1, 9) for _ in range(4)]
+        windows = batch, draw.randint(1, 3), draw.randint(1, 3), heads
+        operator, whole, tokens = window_attention, 1, (sides[0] * sides[1], sides[2] * sides[3])
+        query, keys = (*windows, *sides[:2]), (*windows, *sides[2:])
+    tensors = [_tensor(draw, *query, dim), _tensor(draw, *keys, dim), _tensor(draw, *keys, dim_v)]
+    if biased := draw.random() < 0.5:
+        bias = _tensor(draw, draw.choice((1, whole)), draw.choice((1, heads)), *tokens)
+        unseen = torch.rand(tokens) < draw.choice((0.0, 0.5))
+        unseen[:, 0] = False  # of queries that see nothing, the reference in double precision makes NaN
+        tensors.append(bias.masked_fill(unseen, -torch.inf))
+    if batch and draw.random() < 0.1:
+        _spoil(draw, values := [tensors[2]])
+        tensors[2] = values[0]
+    _compare(
+        lambda *x, backend: operator(*x[:3], x[3] if biased else None, backend=backend),
+        tensors,
+        (None, "native", "reference"),
+        gradients=False,
+    )
+
+
 def _deformable(draw) -> None:
     shapes = [(draw.randint(1, 9), draw.randint(1, 9)) for _ in range(draw.randint(1, 3))]
     batch, queries, heads, dim, points = (
@@ -402,6 +433,12 @@ def _misfits(draw) -> None:
             (lambda *x, backend: na2d(*x, 3, backend=backend), [(2, 6, 8, heads, 16)] * 3, "reference"),
             (lambda *x, backend: na2d_qk(*x, 3, backend=backend), [(2, 6, 8, heads, 16)] * 2, "reference"),
             (lambda *x, backend: routed_attention(*x, routes, 4, backend=backend), [(2, 8, 8, 2, 16)] * 3, "reference"),
+            (
+                lambda *x, backend: token_attention(*x, backend=backend),
+                [(2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), (2, 3, 5, 7)],
+                "reference",
+            ),
+            (lambda *x, backend: window_attention(*x, backend=backend), [(2, 2, 3, 2, 4, 5, 16)] * 3, "reference"),
             (
                 lambda *x, backend: point_attention(*x, backend=backend),
                 [
