@@ -248,6 +248,12 @@ static void take_tasks(void *data) {
     free(scratch);
 }
 
+/* Into how many parts the work of each of some planes is cut, for threads to have enough to share: up to `most`. */
+INLINE int64_t parts_of(int64_t planes, int64_t threads, int64_t most) {
+    const int64_t wanted = planes ? (2 * threads + planes - 1) / planes : 1;
+    return wanted < most ? wanted : most > 0 ? most : 1;
+}
+
 /* Do all tasks by up to so many threads. `parallel` starts a team in the caller's OpenMP, and is 0 if there is none. */
 INLINE int share_out(int64_t parallel, int64_t threads, team *t) {
     if (threads > t->tasks) threads = t->tasks;

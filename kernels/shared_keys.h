@@ -32,6 +32,8 @@ typedef struct {
     const float *key, *value;
     int64_t *key_at, *value_at, *grad_key_at, *grad_value_at; /* of each key */
     float *score, *gain, *grad_key, *grad_value;              /* the first two [QUERIES][space] */
+    const float *turned_key, *turned_value;                   /* what `turn_fours` makes of them, or NULL */
+    const int64_t *four;                                      /* of each four of keys, which of those it is */
 } shared_keys;
 
 /* How many numbers of scratch `lay_out` shares out; addresses are two floats wide. */
@@ -52,6 +54,7 @@ INLINE shared_keys some_keys(const shared_keys *all, int64_t from, int64_t keys)
     shared_keys some = *all;
     some.keys = keys, some.space = (keys + LANES - 1) / LANES * LANES, some.gain = some.score + QUERIES * some.space;
     some.key_at += from, some.value_at += from, some.grad_key_at += from, some.grad_value_at += from;
+    if (some.four) some.four += from / 4;
     return some;
 }
 
@@ -74,12 +77,72 @@ INLINE void multiply_rows_of(
     }
 }
 
+/* Whether rows had better be transposed once for each task, where a head's are shared out to as many. */
+INLINE int turning_pays(int64_t tasks) { return tasks <= 4; }
+
+/* Transpose rows in fours, each to [dim][4]. */
+INLINE void turn_fours(const float *rows, const int64_t *place, int64_t fours, int64_t dim, float *out) {
+    for (int64_t n = 0; n < fours; n++, place += 4)
+        for (int64_t d = 0; d < dim; d += 4, out += 16) {
+            F a = *(const F *)(rows + place[0] + d), b = *(const F *)(rows + place[1] + d);
+            F c = *(const F *)(rows + place[2] + d), e = *(const F *)(rows + place[3] + d);
+            F ab = MIX(a, b, 0, 4, 1, 5), ce = MIX(c, e, 0, 4, 1, 5), ba = MIX(a, b, 2, 6, 3, 7);
+            F ec = MIX(c, e, 2, 6, 3, 7);
+            *(F *)out = MIX(ab, ce, 0, 1, 4, 5), *(F *)(out + 4) = MIX(ab, ce, 2, 3, 6, 7);
+            *(F *)(out + 8) = MIX(ba, ec, 0, 1, 4, 5), *(F *)(out + 12) = MIX(ba, ec, 2, 3, 6, 7);
+        }
+}
+
+#define FOURS (LANES / 4)
+
+INLINE V load_fours(const float *const *four, int64_t d) {
+#if LANES == 16
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(four[0] + d));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(four[1] + d), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(four[2] + d), 2);
+    return (V)_mm512_insertf32x4(x, _mm_loadu_ps(four[3] + d), 3);
+#elif defined(__AVX__)
+    return (V)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(four[0] + d)), _mm_loadu_ps(four[1] + d), 1);
+#else
+    V x;
+    EACH(i, FOURS) ((F *)&x)[i] = *(const F *)(four[i] + d);
+    return x;
+#endif
+}
+
+/* How many vectors of channels, or of keys, are taken together. */
+#define TOGETHER 2
+
+/* What `multiply_rows_of` does, a lane being a key: nothing is summed across lanes. */
+INLINE void multiply_fours(
+    const shared_keys *w, const float *const *own, const float *turned, int64_t dim, float scale, float *out
+) {
+    const int64_t fours = w->keys / 4;
+    for (int64_t from = 0; from < fours; from += TOGETHER * FOURS) {
+        const float *four[TOGETHER][FOURS];
+        V sum[QUERIES][TOGETHER] = {0};
+        EACH(v, TOGETHER) EACH(i, FOURS) {
+            const int64_t n = from + v * FOURS + i;
+            four[v][i] = turned + w->four[n < fours ? n : fours - 1] * dim * 4;
+        }
+        for (int64_t d = 0; d < dim; d++) {
+            V key[TOGETHER];
+            EACH(v, TOGETHER) key[v] = load_fours(four[v], 4 * d);
+            EACH(i, QUERIES) EACH(v, TOGETHER) sum[i][v] += key[v] * own[i][d];
+        }
+        EACH(v, TOGETHER) if (from + v * FOURS < fours)
+            EACH(i, QUERIES) store(out + i * w->space + (from + v * FOURS) * 4, sum[i][v] * scale);
+    }
+}
+
 /* Products of the queries' rows with all keys', times `scale`, and `rest` behind them. */
 INLINE void multiply_rows(
-    const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, int64_t dim, float scale,
-    float rest, float *out
+    const shared_keys *w, const float *const *own, const float *rows, const int64_t *place, const float *turned,
+    int64_t dim, float scale, float rest, float *out
 ) {
-    if (dim == USUAL_DIM)
+    if (turned)
+        multiply_fours(w, own, turned, dim, scale, out);
+    else if (dim == USUAL_DIM)
         multiply_rows_of(w, own, rows, place, USUAL_DIM, scale, out);
     else
         multiply_rows_of(w, own, rows, place, dim, scale, out);
@@ -87,16 +150,13 @@ INLINE void multiply_rows(
 }
 
 INLINE void score_rows(const shared_keys *w, const float *const *query, float scale) {
-    multiply_rows(w, query, w->key, w->key_at, w->dim, scale * LOG2E, -INFINITY, w->score);
+    multiply_rows(w, query, w->key, w->key_at, w->turned_key, w->dim, scale * LOG2E, -INFINITY, w->score);
 }
 
 /* Turn scores into weights, which are still to be multiplied by `factor`; `top` are the highest scores. */
 INLINE void weigh_rows(const shared_keys *w, float *factor, float *top) {
     EACH(i, QUERIES) factor[i] = soften_row(w->score + i * w->space, w->keys, top + i);
 }
-
-/* How many vectors of channels are taken together. */
-#define TOGETHER 2
 
 /* Sums of the values' channels from `d` on, [QUERIES][TOGETHER]. */
 INLINE void sum_rows(const shared_keys *w, int64_t d, const int vectors, V sum[QUERIES][TOGETHER]) {

@@ -65,10 +65,8 @@ static void attend(const team *team, int64_t task, float *scratch) {
 EXPORTED(foveate_token_attention)(const call *a) {
     job j = {.team.run = attend, .a = a};
     const int64_t planes = a->batch[0] * a->batch[1] * a->batch[2] * a->heads, blocks = (a->queries + BLOCK - 1) / BLOCK;
-    int64_t wanted = (2 * a->threads + planes - 1) / planes; /* enough tasks for the threads to share */
-    if (wanted > blocks) wanted = blocks;
-    j.chunk = (blocks + wanted - 1) / wanted * BLOCK;
-    j.chunks = (a->queries + j.chunk - 1) / j.chunk;
+    j.chunks = parts_of(planes, a->threads, blocks);
+    j.chunk = (blocks + j.chunks - 1) / j.chunks * BLOCK; /* of the last ones nothing may be left */
     j.team.tasks = planes * j.chunks;
     j.team.scratch = scratch_of_block(a->keys, a->dim, a->dim_v);
     return share_out(a->parallel, a->threads, &j.team);

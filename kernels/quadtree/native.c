@@ -25,6 +25,8 @@ typedef struct {
 typedef struct {
     team team;
     const call *a;
+    int64_t chunks; /* of the rows of a head, forward */
+    int turned;     /* whether maps are transposed, the children of a token together */
 } job;
 
 /* Where the four children of a token lie, which is the `row`-th and `column`-th. */
@@ -40,6 +42,19 @@ INLINE void find(
         const int64_t row = tokens[k] / j->a->key_columns, column = tokens[k] - row * j->a->key_columns;
         children(t, row, column, place + SIBLINGS * k), children(u, row, column, other + SIBLINGS * k);
     }
+}
+
+/* How many numbers a head's map of keys has. */
+INLINE int64_t map_size(const call *a, int64_t dim) { return SIBLINGS * a->key_rows * a->key_columns * dim; }
+
+/* Transpose a map of one head, the children of each token together, which are the fours that candidates name. */
+INLINE void turn_map(const call *a, const float *map, const tensor *t, int64_t dim, float *out) {
+    for (int64_t row = 0; row < a->key_rows; row++)
+        for (int64_t column = 0; column < a->key_columns; column++, out += SIBLINGS * dim) {
+            int64_t place[SIBLINGS];
+            children(t, row, column, place);
+            turn_fours(map, place, 1, dim, out);
+        }
 }
 
 /* Write the numbers of the `topk` best candidates; of equal ones the first. */
@@ -105,14 +120,22 @@ INLINE void attend_siblings(
 static void attend(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
-    const int64_t plane = task / a->rows, row = task % a->rows;
-    const int64_t *tokens = (const int64_t *)(intptr_t)a->token_index + task * a->columns * a->tokens;
+    const int64_t plane = task / j->chunks, number = task % j->chunks, image = plane / a->heads, head = plane % a->heads;
+    const int64_t from = a->rows * number / j->chunks, end = a->rows * (number + 1) / j->chunks;
+    const int64_t *tokens = (const int64_t *)(intptr_t)a->token_index + (plane * a->rows + from) * a->columns * a->tokens;
     shared_keys w = lay_out(scratch, SIBLINGS * a->tokens, a->dim, a->dim_v);
-    w.key = at(&a->key, plane / a->heads, plane % a->heads), w.value = at(&a->value, plane / a->heads, plane % a->heads);
-    for (int64_t column = 0; column < a->columns; column++, tokens += a->tokens) {
-        find(j, tokens, &a->key, &a->value, w.key_at, w.value_at);
-        attend_siblings(j, &w, plane / a->heads, plane % a->heads, row, column, tokens);
+    w.key = at(&a->key, image, head), w.value = at(&a->value, image, head);
+    if (j->turned) {
+        float *turned = scratch + scratch_of(w.keys);
+        turn_map(a, w.key, &a->key, a->dim, turned);
+        w.turned_key = turned;
     }
+    for (int64_t row = from; row < end; row++)
+        for (int64_t column = 0; column < a->columns; column++, tokens += a->tokens) {
+            find(j, tokens, &a->key, &a->value, w.key_at, w.value_at);
+            w.four = tokens;
+            attend_siblings(j, &w, image, head, row, column, tokens);
+        }
 }
 
 /* Gradients of four siblings; return that of the level's share. */
@@ -136,7 +159,7 @@ INLINE double differentiate_siblings(
     float factor[SIBLINGS], top[SIBLINGS], share = (float)a->share;
     double shares = 0;
     score_rows(w, q, (float)a->scale);
-    multiply_rows(w, g, w->value, w->value_at, a->dim_v, 1, 0, w->gain);
+    multiply_rows(w, g, w->value, w->value_at, w->turned_value, a->dim_v, 1, 0, w->gain);
     weigh_rows(w, factor, top);
     for (int64_t i = 0; i < SIBLINGS; i++) {
         float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean;
@@ -165,6 +188,14 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
     w.key = at(&a->key, b.image, b.head), w.grad_key = at(&a->grad_key, b.image, b.head) + b.number * a->key_band;
     w.value = at(&a->value, b.image, b.head);
     w.grad_value = at(&a->grad_value, b.image, b.head) + b.number * a->value_band;
+    if (j->turned) {
+        float *turned = scratch + scratch_of(w.keys);
+        turn_map(a, w.key, &a->key, a->dim, turned);
+        w.turned_key = turned;
+        turned += map_size(a, a->dim);
+        turn_map(a, w.value, &a->value, a->dim_v, turned);
+        w.turned_value = turned;
+    }
     double shares = 0;
     for (int64_t row = b.first; row < b.end; row++) {
         const int64_t *tokens = (const int64_t *)(intptr_t)a->token_index;
@@ -172,6 +203,7 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
         for (int64_t column = 0; column < a->columns; column++, tokens += a->tokens) {
             find(j, tokens, &a->key, &a->value, w.key_at, w.value_at);
             find(j, tokens, &a->grad_key, &a->grad_value, w.grad_key_at, w.grad_value_at);
+            w.four = tokens;
             shares += differentiate_siblings(j, &w, b.image, b.head, row, column);
         }
     }
@@ -180,7 +212,11 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
 
 EXPORTED(foveate_quadtree_level)(const call *a) {
     job j = {.team.run = a->bands ? differentiate : attend, .a = a};
-    j.team.tasks = a->batch * a->heads * (a->bands ? a->bands : a->rows);
+    const int64_t planes = a->batch * a->heads;
+    j.chunks = parts_of(planes, a->threads, a->rows);
+    j.turned = turning_pays(a->bands ? a->bands : j.chunks);
+    j.team.tasks = planes * (a->bands ? a->bands : j.chunks);
     j.team.scratch = scratch_of(SIBLINGS * a->tokens);
+    if (j.turned) j.team.scratch += map_size(a, a->dim) + (a->bands ? map_size(a, a->dim_v) : 0);
     return share_out(a->parallel, a->threads, &j.team);
 }

@@ -27,6 +27,8 @@ typedef struct {
     team team;
     const call *a;
     int64_t rows, columns, tokens, keys; /* rows and columns of regions; tokens of one */
+    int64_t chunks;                      /* of the rows of a head, forward */
+    int turned;                          /* whether maps are transposed in fours of tokens */
 } job;
 
 INLINE float *sums_at(const call *a, int64_t image, int64_t head) {
@@ -49,6 +51,24 @@ INLINE void find_tokens(const job *j, const int64_t *routes, const tensor *t, co
         const int64_t corner = offset(t, row * j->a->region_height, column * j->a->region_width);
         for (int64_t i = 0; i < tokens; i++) place[i] = corner + first[i];
     }
+}
+
+/* Which fours of the map's tokens, region by region, a region's routes have. */
+INLINE void find_fours(const job *j, const int64_t *routes, int64_t *four) {
+    const int64_t count = j->tokens / 4;
+    for (int64_t k = 0; k < j->a->topk; k++)
+        for (int64_t i = 0; i < count; i++) *four++ = routes[k] * count + i;
+}
+
+/* Transpose a map of one head in fours of tokens, region by region; `place` is room for those of a region. */
+INLINE void turn_map(const job *j, const float *map, const tensor *t, const int64_t *first, int64_t dim, int64_t *place,
+                     float *out) {
+    for (int64_t row = 0; row < j->rows; row++)
+        for (int64_t column = 0; column < j->columns; column++, out += j->tokens * dim) {
+            const int64_t corner = offset(t, row * j->a->region_height, column * j->a->region_width);
+            for (int64_t i = 0; i < j->tokens; i++) place[i] = corner + first[i];
+            turn_fours(map, place, j->tokens / 4, dim, out);
+        }
 }
 
 /* A region of many tokens, whose first is at `top` and `left`. */
@@ -125,7 +145,7 @@ INLINE void differentiate_region(
             to_query[i] = grad_query + offset(&a->grad_query, y[i], x[i]);
         }
         score_rows(w, q, scale);
-        multiply_rows(w, g, w->value, w->value_at, a->dim_v, 1, 0, w->gain);
+        multiply_rows(w, g, w->value, w->value_at, w->turned_value, a->dim_v, 1, 0, w->gain);
         for (int64_t i = 0; i < QUERIES; i++) {
             float *p = w->score + i * w->space, *s = w->gain + i * w->space, mean;
             if (i >= count) { /* a query that stands in for none */
@@ -145,36 +165,53 @@ INLINE void differentiate_region(
     }
 }
 
+/* Some rows of regions, of few tokens each, of one head of one image. */
+INLINE void attend_small_regions(
+    const job *j, int64_t image, int64_t head, int64_t from, int64_t end, const int64_t *routes, const int64_t *key_first,
+    const int64_t *value_first, float *scratch
+) {
+    const call *a = j->a;
+    shared_keys w = lay_out(scratch, j->keys, a->dim, a->dim_v);
+    w.key = at(&a->key, image, head), w.value = at(&a->value, image, head);
+    int64_t *four = (int64_t *)(scratch + scratch_of(j->keys));
+    if (j->turned) {
+        w.four = four;
+        float *turned = (float *)(four + j->keys / 4);
+        turn_map(j, w.key, &a->key, key_first, a->dim, w.key_at, turned);
+        w.turned_key = turned;
+    }
+    for (int64_t row = from; row < end; row++)
+        for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
+            if (j->turned)
+                find_fours(j, routes, four);
+            else
+                find_tokens(j, routes, &a->key, key_first, w.key_at);
+            find_tokens(j, routes, &a->value, value_first, w.value_at);
+            attend_small_region(j, &w, image, head, row * a->region_height, column * a->region_width);
+        }
+}
+
 static void attend(const team *team, int64_t task, float *scratch) {
     const job *j = (const job *)team;
     const call *a = j->a;
-    const int64_t plane = task / j->rows, row = task % j->rows, image = plane / a->heads, head = plane % a->heads;
-    const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + row) * j->columns * a->topk;
-    const int small = j->tokens < FEW;
+    const int64_t plane = task / j->chunks, number = task % j->chunks, image = plane / a->heads, head = plane % a->heads;
+    const int64_t from = j->rows * number / j->chunks, end = j->rows * (number + 1) / j->chunks;
+    const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (image * j->rows + from) * j->columns * a->topk;
     int64_t *key_first = (int64_t *)scratch, *value_first = key_first + j->tokens;
-    shared_keys few;
-    query_block many;
     find_first_tokens(j, &a->key, key_first), find_first_tokens(j, &a->value, value_first);
     scratch = (float *)(value_first + j->tokens);
-    if (small) {
-        few = lay_out(scratch, j->keys, a->dim, a->dim_v);
-        few.key = at(&a->key, image, head), few.value = at(&a->value, image, head);
-    } else {
-        many = lay_out_block(scratch, j->keys, a->dim, a->dim_v);
-        many.key = at(&a->key, image, head), many.value = at(&a->value, image, head);
+    if (j->tokens < FEW) {
+        attend_small_regions(j, image, head, from, end, routes, key_first, value_first, scratch);
+        return;
     }
-    for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
-        const int64_t top = row * a->region_height, left = column * a->region_width;
-        if (small) {
-            find_tokens(j, routes, &a->key, key_first, few.key_at);
-            find_tokens(j, routes, &a->value, value_first, few.value_at);
-            attend_small_region(j, &few, image, head, top, left);
-        } else {
-            find_tokens(j, routes, &a->key, key_first, many.key_at);
-            find_tokens(j, routes, &a->value, value_first, many.value_at);
-            attend_region(j, &many, image, head, top, left);
+    query_block b = lay_out_block(scratch, j->keys, a->dim, a->dim_v);
+    b.key = at(&a->key, image, head), b.value = at(&a->value, image, head);
+    for (int64_t row = from; row < end; row++)
+        for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
+            find_tokens(j, routes, &a->key, key_first, b.key_at);
+            find_tokens(j, routes, &a->value, value_first, b.value_at);
+            attend_region(j, &b, image, head, row * a->region_height, column * a->region_width);
         }
-    }
 }
 
 static void differentiate(const team *team, int64_t task, float *scratch) {
@@ -189,10 +226,21 @@ static void differentiate(const team *team, int64_t task, float *scratch) {
     all.key = at(&a->key, b.image, b.head), all.grad_key = at(&a->grad_key, b.image, b.head) + b.number * a->key_band;
     all.value = at(&a->value, b.image, b.head);
     all.grad_value = at(&a->grad_value, b.image, b.head) + b.number * a->value_band;
+    int64_t *four = (int64_t *)((float *)(first + 4 * j->tokens) + scratch_of(j->keys));
+    if (j->turned) {
+        all.four = four;
+        float *turned = (float *)(four + j->keys / 4);
+        turn_map(j, all.key, &a->key, first, a->dim, all.key_at, turned);
+        all.turned_key = turned;
+        turned += a->height * a->width * a->dim;
+        turn_map(j, all.value, &a->value, first + j->tokens, a->dim_v, all.key_at, turned);
+        all.turned_value = turned;
+    }
     for (int64_t row = b.first; row < b.end; row++) {
         const int64_t *routes = (const int64_t *)(intptr_t)a->routes + (b.image * j->rows + row) * j->columns * a->topk;
         for (int64_t column = 0; column < j->columns; column++, routes += a->topk) {
             for (int64_t i = 0; i < 4; i++) find_tokens(j, routes, maps[i], first + i * j->tokens, place[i]);
+            if (j->turned) find_fours(j, routes, four);
             for (int64_t from = 0; from < j->keys; from += TILE) {
                 shared_keys w = some_keys(&all, from, j->keys - from < TILE ? j->keys - from : TILE);
                 differentiate_region(j, &w, b.image, b.head, row * a->region_height, column * a->region_width);
@@ -206,9 +254,13 @@ EXPORTED(foveate_routed)(const call *a) {
     j.rows = a->height / a->region_height, j.columns = a->width / a->region_width;
     j.tokens = a->region_height * a->region_width;
     j.keys = a->topk * j.tokens;
-    j.team.tasks = a->batch * a->heads * (a->bands ? a->bands : j.rows);
-    j.team.scratch = scratch_of(j.keys);
-    if (!a->bands && j.tokens >= FEW) j.team.scratch = scratch_of_block(j.keys, a->dim, a->dim_v);
-    j.team.scratch += 8 * j.tokens; /* four tables of places, two floats wide */
+    const int small = j.tokens < FEW, backward = a->bands > 0;
+    const int64_t planes = a->batch * a->heads;
+    j.chunks = small ? parts_of(planes, a->threads, j.rows) : j.rows;
+    j.turned = j.tokens % 4 == 0 && (backward ? turning_pays(a->bands) : small && a->topk > 1 && turning_pays(j.chunks));
+    j.team.tasks = planes * (backward ? a->bands : j.chunks);
+    j.team.scratch = 8 * j.tokens; /* four tables of places, two floats wide */
+    j.team.scratch += small || backward ? scratch_of(j.keys) : scratch_of_block(j.keys, a->dim, a->dim_v);
+    if (j.turned) j.team.scratch += j.keys / 2 + a->height * a->width * (a->dim + (backward ? a->dim_v : 0));
     return share_out(a->parallel, a->threads, &j.team);
 }
