@@ -107,22 +107,23 @@ INLINE V power_of_2(V x) {
 #endif
 }
 
+/* Four numbers of each of four rows, as four columns that lie `step` apart. */
+INLINE void turn_square(const float *p, const float *q, const float *r, const float *s, float *to, int64_t step) {
+    F a = *(const F *)p, b = *(const F *)q, c = *(const F *)r, e = *(const F *)s;
+    F ab = MIX(a, b, 0, 4, 1, 5), ce = MIX(c, e, 0, 4, 1, 5), ba = MIX(a, b, 2, 6, 3, 7), ec = MIX(c, e, 2, 6, 3, 7);
+    *(F *)to = MIX(ab, ce, 0, 1, 4, 5), *(F *)(to + step) = MIX(ab, ce, 2, 3, 6, 7);
+    *(F *)(to + 2 * step) = MIX(ba, ec, 0, 1, 4, 5), *(F *)(to + 3 * step) = MIX(ba, ec, 2, 3, 6, 7);
+}
+
 /* Copy `count` rows of `dim` numbers to as many columns. */
 INLINE void transpose(const float *x, int64_t step, float *out, int64_t out_step, int64_t count, int64_t dim) {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4, x += 4 * step) {
         int64_t d = 0;
-        for (; d + 4 <= dim; d += 4) {
-            F a = *(const F *)(x + d), b = *(const F *)(x + step + d);
-            F c = *(const F *)(x + 2 * step + d), e = *(const F *)(x + 3 * step + d);
-            F ab = MIX(a, b, 0, 4, 1, 5), ce = MIX(c, e, 0, 4, 1, 5), ba = MIX(a, b, 2, 6, 3, 7);
-            F ec = MIX(c, e, 2, 6, 3, 7);
-            float *to = out + d * out_step + i;
-            *(F *)to = MIX(ab, ce, 0, 1, 4, 5);
-            *(F *)(to + out_step) = MIX(ab, ce, 2, 3, 6, 7);
-            *(F *)(to + 2 * out_step) = MIX(ba, ec, 0, 1, 4, 5);
-            *(F *)(to + 3 * out_step) = MIX(ba, ec, 2, 3, 6, 7);
-        }
+        for (; d + 4 <= dim; d += 4)
+            turn_square(
+                x + d, x + step + d, x + 2 * step + d, x + 3 * step + d, out + d * out_step + i, out_step
+            );
         for (; d < dim; d++) EACH(k, 4) out[d * out_step + i + k] = x[k * step + d];
     }
     for (; i < count; i++, x += step)

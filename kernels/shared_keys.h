@@ -1,5 +1,6 @@
-/* Four queries that share their keys, forward and backward: a lane is a channel, and the products of four queries with
- * some keys are summed across lanes together. Rows are given as places from the start of a map.
+/* Four queries that share their keys, forward and backward. For their products with keys that come in fours, a lane is a
+ * key, of rows that a task has transposed once; else a lane is a channel, and products are summed across lanes. In sums of
+ * rows a lane is a channel. Rows are given as places from the start of a map.
  */
 #include "lanes.h"
 
@@ -83,14 +84,8 @@ INLINE int turning_pays(int64_t tasks) { return tasks <= 4; }
 /* Transpose rows in fours, each to [dim][4]. */
 INLINE void turn_fours(const float *rows, const int64_t *place, int64_t fours, int64_t dim, float *out) {
     for (int64_t n = 0; n < fours; n++, place += 4)
-        for (int64_t d = 0; d < dim; d += 4, out += 16) {
-            F a = *(const F *)(rows + place[0] + d), b = *(const F *)(rows + place[1] + d);
-            F c = *(const F *)(rows + place[2] + d), e = *(const F *)(rows + place[3] + d);
-            F ab = MIX(a, b, 0, 4, 1, 5), ce = MIX(c, e, 0, 4, 1, 5), ba = MIX(a, b, 2, 6, 3, 7);
-            F ec = MIX(c, e, 2, 6, 3, 7);
-            *(F *)out = MIX(ab, ce, 0, 1, 4, 5), *(F *)(out + 4) = MIX(ab, ce, 2, 3, 6, 7);
-            *(F *)(out + 8) = MIX(ba, ec, 0, 1, 4, 5), *(F *)(out + 12) = MIX(ba, ec, 2, 3, 6, 7);
-        }
+        for (int64_t d = 0; d < dim; d += 4, out += 16)
+            turn_square(rows + place[0] + d, rows + place[1] + d, rows + place[2] + d, rows + place[3] + d, out, 4);
 }
 
 #define FOURS (LANES / 4)

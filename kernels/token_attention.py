@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import Backend, choose, default_scale, report
-from .token_attention_native import native, obstacle
+from .token_attention_native import obstacle, token_attention_native
 
 
 class Problem(NamedTuple):
@@ -24,9 +24,9 @@ def _native(problem: Problem) -> Tensor:
     query, key, value, bias, scale = problem
     scale = default_scale(query) if scale is None else scale
     if query.ndim == 7:
-        return native(query, key, value, bias, scale)
+        return token_attention_native(query, key, value, bias, scale)
     query, key, value = (x[:, None, None, :, None] for x in (query, key, value))
-    return native(query, key, value, bias, scale)[:, 0, 0, :, 0]
+    return token_attention_native(query, key, value, bias, scale)[:, 0, 0, :, 0]
 
 
 def _native_obstacle(problem: Problem) -> str | None:

@@ -93,6 +93,6 @@ def _(query, key, value, bias, scale):
     return _empty(query, value)
 
 
-def native(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def token_attention_native(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attend from ``[B, R, C, heads, h, w, dim]`` to the keys of the same R, C and heads; see `token_attention`."""
     return _operator(query, key, value, bias, scale)
