@@ -22,7 +22,9 @@ def attend_tokens(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, s
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     else:
-        return token_attention(q, k, v, bias, scale)
+        # torch.fx follows functions that a subclass in another file calls, with what stands for tensors.
+        operator = token_attention if isinstance(q, Tensor) else F.scaled_dot_product_attention
+        return operator(q, k, v, bias, scale=scale)
 
 
 def windows_stay(x: Tensor, num_heads: int, *layers: nn.Module) -> bool:
