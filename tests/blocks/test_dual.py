@@ -88,5 +88,5 @@ def test_convolution_is_the_linear_layer(size):
 def test_wrong_settings_are_one_line():
     with pytest.raises(ValueError, match="num_groups to divide dim; got dim 10, groups 3"):
         ChannelGroupAttention2d(10, 3)
-    with pytest.raises(ValueError, match="no backend 'gemm'; it has .*'onednn', 'onednn_trained'"):
+    with pytest.raises(ValueError, match=r"no backend 'gemm'; it has .*'onednn', 'onednn_trained'"):
         pointwise(torch.zeros(1, 1, 1, 2), torch.zeros(2, 2), backend="gemm")
