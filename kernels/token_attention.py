@@ -69,7 +69,7 @@ def token_attention(
         query: ``[B, heads, N, dim]``, any strides.
         key: ``[B, heads, M, dim]``.
         value: ``[B, heads, M, dim_v]``.
-        bias: Added to the scores, ``[B or 1, heads or 1, N, M]``.
+        bias: Added to the scores, ``[B, heads, N, M]``; an axis of 1 is for all.
         scale: Factor on the scores; ``dim ** -0.5`` by default.
         backend: ``"native"`` (CPU, in C, where it was compiled: float32, without gradients; a query is a lane of a
             vector) or ``"reference"`` (torch's own). By default native where it runs.
@@ -103,7 +103,7 @@ def window_attention(
         query: ``[B, rows, columns, heads, height, width, dim]``: so many windows of that size; any strides.
         key: The same, of any size of windows.
         value: As ``key``, with ``dim_v`` channels.
-        bias: Added to the scores of every window, ``[1, heads or 1, height * width, keys]``.
+        bias: Added to the scores of every window, ``[1, heads, height * width, keys]``; an axis of 1 is for all.
         scale: Factor on the scores; ``dim ** -0.5`` by default.
         backend: As for `token_attention`; the reference cuts the map.
 

@@ -44,11 +44,17 @@ def _layout(x: Tensor) -> tuple[int, ...]:
 
 
 def _bias_layout(bias: Tensor | None) -> tuple[int, ...]:
-    """Return where a bias ``[B, heads, N, M]`` lies, of which axes of one entry are the same for all."""
+    """Return where a bias ``[B or 1, heads or 1, N, M]`` lies; that of one image or head is for all."""
     if bias is None:
         return (0,) * 7
-    batch, head, query, key = (0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
-    return (bias.data_ptr(), batch, 0, 0, head, query, key)
+    batch, head = (0 if bias.shape[axis] == 1 else bias.stride(axis) for axis in range(2))
+    return (bias.data_ptr(), batch, 0, 0, head, *bias.stride()[2:])
+
+
+def _one_side_by_side(bias: Tensor, queries: int, keys: int) -> Tensor:
+    """Return a bias for so many queries and keys, or a copy, of which queries or keys lie side by side."""
+    bias = bias.expand(-1, -1, queries, keys)
+    return bias if 1 in bias.stride()[2:] else bias.contiguous()
 
 
 def _empty(query: Tensor, value: Tensor) -> Tensor:
@@ -63,16 +69,16 @@ def _operator(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
-    if bias is not None and 1 not in bias.stride()[2:]:
-        bias = bias.contiguous()
+    queries, keys = (x.shape[4] * x.shape[5] for x in (query, key))
+    bias = None if bias is None else _one_side_by_side(bias, queries, keys)
     out = _empty(query, value)
     call = _CALL.pack(
         torch.get_num_threads(),
         _library.parallel,
         *query.shape[:4],
-        query.shape[4] * query.shape[5],
+        queries,
         query.shape[5],
-        key.shape[4] * key.shape[5],
+        keys,
         key.shape[5],
         query.shape[6],
         value.shape[6],

@@ -258,8 +258,8 @@ def _tokens(draw) -> None:
         query, keys = (*windows, *sides[:2]), (*windows, *sides[2:])
     tensors = [_tensor(draw, *query, dim), _tensor(draw, *keys, dim), _tensor(draw, *keys, dim_v)]
     if biased := draw.random() < 0.5:
-        bias = _tensor(draw, draw.choice((1, whole)), draw.choice((1, heads)), *tokens)
-        unseen = torch.rand(tokens) < draw.choice((0.0, 0.5))
+        bias = _tensor(draw, *(draw.choice((1, most, most)) for most in (whole, heads, *tokens)))
+        unseen = torch.rand(bias.shape[2:]) < draw.choice((0.0, 0.5))
         unseen[:, 0] = False  # of queries that see nothing, the reference in double precision makes NaN
         tensors.append(bias.masked_fill(unseen, -torch.inf))
     if batch and draw.random() < 0.1:

@@ -35,12 +35,15 @@ def operands(batch, heads, queries, keys, dim, dim_v, like_a_map=False):
 
 
 def biases(batch, heads, queries, keys):
-    """Yield a bias of every kind: for all, for heads, for images, with the queries or nothing side by side."""
+    """Yield a bias of every kind: for all, heads, images, queries or keys; with the queries or nothing side by side."""
     yield torch.randn(1, 1, queries, keys)
     yield torch.randn(1, heads, queries, keys)
     yield torch.randn(batch, heads, keys, queries).transpose(2, 3)
     yield torch.randn(batch, 1, queries, keys, 3)[..., 1]
     yield torch.randn(1, heads, queries, 1).expand(-1, -1, -1, keys)
+    yield torch.randn(1, heads, queries, 2)[..., :1]  # one for all keys, beside others
+    yield torch.randn(1, heads, 2, keys)[:, :, :1]
+    yield torch.randn(batch, heads, 1, 1)
 
 
 @native
