@@ -65,7 +65,8 @@ def _empty(query: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("foveate::token_attention", mutates_args=(), device_types="cpu")
-def _operator(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def token_attention_native(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attend from ``[B, R, C, heads, h, w, dim]`` to the keys of the same R, C and heads; see `token_attention`."""
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
     query, key, value = contiguous_rows(query), contiguous_rows(key), contiguous_rows(value)
@@ -94,11 +95,6 @@ def _operator(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     return out
 
 
-@_operator.register_fake
+@token_attention_native.register_fake
 def _(query, key, value, bias, scale):
     return _empty(query, value)
-
-
-def token_attention_native(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attend from ``[B, R, C, heads, h, w, dim]`` to the keys of the same R, C and heads; see `token_attention`."""
-    return _operator(query, key, value, bias, scale)

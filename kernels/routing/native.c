@@ -43,14 +43,15 @@ INLINE void find_first_tokens(const job *j, const tensor *t, int64_t *place) {
         for (int64_t x = 0; x < j->a->region_width; x++) *place++ = offset(t, y, x);
 }
 
-/* Where in a map the tokens of a region's routes lie, by those of the first region. */
+/* Where in a map the tokens of a region lie, by those of the first one. */
+INLINE void find_region(const job *j, int64_t region, const tensor *t, const int64_t *first, int64_t *place) {
+    const int64_t row = region / j->columns, column = region - row * j->columns, tokens = j->tokens;
+    const int64_t corner = offset(t, row * j->a->region_height, column * j->a->region_width);
+    for (int64_t i = 0; i < tokens; i++) place[i] = corner + first[i];
+}
+
 INLINE void find_tokens(const job *j, const int64_t *routes, const tensor *t, const int64_t *first, int64_t *place) {
-    const int64_t tokens = j->tokens;
-    for (int64_t k = 0; k < j->a->topk; k++, place += tokens) {
-        const int64_t row = routes[k] / j->columns, column = routes[k] - row * j->columns;
-        const int64_t corner = offset(t, row * j->a->region_height, column * j->a->region_width);
-        for (int64_t i = 0; i < tokens; i++) place[i] = corner + first[i];
-    }
+    for (int64_t k = 0; k < j->a->topk; k++) find_region(j, routes[k], t, first, place + k * j->tokens);
 }
 
 /* Which fours of the map's tokens, region by region, a region's routes have. */
@@ -61,14 +62,13 @@ INLINE void find_fours(const job *j, const int64_t *routes, int64_t *four) {
 }
 
 /* Transpose a map of one head in fours of tokens, region by region; `place` is room for those of a region. */
-INLINE void turn_map(const job *j, const float *map, const tensor *t, const int64_t *first, int64_t dim, int64_t *place,
-                     float *out) {
-    for (int64_t row = 0; row < j->rows; row++)
-        for (int64_t column = 0; column < j->columns; column++, out += j->tokens * dim) {
-            const int64_t corner = offset(t, row * j->a->region_height, column * j->a->region_width);
-            for (int64_t i = 0; i < j->tokens; i++) place[i] = corner + first[i];
-            turn_fours(map, place, j->tokens / 4, dim, out);
-        }
+INLINE void turn_map(
+    const job *j, const float *map, const tensor *t, const int64_t *first, int64_t dim, int64_t *place, float *out
+) {
+    for (int64_t region = 0; region < j->rows * j->columns; region++) {
+        find_region(j, region, t, first, place);
+        turn_fours(map, place, j->tokens / 4, dim, out + region * j->tokens * dim);
+    }
 }
 
 /* A region of many tokens, whose first is at `top` and `left`. */

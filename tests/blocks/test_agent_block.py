@@ -119,6 +119,7 @@ def test_bfloat16_and_autocast_are_finite():
 
 
 def test_reset_parameters_draws_every_bias():
+    torch.manual_seed(0)  # of 18 numbers the deviation is outside of the bounds once in some hundred draws
     block = AgentTokenAttention(16, num_heads=2, agents=3, map_size=7, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in block.parameters():
