@@ -181,7 +181,9 @@ def test_second_derivatives_where_no_path_was_asked_for(with_lse):
 
 
 ROUTES, INDEX = torch.tensor([[[0, 1], [2, 1], [3, 0], [3, 2]]]), torch.tensor([[[[0, 3], [1, 5], [2, 2]]] * 2])
-LOCATIONS, PLACES = torch.rand(1, 5, 2, 1, 4, 2) / 2 + 0.2371, torch.rand(1, 1, 6, 2) - 0.4817
+DRAWN = torch.Generator().manual_seed(0)  # before any test sets a seed of its own
+LOCATIONS = torch.rand(1, 5, 2, 1, 4, 2, generator=DRAWN) / 2 + 0.2371
+PLACES = torch.rand(1, 1, 6, 2, generator=DRAWN) - 0.4817
 
 
 def _points(q, k, v, table):
@@ -268,7 +270,7 @@ def test_second_derivatives_of_points_of_maps():
     expected = penalty("gathers")
     for backend in (None, "bags") if native._library is None else (None, "bags", "native"):
         for actual, exact in zip(penalty(backend), expected, strict=True):
-            torch.testing.assert_close(actual, exact, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(actual, exact, rtol=0, atol=1e-5 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
