@@ -102,6 +102,7 @@ setup(
         library("foveate.kernels.quadtree._native", "kernels/quadtree/native.c"),
         library("foveate.kernels.routing._native", "kernels/routing/native.c"),
         library("foveate.kernels._deformable", "kernels/deformable.c"),
+        library("foveate.kernels._depthwise", "kernels/depthwise.c"),
         library("foveate.kernels._aggregated", "kernels/aggregated.c"),
         library("foveate.kernels._point_attention", "kernels/point_attention.c"),
         library("foveate.kernels._token_attention", "kernels/token_attention.c"),

@@ -15,6 +15,7 @@ from ..kernels.pointwise import pointwise
 from ..kernels.precision import full_precision
 from ..kernels.routing import routed_attention
 from ..kernels.routing.reference import cut_regions, routed_attention_weights
+from .depthwise import apply_depthwise
 from .initialize import init_linear
 from .plain import is_plain
 from .pointwise import apply_linear
@@ -207,9 +208,11 @@ class BiLevelRoutingAttention2d(nn.Module):
         weight, bias = self.qkv.weight, self.qkv.bias
         width_qk = 2 * x.shape[-1]
         qk_bias, v_bias = (None, None) if bias is None else (bias[:width_qk], bias[width_qk:])
-        routes = route(x, weight[:width_qk], qk_bias, height, width, self.topk)
         # Values by themselves: LePE needs them as a map without gaps, and queries and keys can be freed before it.
-        return pointwise(x, weight[:width_qk], qk_bias), pointwise(x, weight[width_qk:], v_bias), routes
+        qk, v = pointwise(x, weight[:width_qk], qk_bias), pointwise(x, weight[width_qk:], v_bias)
+        if qk.dtype.itemsize >= 4:  # means of what isn't rounded cost less than a second projection
+            return qk, v, route_projected(qk, height, width, self.topk)
+        return qk, v, route(x, weight[:width_qk], qk_bias, height, width, self.topk)
 
     def _call_projection(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv(x)
@@ -235,7 +238,8 @@ class BiLevelRoutingAttention2d(nn.Module):
             x = v
         x = attend(qk, x, self.num_heads, routes, region_height, region_width, self.scale)
         del qk
-        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        v = v.permute(0, 3, 1, 2)
+        lepe = (self.lepe(v) if torch.jit.is_scripting() else apply_depthwise(self.lepe, v)).permute(0, 2, 3, 1)
         x = x[:, :height, :width] + lepe[:, :height, :width]
         x = self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x)
         return x.permute(0, 3, 1, 2) if self.channels_first else x
@@ -355,7 +359,9 @@ class LePEAttention2d(nn.Module):
         channels = x.shape[-1]
         qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
         local = qkv[..., 2 * channels :] if self.lepe_of_value else x
-        lepe = self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        local = local.permute(0, 3, 1, 2)
+        lepe = self.lepe(local) if torch.jit.is_scripting() else apply_depthwise(self.lepe, local)
+        lepe = lepe.permute(0, 2, 3, 1)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = attend_tokens(q, k, v).transpose(1, 2).flatten(2)
         out = out.unflatten(1, (x.shape[1], x.shape[2])) + lepe

@@ -2,7 +2,8 @@
 
 oneDNN generates code for a depthwise convolution only while its kernel is narrow. Beyond that it is 5 to 40 times
 slower, though a dilated convolution is a plain one on each of its interleaved grids, and a wide one is fast on a map
-whose channels come last.
+whose channels come last. For the gradients of the weights it has such code up to 3x3, and is 9 to 25 times slower than
+it could be beyond; those of the map are a convolution as well, at which its forward pass is the faster one.
 """
 
 import functools
@@ -12,9 +13,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
-from . import onednn
-from .backends import Backend, channels_come_last, choose, exporting, report
+from . import depthwise_native, onednn
+from .backends import Backend, channels_come_last, choose, export_obstacle, exporting, is_transforming, report
+from .second_order import gradients_by, is_batched
 
 # How far a kernel may reach beside its centre: oneDNN keeps that many vectors in registers.
 _REACH = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
@@ -68,6 +71,44 @@ def _onednn(problem: Problem) -> Tensor:
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], "none")
 
 
+class _Convolution(Function):
+    """A convolution with gradients by oneDNN's forward pass, of the map, and in C, of the weights."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+        ctx.padding = padding
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs, again = ctx.needs_input_grad, torch.is_grad_enabled()
+        with torch.autocast("cpu", enabled=False):  # around the backward pass too; the forward pass was without
+            # Gradients that have gradients, and many at once (`is_grads_batched`), are those of torch's operators.
+            if again or is_batched(grad):
+                options = {"padding": ctx.padding, "groups": len(weight)}
+                of_operands = gradients_by(lambda *a: F.conv2d(*a, **options), grad, (x, weight), needs[:2], again)
+                return *of_operands, grad.sum((0, 2, 3)) if needs[2] else None, None
+            grad_x = grad_weight = grad_bias = None
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            if needs[0]:
+                padding = [size - 1 - p for size, p in zip(weight.shape[2:], ctx.padding, strict=True)]
+                grad_x = _like(F.conv2d(grad, weight.flip(2, 3), padding=padding, groups=len(weight)), x)
+            if needs[1] or needs[2]:
+                grad_weight, grad_bias = depthwise_native.weight_gradients(grad, x, weight.shape[2:], ctx.padding)
+            return grad_x, grad_weight, grad_bias if needs[2] else None, None
+
+
+def _trained(problem: Problem) -> Tensor:
+    return _finish(_Convolution.apply(problem.x, problem.weight, problem.bias, problem.padding), problem)
+
+
+def _convolution_or_trained(problem: Problem) -> Tensor:
+    refused = _trained_obstacle(problem) or _trained_drawback(problem)
+    return _convolution(problem) if refused else _trained(problem)
+
+
 @torch.library.custom_op("foveate::depthwise", mutates_args=(), device_types="cpu")
 def compiled_depthwise(
     x: Tensor,
@@ -99,7 +140,7 @@ def _with_channels_last(x: Tensor) -> Tensor:
 
 
 def _channels_last(problem: Problem) -> Tensor:
-    return _like(_convolution(problem._replace(x=_with_channels_last(problem.x))), problem.x)
+    return _like(_convolution_or_trained(problem._replace(x=_with_channels_last(problem.x))), problem.x)
 
 
 def _interleaved(problem: Problem) -> Tensor:
@@ -118,7 +159,7 @@ def _interleaved(problem: Problem) -> Tensor:
     rows, columns = (rows + fill_y) // dy, (columns + fill_x) // dx
     grids = maps.reshape(batch, rows, dy, columns, dx, channels).permute(2, 4, 0, 1, 3, 5)
     grids = grids.reshape(dy * dx * batch, rows, columns, channels).permute(0, 3, 1, 2)
-    out = F.conv2d(grids, weight, bias, padding=(py // dy, px // dx), groups=channels).permute(0, 2, 3, 1)
+    out = _convolution_or_trained(Problem(grids, weight, bias, (1, 1), (py // dy, px // dx))).permute(0, 2, 3, 1)
     rows, columns = out.shape[1:3]
     out = out.reshape(dy, dx, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
     out = out.reshape(batch, rows * dy, columns * dx, channels)[:, :height, :width]
@@ -151,6 +192,35 @@ def _channels_last_drawback(problem: Problem) -> str | None:
     return _drawback(problem)
 
 
+def _trained_obstacle(problem: Problem) -> str | None:
+    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
+        return "a compiler chooses itself"
+    if reason := export_obstacle():
+        return reason
+    if is_transforming():
+        return "torch.func and dual numbers take torch's plain operators"
+    x, weight, bias, dilation, padding = problem[:5]
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
+        if not tensor.is_cpu or tensor.dtype != torch.float32:
+            return f"it is for float32 on CPUs; got {tensor.dtype} on {tensor.device}"
+        if tensor.numel() == 0:
+            return f"it takes nothing empty; got {list(tensor.shape)}"
+    if max(dilation) > 1:
+        return "the kernel is dilated"
+    if any(p >= size for p, size in zip(padding, weight.shape[2:], strict=True)):
+        return "the padding is wider than the kernel reaches"
+    return depthwise_native.obstacle()
+
+
+def _trained_drawback(problem: Problem) -> str | None:
+    x, weight, bias = problem[:3]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, weight, bias) if t is not None):
+        return "no gradient is wanted"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the precision"
+    return "oneDNN is as fast at 3x3" if max(weight.shape[2:]) <= 3 else None
+
+
 def _onednn_obstacle(problem: Problem) -> str | None:
     if problem.residual and not all(length % 2 for length in problem.weight.shape[2:]):
         return "an even kernel has no centre to add the map by"
@@ -172,6 +242,7 @@ _BACKENDS: dict[str, Backend] = {
     "interleaved": Backend(_interleaved, _dilation_obstacle, _drawback),
     "channels_last": Backend(_channels_last, drawback=_channels_last_drawback),
     "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
+    "trained": Backend(_trained, _trained_obstacle, _trained_drawback),
     "convolution": Backend(_convolution),
 }
 

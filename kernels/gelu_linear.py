@@ -15,7 +15,7 @@ from torch.autograd import Function
 from . import onednn
 from .backends import Backend, choose, export_obstacle, is_transforming, report
 from .depthwise import depthwise_conv2d
-from .second_order import gradients_by
+from .second_order import gradients_by, is_batched
 
 # Numbers of a piece of the hidden map, for each thread.
 _PIECE = 2**19
@@ -94,13 +94,8 @@ class _Recomputed(Function):
         with torch.autocast("cpu", enabled=False):  # around the backward pass too; the forward pass was without
             # Gradients that have gradients, and many at once (`is_grads_batched`), are those of torch's operators.
             again = torch.is_grad_enabled()
-            gradients = _by_reference(problem, grad, needs, again) if again or _is_batched(grad) else None
+            gradients = _by_reference(problem, grad, needs, again) if again or is_batched(grad) else None
             return None, *(gradients or _gradients(problem, grad, needs))
-
-
-def _is_batched(grad: Tensor) -> bool:
-    """Return whether this stands for many gradients, which `torch.autograd.grad(is_grads_batched=True)` marks so."""
-    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
 
 
 def _by_onednn(problem: Problem) -> bool:

@@ -70,6 +70,11 @@ def gradients_by(
     return [grad_of.get(place) for place in range(len(operands))]
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Return whether this stands for many gradients, which `torch.autograd.grad(is_grads_batched=True)` marks so."""
+    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
+
+
 def _is_variable(x: Tensor | None) -> bool:
     return x is not None and x.is_floating_point()
 

@@ -379,13 +379,13 @@ def _aggregated(draw) -> None:
 
 def _maps(draw) -> None:
     """Compare depthwise convolutions, linear layers of maps, MLPs' second halves, and readings between pixels."""
-    batch, channels, height, width = draw.randint(0, 2), draw.randint(1, 20), draw.randint(1, 14), draw.randint(1, 14)
+    batch, channels, height, width = draw.randint(0, 2), draw.choice((1, 7, 20, 64, 70)), draw.randint(1, 14), draw.randint(1, 14)
     kernel, dilation = (draw.choice((1, 3, 5, 7)), draw.choice((1, 3, 5))), (draw.randint(1, 3), draw.randint(1, 3))
     x, gradients = _tensor(draw, batch, channels, height, width), draw.random() < 0.5
     _compare(
         lambda x, w, b, backend: depthwise_conv2d(x, w, b, dilation, backend=backend),
         [x, _tensor(draw, channels, 1, *kernel), _tensor(draw, channels)],
-        (None, "interleaved", "channels_last", "convolution"),
+        (None, "interleaved", "channels_last", "trained", "convolution"),
         "convolution",
         gradients,
     )

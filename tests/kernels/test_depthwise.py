@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foveate.blocks.depthwise import apply_depthwise
-from foveate.kernels import depthwise_backends, depthwise_conv2d, onednn
+from foveate.kernels import depthwise_backends, depthwise_conv2d, depthwise_native, onednn
 from foveate.kernels.depthwise import compiled_depthwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.versions
 
 BACKENDS = ("interleaved", "channels_last")
 CHANNELS_LAST = torch.channels_last
+needs_library = pytest.mark.skipif(depthwise_native._library is None, reason=str(depthwise_native._missing))
 
 
 def tensors(batch, channels, size, kernel, dtype=torch.float64, seed=0):
@@ -59,6 +60,84 @@ def test_every_backend_is_torchs_own(size, kernel, dilation, padding, batch, cha
         )
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@needs_library
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    kernel=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    padding=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([1, 3, 16, 64, 70, 131]),
+    memory_format=st.sampled_from([torch.contiguous_format, CHANNELS_LAST]),
+    residual=st.booleans(),
+    activation=st.sampled_from([None, "gelu"]),
+)
+def test_gradients_of_trained_weights(size, kernel, padding, batch, channels, memory_format, residual, activation):
+    padding = [min(p, k - 1) for p, k in zip(padding, kernel, strict=True)]
+    if residual:
+        kernel = [k | 1 for k in kernel]
+        padding = [k // 2 for k in kernel]
+    if any(n + 2 * p < k for n, k, p in zip(size, kernel, padding, strict=True)):
+        return
+    exact = tensors(batch, channels, size, kernel)
+    options = {"padding": padding, "residual": residual, "activation": activation}
+    expected = with_gradients(lambda *a: depthwise_conv2d(*a, backend="convolution", **options), *exact)
+    x, weight, bias = (t.float() for t in exact)
+    x = x.contiguous(memory_format=memory_format)
+    actual = with_gradients(lambda *a: depthwise_conv2d(*a, backend="trained", **options), x, weight, bias)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5 * max(1, theirs.abs().max().item()), rtol=0)
+
+
+@needs_library
+def test_what_autograd_asks_of_trained_weights():
+    """Gradients wherever they lie, of some operands alone, many at once, and of gradients."""
+    x, weight, bias = (t.float() for t in tensors(2, 70, (9, 6), (5, 5)))
+    maps = F.pad(x, (0, 0, 0, 0, 1, 2)).contiguous(memory_format=CHANNELS_LAST)[:, 1:71].requires_grad_()
+    assert maps.stride(1) == 1
+    weight.requires_grad_(), bias.requires_grad_()
+    options = {"padding": 2, "backend": "trained"}
+
+    def gradients(leaves, backend="trained", **how):
+        out = depthwise_conv2d(maps, weight, bias, backend=backend)
+        return torch.autograd.grad(out.square().sum(), leaves, **how)  # its gradient lies in memory as the output does
+
+    def check(actual, expected):
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
+
+    for leaves in ((maps,), (weight,), (bias,), (weight, bias), (maps, weight, bias)):
+        check(gradients(leaves), gradients(leaves, "convolution"))
+    out, expected = depthwise_conv2d(maps, weight, bias, **options), depthwise_conv2d(maps, weight, bias, 1, 2)
+    constant = torch.ones(()).expand_as(out)  # of strides 0
+    check(torch.autograd.grad(out, weight, constant), torch.autograd.grad(expected, weight, constant))
+    many = torch.randn(3, *out.shape)
+    outs = [depthwise_conv2d(maps, weight, bias, backend=backend) for backend in ("trained", "convolution")]
+    check(*(torch.autograd.grad(out, (maps, weight, bias), many, is_grads_batched=True) for out in outs))
+    twice = []
+    for backend in ("trained", "convolution"):
+        first = gradients((maps, weight, bias), backend, create_graph=True)
+        twice.append(torch.autograd.grad(sum(g.square().sum() for g in first), (maps, weight, bias)))
+    check(*twice)
+
+
+@needs_library
+def test_the_choice_of_trained_weights():
+    x, weight = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 5, 5, requires_grad=True)
+    assert depthwise_backends(x, weight)["trained"] == "chosen"
+    assert depthwise_backends(x, weight[..., 1:4, 1:4])["convolution"] == "chosen"
+    assert depthwise_backends(x, weight.detach())["convolution"] == "chosen"
+    assert "padding is wider" in depthwise_backends(x, weight, padding=5)["trained"]
+    assert "is dilated" in depthwise_backends(x, weight, dilation=2)["trained"]
+    assert "float32 on CPUs" in depthwise_backends(x.double(), weight.double())["trained"]
+    assert "nothing empty" in depthwise_backends(x[:0], weight)["trained"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert depthwise_backends(x, weight)["convolution"] == "chosen"
+    torch.func.grad(lambda w: depthwise_conv2d(x, w).sum())(weight.detach())
+    compiled = torch.compile(depthwise_conv2d, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), depthwise_conv2d(x, weight))
 
 
 # Odd sizes, sizes below the kernel, and maps of one pixel, at the kernels of VAN, MSCAN and OverLoCK.
@@ -134,7 +213,7 @@ def test_what_follows_a_convolution(kernel, memory_format):
             out = depthwise_conv2d(x, weight, bias, **options, backend=backend)
             assert out.is_contiguous(memory_format=memory_format)
             torch.testing.assert_close(out.double(), expected[0], atol=1e-5, rtol=1e-5)
-            if backend == "onednn":
+            if backend in ("onednn", "trained"):  # float32 alone; the second by itself below
                 continue
             gradients = with_gradients(lambda *a, o=options, b=backend: depthwise_conv2d(*a, **o, backend=b), *tensors_)
             torch.testing.assert_close(gradients, expected)

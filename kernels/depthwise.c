@@ -1,0 +1,127 @@
+/* The gradients of a depthwise convolution's weights on CPU cores, at stride 1, float32: for each place of the kernel the
+ * sum of products of the output's gradient and of the inputs that it saw there.
+ *
+ * A lane is a channel. A task is some channels of some rows of an image. It copies each row of the map once, with the
+ * padding around it, beside the rows before it that the kernel still sees, so that products read lines of the nearest
+ * cache at distances that the compiler knows.
+ *
+ * Nothing here knows torch.
+ */
+#include "lanes.h"
+
+#define STEP 64 /* channels of a task */
+
+/* Address and strides in numbers; channels lie side by side. */
+typedef struct {
+    int64_t data, image, row, column;
+} tensor;
+
+/* One call, as depthwise_native.py packs it: eight bytes a field. */
+typedef struct {
+    int64_t threads, parallel, images, channels, height, width, out_height, out_width, kernel_height, kernel_width;
+    int64_t pad_y, pad_x;
+    tensor x, grad;
+    int64_t parts, sums; /* parts of an image's rows; [images][parts][kernel + 1][channels], the bias's behind */
+} call;
+
+typedef struct {
+    team team;
+    const call *a;
+    int64_t groups, rows; /* of channels, and of a part */
+} job;
+
+/* What a task works on, and in: rows of padded columns, each of STEP channels, as many in the ring as in the kernel. */
+typedef struct {
+    int64_t image, channel, channels, wide;
+    float *ring, *grad, *sums;
+} task;
+
+INLINE const float *row_of(const tensor *map, const task *t, int64_t y) {
+    return (const float *)(intptr_t)map->data + t->image * map->image + y * map->row + t->channel;
+}
+
+/* The row of the ring that is so many behind its `first`. */
+INLINE float *ring_row(const call *a, const task *t, int64_t first, int64_t k) {
+    k += first;
+    return t->ring + (k < a->kernel_height ? k : k - a->kernel_height) * t->wide * STEP;
+}
+
+/* Copy row `y` of the padded map to its place. */
+INLINE void take_row(const call *a, const task *t, int64_t y) {
+    float *to = ring_row(a, t, y % a->kernel_height, 0) + a->pad_x * STEP;
+    if (y < a->pad_y || y >= a->pad_y + a->height) {
+        memset(to, 0, a->width * STEP * sizeof(float));
+        return;
+    }
+    const float *x = row_of(&a->x, t, y - a->pad_y);
+    for (int64_t i = 0; i < a->width; i++, x += a->x.column, to += STEP) memcpy(to, x, t->channels * sizeof(float));
+}
+
+/* Copy row `y` of the output's gradient, and add it to the bias's. */
+INLINE void take_grad(const call *a, const task *t, int64_t y, float *bias) {
+    const float *x = row_of(&a->grad, t, y);
+    float *to = t->grad;
+    for (int64_t i = 0; i < a->out_width; i++, x += a->grad.column, to += STEP) {
+        memcpy(to, x, t->channels * sizeof(float));
+        EACH(v, STEP / LANES) store(bias + v * LANES, load(bias + v * LANES) + load(to + v * LANES));
+    }
+}
+
+/* Add to `taps` sums the products of a row of gradients and as many rows of inputs, each a column further. */
+INLINE void sum_taps(const float *x, const float *grad, int64_t width, float *sum, const int taps) {
+    V sums[4][3] = {0}; /* of every fourth column: one would wait for itself */
+    int64_t i = 0;
+    for (; i + 4 <= width; i += 4)
+        EACH(n, 4) {
+            const V g = load(grad + (i + n) * STEP);
+            EACH(k, taps) sums[n][k] += g * load(x + (i + n + k) * STEP);
+        }
+    for (; i < width; i++) {
+        const V g = load(grad + i * STEP);
+        EACH(k, taps) sums[0][k] += g * load(x + (i + k) * STEP);
+    }
+    EACH(k, taps) store(sum + k * STEP, load(sum + k * STEP) + ((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])));
+}
+
+/* Add what a row of gradients, from which row `first` of the ring is the first that the kernel saw, makes of a vector. */
+INLINE void sum_row(const call *a, const task *t, int64_t first, int64_t channel) {
+    float *sum = t->sums + channel;
+    const float *grad = t->grad + channel;
+    for (int64_t k = 0; k < a->kernel_height; k++) {
+        const float *x = ring_row(a, t, first, k) + channel;
+        int64_t n = a->kernel_width;
+        for (; n >= 3; n -= 3, x += 3 * STEP, sum += 3 * STEP) sum_taps(x, grad, a->out_width, sum, 3);
+        if (n == 2) sum_taps(x, grad, a->out_width, sum, 2), sum += 2 * STEP;
+        if (n == 1) sum_taps(x, grad, a->out_width, sum, 1), sum += STEP;
+    }
+}
+
+static void sum_products(const team *team, int64_t number, float *scratch) {
+    const job *j = (const job *)team;
+    const call *a = j->a;
+    const int64_t taps = a->kernel_height * a->kernel_width, part = number / j->groups % a->parts;
+    const int64_t from = part * j->rows, end = from + j->rows < a->out_height ? from + j->rows : a->out_height;
+    task t = {number / j->groups / a->parts, number % j->groups * STEP};
+    t.channels = a->channels - t.channel < STEP ? a->channels - t.channel : STEP;
+    t.wide = a->width + 2 * a->pad_x;
+    t.ring = scratch, t.grad = t.ring + a->kernel_height * t.wide * STEP, t.sums = t.grad + a->out_width * STEP;
+    memset(scratch, 0, j->team.scratch * sizeof(float)); /* padding, channels that there aren't, and sums */
+    for (int64_t y = from; y < from + a->kernel_height - 1; y++) take_row(a, &t, y);
+    for (int64_t y = from; y < end; y++) {
+        take_row(a, &t, y + a->kernel_height - 1);
+        take_grad(a, &t, y, t.sums + taps * STEP);
+        for (int64_t c = 0; c < t.channels; c += LANES) sum_row(a, &t, y % a->kernel_height, c);
+    }
+    float *to = (float *)(intptr_t)a->sums + (t.image * a->parts + part) * (taps + 1) * a->channels + t.channel;
+    for (int64_t k = 0; k <= taps; k++, to += a->channels)
+        memcpy(to, t.sums + k * STEP, t.channels * sizeof(float));
+}
+
+EXPORTED(foveate_depthwise_weights)(const call *a) {
+    job j = {.team.run = sum_products, .a = a};
+    j.groups = (a->channels + STEP - 1) / STEP;
+    j.rows = (a->out_height + a->parts - 1) / a->parts;
+    j.team.tasks = a->images * j.groups * a->parts;
+    j.team.scratch = (a->kernel_height * (a->width + 2 * a->pad_x + a->kernel_width) + a->out_width + 1) * STEP;
+    return share_out(a->parallel, a->threads, &j.team);
+}

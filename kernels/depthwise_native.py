@@ -1,0 +1,74 @@
+"""The gradients of a depthwise convolution's weights in C for CPUs: loads ``depthwise.c``.
+
+See `neighborhood.native` for how such a library is built and called.
+"""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .neighborhood.native import load_function
+
+# `call` in depthwise.c.
+_CALL = struct.Struct("=22q")
+# Channels of a task.
+_STEP = 64
+
+_library, _missing = load_function(Path(__file__).with_name("_depthwise.c.so"), "foveate_depthwise_weights")
+
+
+def obstacle() -> str | None:
+    """Return why these gradients cannot be computed in C, or None if they can."""
+    return _missing
+
+
+def weight_gradients(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the weight ``[C, 1, h, w]`` and the bias of a depthwise convolution at stride 1.
+
+    Args:
+        grad: The output's, ``[B, C, H', W']``, float32, of any strides; no copy is made where channels come last.
+        x: The map ``[B, C, H, W]``, likewise.
+        kernel: h and w.
+        padding: Zeros on each side of the map, of rows and of columns.
+    """
+    if _library is None:
+        raise RuntimeError(f"foveate's native path cannot run: {_missing}")
+    grad, x = _channels_side_by_side(grad), _channels_side_by_side(x)
+    (batch, channels), rows, taps = x.shape[:2], grad.shape[2], kernel[0] * kernel[1]
+    parts = _parts(batch * -(-channels // _STEP), rows)
+    sums = x.new_empty(batch * parts, taps + 1, channels)
+    call = _CALL.pack(
+        torch.get_num_threads(),
+        _library.parallel,
+        *x.shape,
+        *grad.shape[2:],
+        *kernel,
+        *padding,
+        *_layout(x),
+        *_layout(grad),
+        parts,
+        sums.data_ptr(),
+    )
+    if _library.call(call):
+        raise RuntimeError("foveate's native gradients of a depthwise convolution failed: out of memory")
+    total = sums.sum(0)
+    return total[:taps].t().reshape(channels, 1, *kernel), total[taps]
+
+
+def _parts(tasks: int, rows: int) -> int:
+    """Return into how many parts the rows of so many tasks are cut, for every thread to have two; none is empty."""
+    wanted = -(-2 * torch.get_num_threads() // tasks)
+    return -(-rows // -(-rows // min(wanted, rows)))
+
+
+def _channels_side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+def _layout(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), x.stride(0), *x.stride()[2:])
