@@ -25,9 +25,7 @@ def obstacle() -> str | None:
     return _missing
 
 
-def weight_gradients(
-    grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def weight_gradients(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight ``[C, 1, h, w]`` and the bias of a depthwise convolution at stride 1.
 
     Args:

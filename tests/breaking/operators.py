@@ -379,7 +379,8 @@ def _aggregated(draw) -> None:
 
 def _maps(draw) -> None:
     """Compare depthwise convolutions, linear layers of maps, MLPs' second halves, and readings between pixels."""
-    batch, channels, height, width = draw.randint(0, 2), draw.choice((1, 7, 20, 64, 70)), draw.randint(1, 14), draw.randint(1, 14)
+    batch, channels = draw.randint(0, 2), draw.choice((1, 7, 20, 64, 70))
+    height, width = draw.randint(1, 14), draw.randint(1, 14)
     kernel, dilation = (draw.choice((1, 3, 5, 7)), draw.choice((1, 3, 5))), (draw.randint(1, 3), draw.randint(1, 3))
     x, gradients = _tensor(draw, batch, channels, height, width), draw.random() < 0.5
     _compare(
