@@ -156,8 +156,13 @@ _BACKENDS: dict[str, Backend] = {
 _BLAS_FIRST = {"linear": _BACKENDS["linear"], **_BACKENDS}
 
 
-def _preferred(dtype: torch.dtype) -> dict[str, Backend]:
-    return _BLAS_FIRST if dtype == torch.float32 and onednn.is_slower_than_blas() else _BACKENDS
+def _blas_is_faster(x: Tensor, weight: Tensor) -> bool:
+    # Of a weight that fits at all; torch says best what doesn't.
+    return x.dtype == torch.float32 and weight.ndim > 1 and onednn.is_slower_than_blas(weight.shape[1], weight.shape[0])
+
+
+def _preferred(x: Tensor, weight: Tensor) -> dict[str, Backend]:
+    return _BLAS_FIRST if _blas_is_faster(x, weight) else _BACKENDS
 
 
 def pointwise(
@@ -176,8 +181,9 @@ def pointwise(
         backend: ``"linear"``, the reference, ``"onednn"`` (float32 or bfloat16 on CPUs, without gradients: one operator
             with the activation in it), ``"onednn_trained"`` (float32 on CPUs: its products, for the gradients too) or
             ``"convolution"``, a 1x1 one. By default oneDNN where it can run. With gradients in float32 on a CPU, the
-            convolution on several threads, and on a single one oneDNN's products where the BLAS is slow. On processors
-            with AVX2 alone, whose BLAS is faster, linear in float32.
+            convolution on several threads, and on a single one oneDNN's products where the BLAS is slow. Where the
+            BLAS is faster, linear in float32: on processors with AVX2 alone, and at most layers on Intel's with
+            AVX-512.
         activation: ``"gelu"``, or None.
 
     Returns:
@@ -191,12 +197,13 @@ def pointwise(
         torch.Size([1, 5, 7, 32])
     """
     problem = Problem(x, weight, bias, activation)
-    return _BACKENDS[choose("pointwise", _preferred(x.dtype), problem, backend)].run(problem)
+    return _BACKENDS[choose("pointwise", _preferred(x, weight), problem, backend)].run(problem)
 
 
 def outruns_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether `pointwise` is faster than a 1x1 convolution of the same positions, with the channels last."""
-    # By the BLAS too, where that outruns oneDNN.
+    if x.is_cpu and _blas_is_faster(x, weight):
+        return True
     return _onednn_obstacle(Problem(x, weight, bias, None)) is None and onednn.drawback() is None
 
 
@@ -208,4 +215,4 @@ def pointwise_backends(
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    return report("pointwise", _preferred(x.dtype), Problem(x, weight, bias, None), backend)
+    return report("pointwise", _preferred(x, weight), Problem(x, weight, bias, None), backend)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from foveate.blocks.pointwise import apply_linear_gelu, apply_pointwise
 from foveate.kernels import onednn, pointwise_backends
-from foveate.kernels.pointwise import pointwise
+from foveate.kernels.pointwise import outruns_convolution, pointwise
 
 pytestmark = pytest.mark.versions
 
@@ -54,7 +54,7 @@ def test_bfloat16_is_rounded_once(activation):
 
 
 def test_what_is_chosen(monkeypatch):
-    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda: False)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda *channels: False)
     x, weight = torch.randn(2, 5, 7, 24), torch.nn.Parameter(torch.randn(40, 24))
     assert "has no derivatives" in pointwise_backends(x, weight)["onednn"]
     with torch.no_grad():
@@ -68,8 +68,24 @@ def test_what_is_chosen(monkeypatch):
             assert "no oneDNN" in pointwise_backends(x, weight)["onednn"]
 
 
+def test_where_the_blas_is_faster(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for isa, amd, fast in (("AVX2", True, {16, 128, 2048}), ("AVX512", False, {128}), ("AVX512", True, set())):
+        monkeypatch.setattr(onednn, "_capability", lambda isa=isa: isa)
+        monkeypatch.setattr(onednn, "_is_amd", lambda amd=amd: amd)
+        assert {n for n in (16, 128, 2048) if onednn.is_slower_than_blas(n, n)} == fast
+    assert not onednn.is_slower_than_blas(1024, 16)
+    monkeypatch.setattr(onednn, "_is_amd", lambda: False)
+    conv = torch.nn.Conv2d(128, 8, 1)
+    x = torch.randn(1, 128, 3, 3)
+    assert outruns_convolution(x, conv.weight, conv.bias)
+    assert not outruns_convolution(x[:, :64], conv.weight[:, :64], conv.bias)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not outruns_convolution(x, conv.weight, conv.bias)
+
+
 def test_a_fast_blas_is_taken(monkeypatch):
-    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda: True)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda *channels: True)
     x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24)
     threads = torch.get_num_threads()
     try:
@@ -154,7 +170,7 @@ def test_what_is_frozen_gets_no_gradient():
 
 def test_products_of_onednn_are_for_a_slow_blas_and_one_thread(monkeypatch):
     x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24, requires_grad=True)
-    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda: False)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda *channels: False)
     threads = torch.get_num_threads()
     try:
         for slow, count, chosen in ((True, 1, "onednn_trained"), (False, 1, "linear"), (True, 2, "convolution")):
