@@ -10,6 +10,7 @@ from timm.layers import LayerNorm2d, register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels.bilinear import neighbors, sample_aligned
+from ..kernels.depthwise import depthwise_conv2d
 from ..kernels.point_attention import displacement_bias, point_attention
 from .layout import channels_last
 from .plain import is_plain
@@ -276,7 +277,7 @@ class DeformableAttention2d(nn.Module):
         # All groups at once, with the shared kernel repeated: the map need not be copied group by group.
         weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias
         bias = None if bias is None else bias.repeat(self.groups)
-        offset = F.conv2d(q, weight, bias, self.stride, self.padding, groups=q.shape[1])
+        offset = depthwise_conv2d(q, weight, bias, padding=self.padding, stride=self.stride)
         return offset.unflatten(1, (self.groups, -1)).flatten(0, 1)
 
     def _keys_values(self, x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

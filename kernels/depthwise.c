@@ -1,4 +1,4 @@
-/* The gradients of a depthwise convolution's weights on CPU cores, at stride 1, float32: for each place of the kernel the
+/* The gradients of a depthwise convolution's weights on CPU cores, float32: for each place of the kernel the
  * sum of products of the output's gradient and of the inputs that it saw there.
  *
  * A lane is a channel. A task is some channels of some rows of an image. It copies each row of the map once, with the
@@ -19,7 +19,7 @@ typedef struct {
 /* One call, as depthwise_native.py packs it: eight bytes a field. */
 typedef struct {
     int64_t threads, parallel, images, channels, height, width, out_height, out_width, kernel_height, kernel_width;
-    int64_t pad_y, pad_x;
+    int64_t pad_y, pad_x, stride_y, stride_x;
     tensor x, grad;
     int64_t parts, sums; /* parts of an image's rows; [images][parts][kernel + 1][channels], the bias's behind */
 } call;
@@ -67,18 +67,18 @@ INLINE void take_grad(const call *a, const task *t, int64_t y, float *bias) {
     }
 }
 
-/* Add to `taps` sums the products of a row of gradients and as many rows of inputs, each a column further. */
-INLINE void sum_taps(const float *x, const float *grad, int64_t width, float *sum, const int taps) {
+/* Add to `taps` sums the products of a row of gradients and of inputs so far apart, for each sum a column further. */
+INLINE void sum_taps(const float *x, int64_t apart, const float *grad, int64_t width, float *sum, const int taps) {
     V sums[4][3] = {0}; /* of every fourth column: one would wait for itself */
     int64_t i = 0;
     for (; i + 4 <= width; i += 4)
         EACH(n, 4) {
             const V g = load(grad + (i + n) * STEP);
-            EACH(k, taps) sums[n][k] += g * load(x + (i + n + k) * STEP);
+            EACH(k, taps) sums[n][k] += g * load(x + (i + n) * apart + k * STEP);
         }
     for (; i < width; i++) {
         const V g = load(grad + i * STEP);
-        EACH(k, taps) sums[0][k] += g * load(x + (i + k) * STEP);
+        EACH(k, taps) sums[0][k] += g * load(x + i * apart + k * STEP);
     }
     EACH(k, taps) store(sum + k * STEP, load(sum + k * STEP) + ((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])));
 }
@@ -87,12 +87,13 @@ INLINE void sum_taps(const float *x, const float *grad, int64_t width, float *su
 INLINE void sum_row(const call *a, const task *t, int64_t first, int64_t channel) {
     float *sum = t->sums + channel;
     const float *grad = t->grad + channel;
+    const int64_t apart = a->stride_x * STEP;
     for (int64_t k = 0; k < a->kernel_height; k++) {
         const float *x = ring_row(a, t, first, k) + channel;
         int64_t n = a->kernel_width;
-        for (; n >= 3; n -= 3, x += 3 * STEP, sum += 3 * STEP) sum_taps(x, grad, a->out_width, sum, 3);
-        if (n == 2) sum_taps(x, grad, a->out_width, sum, 2), sum += 2 * STEP;
-        if (n == 1) sum_taps(x, grad, a->out_width, sum, 1), sum += STEP;
+        for (; n >= 3; n -= 3, x += 3 * STEP, sum += 3 * STEP) sum_taps(x, apart, grad, a->out_width, sum, 3);
+        if (n == 2) sum_taps(x, apart, grad, a->out_width, sum, 2), sum += 2 * STEP;
+        if (n == 1) sum_taps(x, apart, grad, a->out_width, sum, 1), sum += STEP;
     }
 }
 
@@ -106,11 +107,11 @@ static void sum_products(const team *team, int64_t number, float *scratch) {
     t.wide = a->width + 2 * a->pad_x;
     t.ring = scratch, t.grad = t.ring + a->kernel_height * t.wide * STEP, t.sums = t.grad + a->out_width * STEP;
     memset(scratch, 0, j->team.scratch * sizeof(float)); /* padding, channels that there aren't, and sums */
-    for (int64_t y = from; y < from + a->kernel_height - 1; y++) take_row(a, &t, y);
-    for (int64_t y = from; y < end; y++) {
-        take_row(a, &t, y + a->kernel_height - 1);
+    for (int64_t y = from, taken = from * a->stride_y; y < end; y++) {
+        const int64_t first = y * a->stride_y;
+        for (taken = taken < first ? first : taken; taken < first + a->kernel_height; taken++) take_row(a, &t, taken);
         take_grad(a, &t, y, t.sums + taps * STEP);
-        for (int64_t c = 0; c < t.channels; c += LANES) sum_row(a, &t, y % a->kernel_height, c);
+        for (int64_t c = 0; c < t.channels; c += LANES) sum_row(a, &t, first % a->kernel_height, c);
     }
     float *to = (float *)(intptr_t)a->sums + (t.image * a->parts + part) * (taps + 1) * a->channels + t.channel;
     for (int64_t k = 0; k <= taps; k++, to += a->channels)

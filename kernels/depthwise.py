@@ -1,4 +1,4 @@
-"""A convolution of each channel by itself, at stride 1, with kernels that processors' libraries are slow at.
+"""A convolution of each channel by itself, with kernels that processors' libraries are slow at.
 
 oneDNN generates code for a depthwise convolution only while its kernel is narrow. Beyond that it is 5 to 40 times
 slower, though a dilated convolution is a plain one on each of its interleaved grids, and a wide one is fast on a map
@@ -26,7 +26,7 @@ NARROW = 2 * _REACH + 1
 
 
 class Problem(NamedTuple):
-    """A call of `depthwise_conv2d`; dilation and padding as (y, x)."""
+    """A call of `depthwise_conv2d`; dilation, padding and stride as (y, x)."""
 
     x: Tensor
     weight: Tensor
@@ -35,15 +35,16 @@ class Problem(NamedTuple):
     padding: tuple[int, int]
     residual: bool = False
     activation: str | None = None
+    stride: tuple[int, int] = (1, 1)
 
     def output_size(self) -> list[int]:
-        sizes = zip(self.x.shape[2:], self.weight.shape[2:], self.dilation, self.padding, strict=True)
-        return [size + 2 * p - d * (k - 1) for size, k, d, p in sizes]
+        sizes = zip(self.x.shape[2:], self.weight.shape[2:], self.dilation, self.padding, self.stride, strict=True)
+        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, d, p, s in sizes]
 
 
 def _convolution(problem: Problem) -> Tensor:
     x, weight, bias, dilation, padding = problem[:5]
-    return _finish(F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=len(weight)), problem)
+    return _finish(F.conv2d(x, weight, bias, problem.stride, padding, dilation, len(weight)), problem)
 
 
 def _finish(out: Tensor, problem: Problem) -> Tensor:
@@ -72,13 +73,13 @@ def _onednn(problem: Problem) -> Tensor:
 
 
 class _Convolution(Function):
-    """A convolution with gradients by oneDNN's forward pass, of the map, and in C, of the weights."""
+    """A convolution with gradients of the map by oneDNN's forward pass, and of the weights in C."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
-        ctx.padding = padding
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple) -> Tensor:
+        ctx.stride, ctx.padding = stride, padding
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,21 +88,28 @@ class _Convolution(Function):
         with torch.autocast("cpu", enabled=False):  # around the backward pass too; the forward pass was without
             # Gradients that have gradients, and many at once (`is_grads_batched`), are those of torch's operators.
             if again or is_batched(grad):
-                options = {"padding": ctx.padding, "groups": len(weight)}
+                options = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
                 of_operands = gradients_by(lambda *a: F.conv2d(*a, **options), grad, (x, weight), needs[:2], again)
-                return *of_operands, grad.sum((0, 2, 3)) if needs[2] else None, None
-            grad_x = grad_weight = grad_bias = None
+                return *of_operands, grad.sum((0, 2, 3)) if needs[2] else None, None, None
             grad = grad.contiguous(memory_format=torch.channels_last)
-            if needs[0]:
-                padding = [size - 1 - p for size, p in zip(weight.shape[2:], ctx.padding, strict=True)]
-                grad_x = _like(F.conv2d(grad, weight.flip(2, 3), padding=padding, groups=len(weight)), x)
+            grad_x = _map_gradient(grad, x, weight, ctx.stride, ctx.padding) if needs[0] else None
+            grad_weight = grad_bias = None
             if needs[1] or needs[2]:
-                grad_weight, grad_bias = depthwise_native.weight_gradients(grad, x, weight.shape[2:], ctx.padding)
-            return grad_x, grad_weight, grad_bias if needs[2] else None, None
+                kernel = weight.shape[2:]
+                grad_weight, grad_bias = depthwise_native.weight_gradients(grad, x, kernel, ctx.padding, ctx.stride)
+            return grad_x, grad_weight, grad_bias if needs[2] else None, None, None
+
+
+def _map_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
+    if stride != (1, 1):
+        options = (None, stride, padding, (1, 1), False, (0, 0), len(weight), (True, False, False))
+        return torch.ops.aten.convolution_backward(grad, x, weight, *options)[0]
+    padding = [size - 1 - p for size, p in zip(weight.shape[2:], padding, strict=True)]
+    return _like(F.conv2d(grad, weight.flip(2, 3), padding=padding, groups=len(weight)), x)
 
 
 def _trained(problem: Problem) -> Tensor:
-    return _finish(_Convolution.apply(problem.x, problem.weight, problem.bias, problem.padding), problem)
+    return _finish(_Convolution.apply(*problem[:3], problem.stride, problem.padding), problem)
 
 
 def _convolution_or_trained(problem: Problem) -> Tensor:
@@ -166,8 +174,12 @@ def _interleaved(problem: Problem) -> Tensor:
     return _finish(_like(out.permute(0, 3, 1, 2), x), problem)
 
 
+def _stride_obstacle(problem: Problem) -> str | None:
+    return None if problem.stride == (1, 1) else "it has no strides"
+
+
 def _dilation_obstacle(problem: Problem) -> str | None:
-    return None if max(problem.dilation) > 1 else "the kernel is not dilated"
+    return _stride_obstacle(problem) or (None if max(problem.dilation) > 1 else "the kernel is not dilated")
 
 
 def _drawback(problem: Problem) -> str | None:
@@ -224,6 +236,8 @@ def _trained_drawback(problem: Problem) -> str | None:
 def _onednn_obstacle(problem: Problem) -> str | None:
     if problem.residual and not all(length % 2 for length in problem.weight.shape[2:]):
         return "an even kernel has no centre to add the map by"
+    if reason := _stride_obstacle(problem):
+        return reason
     if problem.residual and problem.x.dtype == torch.bfloat16:
         return "a weight in bfloat16 is lost beside the 1 that adds the map"
     return onednn.obstacle(*problem[:3])
@@ -240,7 +254,7 @@ def _onednn_drawback(problem: Problem) -> str | None:
 # In order of preference.
 _BACKENDS: dict[str, Backend] = {
     "interleaved": Backend(_interleaved, _dilation_obstacle, _drawback),
-    "channels_last": Backend(_channels_last, drawback=_channels_last_drawback),
+    "channels_last": Backend(_channels_last, _stride_obstacle, _channels_last_drawback),
     "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
     "trained": Backend(_trained, _trained_obstacle, _trained_drawback),
     "convolution": Backend(_convolution),
@@ -255,15 +269,16 @@ def _problem(
     padding: int | tuple[int, int] | None,
     residual: bool,
     activation: str | None,
+    stride: int | tuple[int, int],
 ) -> Problem:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[:2] != (x.shape[1], 1):
         raise ValueError(
             "a depthwise convolution takes a map [B, C, H, W] and a weight [C, 1, h, w]; "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
-    dy, dx = (dilation, dilation) if isinstance(dilation, int) else dilation
-    if min(dy, dx) < 1:
-        raise ValueError(f"dilation must be positive, got {dilation}")
+    (dy, dx), stride = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (dilation, stride))
+    if min(dy, dx, *stride) < 1:
+        raise ValueError(f"dilation and stride must be positive, got {dilation} and {stride}")
     if padding is None:
         height, width = weight.shape[2:]
         if height % 2 == 0 or width % 2 == 0:
@@ -274,7 +289,7 @@ def _problem(
         raise ValueError(f"padding must not be negative, got {padding}")
     if activation not in (None, "gelu"):
         raise ValueError(f"activation is 'gelu' or None; got {activation!r}")
-    problem = Problem(x, weight, bias, (dy, dx), (py, px), residual, activation)
+    problem = Problem(x, weight, bias, (dy, dx), (py, px), residual, activation, stride)
     if any(size < 1 for size in problem.output_size()):  # min() would bind the sizes of a compiled graph to each other
         raise ValueError(
             f"a {weight.shape[2]}x{weight.shape[3]} kernel of dilation {(dy, dx)} does not fit into a map of "
@@ -297,25 +312,29 @@ def depthwise_conv2d(
     backend: str | None = None,
     residual: bool = False,
     activation: str | None = None,
+    stride: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """Convolve each channel with a kernel of its own, at stride 1, as `torch.nn.functional.conv2d` does, and finish it.
+    """Convolve each channel with a kernel of its own, as `torch.nn.functional.conv2d` does, and finish it.
 
     Args:
         x: Map ``[B, C, H, W]``, in any memory format, which is that of the output too.
         weight: ``[C, 1, h, w]``.
         bias: ``[C]``.
         dilation: Distance of the kernel's rows and columns on the map.
-        padding: Zeros on each side of the map; by default as many as keep its size, which takes odd kernels.
+        padding: Zeros on each side of the map; by default as many as keep its size at stride 1, which takes odd
+            kernels.
         backend: ``"convolution"``, the reference, which is torch's own; ``"interleaved"``, a plain convolution on each
-            of the grids of every ``dilation``-th row and column; ``"channels_last"``; or ``"onednn"`` (float32, or
-            bfloat16 if no map is added, on CPUs, without gradients: one operator with all that follows in it). By
-            default the fastest: on a CPU, interleaved for dilated kernels and channels last for plain ones, where they
-            are wide, else oneDNN.
+            of the grids of every ``dilation``-th row and column; ``"channels_last"``; ``"onednn"`` (float32, or
+            bfloat16 if no map is added, on CPUs, without gradients: one operator with all that follows in it); or
+            ``"trained"`` (float32 on CPUs, where C was compiled: gradients of the weights by a loop in C). By default
+            the fastest: on a CPU, interleaved for dilated kernels and channels last for plain ones, where they are
+            wide, else oneDNN; for gradients all of them but of 3x3 kernels by what ``"trained"`` does.
         residual: Whether to add the map.
         activation: ``"gelu"`` of the sum, or None.
+        stride: Of the kernel's rows and columns; ``"trained"`` and ``"convolution"`` have it.
 
     Returns:
-        ``[B, C, H + 2 p - dilation (h - 1), W + 2 p - dilation (w - 1)]``.
+        ``[B, C, H + 2 p - dilation (h - 1), W + 2 p - dilation (w - 1)]`` at stride 1.
 
     Raises:
         ValueError: If the shapes do not fit, the kernel does not fit into the padded map, there is no such activation,
@@ -325,7 +344,7 @@ def depthwise_conv2d(
         >>> depthwise_conv2d(torch.randn(1, 8, 5, 9), torch.randn(8, 1, 7, 7), dilation=3).shape
         torch.Size([1, 8, 5, 9])
     """
-    problem = _problem(x, weight, bias, dilation, padding, residual, activation)
+    problem = _problem(x, weight, bias, dilation, padding, residual, activation, stride)
     return _BACKENDS[choose("depthwise_conv2d", _BACKENDS, problem, backend)].run(problem)
 
 
@@ -338,12 +357,12 @@ def depthwise_backends(
     backend: str | None = None,
     residual: bool = False,
     activation: str | None = None,
+    stride: int | tuple[int, int] = 1,
 ) -> dict[str, str]:
     """Say which backends can run a call of `depthwise_conv2d`, whose arguments these are, and why the others cannot.
 
     Returns:
         Every backend in order of preference, with ``"chosen"``, ``"can run"`` or the reason against it.
     """
-    return report(
-        "depthwise_conv2d", _BACKENDS, _problem(x, weight, bias, dilation, padding, residual, activation), backend
-    )
+    problem = _problem(x, weight, bias, dilation, padding, residual, activation, stride)
+    return report("depthwise_conv2d", _BACKENDS, problem, backend)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .neighborhood.native import load_function
 
 # `call` in depthwise.c.
-_CALL = struct.Struct("=22q")
+_CALL = struct.Struct("=24q")
 # Channels of a task.
 _STEP = 64
 
@@ -25,14 +25,17 @@ def obstacle() -> str | None:
     return _missing
 
 
-def weight_gradients(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the weight ``[C, 1, h, w]`` and the bias of a depthwise convolution at stride 1.
+def weight_gradients(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the weight ``[C, 1, h, w]`` and the bias of a depthwise convolution.
 
     Args:
         grad: The output's, ``[B, C, H', W']``, float32, of any strides; no copy is made where channels come last.
         x: The map ``[B, C, H, W]``, likewise.
         kernel: h and w.
         padding: Zeros on each side of the map, of rows and of columns.
+        stride: Of rows and of columns.
     """
     if _library is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
@@ -47,6 +50,7 @@ def weight_gradients(grad: Tensor, x: Tensor, kernel: Sequence[int], padding: Se
         *grad.shape[2:],
         *kernel,
         *padding,
+        *stride,
         *_layout(x),
         *_layout(grad),
         parts,

@@ -50,19 +50,19 @@ def is_faster_than_blas() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def is_slower_than_blas(inputs: int, outputs: int) -> bool:
-    """Return whether torch's BLAS is faster here than oneDNN at a layer of so many channels, in float32.
+def is_slower_than_blas(inputs: int) -> bool:
+    """Return whether torch's BLAS is faster here than oneDNN at linear layers of so many inputs, in float32.
 
     MKL is where there is AVX2 alone. Over oneDNN's time for the linear layers of nat_tiny, one thread: 1.0 at 56x56 to
     0.8 at 7x7, gradients of weights 0.85 to 0.65, and 0.7 with the GELU, which oneDNN computes in its product (EPYC,
-    AVX2, torch 2.14). On Intel's processors with AVX-512 it takes 0.8 to 0.97 but for few inputs, at which it takes up
-    to 1.8, and for 2048 outputs, 1.1 (Xeon with AMX, torch 2.14).
+    AVX2, torch 2.14). On Intel's processors with AVX-512 it takes 0.8 to 0.97 and 0.65 to 0.85 with the gradients, but
+    for few inputs, at which it takes up to 1.8 (Xeon with AMX, torch 2.14).
     """
     if not torch.backends.mkl.is_available():
         return False
     if _capability() == "AVX2":
         return True
-    return _capability() == "AVX512" and not _is_amd() and inputs >= 128 and outputs < 2048
+    return _capability() == "AVX512" and not _is_amd() and inputs >= 128
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

@@ -158,7 +158,7 @@ _BLAS_FIRST = {"linear": _BACKENDS["linear"], **_BACKENDS}
 
 def _blas_is_faster(x: Tensor, weight: Tensor) -> bool:
     # Of a weight that fits at all; torch says best what doesn't.
-    return x.dtype == torch.float32 and weight.ndim > 1 and onednn.is_slower_than_blas(weight.shape[1], weight.shape[0])
+    return x.dtype == torch.float32 and weight.ndim > 1 and onednn.is_slower_than_blas(weight.shape[1])
 
 
 def _preferred(x: Tensor, weight: Tensor) -> dict[str, Backend]:

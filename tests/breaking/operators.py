@@ -382,9 +382,9 @@ def _maps(draw) -> None:
     batch, channels = draw.randint(0, 2), draw.choice((1, 7, 20, 64, 70))
     height, width = draw.randint(1, 14), draw.randint(1, 14)
     kernel, dilation = (draw.choice((1, 3, 5, 7)), draw.choice((1, 3, 5))), (draw.randint(1, 3), draw.randint(1, 3))
-    x, gradients = _tensor(draw, batch, channels, height, width), draw.random() < 0.5
+    x, gradients, stride = _tensor(draw, batch, channels, height, width), draw.random() < 0.5, draw.choice((1, 1, 2, 3))
     _compare(
-        lambda x, w, b, backend: depthwise_conv2d(x, w, b, dilation, backend=backend),
+        lambda x, w, b, backend: depthwise_conv2d(x, w, b, dilation, backend=backend, stride=stride),
         [x, _tensor(draw, channels, 1, *kernel), _tensor(draw, channels)],
         (None, "interleaved", "channels_last", "trained", "convolution"),
         "convolution",

@@ -72,17 +72,18 @@ def test_every_backend_is_torchs_own(size, kernel, dilation, padding, batch, cha
     channels=st.sampled_from([1, 3, 16, 64, 70, 131]),
     memory_format=st.sampled_from([torch.contiguous_format, CHANNELS_LAST]),
     residual=st.booleans(),
-    activation=st.sampled_from([None, "gelu"]),
+    act=st.sampled_from([None, "gelu"]),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )
-def test_gradients_of_trained_weights(size, kernel, padding, batch, channels, memory_format, residual, activation):
-    padding = [min(p, k - 1) for p, k in zip(padding, kernel, strict=True)]
-    if residual:
+def test_gradients_of_trained_weights(size, kernel, padding, batch, channels, memory_format, residual, act, stride):
+    padding = tuple(min(p, k - 1) for p, k in zip(padding, kernel, strict=True))
+    if residual := residual and stride == (1, 1):
         kernel = [k | 1 for k in kernel]
-        padding = [k // 2 for k in kernel]
+        padding = tuple(k // 2 for k in kernel)
     if any(n + 2 * p < k for n, k, p in zip(size, kernel, padding, strict=True)):
         return
     exact = tensors(batch, channels, size, kernel)
-    options = {"padding": padding, "residual": residual, "activation": activation}
+    options = {"padding": padding, "residual": residual, "activation": act, "stride": stride}
     expected = with_gradients(lambda *a: depthwise_conv2d(*a, backend="convolution", **options), *exact)
     x, weight, bias = (t.float() for t in exact)
     x = x.contiguous(memory_format=memory_format)
@@ -257,8 +258,12 @@ def test_bad_arguments():
         depthwise_conv2d(x, weight[:2], bias)
     with pytest.raises(ValueError, match="a 2x3 kernel has no centre"):
         depthwise_conv2d(x, weight[:, :, :2], bias)
-    with pytest.raises(ValueError, match="dilation must be positive"):
+    with pytest.raises(ValueError, match="dilation and stride must be positive"):
         depthwise_conv2d(x, weight, bias, dilation=(0, 1))
+    with pytest.raises(ValueError, match="stride must be positive, got 1 and"):
+        depthwise_conv2d(x, weight, bias, stride=0)
+    with pytest.raises(ValueError, match="'interleaved' cannot run here: it has no strides"):
+        depthwise_conv2d(x, weight, bias, 2, stride=2, backend="interleaved")
     with pytest.raises(ValueError, match="padding must not be negative"):
         depthwise_conv2d(x, weight, bias, padding=(1, -1))
     with pytest.raises(ValueError, match=r"a 3x3 kernel of dilation .* does not fit into a map of 5x5"):
