@@ -67,33 +67,40 @@ INLINE void take_grad(const call *a, const task *t, int64_t y, float *bias) {
     }
 }
 
-/* Add to `taps` sums the products of a row of gradients and of inputs so far apart, for each sum a column further. */
-INLINE void sum_taps(const float *x, int64_t apart, const float *grad, int64_t width, float *sum, const int taps) {
+/* Add to `taps` sums the products of a row of gradients and of each one's inputs, so far apart. */
+INLINE void sum_taps(const float *const *x, int64_t apart, const float *grad, int64_t width, float *sum, const int taps) {
     V sums[4][3] = {0}; /* of every fourth column: one would wait for itself */
     int64_t i = 0;
     for (; i + 4 <= width; i += 4)
         EACH(n, 4) {
             const V g = load(grad + (i + n) * STEP);
-            EACH(k, taps) sums[n][k] += g * load(x + (i + n) * apart + k * STEP);
+            EACH(k, taps) sums[n][k] += g * load(x[k] + (i + n) * apart);
         }
     for (; i < width; i++) {
         const V g = load(grad + i * STEP);
-        EACH(k, taps) sums[0][k] += g * load(x + i * apart + k * STEP);
+        EACH(k, taps) sums[0][k] += g * load(x[k] + i * apart);
     }
     EACH(k, taps) store(sum + k * STEP, load(sum + k * STEP) + ((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])));
 }
 
-/* Add what a row of gradients, from which row `first` of the ring is the first that the kernel saw, makes of a vector. */
+/* Add what a row of gradients makes of a vector; row `first` of the ring is the first that the kernel saw. */
 INLINE void sum_row(const call *a, const task *t, int64_t first, int64_t channel) {
-    float *sum = t->sums + channel;
-    const float *grad = t->grad + channel;
-    const int64_t apart = a->stride_x * STEP;
-    for (int64_t k = 0; k < a->kernel_height; k++) {
-        const float *x = ring_row(a, t, first, k) + channel;
-        int64_t n = a->kernel_width;
-        for (; n >= 3; n -= 3, x += 3 * STEP, sum += 3 * STEP) sum_taps(x, apart, grad, a->out_width, sum, 3);
-        if (n == 2) sum_taps(x, apart, grad, a->out_width, sum, 2), sum += 2 * STEP;
-        if (n == 1) sum_taps(x, apart, grad, a->out_width, sum, 1), sum += STEP;
+    const int64_t apart = a->stride_x * STEP, taps = a->kernel_height * a->kernel_width;
+    for (int64_t n = 0, y = 0, x = 0; n < taps; n += 3) {
+        const float *inputs[3];
+        const int count = taps - n < 3 ? (int)(taps - n) : 3;
+        for (int k = 0; k < count; k++) {
+            inputs[k] = ring_row(a, t, first, y) + x * STEP + channel;
+            if (++x == a->kernel_width) x = 0, y++;
+        }
+        float *sum = t->sums + n * STEP + channel;
+        const float *grad = t->grad + channel;
+        if (count == 3)
+            sum_taps(inputs, apart, grad, a->out_width, sum, 3);
+        else if (count == 2)
+            sum_taps(inputs, apart, grad, a->out_width, sum, 2);
+        else
+            sum_taps(inputs, apart, grad, a->out_width, sum, 1);
     }
 }
 

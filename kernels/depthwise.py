@@ -2,8 +2,8 @@
 
 oneDNN generates code for a depthwise convolution only while its kernel is narrow. Beyond that it is 5 to 40 times
 slower, though a dilated convolution is a plain one on each of its interleaved grids, and a wide one is fast on a map
-whose channels come last. For the gradients of the weights it has such code up to 3x3, and is 9 to 25 times slower than
-it could be beyond; those of the map are a convolution as well, at which its forward pass is the faster one.
+whose channels come last. For the gradients of the weights it has such code up to a width of 3, and is 8 to 25 times
+slower than it could be beyond; those of the map are a convolution as well, at which its forward pass is the faster one.
 """
 
 import functools
@@ -230,7 +230,8 @@ def _trained_drawback(problem: Problem) -> str | None:
         return "no gradient is wanted"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the precision"
-    return "oneDNN is as fast at 3x3" if max(weight.shape[2:]) <= 3 else None
+    height, width = weight.shape[2:]
+    return "oneDNN is as fast at so narrow a kernel" if width <= 3 and height <= x.shape[2] else None
 
 
 def _onednn_obstacle(problem: Problem) -> str | None:
@@ -328,7 +329,7 @@ def depthwise_conv2d(
             bfloat16 if no map is added, on CPUs, without gradients: one operator with all that follows in it); or
             ``"trained"`` (float32 on CPUs, where C was compiled: gradients of the weights by a loop in C). By default
             the fastest: on a CPU, interleaved for dilated kernels and channels last for plain ones, where they are
-            wide, else oneDNN; for gradients all of them but of 3x3 kernels by what ``"trained"`` does.
+            wide, else oneDNN; for gradients ``"trained"``, also within the first two, but of narrow kernels.
         residual: Whether to add the map.
         activation: ``"gelu"`` of the sum, or None.
         stride: Of the kernel's rows and columns; ``"trained"`` and ``"convolution"`` have it.

@@ -34,6 +34,7 @@
 #endif
 #define BLOCK (LANES * VECTORS)
 #define DIMS (LANES / 2) /* channels whose sums are computed together: with two vectors of each, what registers hold */
+#define LINE 64 /* bytes of a line of a cache */
 #define LOG2E 1.44269504088896340736f
 
 #if defined(_WIN32)
@@ -236,17 +237,18 @@ enum { DONE, NO_MEMORY };
 
 static void take_tasks(void *data) {
     team *t = data;
-    float *scratch = malloc((t->scratch ? t->scratch : 1) * sizeof(float));
-    if (!scratch) {
+    void *memory = malloc(t->scratch * sizeof(float) + LINE);
+    if (!memory) {
         __atomic_store_n(&t->status, NO_MEMORY, __ATOMIC_RELAXED);
         return;
     }
+    float *scratch = (float *)(((uintptr_t)memory + LINE - 1) / LINE * LINE); /* no vector in two lines of a cache */
     for (;;) {
         int64_t task = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
         if (task >= t->tasks) break;
         t->run(t, task, scratch);
     }
-    free(scratch);
+    free(memory);
 }
 
 /* Into how many parts the work of each of some planes is cut, for threads to have enough to share: up to `most`. */

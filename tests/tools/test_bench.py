@@ -187,7 +187,8 @@ def test_transnext_agrees_with_its_formulas_before_it_is_timed(tmp_path):
 def test_depthwise_convolutions_are_timed_against_torchs():
     rows = bench_depthwise([(8, 9)], 1, 1, "cpu")
     assert {row["kernel"] for row in rows} == set(LARGE_KERNELS)
-    assert {row["path"] for row in rows} == {"interleaved", "channels_last", "convolution"}
+    paths = {"interleaved", "channels_last", "convolution"}
+    assert {row["path"] for row in rows} - {"trained"} == paths
     assert all(row["ms"] > 0 and row["torch ms"] > 0 for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""The dilated, strip and wide depthwise convolutions of VAN, MSCAN and OverLoCK against torch's."""
+"""The dilated, strip and wide depthwise convolutions of VAN, MSCAN, OverLoCK and BiFormer against torch's."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ import torch
 from ...kernels import depthwise_backends, depthwise_conv2d
 from ..timing import alternate, run_pass
 
-# Of VAN, MSCAN and OverLoCK: heights and widths, and dilations.
+# Of VAN, MSCAN, OverLoCK and BiFormer: heights and widths, and dilations.
 LARGE_KERNELS = {
+    "5x5": ((5, 5), 1),
     "7x7, dilation 3": ((7, 7), 3),
     "1x21": ((1, 21), 1),
     "21x1": ((21, 1), 1),
@@ -38,10 +39,10 @@ def bench_depthwise(shapes: Sequence[tuple[int, int]], batch: int, rounds: int, 
             weight = torch.randn(channels, 1, *kernel, device=device)
             for layout, memory_format in formats.items():
                 x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=memory_format)
-                answers = depthwise_backends(x, weight, dilation=dilation)
-                fastest = next(name for name, answer in answers.items() if answer == "chosen")
                 for backward in (False, True):
                     inputs = [y.detach().requires_grad_(backward) for y in (x, weight)]
+                    answers = depthwise_backends(*inputs, dilation=dilation)
+                    fastest = next(name for name, answer in answers.items() if answer == "chosen")
 
                     def function(x, weight, dilation=dilation, backend=fastest):
                         return depthwise_conv2d(x, weight, dilation=dilation, backend=backend)
