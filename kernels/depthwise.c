@@ -109,7 +109,7 @@ static void sum_products(const team *team, int64_t number, float *scratch) {
     const call *a = j->a;
     const int64_t taps = a->kernel_height * a->kernel_width, part = number / j->groups % a->parts;
     const int64_t from = part * j->rows, end = from + j->rows < a->out_height ? from + j->rows : a->out_height;
-    task t = {number / j->groups / a->parts, number % j->groups * STEP};
+    task t = {.image = number / j->groups / a->parts, .channel = number % j->groups * STEP};
     t.channels = a->channels - t.channel < STEP ? a->channels - t.channel : STEP;
     t.wide = a->width + 2 * a->pad_x;
     t.ring = scratch, t.grad = t.ring + a->kernel_height * t.wide * STEP, t.sums = t.grad + a->out_width * STEP;

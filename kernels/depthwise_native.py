@@ -64,8 +64,8 @@ def weight_gradients(
 
 def _parts(tasks: int, rows: int) -> int:
     """Return into how many parts the rows of so many tasks are cut, for every thread to have two; none is empty."""
-    wanted = -(-2 * torch.get_num_threads() // tasks)
-    return -(-rows // -(-rows // min(wanted, rows)))
+    parts = min(-(-2 * torch.get_num_threads() // tasks), rows)
+    return -(-rows // -(-rows // parts))
 
 
 def _channels_side_by_side(x: Tensor) -> Tensor:
