@@ -129,6 +129,15 @@ def transform_obstacle() -> str | None:
     return None
 
 
+def function_obstacle() -> str | None:
+    """Return why a `torch.autograd.Function`, whose gradients are our own, cannot run, whatever it is given, or None."""
+    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
+        return "a compiler chooses itself"
+    if reason := export_obstacle():
+        return reason
+    return "torch.func and dual numbers take torch's plain operators" if is_transforming() else None
+
+
 def channels_come_last(x: Tensor) -> bool:
     """Return whether a map ``[B, C, H, W]`` lies in memory as `torch.channels_last` says, and not as it is written.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import depthwise_native, onednn
-from .backends import Backend, channels_come_last, choose, export_obstacle, exporting, is_transforming, report
+from .backends import Backend, channels_come_last, choose, exporting, function_obstacle, report
 from .second_order import gradients_by, is_batched
 
 # How far a kernel may reach beside its centre: oneDNN keeps that many vectors in registers.
@@ -205,12 +205,8 @@ def _channels_last_drawback(problem: Problem) -> str | None:
 
 
 def _trained_obstacle(problem: Problem) -> str | None:
-    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
-        return "a compiler chooses itself"
-    if reason := export_obstacle():
+    if reason := function_obstacle():
         return reason
-    if is_transforming():
-        return "torch.func and dual numbers take torch's plain operators"
     x, weight, bias, dilation, padding = problem[:5]
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if not tensor.is_cpu or tensor.dtype != torch.float32:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import onednn
-from .backends import Backend, choose, export_obstacle, is_transforming, report
+from .backends import Backend, choose, function_obstacle, report
 from .depthwise import depthwise_conv2d
 from .second_order import gradients_by, is_batched
 
@@ -143,12 +143,8 @@ def _gradients(problem: Problem, grad: Tensor, needs: tuple[bool, ...]) -> list[
 
 
 def _obstacle(problem: Problem) -> str | None:
-    if torch.compiler.is_compiling():  # asked first: what follows can't be traced
-        return "a compiler chooses itself"
-    if reason := export_obstacle():
+    if reason := function_obstacle():
         return reason
-    if is_transforming():
-        return "torch.func and dual numbers take torch's plain operators"
     given = [x for x in problem[:5] if x is not None]
     if any(x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) for x in given):
         return f"it is for float32 and float64 on CPUs; got {problem.x.dtype} on {problem.x.device}"
