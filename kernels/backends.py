@@ -130,7 +130,7 @@ def transform_obstacle() -> str | None:
 
 
 def function_obstacle() -> str | None:
-    """Return why a `torch.autograd.Function`, whose gradients are our own, cannot run, whatever it is given, or None."""
+    """Return why a `torch.autograd.Function`, whose gradients are ours, cannot run, whatever it is given, or None."""
     if torch.compiler.is_compiling():  # asked first: what follows can't be traced
         return "a compiler chooses itself"
     if reason := export_obstacle():
