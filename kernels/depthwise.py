@@ -112,9 +112,9 @@ def _trained(problem: Problem) -> Tensor:
     return _finish(_Convolution.apply(*problem[:3], problem.stride, problem.padding), problem)
 
 
-def _convolution_or_trained(problem: Problem) -> Tensor:
-    refused = _trained_obstacle(problem) or _trained_drawback(problem)
-    return _convolution(problem) if refused else _trained(problem)
+def _convolve(problem: Problem) -> Tensor:
+    """Convolve as torch does, or with faster gradients, what a backend has laid out for it."""
+    return _PLAIN[choose("depthwise_conv2d", _PLAIN, problem, None)].run(problem)
 
 
 @torch.library.custom_op("foveate::depthwise", mutates_args=(), device_types="cpu")
@@ -148,7 +148,7 @@ def _with_channels_last(x: Tensor) -> Tensor:
 
 
 def _channels_last(problem: Problem) -> Tensor:
-    return _like(_convolution_or_trained(problem._replace(x=_with_channels_last(problem.x))), problem.x)
+    return _like(_convolve(problem._replace(x=_with_channels_last(problem.x))), problem.x)
 
 
 def _interleaved(problem: Problem) -> Tensor:
@@ -167,7 +167,7 @@ def _interleaved(problem: Problem) -> Tensor:
     rows, columns = (rows + fill_y) // dy, (columns + fill_x) // dx
     grids = maps.reshape(batch, rows, dy, columns, dx, channels).permute(2, 4, 0, 1, 3, 5)
     grids = grids.reshape(dy * dx * batch, rows, columns, channels).permute(0, 3, 1, 2)
-    out = _convolution_or_trained(Problem(grids, weight, bias, (1, 1), (py // dy, px // dx))).permute(0, 2, 3, 1)
+    out = _convolve(Problem(grids, weight, bias, (1, 1), (py // dy, px // dx))).permute(0, 2, 3, 1)
     rows, columns = out.shape[1:3]
     out = out.reshape(dy, dx, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
     out = out.reshape(batch, rows * dy, columns * dx, channels)[:, :height, :width]
@@ -249,12 +249,15 @@ def _onednn_drawback(problem: Problem) -> str | None:
 
 
 # In order of preference.
+_PLAIN: dict[str, Backend] = {
+    "trained": Backend(_trained, _trained_obstacle, _trained_drawback),
+    "convolution": Backend(_convolution),
+}
 _BACKENDS: dict[str, Backend] = {
     "interleaved": Backend(_interleaved, _dilation_obstacle, _drawback),
     "channels_last": Backend(_channels_last, _stride_obstacle, _channels_last_drawback),
     "onednn": Backend(_onednn, _onednn_obstacle, _onednn_drawback),
-    "trained": Backend(_trained, _trained_obstacle, _trained_drawback),
-    "convolution": Backend(_convolution),
+    **_PLAIN,
 }
 
 
