@@ -78,8 +78,8 @@ def test_what_is_no_video_is_said(tmp_path, capfd):
 
 def test_a_video_is_annotated_and_described(classifier, tmp_path, capsys):
     path, out = film(tmp_path / "film.mp4", size=(63, 47)), tmp_path / "out"
-    argv = ["predict", str(path), "--checkpoint", str(classifier), "--output", str(out)]
-    assert main([*argv, "--every", "2", "--top", "1", "--batch-size", "3"]) == 0
+    argv = ["predict", str(path), "--checkpoint", str(classifier), "--every", "2", "--top", "1", "--batch-size", "3"]
+    assert main([*argv, "--output", str(out)]) == 0
     assert "4 frames" in (text := capsys.readouterr().out)
     assert f"1 video and predictions.json: {out}" in text
     assert sorted(file.name for file in out.iterdir()) == ["film.mp4", "predictions.json"]
@@ -98,7 +98,7 @@ def test_a_video_is_annotated_and_described(classifier, tmp_path, capsys):
         (top,), (expected,) = dict(result)["classes"], entry["classes"]
         assert top == {**expected, "probability": pytest.approx(expected["probability"], abs=1e-5)}
     assert results[1].source == f"{path}, frame 2"
-    assert main([*argv, "--every", "2", "--top", "1", "--no-pictures", "--output", str(tmp_path / "bare")]) == 0
+    assert main([*argv, "--no-pictures", "--output", str(tmp_path / "bare")]) == 0
     assert [file.name for file in (tmp_path / "bare").iterdir()] == ["predictions.json"]
     bare = json.loads((tmp_path / "bare" / "predictions.json").read_text())
     assert [entry["classes"] for entry in bare] == [entry["classes"] for entry in entries]
