@@ -48,8 +48,10 @@ def test_models_are_measured_in_all_ways_and_sizes(tmp_path):
     assert [row["model"] for row in rows[:3]] == ["nat_atto", "resnet10t", "test_vit"]
     for row in rows:
         numbers = ("over floor", "training step over forward", "bfloat16 times forward", "ms for one image")
+        numbers += ("training step over floor",)
         assert all(float(row[column]) > 0 for column in numbers)
-        assert float(row["products, least ms"]) < float(row["all, least ms"])
+        for of in ("least ms", "training, least ms"):
+            assert float(row[f"products, {of}"]) < float(row[f"all, {of}"])
         assert row["machine moved"].endswith("%")
         assert row["model"] != "resnet10t" or float(row["training steps times resnet10t"]) == 1
     assert (tmp_path / "models.png").stat().st_size > 5_000
@@ -110,12 +112,30 @@ def test_the_floor_holds_every_layers_product(name):
     assert 0.75 < counter.get_total_flops() / 2 / macs <= 1
 
 
+@pytest.mark.parametrize("name", ["nat_atto", "resnet10t"])
+def test_the_floor_of_training_holds_every_gradient(name):
+    """As many multiply-adds again for the gradients of weights, and of inputs, where these are not the images."""
+    model, images = timm.create_model(name).train(), torch.randn(2, 3, 64, 64)
+    counts = {}
+    for train in (False, True):
+        floor = Floor(model, images, train)
+        with torch.set_grad_enabled(train), FlopCounterMode(display=False) as counter:
+            floor()
+        counts[train] = counter.get_total_flops()
+    first, x = floor.operators[0]
+    with FlopCounterMode(display=False) as counter:
+        first._conv_forward(x.detach(), first.weight, None)
+    assert counts[True] == 3 * counts[False] - counter.get_total_flops()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("operators", "kind"),
     [
         (["aten::linear", "aten::conv2d", "mkldnn::_linear_pointwise", "foveate::depthwise"], "products"),
         (["foveate::neighborhood_native", "aten::scaled_dot_product_attention", "aten::bmm"], "attention"),
-        (["aten::layer_norm", "aten::native_group_norm"], "norms"),
+        (["aten::mm", "aten::convolution_backward"], "products"),
+        (["aten::layer_norm", "aten::native_group_norm", "aten::native_layer_norm_backward"], "norms"),
         (["aten::add.Tensor", "aten::gelu_", "aten::clone", "aten::topk"], "passes"),
     ],
 )
@@ -123,9 +143,11 @@ def test_operators_are_told_apart(operators, kind):
     assert {kind_of(operator) for operator in operators} == {kind}
 
 
-def test_a_pass_is_the_sum_of_its_parts():
+@pytest.mark.parametrize("train", [False, True])
+def test_a_pass_is_the_sum_of_its_parts(train):
     layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Sigmoid())
-    seconds = least_times(layers, torch.randn(512, 64), runs=3)
+    seconds = least_times(layers, torch.randn(512, 64), runs=3, train=train)
+    assert all(parameter.grad is None for parameter in layers.parameters())
     assert list(seconds) == ["all", "products", "attention", "norms", "passes", "between"]
     assert sum(seconds.values()) == pytest.approx(2 * seconds["all"])
     assert seconds["attention"] == 0

@@ -4,17 +4,17 @@
 unfused, against FlexAttention with the same windows and bias, compiled and eager, and against a gather of every window;
 then without bias, where an installed NATTEN is among the peers. ``models`` times backbones against peers, and over
 their floor, the time of their linear and convolution layers alone; by ``--also`` training steps, bfloat16, compilers,
-memory, latency, and the parts of a pass too: products, attention, norms and what else passes over a map. ``detectors``
-times Mask R-CNN's neck and heads against torchvision's, with the same weights, on a backbone's maps of one image; with
-``--head dino``, DINO by parts, beside transformers' deformable DETR where it is installed, and its encoder in training
-against the usual formulation with grid_sample. ``deformable`` times multi-scale deformable attention at Mask2Former's
-shapes, forward and backward, against the usual formulation with grid_sample. ``aggregated`` times TransNeXt against its
-formulas as they stand, with unfolded windows. ``depthwise`` times the dilated, strip and wide depthwise convolutions of
-VAN, MSCAN and OverLoCK against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the
-same augmentation. ``exports`` times classifiers in torch, compiled, and exported to onnxruntime and, if it is
-installed, OpenVINO, in float32 and in int8. ``gpu`` measures kernels and models on a CUDA device in bfloat16, the most
-telling first, until ``--minutes`` are over. Tables are printed and written as markdown and csv; kernels also as a plot
-of time against size.
+memory, latency, and the parts of a pass too: products, attention, norms and what else passes over a map; floor, memory
+and parts of a training step as well, if both are named. ``detectors`` times Mask R-CNN's neck and heads against
+torchvision's, with the same weights, on a backbone's maps of one image; with ``--head dino``, DINO by parts, beside
+transformers' deformable DETR where it is installed, and its encoder in training against the usual formulation with
+grid_sample. ``deformable`` times multi-scale deformable attention at Mask2Former's shapes, forward and backward,
+against the usual formulation with grid_sample. ``aggregated`` times TransNeXt against its formulas as they stand, with
+unfolded windows. ``depthwise`` times the dilated, strip and wide depthwise convolutions of VAN, MSCAN and OverLoCK
+against torch's. ``loader`` times epochs of labelled JPEGs by our loader and by timm's, with the same augmentation.
+``exports`` times classifiers in torch, compiled, and exported to onnxruntime and, if it is installed, OpenVINO, in
+float32 and in int8. ``gpu`` measures kernels and models on a CUDA device in bfloat16, the most telling first, until
+``--minutes`` are over. Tables are printed and written as markdown and csv; kernels also as a plot of time against size.
 """
 
 import argparse

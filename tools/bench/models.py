@@ -73,8 +73,8 @@ def bench_models(
         extras: Of `bench.EXTRAS`, what to measure too: forward time over that of the model's own linear and convolution
             operators; training steps (forward, backward, a step of SGD) beside the peer's; forward in bfloat16, by
             torch.compile and with inductor's freezing of weights beside that of the model, and beside the peer's; peak
-            memory of inference in MB, and of a training step if both are asked for; milliseconds for one image; the
-            least milliseconds by `parts.KINDS`, on a CPU.
+            memory of inference in MB; milliseconds for one image; the least milliseconds by `parts.KINDS`, on a CPU.
+            Floor, memory and parts are of a training step too if both are asked for.
         deadline: As in `timing.sample`.
 
     Returns:
@@ -90,8 +90,10 @@ def bench_models(
         calls |= {(name, what): call for what, call in _inference(model, images, extras)}
     with torch.inference_mode():
         samples, moved = sample_calmly(calls, rounds, case.device, deadline)
+    trainees = {}
     if "train" in extras:
-        steps = {(name, "train"): _training(_prepare(name, case, train=True), images) for name in every}
+        trainees = {name: _prepare(name, case, train=True) for name in every}
+        steps = {(name, what): call for name in every for what, call in _training(trainees[name], images, extras)}
         trained, also = sample_calmly(steps, rounds, case.device, deadline)
         samples, moved = samples | trained, max(moved, also)
     if moved > QUIET:
@@ -107,7 +109,7 @@ def bench_models(
         _row(name, peers[0], case, models[name], seconds, macs)
         | {"spread": f"{_spread(samples[name, 'forward']):.0%}", "machine moved": f"{moved:.0%}"}
         | _beside(name, peers[0], case, seconds, extras)
-        | (_parts(models[name], images) if "parts" in extras and case.device == "cpu" else {})
+        | (_parts(models[name], trainees.get(name), images) if "parts" in extras and case.device == "cpu" else {})
         for name in every
     ]
 
@@ -141,7 +143,7 @@ def _compiled(model: nn.Module, images: Tensor, freezing: bool) -> Callable[[], 
     return lambda: compiled(images)
 
 
-def _training(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def _training(model: nn.Module, images: Tensor, extras: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -149,7 +151,9 @@ def _training(model: nn.Module, images: Tensor) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    yield "train", step
+    if "floor" in extras:
+        yield "training floor", Floor(model, images, train=True)
 
 
 def _row(
@@ -178,6 +182,8 @@ def _beside(
     if "train" in extras:
         cells[f"training steps times {peer}"] = round(seconds[peer, "train"] / seconds[name, "train"], 3)
         cells["training step over forward"] = round(seconds[name, "train"] / forward, 2)
+        if "floor" in extras:
+            cells["training step over floor"] = round(seconds[name, "train"] / seconds[name, "training floor"], 3)
     for what in ("bfloat16", "compile", "freeze"):
         if what in extras:
             cells[f"{what} times forward"] = round(forward / seconds[name, what], 3)
@@ -192,8 +198,15 @@ def _beside(
     return cells
 
 
-def _parts(model: nn.Module, images: Tensor) -> dict[str, float]:
-    return {f"{part}, least ms": round(seconds * 1e3, 1) for part, seconds in least_times(model, images).items()}
+def _parts(model: nn.Module, trainee: nn.Module | None, images: Tensor) -> dict[str, float]:
+    cells = _least_ms(least_times(model, images), "least ms")
+    if trainee is not None:
+        cells |= _least_ms(least_times(trainee, images, train=True), "training, least ms")
+    return cells
+
+
+def _least_ms(seconds: dict[str, float], of: str) -> dict[str, float]:
+    return {f"{part}, {of}": round(least * 1e3, 1) for part, least in seconds.items()}
 
 
 def _spread(times: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes: the least time of each of its operators over some runs, by what they do."""
+"""Where the time of a pass goes: the least time of each of its operators over some runs, by what they do."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...tasks.cost import train_once
 
 # Of an operator's name, what says what it does; the first that fits. What fits none passes over its tensors.
 KINDS = {
@@ -37,19 +39,33 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in operator for part in parts)), PASSES)
 
 
-def least_times(model: nn.Module, images: Tensor, runs: int = 10) -> dict[str, float]:
+def least_times(model: nn.Module, images: Tensor, runs: int = 10, train: bool = False) -> dict[str, float]:
     """Return the seconds of a forward pass on a CPU, and those of its operators by `kind_of`.
 
     Of each operator it is the least time over the runs, which other programs disturbed least; so is the whole, ``all``,
     of runs that nobody watches. ``between`` is what the operators don't account for: Python, views, dispatch.
+
+    Args:
+        model: In evaluation mode, or in training mode if gradients are wanted.
+        images: What it is called with.
+        runs: How many.
+        train: Whether the pass goes on to the gradients of all parameters, which are left at none.
     """
-    with torch.inference_mode():
-        whole = [_seconds(lambda: model(images)) for _ in range(runs)]
-        watched = []
+
+    def run() -> None:
+        train_once(model, images) if train else model(images)
+
+    with torch.inference_mode(not train):
+        whole, watched = [], []
         for _ in range(runs):
+            model.zero_grad()
+            whole.append(_seconds(run))
+        for _ in range(runs):
+            model.zero_grad()
             with _Stopwatch() as stopwatch:
-                model(images)
+                run()
             watched.append(stopwatch.operators)
+    model.zero_grad()
     parts = dict.fromkeys((*KINDS, PASSES), 0.0)
     for same in zip(*watched, strict=True):
         parts[kind_of(same[0][0])] += min(taken for _, taken in same)
