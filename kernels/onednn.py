@@ -49,20 +49,23 @@ def is_faster_than_blas() -> bool:
     return is_available() and torch.backends.mkl.is_available() and _is_amd() and _capability() == "AVX512"
 
 
-@torch.compiler.assume_constant_result
-def is_slower_than_blas(inputs: int) -> bool:
-    """Return whether torch's BLAS is faster here than oneDNN at linear layers of so many inputs, in float32.
+def is_slower_than_blas(inputs: int, numbers: int) -> bool:
+    """Return whether torch's BLAS is faster here than oneDNN at such a linear layer, in float32.
 
     MKL is where there is AVX2 alone. Over oneDNN's time for the linear layers of nat_tiny, one thread: 1.0 at 56x56 to
     0.8 at 7x7, gradients of weights 0.85 to 0.65, and 0.7 with the GELU, which oneDNN computes in its product (EPYC,
     AVX2, torch 2.14). On Intel's processors with AVX-512 it takes 0.8 to 0.97 and 0.65 to 0.85 with the gradients, but
-    for few inputs, at which it takes up to 1.8 (Xeon with AMX, torch 2.14).
+    for few inputs, at which it takes up to 1.8, unless the map is small too: 0.45 to 1 (Xeon with AMX, torch 2.14).
+
+    Args:
+        inputs: Channels of the map that it takes.
+        numbers: That map's numbers.
     """
     if not torch.backends.mkl.is_available():
         return False
     if _capability() == "AVX2":
         return True
-    return _capability() == "AVX512" and not _is_amd() and inputs >= 128
+    return _capability() == "AVX512" and not _is_amd() and (inputs >= 128 or numbers < 2**18)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

@@ -157,8 +157,10 @@ _BLAS_FIRST = {"linear": _BACKENDS["linear"], **_BACKENDS}
 
 
 def _blas_is_faster(x: Tensor, weight: Tensor) -> bool:
-    # Of a weight that fits at all; torch says best what doesn't.
-    return x.dtype == torch.float32 and weight.ndim > 1 and onednn.is_slower_than_blas(weight.shape[1])
+    # Of a weight that fits at all; torch says best what doesn't. A compiler chooses itself.
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or weight.ndim < 2:
+        return False
+    return onednn.is_slower_than_blas(weight.shape[1], x.numel())
 
 
 def _preferred(x: Tensor, weight: Tensor) -> dict[str, Backend]:

@@ -54,7 +54,7 @@ def test_bfloat16_is_rounded_once(activation):
 
 
 def test_what_is_chosen(monkeypatch):
-    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda inputs: False)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda inputs, numbers: False)
     x, weight = torch.randn(2, 5, 7, 24), torch.nn.Parameter(torch.randn(40, 24))
     assert "has no derivatives" in pointwise_backends(x, weight)["onednn"]
     with torch.no_grad():
@@ -70,21 +70,23 @@ def test_what_is_chosen(monkeypatch):
 
 def test_where_the_blas_is_faster(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for isa, amd, fast in (("AVX2", True, {16, 128}), ("AVX512", False, {128}), ("AVX512", True, set())):
+    sizes = {(16, 2**18), (16, 2**12), (128, 2**18)}  # channels and numbers of a map
+    for isa, amd, fast in (("AVX2", True, sizes), ("AVX512", False, sizes - {(16, 2**18)}), ("AVX512", True, set())):
         monkeypatch.setattr(onednn, "_capability", lambda isa=isa: isa)
         monkeypatch.setattr(onednn, "_is_amd", lambda amd=amd: amd)
-        assert {inputs for inputs in (16, 128) if onednn.is_slower_than_blas(inputs)} == fast
+        assert {size for size in sizes if onednn.is_slower_than_blas(*size)} == fast
     monkeypatch.setattr(onednn, "_is_amd", lambda: False)
     conv = torch.nn.Conv2d(128, 8, 1)
-    x = torch.randn(1, 128, 3, 3)
+    x = torch.randn(1, 128, 64, 64)
     assert outruns_convolution(x, conv.weight, conv.bias)
     assert not outruns_convolution(x[:, :64], conv.weight[:, :64], conv.bias)
+    assert outruns_convolution(x[:, :64, :32], conv.weight[:, :64], conv.bias)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not outruns_convolution(x, conv.weight, conv.bias)
 
 
 def test_a_fast_blas_is_taken(monkeypatch):
-    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda inputs: True)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda inputs, numbers: True)
     x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24)
     threads = torch.get_num_threads()
     try:
@@ -169,7 +171,7 @@ def test_what_is_frozen_gets_no_gradient():
 
 def test_products_of_onednn_are_for_a_slow_blas_and_one_thread(monkeypatch):
     x, weight = torch.randn(2, 5, 7, 24), torch.randn(40, 24, requires_grad=True)
-    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda inputs: False)
+    monkeypatch.setattr(onednn, "is_slower_than_blas", lambda inputs, numbers: False)
     threads = torch.get_num_threads()
     try:
         for slow, count, chosen in ((True, 1, "onednn_trained"), (False, 1, "linear"), (True, 2, "convolution")):
