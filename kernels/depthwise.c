@@ -1,15 +1,21 @@
-/* The gradients of a depthwise convolution's weights on CPU cores, float32: for each place of the kernel the
- * sum of products of the output's gradient and of the inputs that it saw there.
+/* The gradients of a depthwise convolution on CPU cores, float32. A lane is a channel.
  *
- * A lane is a channel. A task is some channels of some rows of an image. It copies each row of the map once, with the
+ * Those of the weights are for each place of the kernel the sum of products of the output's gradient and of the inputs
+ * that it saw there. A task is some channels of some rows of an image. It copies each row of the map once, with the
  * padding around it, beside the rows before it that the kernel still sees, so that products read lines of the nearest
  * cache at distances that the compiler knows.
+ *
+ * Of a 3x3 kernel that keeps the map's size all gradients are made at once: the same nine neighbors of the output's
+ * gradient are weighted for the map's, and weight an input for the weights'. It is memory that takes the time: each map is
+ * read once. A task is some rows of an image.
  *
  * Nothing here knows torch.
  */
 #include "lanes.h"
 
-#define STEP 64 /* channels of a task */
+#define STEP 64    /* channels of a task */
+#define NEAR 4096  /* numbers of a row that a walk goes through, channel by channel, before it goes on */
+#define LEAST 16   /* but as many columns */
 
 /* Address and strides in numbers; channels lie side by side. */
 typedef struct {
@@ -131,5 +137,81 @@ EXPORTED(foveate_depthwise_weights)(const call *a) {
     j.rows = (a->out_height + a->parts - 1) / a->parts;
     j.team.tasks = a->images * j.groups * a->parts;
     j.team.scratch = (a->kernel_height * (a->width + 2 * a->pad_x + a->kernel_width) + a->out_width + 1) * STEP;
+    return share_out(a->parallel, a->threads, &j.team);
+}
+
+/* One call for a 3x3 kernel, as depthwise_native.py packs it: eight bytes a field. */
+typedef struct {
+    int64_t threads, parallel, images, channels, height, width;
+    tensor x, grad, to;         /* the map, and the gradients of the output and of the map */
+    int64_t weight, parts, sums; /* [9][channels]; as above */
+} square_call;
+
+typedef struct {
+    team team;
+    const square_call *a;
+    int64_t rows; /* of a part */
+} square_job;
+
+/* Write some columns of a row of a vector of the map's gradient, from three rows of the output's, and add to the ten
+ * sums. */
+INLINE void walk_columns(const square_call *a, const float *const *grad, const int64_t *apart, const float *x, float *to,
+                         int64_t from, int64_t end, const float *weight, float *sums) {
+    const int64_t channels = a->channels;
+    V sum[10], left[3], here[3], right[3];
+    EACH(k, 10) sum[k] = load(sums + k * channels);
+    EACH(r, 3) left[r] = from ? load(grad[r] + (from - 1) * apart[r]) : all(0), here[r] = load(grad[r] + from * apart[r]);
+    x += from * a->x.column, to += from * a->to.column;
+    for (int64_t i = from; i < end; i++, x += a->x.column, to += a->to.column) {
+        const int last = i + 1 == a->width;
+        EACH(r, 3) right[r] = last ? all(0) : load(grad[r] + (i + 1) * apart[r]);
+        const V input = load(x);
+        V of_row[3];
+        EACH(r, 3) { /* what lies a row above the input saw it a row below its centre */
+            const int k = 3 * (2 - r);
+            of_row[r] = load(weight + k * channels) * right[r] + load(weight + (k + 1) * channels) * here[r] +
+                        load(weight + (k + 2) * channels) * left[r];
+            sum[k] += input * right[r], sum[k + 1] += input * here[r], sum[k + 2] += input * left[r];
+        }
+        sum[9] += here[1];
+        store(to, (of_row[0] + of_row[1]) + of_row[2]);
+        EACH(r, 3) left[r] = here[r], here[r] = right[r];
+    }
+    EACH(k, 10) store(sums + k * channels, sum[k]);
+}
+
+static void walk(const team *team, int64_t number, float *scratch) {
+    const square_job *j = (const square_job *)team;
+    const square_call *a = j->a;
+    const int64_t image = number / a->parts, part = number % a->parts, channels = a->channels;
+    const int64_t from = part * j->rows, end = from + j->rows < a->height ? from + j->rows : a->height;
+    const float *weight = (const float *)(intptr_t)a->weight, *x = (const float *)(intptr_t)a->x.data + image * a->x.image;
+    const float *grad = (const float *)(intptr_t)a->grad.data + image * a->grad.image;
+    float *to = (float *)(intptr_t)a->to.data + image * a->to.image, *nothing = scratch;
+    float *sums = (float *)(intptr_t)a->sums + number * 10 * channels;
+    memset(nothing, 0, LANES * sizeof(float));
+    memset(sums, 0, 10 * channels * sizeof(float));
+    const int64_t columns = NEAR / channels > LEAST ? NEAR / channels : LEAST;
+    for (int64_t y = from; y < end; y++)
+        for (int64_t left = 0; left < a->width; left += columns)
+            for (int64_t c = 0; c < channels; c += LANES) {
+                const int64_t right = left + columns < a->width ? left + columns : a->width;
+                const float *row[3];
+                int64_t apart[3];
+                for (int r = 0; r < 3; r++) {
+                    const int64_t at = y - 1 + r;
+                    const int inside = at >= 0 && at < a->height;
+                    row[r] = inside ? grad + at * a->grad.row + c : nothing;
+                    apart[r] = inside ? a->grad.column : 0;
+                }
+                walk_columns(
+                    a, row, apart, x + y * a->x.row + c, to + y * a->to.row + c, left, right, weight + c, sums + c
+                );
+            }
+}
+
+EXPORTED(foveate_depthwise_square)(const square_call *a) {
+    square_job j = {.team.run = walk, .team.tasks = a->images * a->parts, .team.scratch = LANES, .a = a};
+    j.rows = (a->height + a->parts - 1) / a->parts;
     return share_out(a->parallel, a->threads, &j.team);
 }

@@ -4,6 +4,7 @@ oneDNN generates code for a depthwise convolution only while its kernel is narro
 slower, though a dilated convolution is a plain one on each of its interleaved grids, and a wide one is fast on a map
 whose channels come last. For the gradients of the weights it has such code up to a width of 3, and is 8 to 25 times
 slower than it could be beyond; those of the map are a convolution as well, at which its forward pass is the faster one.
+Of 3x3 kernels both can be made in one walk over the maps, in half of its time.
 """
 
 import functools
@@ -91,13 +92,22 @@ class _Convolution(Function):
                 options = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
                 of_operands = gradients_by(lambda *a: F.conv2d(*a, **options), grad, (x, weight), needs[:2], again)
                 return *of_operands, grad.sum((0, 2, 3)) if needs[2] else None, None, None
-            grad = grad.contiguous(memory_format=torch.channels_last)
-            grad_x = _map_gradient(grad, x, weight, ctx.stride, ctx.padding) if needs[0] else None
-            grad_weight = grad_bias = None
-            if needs[1] or needs[2]:
-                kernel = weight.shape[2:]
-                grad_weight, grad_bias = depthwise_native.weight_gradients(grad, x, kernel, ctx.padding, ctx.stride)
-            return grad_x, grad_weight, grad_bias if needs[2] else None, None, None
+            return *_gradients_in_c(grad, x, weight, ctx.stride, ctx.padding, needs), None, None
+
+
+def _gradients_in_c(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: tuple, padding: tuple, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a convolution's map, weight and bias, as far as needed."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    if needs[0] and needs[1] and _is_square(Problem(x, weight, None, (1, 1), padding, stride=stride)):
+        grad_x, grad_weight, grad_bias = depthwise_native.square_gradients(grad, x, weight)
+        return _like(grad_x, x), grad_weight, grad_bias if needs[2] else None
+    grad_x = _map_gradient(grad, x, weight, stride, padding) if needs[0] else None
+    grad_weight = grad_bias = None
+    if needs[1] or needs[2]:
+        grad_weight, grad_bias = depthwise_native.weight_gradients(grad, x, weight.shape[2:], padding, stride)
+    return grad_x, grad_weight, grad_bias if needs[2] else None
 
 
 def _map_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
@@ -220,14 +230,27 @@ def _trained_obstacle(problem: Problem) -> str | None:
     return depthwise_native.obstacle()
 
 
+def _is_square(problem: Problem) -> bool:
+    """Return whether all gradients can be made at once: of a 3x3 kernel, which keeps the size of a map that fits."""
+    one = problem.stride == problem.dilation == problem.padding == (1, 1)
+    return one and problem.weight.shape[2:] == (3, 3) and problem.x.shape[1] % depthwise_native.LANES == 0
+
+
+def _narrow_drawback(problem: Problem) -> str | None:
+    height, width = problem.weight.shape[2:]
+    if width > 3 or height > problem.x.shape[2]:
+        return None
+    fast = _is_square(problem) and channels_come_last(problem.x)
+    return None if fast else "oneDNN is as fast at so narrow a kernel"
+
+
 def _trained_drawback(problem: Problem) -> str | None:
     x, weight, bias = problem[:3]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, weight, bias) if t is not None):
         return "no gradient is wanted"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the precision"
-    height, width = weight.shape[2:]
-    return "oneDNN is as fast at so narrow a kernel" if width <= 3 and height <= x.shape[2] else None
+    return _narrow_drawback(problem)
 
 
 def _onednn_obstacle(problem: Problem) -> str | None:
@@ -326,9 +349,10 @@ def depthwise_conv2d(
         backend: ``"convolution"``, the reference, which is torch's own; ``"interleaved"``, a plain convolution on each
             of the grids of every ``dilation``-th row and column; ``"channels_last"``; ``"onednn"`` (float32, or
             bfloat16 if no map is added, on CPUs, without gradients: one operator with all that follows in it); or
-            ``"trained"`` (float32 on CPUs, where C was compiled: gradients of the weights by a loop in C). By default
-            the fastest: on a CPU, interleaved for dilated kernels and channels last for plain ones, where they are
-            wide, else oneDNN; for gradients ``"trained"``, also within the first two, but of narrow kernels.
+            ``"trained"`` (float32 on CPUs, where C was compiled: gradients by loops in C). By default the fastest: on a
+            CPU, interleaved for dilated kernels and channels last for plain ones, where they are wide, else oneDNN;
+            for gradients ``"trained"``, also within the first two, but of narrow kernels that aren't 3x3 on a map whose
+            channels come last.
         residual: Whether to add the map.
         activation: ``"gelu"`` of the sum, or None.
         stride: Of the kernel's rows and columns; ``"trained"`` and ``"convolution"`` have it.
@@ -346,6 +370,26 @@ def depthwise_conv2d(
     """
     problem = _problem(x, weight, bias, dilation, padding, residual, activation, stride)
     return _BACKENDS[choose("depthwise_conv2d", _BACKENDS, problem, backend)].run(problem)
+
+
+def depthwise_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a depthwise convolution that keeps the map's size, by what is fastest at them.
+
+    Args:
+        grad: The output's, ``[B, C, H, W]``.
+        x: The map.
+        weight: ``[C, 1, h, w]``, h and w odd.
+        bias: ``[C]``, or None.
+        needs: Which are wanted, of x, weight and bias.
+    """
+    problem = Problem(x, weight, bias, (1, 1), tuple(size // 2 for size in weight.shape[2:]))
+    if _trained_obstacle(problem) is None and _narrow_drawback(problem) is None:
+        return _gradients_in_c(grad, x, weight, problem.stride, problem.padding, needs)
+    sizes = None if bias is None else [len(bias)]
+    options = (sizes, (1, 1), problem.padding, (1, 1), False, (0, 0), len(weight), list(needs))
+    return torch.ops.aten.convolution_backward(grad, x, weight, *options)
 
 
 def depthwise_backends(

@@ -1,4 +1,4 @@
-"""The gradients of a depthwise convolution's weights in C for CPUs: loads ``depthwise.c``.
+"""The gradients of a depthwise convolution in C for CPUs: loads ``depthwise.c``.
 
 See `neighborhood.native` for how such a library is built and called.
 """
@@ -12,12 +12,17 @@ from torch import Tensor
 
 from .neighborhood.native import load_function
 
-# `call` in depthwise.c.
-_CALL = struct.Struct("=24q")
+# `call` and `square_call` in depthwise.c.
+_CALL, _SQUARE_CALL = struct.Struct("=24q"), struct.Struct("=21q")
 # Channels of a task.
 _STEP = 64
 
-_library, _missing = load_function(Path(__file__).with_name("_depthwise.c.so"), "foveate_depthwise_weights")
+# Of which a map's channels are a multiple, where all gradients of a 3x3 kernel are made at once: the longest vector.
+LANES = 16
+
+_PATH = Path(__file__).with_name("_depthwise.c.so")
+_library, _missing = load_function(_PATH, "foveate_depthwise_weights")
+_square, _ = load_function(_PATH, "foveate_depthwise_square")
 
 
 def obstacle() -> str | None:
@@ -60,6 +65,39 @@ def weight_gradients(
         raise RuntimeError("foveate's native gradients of a depthwise convolution failed: out of memory")
     total = sums.sum(0)
     return total[:taps].t().reshape(channels, 1, *kernel), total[taps]
+
+
+def square_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the map, the weight and the bias of a 3x3 kernel that keeps the map's size.
+
+    Args:
+        grad: The output's, ``[B, C, H, W]``, float32, of any strides; no copy is made where channels come last.
+        x: The map ``[B, C, H, W]``, likewise; C is a multiple of `LANES`.
+        weight: ``[C, 1, 3, 3]``.
+    """
+    if _square is None:
+        raise RuntimeError(f"foveate's native path cannot run: {_missing}")
+    grad, x = _channels_side_by_side(grad), _channels_side_by_side(x)
+    batch, channels, height, width = x.shape
+    parts = _parts(batch, height)
+    to = torch.empty_like(x, memory_format=torch.channels_last)
+    sums = x.new_empty(batch * parts, 10, channels)
+    by_place = weight.detach().reshape(channels, 9).t().contiguous()
+    call = _SQUARE_CALL.pack(
+        torch.get_num_threads(),
+        _square.parallel,
+        *(batch, channels, height, width),
+        *_layout(x),
+        *_layout(grad),
+        *_layout(to),
+        by_place.data_ptr(),
+        parts,
+        sums.data_ptr(),
+    )
+    if _square.call(call):
+        raise RuntimeError("foveate's native gradients of a depthwise convolution failed: out of memory")
+    total = sums.sum(0)
+    return to, total[:9].t().reshape(weight.shape), total[9]
 
 
 def _parts(tasks: int, rows: int) -> int:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from . import onednn
 from .backends import Backend, choose, function_obstacle, report
-from .depthwise import depthwise_conv2d
+from .depthwise import depthwise_conv2d, depthwise_gradients
 from .second_order import gradients_by, is_batched
 
 # Numbers of a piece of the hidden map, for each thread.
@@ -130,12 +130,8 @@ def _gradients(problem: Problem, grad: Tensor, needs: tuple[bool, ...]) -> list[
             torch.ops.aten.gelu_backward.grad_input(product(grads[piece], weight), hidden, grad_input=into)
     if grad_hidden is None or conv_weight is None:
         return [grad_hidden, grad_weight, grad_bias, None, None]
-    maps, inputs = grad_hidden.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
-    groups, padding = len(conv_weight), [size // 2 for size in conv_weight.shape[2:]]
-    options = ([groups] if conv_bias is not None else None, [1, 1], padding, [1, 1], False, [0, 0], groups)
-    grad_x, *of_conv = torch.ops.aten.convolution_backward(
-        maps, inputs, conv_weight, *options, [needs[0], needs[3], needs[4]]
-    )
+    maps, inputs, of = grad_hidden.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), [needs[0], needs[3], needs[4]]
+    grad_x, *of_conv = depthwise_gradients(maps, inputs, conv_weight, conv_bias, of)
     if grad_x is not None:
         grad_x = grad_x.permute(0, 2, 3, 1)
         grad_x = grad_x + grad_hidden if residual else grad_x

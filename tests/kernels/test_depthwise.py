@@ -124,6 +124,45 @@ def test_what_autograd_asks_of_trained_weights():
     check(*twice)
 
 
+# Rows and columns that are the first and the last at once, and more columns than are walked before the channels change.
+SQUARE_SIZES = [(16, (1, 9)), (16, (9, 1)), (32, (2, 2)), (48, (7, 7)), (64, (5, 80)), (272, (4, 40))]
+
+
+@needs_library
+@pytest.mark.parametrize(("channels", "size"), SQUARE_SIZES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+def test_all_gradients_of_a_3x3_kernel_are_made_at_once(channels, size, memory_format, monkeypatch):
+    taken, square_gradients = [], depthwise_native.square_gradients
+
+    def watched(*operands):
+        taken.append(operands)
+        return square_gradients(*operands)
+
+    monkeypatch.setattr(depthwise_native, "square_gradients", watched)
+    exact = tensors(3, channels, size, (3, 3))
+    x, weight, bias = (t.float() for t in exact)
+    x = x.contiguous(memory_format=memory_format)
+    for operands in (slice(0, 3), slice(0, 2)):
+        expected = with_gradients(lambda *a: F.conv2d(*a, padding=1, groups=channels), *exact[operands])
+        actual = with_gradients(lambda *a: depthwise_conv2d(*a, backend="trained"), *(x, weight, bias)[operands])
+        assert actual[1].is_contiguous(memory_format=memory_format)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, atol=1e-5 * max(1, theirs.abs().max().item()), rtol=0)
+    assert len(taken) == 2
+
+
+@needs_library
+def test_the_choice_of_gradients_at_once():
+    x, weight = torch.randn(1, 32, 9, 9), torch.randn(32, 1, 3, 3, requires_grad=True)
+    assert depthwise_backends(x, weight)["convolution"] == "chosen"
+    x = x.contiguous(memory_format=CHANNELS_LAST)
+    assert depthwise_backends(x, weight)["trained"] == "chosen"
+    assert depthwise_backends(x, weight, stride=2)["convolution"] == "chosen"
+    assert depthwise_backends(x, weight, padding=0)["convolution"] == "chosen"
+    few = x[:, :24].contiguous(memory_format=CHANNELS_LAST)  # no vectors of them
+    assert depthwise_backends(few, weight[:24])["convolution"] == "chosen"
+
+
 @needs_library
 def test_the_choice_of_trained_weights():
     x, weight = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 5, 5, requires_grad=True)

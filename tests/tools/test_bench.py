@@ -13,7 +13,7 @@ from foveate.tasks.cost import count_macs
 from foveate.tools import timing
 from foveate.tools.bench import exports, gpu
 from foveate.tools.bench.deformable import bench_deformable
-from foveate.tools.bench.depthwise import LARGE_KERNELS, bench_depthwise
+from foveate.tools.bench.depthwise import KERNELS, bench_depthwise
 from foveate.tools.bench.floor import Floor
 from foveate.tools.bench.kernels import SIDES, bench_kernels, masked_attention_of, plot
 from foveate.tools.bench.models import stated_accuracy
@@ -207,7 +207,7 @@ def test_transnext_agrees_with_its_formulas_before_it_is_timed(tmp_path):
 
 def test_depthwise_convolutions_are_timed_against_torchs():
     rows = bench_depthwise([(8, 9)], 1, 1, "cpu")
-    assert {row["kernel"] for row in rows} == set(LARGE_KERNELS)
+    assert {row["kernel"] for row in rows} == set(KERNELS)
     trained = {"trained"} if depthwise_native.obstacle() is None else set()
     assert {row["path"] for row in rows} == {"interleaved", "channels_last", "convolution"} | trained
     assert all(row["ms"] > 0 and row["torch ms"] > 0 for row in rows)

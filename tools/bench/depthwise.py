@@ -1,4 +1,4 @@
-"""The dilated, strip and wide depthwise convolutions of VAN, MSCAN, OverLoCK and BiFormer against torch's."""
+"""The dilated, strip and wide depthwise convolutions of VAN, MSCAN, OverLoCK and BiFormer, and 3x3, against torch's."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ import torch
 from ...kernels import depthwise_backends, depthwise_conv2d
 from ..timing import alternate, run_pass
 
-# Of VAN, MSCAN, OverLoCK and BiFormer: heights and widths, and dilations.
-LARGE_KERNELS = {
+# Of VAN, MSCAN, OverLoCK and BiFormer, and of the MLPs of many: heights and widths, and dilations.
+KERNELS = {
+    "3x3": ((3, 3), 1),
     "5x5": ((5, 5), 1),
     "7x7, dilation 3": ((7, 7), 3),
     "1x21": ((1, 21), 1),
@@ -24,7 +25,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def bench_depthwise(shapes: Sequence[tuple[int, int]], batch: int, rounds: int, device: str) -> list[dict]:
-    """Time the depthwise convolutions of large kernels on maps in both memory formats, by our choice and by torch's.
+    """Time depthwise convolutions of maps in both memory formats, by our choice and by torch's.
 
     Args:
         shapes: Channels of the maps, and their height and width.
@@ -35,7 +36,7 @@ def bench_depthwise(shapes: Sequence[tuple[int, int]], batch: int, rounds: int, 
     formats = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
     rows = []
     for channels, side in shapes:
-        for title, (kernel, dilation) in LARGE_KERNELS.items():
+        for title, (kernel, dilation) in KERNELS.items():
             weight = torch.randn(channels, 1, *kernel, device=device)
             for layout, memory_format in formats.items():
                 x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=memory_format)

@@ -57,8 +57,8 @@ class Floor:
             else:
                 out = layer._conv_forward(x, layer.weight, layer.bias)
             if self.train:
-                wanted = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
-                torch.autograd.grad(out, wanted, self._gradient(out))
+                operands = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+                torch.autograd.grad(out, operands, self._gradient(out))
 
     def _gradient(self, out: Tensor) -> Tensor:
         key = (out.shape, out.stride())
