@@ -13,9 +13,9 @@
  */
 #include "lanes.h"
 
-#define STEP 64    /* channels of a task */
-#define NEAR 4096  /* numbers of a row that a walk goes through, channel by channel, before it goes on */
-#define LEAST 16   /* but as many columns */
+#define STEP 64   /* channels of a task */
+#define NEAR 4096 /* numbers of a row that a walk goes through, vector by vector, before it goes on */
+#define LEAST 16  /* columns that it goes through at least */
 
 /* Address and strides in numbers; channels lie side by side. */
 typedef struct {
@@ -143,7 +143,7 @@ EXPORTED(foveate_depthwise_weights)(const call *a) {
 /* One call for a 3x3 kernel, as depthwise_native.py packs it: eight bytes a field. */
 typedef struct {
     int64_t threads, parallel, images, channels, height, width;
-    tensor x, grad, to;         /* the map, and the gradients of the output and of the map */
+    tensor x, grad, to;          /* the map, and the gradients of the output and of the map */
     int64_t weight, parts, sums; /* [9][channels]; as above */
 } square_call;
 
@@ -155,8 +155,9 @@ typedef struct {
 
 /* Write some columns of a row of a vector of the map's gradient, from three rows of the output's, and add to the ten
  * sums. */
-INLINE void walk_columns(const square_call *a, const float *const *grad, const int64_t *apart, const float *x, float *to,
-                         int64_t from, int64_t end, const float *weight, float *sums) {
+INLINE void walk_columns(
+    const square_call *a, const float *const *grad, const int64_t *apart, const float *x, float *to, int64_t from,
+    int64_t end, const float *weight, float *sums) {
     const int64_t channels = a->channels;
     V sum[10], left[3], here[3], right[3];
     EACH(k, 10) sum[k] = load(sums + k * channels);

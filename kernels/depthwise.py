@@ -231,7 +231,7 @@ def _trained_obstacle(problem: Problem) -> str | None:
 
 
 def _is_square(problem: Problem) -> bool:
-    """Return whether all gradients can be made at once: of a 3x3 kernel, which keeps the size of a map that fits."""
+    """Return whether all gradients can be made at once: a 3x3 kernel keeps the size of a map of so many channels."""
     one = problem.stride == problem.dilation == problem.padding == (1, 1)
     return one and problem.weight.shape[2:] == (3, 3) and problem.x.shape[1] % depthwise_native.LANES == 0
 

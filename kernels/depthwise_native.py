@@ -21,8 +21,8 @@ _STEP = 64
 LANES = 16
 
 _PATH = Path(__file__).with_name("_depthwise.c.so")
-_library, _missing = load_function(_PATH, "foveate_depthwise_weights")
-_square, _ = load_function(_PATH, "foveate_depthwise_square")
+_weights, _ = load_function(_PATH, "foveate_depthwise_weights")
+_square, _missing = load_function(_PATH, "foveate_depthwise_square")
 
 
 def obstacle() -> str | None:
@@ -42,7 +42,7 @@ def weight_gradients(
         padding: Zeros on each side of the map, of rows and of columns.
         stride: Of rows and of columns.
     """
-    if _library is None:
+    if _weights is None:
         raise RuntimeError(f"foveate's native path cannot run: {_missing}")
     grad, x = _channels_side_by_side(grad), _channels_side_by_side(x)
     (batch, channels), rows, taps = x.shape[:2], grad.shape[2], kernel[0] * kernel[1]
@@ -50,7 +50,7 @@ def weight_gradients(
     sums = x.new_empty(batch * parts, taps + 1, channels)
     call = _CALL.pack(
         torch.get_num_threads(),
-        _library.parallel,
+        _weights.parallel,
         *x.shape,
         *grad.shape[2:],
         *kernel,
@@ -61,7 +61,7 @@ def weight_gradients(
         parts,
         sums.data_ptr(),
     )
-    if _library.call(call):
+    if _weights.call(call):
         raise RuntimeError("foveate's native gradients of a depthwise convolution failed: out of memory")
     total = sums.sum(0)
     return total[:taps].t().reshape(channels, 1, *kernel), total[taps]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.versions
 
 BACKENDS = ("interleaved", "channels_last")
 CHANNELS_LAST = torch.channels_last
-needs_library = pytest.mark.skipif(depthwise_native._library is None, reason=str(depthwise_native._missing))
+needs_library = pytest.mark.skipif(depthwise_native.obstacle() is not None, reason=str(depthwise_native.obstacle()))
 
 
 def tensors(batch, channels, size, kernel, dtype=torch.float64, seed=0):

@@ -19,6 +19,7 @@ from foveate.tools.bench.kernels import SIDES, bench_kernels, masked_attention_o
 from foveate.tools.bench.models import stated_accuracy
 from foveate.tools.bench.parts import kind_of, least_times
 from foveate.tools.cli import main
+from timm.layers import ScaledStdConv2d
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,6 +127,16 @@ def test_the_floor_of_training_holds_every_gradient(name):
         first._conv_forward(x.detach(), first.weight, None)
     assert counts[True] == 3 * counts[False] - counter.get_total_flops()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_floor_of_training_leaves_out_what_is_frozen_or_not_of_the_product():
+    frozen, scaled = torch.nn.Linear(4, 4).requires_grad_(False), ScaledStdConv2d(4, 6, 1)
+    model = torch.nn.Sequential(frozen, torch.nn.Unflatten(1, (4, 1, 1)), scaled)
+    floor = Floor(model, torch.randn(2, 4), train=True)
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    # A product of the frozen layer, and of the other the gradient of its weight alone; each counts twice.
+    assert counter.get_total_flops() == 2 * (2 * 4 * 4 + 2 * (2 * 4 * 6))
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,10 @@ class Floor:
                 out = F.linear(x, layer.weight, layer.bias)
             else:
                 out = layer._conv_forward(x, layer.weight, layer.bias)
-            if self.train:
-                operands = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
-                torch.autograd.grad(out, operands, self._gradient(out))
+            if self.train and out.requires_grad:
+                operands = (tensor for tensor in (x, layer.weight, layer.bias) if tensor is not None)
+                leaves = [tensor for tensor in operands if tensor.requires_grad]
+                torch.autograd.grad(out, leaves, self._gradient(out))
 
     def _gradient(self, out: Tensor) -> Tensor:
         key = (out.shape, out.stride())
