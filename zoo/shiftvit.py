@@ -73,7 +73,9 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_holds_patch(x.shape[2], x.shape[3], 4)
         x = self.proj(x)
-        if not torch.jit.is_scripting() and is_plain(self.proj):  # for the MLPs' sake
+        if torch.jit.is_scripting():
+            pass
+        elif is_plain(self.proj):  # for the MLPs' sake
             x = for_pointwise(x)
         return self.drop(self.norm(x))
 

@@ -33,6 +33,8 @@ SMALLEST = (
     "litv2_small",
     "ela_t_resnet18",
     "overlock_xt",
+    "shiftvit_light_tiny",
+    "transnext_micro",
     "van_b0",
     "mscan_t",
     "foveate_davit_tiny",
