@@ -157,15 +157,17 @@ typedef struct {
  * sums. */
 INLINE void walk_columns(
     const square_call *a, const float *const *grad, const int64_t *apart, const float *x, float *to, int64_t from,
-    int64_t end, const float *weight, float *sums) {
+    int64_t end, int64_t channel, const float *weight, float *sums) {
     const int64_t channels = a->channels;
+    const float *const row[3] = {grad[0] + channel, grad[1] + channel, grad[2] + channel};
     V sum[10], left[3], here[3], right[3];
+    weight += channel, sums += channel;
     EACH(k, 10) sum[k] = load(sums + k * channels);
-    EACH(r, 3) left[r] = from ? load(grad[r] + (from - 1) * apart[r]) : all(0), here[r] = load(grad[r] + from * apart[r]);
-    x += from * a->x.column, to += from * a->to.column;
+    EACH(r, 3) left[r] = from ? load(row[r] + (from - 1) * apart[r]) : all(0), here[r] = load(row[r] + from * apart[r]);
+    x += from * a->x.column + channel, to += from * a->to.column + channel;
     for (int64_t i = from; i < end; i++, x += a->x.column, to += a->to.column) {
         const int last = i + 1 == a->width;
-        EACH(r, 3) right[r] = last ? all(0) : load(grad[r] + (i + 1) * apart[r]);
+        EACH(r, 3) right[r] = last ? all(0) : load(row[r] + (i + 1) * apart[r]);
         const V input = load(x);
         V of_row[3];
         EACH(r, 3) { /* what lies a row above the input saw it a row below its centre */
@@ -190,29 +192,28 @@ static void walk(const team *team, int64_t number, float *scratch) {
     const float *grad = (const float *)(intptr_t)a->grad.data + image * a->grad.image;
     float *to = (float *)(intptr_t)a->to.data + image * a->to.image, *nothing = scratch;
     float *sums = (float *)(intptr_t)a->sums + number * 10 * channels;
-    memset(nothing, 0, LANES * sizeof(float));
+    memset(nothing, 0, channels * sizeof(float));
     memset(sums, 0, 10 * channels * sizeof(float));
     const int64_t columns = NEAR / channels > LEAST ? NEAR / channels : LEAST;
-    for (int64_t y = from; y < end; y++)
-        for (int64_t left = 0; left < a->width; left += columns)
-            for (int64_t c = 0; c < channels; c += LANES) {
-                const int64_t right = left + columns < a->width ? left + columns : a->width;
-                const float *row[3];
-                int64_t apart[3];
-                for (int r = 0; r < 3; r++) {
-                    const int64_t at = y - 1 + r;
-                    const int inside = at >= 0 && at < a->height;
-                    row[r] = inside ? grad + at * a->grad.row + c : nothing;
-                    apart[r] = inside ? a->grad.column : 0;
-                }
-                walk_columns(
-                    a, row, apart, x + y * a->x.row + c, to + y * a->to.row + c, left, right, weight + c, sums + c
-                );
-            }
+    for (int64_t y = from; y < end; y++) {
+        const float *row[3];
+        int64_t apart[3];
+        for (int r = 0; r < 3; r++) {
+            const int64_t at = y - 1 + r;
+            const int inside = at >= 0 && at < a->height;
+            row[r] = inside ? grad + at * a->grad.row : nothing;
+            apart[r] = inside ? a->grad.column : 0;
+        }
+        for (int64_t left = 0; left < a->width; left += columns) {
+            const int64_t right = left + columns < a->width ? left + columns : a->width;
+            for (int64_t c = 0; c < channels; c += LANES)
+                walk_columns(a, row, apart, x + y * a->x.row, to + y * a->to.row, left, right, c, weight, sums);
+        }
+    }
 }
 
 EXPORTED(foveate_depthwise_square)(const square_call *a) {
-    square_job j = {.team.run = walk, .team.tasks = a->images * a->parts, .team.scratch = LANES, .a = a};
+    square_job j = {.team.run = walk, .team.tasks = a->images * a->parts, .team.scratch = a->channels, .a = a};
     j.rows = (a->height + a->parts - 1) / a->parts;
     return share_out(a->parallel, a->threads, &j.team);
 }

@@ -40,7 +40,7 @@ def kind_of(operator: str) -> str:
 
 
 def least_times(model: nn.Module, images: Tensor, runs: int = 10, train: bool = False) -> dict[str, float]:
-    """Return the seconds of a forward pass on a CPU, and those of its operators by `kind_of`.
+    """Return the seconds of a pass on a CPU, and those of its operators by `kind_of`.
 
     Of each operator it is the least time over the runs, which other programs disturbed least; so is the whole, ``all``,
     of runs that nobody watches. ``between`` is what the operators don't account for: Python, views, dispatch.
